@@ -1,0 +1,56 @@
+"""pcfast: fast, exact predictive-coding training in PyTorch.
+
+loss = pcfast.pc_loss(model, x, y, loss="cross_entropy", method="strict", step_size=0.1, num_steps=20)
+loss.backward()            # .grad now holds the predictive-coding updates
+optimizer.step()
+"""
+
+import importlib.util as _util
+
+if _util.find_spec("pcfast.kernels") is None:  # the folder kernels/ is mapped to pcfast.kernels on installing
+    raise ImportError(
+        "pcfast is not installed, only its source was found: run `pip install -e .` in its folder"
+    )
+
+from ._version import __version__
+from .autograd import PredictiveCoding, pc_loss
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    BackendError,
+    ModelError,
+    NonFiniteError,
+    PcfastError,
+    RelaxationDiverged,
+    ShapeError,
+)
+from .explanation import Explanation, explain
+from .graphs import use_cuda_graphs
+from .grouping import group_layers
+from .relaxation import Relaxation, Run, last_run, relax
+from .status import synchronize
+from .torch2pc import PCInfer
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "BackendError",
+    "Explanation",
+    "ModelError",
+    "NonFiniteError",
+    "PCInfer",
+    "PcfastError",
+    "PredictiveCoding",
+    "Relaxation",
+    "RelaxationDiverged",
+    "Run",
+    "ShapeError",
+    "__version__",
+    "explain",
+    "group_layers",
+    "last_run",
+    "pc_loss",
+    "relax",
+    "synchronize",
+    "use_cuda_graphs",
+]

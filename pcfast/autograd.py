@@ -1,0 +1,130 @@
+"""Predictive-coding updates as gradients of a loss tensor: a thin ``torch.autograd.Function``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import validation
+from .losses import LossLike, describe_loss
+from .network import describe
+from .problem import Wanted
+from .relaxation import solve
+
+
+class _Updates(torch.autograd.Function):
+    """Carries gradients computed in the forward; backward multiplies them by grad_output."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, *parameters):
+        ctx.save_for_backward(*gradients)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "pc_loss cannot be differentiated twice: predictive-coding updates are not the gradient of a "
+                "scalar function. Call backward() without create_graph=True."
+            )
+        return None, None, *torch._foreach_mul(ctx.saved_tensors, grad_output)
+
+
+def pc_loss(
+    model: nn.Sequential,
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: LossLike = "cross_entropy",
+    method: str = "strict",
+    step_size: float = 0.1,
+    num_steps: int = 20,
+    backend: str = "auto",
+    vinit: list[Tensor | None] | None = None,
+    normalizer: int | None = None,
+    check: str = "auto",
+    return_output: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The forward-pass loss, whose backward gives the predictive-coding updates.
+
+        loss = pcfast.pc_loss(model, x, y)
+        loss.backward()            # .grad now holds the predictive-coding updates
+        optimizer.step()
+
+    Relaxation and updates are computed here, with the weights of this moment; ``backward`` multiplies them by
+    the gradient that reaches the loss. Scaling the returned loss (GradScaler, 1/k) scales the updates, never
+    the relaxation. Under ``torch.no_grad()`` only the forward loss is computed.
+
+    Args: as :func:`pcfast.relax`, and
+        return_output: also return the forward pass's output vhat_L (detached).
+
+    Returns:
+        The loss, 0-dim; with ``return_output`` the pair ``(loss, output)``.
+
+    Raises:
+        ArgumentError and its kinds, BackendError, RelaxationDiverged: ``.grad`` is untouched then.
+    """
+    if not torch.is_grad_enabled():
+        described = describe_loss(loss, normalizer)
+        describe(model)
+        validation.check_input(model, x)
+        validation.check_target_placement(x, y)
+        output = model(x)
+        described.check_target(tuple(output.shape), output.dtype, y)
+        value = described.value(output, y)
+        return (value, output) if return_output else value
+    validation.check_trainable(model)
+    outcome, _ = solve(
+        model, x, y, loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend,
+        vinit=vinit, normalizer=normalizer, check=check, wanted=Wanted(),
+    )  # fmt: skip
+    value = outcome.loss
+    if outcome.gradients:
+        value = _Updates.apply(value, list(outcome.gradients.values()), *outcome.gradients)
+    return (value, outcome.output) if return_output else value
+
+
+class PredictiveCoding(nn.Module):
+    """:func:`pc_loss` as a module: ``pc(x)`` predicts, ``pc(x, y)`` gives the loss.
+
+    Works wherever a module does: DistributedDataParallel, AMP, state_dict, checkpoints.
+
+    Args: as :func:`pc_loss`. The model is ``self.model``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Sequential,
+        *,
+        loss: LossLike = "cross_entropy",
+        method: str = "strict",
+        step_size: float = 0.1,
+        num_steps: int = 20,
+        backend: str = "auto",
+        normalizer: int | None = None,
+        check: str = "auto",
+    ) -> None:
+        super().__init__()
+        describe(model)
+        validation.check_method(method)
+        validation.check_choice(check)
+        describe_loss(loss, normalizer)
+        self.model = model
+        self.settings = {
+            "loss": loss,
+            "method": method,
+            "step_size": validation.checked_step_size(step_size),
+            "num_steps": validation.checked_steps(num_steps),
+            "backend": backend,
+            "normalizer": normalizer,
+            "check": check,
+        }
+
+    def forward(self, x: Tensor, y: Tensor | None = None, *, return_output: bool = False):
+        """``model(x)`` without ``y``; with ``y`` what :func:`pc_loss` gives."""
+        if y is None:
+            return self.model(x)
+        return pc_loss(self.model, x, y, return_output=return_output, **self.settings)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items() if value is not None)

@@ -1,0 +1,55 @@
+"""Backends: ways to run the same relaxation. One file each."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from ..errors import ArgumentError, BackendError
+from ..network import Network
+from .base import Backend
+from .eager import Eager
+from .reference import Reference
+
+#: In the order in which "auto" tries them.
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Eager(), Reference())}
+
+_log = logging.getLogger("pcfast")
+_said: set[str] = set()
+
+
+def say_once(message: str) -> None:
+    """Log ``message`` at INFO the first time it comes up in this process."""
+    if message not in _said:
+        _said.add(message)
+        _log.info(message)
+
+
+def choose_backend(
+    name: str, network: Network, device: torch.device, dtype: torch.dtype
+) -> tuple[Backend, tuple[tuple[str, str], ...]]:
+    """The backend that will run, and ``(backend, reason)`` for each that was passed over.
+
+    Raises:
+        ArgumentError: an unknown name.
+        BackendError: a backend asked for by name cannot run this network.
+    """
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ArgumentError("backend", repr(name), f"one of {['auto', *BACKENDS]}")
+        ok, reason = BACKENDS[name].supports(network, device, dtype)
+        if not ok:
+            raise BackendError(f'backend "{name}" cannot run this: {reason}. Use backend="auto".')
+        return BACKENDS[name], ()
+    refusals = []
+    for backend in BACKENDS.values():
+        ok, reason = backend.supports(network, device, dtype)
+        if ok:
+            if refusals:
+                say_once(
+                    f"running on {backend.name}: " + "; ".join(f"{n} refused ({why})" for n, why in refusals)
+                )
+            return backend, tuple(refusals)
+        refusals.append((backend.name, reason))
+    raise BackendError("no backend can run this: " + "; ".join(f"{n}: {why}" for n, why in refusals))

@@ -1,0 +1,43 @@
+"""What every backend is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from ..deviation import Precision
+from ..network import Network
+from ..planning import Plan
+from ..problem import Outcome, Problem
+
+
+class Backend(ABC):
+    """Runs a planned relaxation. Nothing outside backends/ knows a backend by name."""
+
+    name: str
+
+    @abstractmethod
+    def supports(self, network: Network, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+        """``(ok, reason)``: whether this backend can run such a network; the reason is "" where it can."""
+
+    def replays(self, problem: Problem, plan: Plan) -> tuple[bool, str]:
+        """``(ok, reason)``: whether :meth:`run` may be captured in a CUDA graph."""
+        return False, f"the {self.name} backend is not captured"
+
+    @abstractmethod
+    def updates(
+        self,
+        model: nn.Sequential,
+        network: Network,
+        precision: Precision,
+        x: Tensor,
+        beliefs: list[Tensor] | None,
+        errors: list[Tensor],
+    ) -> dict[nn.Parameter, Tensor]:
+        """Parameter updates from given beliefs (None: a forward pass from x) and errors."""
+
+    @abstractmethod
+    def run(self, problem: Problem, plan: Plan) -> Outcome:
+        """Run the relaxation under no_grad. Never touches ``.grad``."""

@@ -1,0 +1,188 @@
+"""The algorithms literally as published, with torch autograd layer by layer (DESIGN section 1).
+
+Rosenbaum, "On the relationship between predictive coding and backpropagation", PLOS ONE 17(3) e0266102 (2022),
+algorithms 1 to 3 and the program Torch2PC. Any module, any loss, any dtype; slow on purpose: this file says
+what is right, and every other backend is judged by it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import status
+from ..deviation import frozen_buffers
+from ..errors import ModelError, RelaxationDiverged
+from ..problem import Outcome, check_start, energy_row
+from ..randomness import replaying
+from .base import Backend
+
+
+class _Layer:
+    """f_l as a function of the beliefs below it, with one draw of random numbers for the whole step."""
+
+    def __init__(self, module, device):
+        self.module, self.device, self.random = module, device, None
+
+    def skip_forward(self) -> _Layer:
+        """For a layer whose forward pass was made elsewhere: every evaluation leaves statistics alone."""
+        self.random = replaying(self.device)
+        return self
+
+    def __call__(self, v: Tensor) -> Tensor:
+        if self.random is None:  # the forward pass: draws, and moves running statistics
+            self.random = replaying(self.device)
+            return self._evaluate(v)
+        with self.random(), frozen_buffers(self.module):
+            return self._evaluate(v)
+
+    def _evaluate(self, v: Tensor) -> Tensor:
+        mu = self.module(v.clone())  # a clone, so that in-place modules leave the beliefs alone
+        if not isinstance(mu, Tensor):
+            raise ModelError(
+                "model",
+                f"a layer that returns a {type(mu).__name__}",
+                "layers that map one tensor to one tensor",
+            )
+        return mu
+
+    def vjp(self, v: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+        """``(f(v), J(v)^T error)``."""
+        with torch.enable_grad():
+            v = v.detach().requires_grad_(True)
+            mu = self(v)
+            if not mu.requires_grad:
+                return mu.detach(), torch.zeros_like(v)
+            (gradient,) = torch.autograd.grad(mu, v, error, allow_unused=True)
+        return mu.detach(), torch.zeros_like(v) if gradient is None else gradient
+
+    def parameter_gradients(self, v: Tensor, error: Tensor):
+        """(parameter, (df/dtheta)^T error) at beliefs v, for parameters in use."""
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        if not parameters:
+            return []
+        with torch.enable_grad():
+            mu = self(v.detach())
+            if not mu.requires_grad:
+                return []
+            found = torch.autograd.grad(mu, parameters, error, allow_unused=True)
+        return [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
+
+
+class Reference(Backend):
+    name = "reference"
+
+    def supports(self, network, device, dtype):
+        return True, ""
+
+    @torch.no_grad()
+    def updates(self, model, network, precision, x, beliefs, errors):
+        outcome, v = Outcome(None, None), x
+        for l, module in enumerate(model, start=1):
+            layer = _Layer(module, x.device).skip_forward()
+            below = v if beliefs is None else beliefs[l - 1]
+            outcome.add_gradients(layer.parameter_gradients(below, errors[l]))
+            v = layer(below) if beliefs is None else v
+        return outcome.gradients
+
+    @torch.no_grad()
+    def run(self, problem, plan):
+        depth = problem.network.depth
+        layers = [None, *(_Layer(module, problem.x.device) for module in problem.model)]
+        if problem.activations is None:
+            vhat = [problem.x]
+            for layer in layers[1:]:
+                vhat.append(layer(vhat[-1]).detach())
+        else:
+            vhat = list(problem.activations)
+            for layer in layers[1:]:
+                layer.skip_forward()
+
+        loss = None
+        if problem.loss is not None:
+            problem.loss.check_target(tuple(vhat[-1].shape), vhat[-1].dtype, problem.y)
+            if problem.loss.known:
+                problem.loss.prepare(vhat[-1], problem.y, raise_now=True)  # labels in range?
+            loss = problem.loss.value(vhat[-1], problem.y)
+            output_gradient = problem.loss.gradient_by_autograd(vhat[-1], problem.y)
+        else:
+            output_gradient = problem.output_gradient
+        if problem.check:
+            _check(0, vhat[1:], problem)
+
+        energies: list[Tensor] = []
+        if problem.method == "exact":
+            beliefs, errors = _exact(layers, vhat, output_gradient)
+            points = vhat
+        elif problem.method == "fixed_prediction":
+            beliefs, errors = _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss)
+            points = vhat
+        else:
+            start = vhat if problem.start is None else check_start(problem.start, vhat)
+            beliefs, errors = _strict(layers, start, problem, energies)
+            points = beliefs
+
+        outcome = Outcome(loss, vhat[-1], activations=vhat, output_gradient=output_gradient)
+        outcome.beliefs, outcome.errors = beliefs, errors
+        if problem.wanted.energies:
+            outcome.energies = torch.stack(energies) if energies else vhat[-1].new_zeros((0, depth))
+        if problem.wanted.gradients:
+            for l in range(1, depth + 1):
+                outcome.add_gradients(layers[l].parameter_gradients(points[l - 1], errors[l]))
+        return outcome
+
+
+def _exact(layers, vhat, output_gradient):
+    """eps_l = dLoss/dvhat_l, v_l = vhat_l - eps_l: backpropagation (algorithm 1)."""
+    depth = len(layers) - 1
+    errors: list = [None] * depth + [output_gradient]
+    for l in range(depth - 1, 0, -1):
+        _, errors[l] = layers[l + 1].vjp(vhat[l], errors[l + 1])
+    return [vhat[0]] + [vhat[l] - errors[l] for l in range(1, depth + 1)], errors
+
+
+def _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss):
+    """Predictions and Jacobians stay at the forward pass (algorithm 3)."""
+    depth, eta = len(layers) - 1, problem.step_size
+    v = [value.clone() for value in vhat]
+    errors = [vhat[l] - v[l] for l in range(depth)] + [output_gradient]
+    for t in range(problem.num_steps):
+        errors = [vhat[l] - v[l] for l in range(depth)] + [output_gradient]
+        if problem.wanted.energies:
+            energies.append(energy_row(errors, loss))
+        for l in range(depth):
+            _, feedback = layers[l + 1].vjp(vhat[l], errors[l + 1])
+            v[l] = v[l] + eta * (errors[l] - feedback)
+        if problem.check:
+            _check(t + 1, v[1:], problem)
+    return v, errors
+
+
+def _strict(layers, start, problem, energies):
+    """All layers at once, from the state before the iteration (algorithm 2)."""
+    depth, eta = len(layers) - 1, problem.step_size
+    v = [value.clone() for value in start]
+
+    def evaluate():
+        mu = [None] + [layers[l](v[l - 1]).detach() for l in range(1, depth + 1)]
+        top = problem.loss.gradient_by_autograd(mu[depth], problem.y)
+        return mu, [None] + [mu[l] - v[l] for l in range(1, depth)] + [top]
+
+    if problem.num_steps == 0:
+        return v, evaluate()[1]
+    for t in range(problem.num_steps):
+        mu, errors = evaluate()
+        if problem.wanted.energies:
+            energies.append(energy_row(errors, problem.loss.value(mu[depth], problem.y)))
+        for l in range(1, depth):  # errors were taken before any belief moves
+            _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
+            v[l] = v[l] + eta * (errors[l] - feedback)
+        if problem.check:
+            _check(t + 1, [*v[1:depth], errors[depth]], problem)
+    return v, errors
+
+
+def _check(iteration, tensors, problem):
+    bad = status.first_non_finite(tensors)
+    if bad is not None:
+        raise RelaxationDiverged(iteration, bad + 1, problem.step_size)

@@ -1,0 +1,99 @@
+"""What would run, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import validation
+from .backends import BACKENDS, choose_backend
+from .errors import ArgumentTypeError, ShapeError
+from .network import Network, common_placement, describe
+from .planning import Plan, plan
+from .relaxation import choose_precision
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A plan in words; ``print`` it.
+
+    Attributes:
+        network: the model as pcfast reads it.
+        plan: backend, Gram form, precision, exact work.
+        refused: backend -> why it does not run.
+    """
+
+    network: Network
+    plan: Plan
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        plan = self.plan
+        lines = [f"{plan.method}, {plan.num_steps} iterations, on backend {plan.backend}"]
+        lines += [f"  {name} refused: {reason}" for name, reason in self.refused.items()]
+        state, operand = (
+            str(d).removeprefix("torch.") for d in (plan.precision.state, plan.precision.operand)
+        )
+        lines.append(f"precision: state {state}, matrix operands {operand}")
+        if plan.precision.note:
+            lines.append(f"  {plan.precision.note}")
+        lines.append(f"Gram form of layer 1: {'yes' if plan.gram else 'no'} ({plan.gram_reason})")
+        if plan.work is None:
+            lines.append("multiply-adds a step: not known, an opaque layer hides its shapes")
+        else:
+            work = plan.work
+            lines.append(
+                f"multiply-adds a step: {work.total:,} = {work.forward:,} forward + {work.relaxation:,} relaxation "
+                f"+ {work.gradients:,} weight gradients"
+            )
+        for layer, shapes in zip(self.network.layers, plan.shapes, strict=True):
+            size = "shape not known" if shapes is None else f"{shapes[0]} -> {shapes[-1]}"
+            lines.append(f"{layer.label}: {size}")
+        lines += [f"  {op.name} runs through torch autograd: {op.why}" for op in self.network.opaque]
+        return "\n".join(lines)
+
+
+def explain(
+    model: nn.Sequential,
+    x_shape: tuple[int, ...],
+    device: str | torch.device | None = None,
+    *,
+    method: str = "strict",
+    num_steps: int = 20,
+    backend: str = "auto",
+) -> Explanation:
+    """Say which backend would run, why the others were passed over, and the exact work.
+
+    Args:
+        model: ``nn.Sequential`` of PC layers.
+        x_shape: shape of the input, batch included.
+        device: where it would run; None means where the model is.
+        method, num_steps, backend: as for :func:`pcfast.relax`.
+
+    Raises:
+        ArgumentError and its kinds, BackendError.
+    """
+    network = describe(model)
+    validation.check_method(method)
+    num_steps = validation.checked_steps(num_steps)
+    try:
+        shape = tuple(int(size) for size in x_shape)
+    except TypeError:
+        raise ArgumentTypeError("x_shape", repr(x_shape), "a tuple of ints, batch included") from None
+    if len(shape) < 2 or min(shape) < 1:
+        raise ShapeError("x_shape", str(shape), "(batch, ...) with positive sizes")
+    where, dtype = common_placement(model) or (torch.device("cpu"), torch.get_default_dtype())
+    where = where if device is None else torch.device(device)
+    chosen, refusals = choose_backend(backend, network, where, dtype)
+    precision = choose_precision(where.type, dtype)
+    planned = plan(network, shape, method, num_steps, True, False, precision, chosen.name, refusals)
+    refused = dict(refusals)
+    for name in BACKENDS:
+        if name != chosen.name and name not in refused:
+            wanted = (
+                f'backend="{backend}" was asked for' if backend != "auto" else f"{chosen.name} comes first"
+            )
+            refused[name] = wanted
+    return Explanation(network, planned, refused)

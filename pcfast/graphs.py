@@ -1,0 +1,191 @@
+"""CUDA-graph replay round any backend.
+
+A relaxation launches the same kernels on the same addresses every step, so from its second call on it is
+recorded once and replayed: no Python and no launches in between. A graph belongs to one key: plan, shapes,
+strides, dtypes, parameter addresses, flags. Weight casts and Gram matrices are part of it, so it follows
+weights that are updated in place. Inputs are copied in and results are cloned out: nothing the caller holds
+lies in graph memory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .backends import Backend, say_once
+from .planning import Plan
+from .problem import Outcome, Problem
+
+#: A recorder runs a function once and gives its result and what replays it into that same result.
+Recorder = Callable[[Callable[[], Outcome]], tuple[Outcome, Callable[[], None]]]
+
+_switched_on = os.environ.get("PCFAST_CUDA_GRAPHS", "1") != "0"
+
+
+def use_cuda_graphs(flag: bool) -> None:
+    """Switch CUDA-graph replay on or off for this process (on at first, unless PCFAST_CUDA_GRAPHS=0)."""
+    global _switched_on
+    _switched_on = bool(flag)
+    if not flag:
+        CACHE.clear()
+
+
+def why_not(backend: Backend, problem: Problem, plan: Plan) -> str:
+    """Why a problem is not replayed from a graph; "" where it is."""
+    if not problem.x.is_cuda:
+        return "CUDA graphs need a CUDA device"
+    if not _switched_on:
+        return "switched off"
+    if torch.cuda.is_current_stream_capturing():
+        return "the caller is capturing a graph already"
+    return _refusal(backend, problem, plan)
+
+
+def _refusal(backend: Backend, problem: Problem, plan: Plan) -> str:
+    """The reasons that lie in the problem itself."""
+    if problem.start is not None or problem.activations is not None or problem.output_gradient is not None:
+        return "beliefs or activations were given by the caller"
+    if not isinstance(problem.y, Tensor):
+        return "y is not a tensor"
+    return backend.replays(problem, plan)[1]
+
+
+def _layout(tensor: Tensor) -> Hashable:
+    return (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _numerics() -> Hashable:
+    """The switches that decide which kernels torch picks."""
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    return (
+        torch.get_float32_matmul_precision(),
+        (cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic),
+        (cublas.allow_bf16_reduced_precision_reduction, torch.are_deterministic_algorithms_enabled()),
+    )
+
+
+def graph_key(problem: Problem, plan: Plan) -> Hashable:
+    """What a graph depends on. Equal keys may share a graph."""
+    model = problem.model
+    weight = problem.loss.weight
+    return (
+        plan,
+        problem.network,
+        problem.step_size,
+        problem.wanted,
+        (problem.raise_now, problem.check),
+        _layout(problem.x),
+        _layout(problem.y),
+        (problem.loss.kind, problem.loss.settings, problem.loss.normalizer),
+        None if weight is None else weight.data_ptr(),
+        tuple((p.data_ptr(), _layout(p), p.requires_grad) for p in model.parameters()),
+        tuple((b.data_ptr(), _layout(b)) for b in model.buffers()),
+        _numerics(),
+        torch.cuda.current_stream(problem.x.device).cuda_stream if problem.x.is_cuda else None,
+    )
+
+
+@dataclass
+class _Graph:
+    x: Tensor
+    y: Tensor
+    result: Outcome
+    replay: Callable[[], None]
+
+    def run(self, problem: Problem) -> Outcome:
+        self.x.copy_(problem.x)
+        self.y.copy_(problem.y)
+        self.replay()
+        outcome = self.result.mapped(torch.clone)
+        outcome.gradients = {
+            parameter: outcome.gradients[index]
+            for index, parameter in enumerate(problem.model.parameters())
+            if index in outcome.gradients
+        }
+        return outcome
+
+
+class GraphCache:
+    """At most ``capacity`` recorded graphs, the least recently used dropped first.
+
+    A key's first call runs plainly: it warms libraries up, and shapes that come once (a smaller last batch)
+    are never recorded. A key whose recording failed runs plainly from then on, and says why once.
+    """
+
+    def __init__(self, capacity: int, recorder: Recorder) -> None:
+        self.capacity, self._record = capacity, recorder
+        self._entries: OrderedDict[Hashable, _Graph | str | None] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return sum(isinstance(entry, _Graph) for entry in self._entries.values())
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+
+    def run(self, backend: Backend, problem: Problem, plan: Plan) -> tuple[Outcome, str]:
+        """``(outcome, reason)``; the reason says why it was not replayed and is "" where it was."""
+        key = graph_key(problem, plan)
+        with self._lock:
+            if key not in self._entries:
+                self._entries[key] = None
+                self._trim()
+                return backend.run(problem, plan), "first call of its kind: recorded from the next on"
+            self._entries.move_to_end(key)
+            if self._entries[key] is None:
+                self._entries[key] = self._capture(backend, problem, plan)
+            entry = self._entries[key]
+            if isinstance(entry, str):
+                return backend.run(problem, plan), entry
+            return entry.run(problem), ""
+
+    def _trim(self) -> None:
+        while len(self._entries) > self.capacity:
+            self._entries.popitem(last=False)
+
+    def _capture(self, backend: Backend, problem: Problem, plan: Plan) -> _Graph | str:
+        x, y = problem.x.clone(), problem.y.clone()
+        static = replace(problem, x=x, y=y)
+        positions = {parameter: index for index, parameter in enumerate(problem.model.parameters())}
+
+        def work() -> Outcome:
+            outcome = backend.run(static, plan)
+            # by position, so that the graph does not keep the model alive
+            outcome.gradients = {positions[p]: g for p, g in outcome.gradients.items()}
+            return outcome
+
+        try:
+            result, replay = self._record(work)
+        except RuntimeError as failure:
+            reason = f"recording failed: {str(failure).splitlines()[0]}"
+            say_once(f"CUDA graphs are not used for this network: {reason}")
+            return reason
+        return _Graph(x, y, result, replay)
+
+
+def record_cuda(work: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], None]]:
+    """Capture ``work`` in a CUDA graph. Other threads may go on using CUDA meanwhile."""
+    graph = torch.cuda.CUDAGraph()
+    # torch's default capture stream belongs to the first device that captured: give one of the current device
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        result = work()
+    return result, graph.replay
+
+
+CACHE = GraphCache(capacity=16, recorder=record_cuda)
+
+
+def run(backend: Backend, problem: Problem, plan: Plan) -> tuple[Outcome, str]:
+    """Run a problem, from a graph where that is possible: ``(outcome, why it was not replayed)``."""
+    reason = why_not(backend, problem, plan)
+    if reason:
+        return backend.run(problem, plan), reason
+    with torch.cuda.device(problem.x.device):
+        return CACHE.run(backend, problem, plan)

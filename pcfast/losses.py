@@ -1,0 +1,256 @@
+"""Losses: what the relaxation needs of them is dLoss/dmu_L at moving predictions mu_L.
+
+Cross-entropy and mean squared error (as modules, functions, ``functools.partial`` of the functions, or by
+name) have it in closed form; any other callable is differentiated by torch autograd.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import ArgumentError, ArgumentTypeError, ShapeError
+
+LossLike = str | Callable[[Tensor, Tensor], Tensor]
+
+_NAMES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The target ``y`` made ready for one batch: what the closed forms read in every iteration.
+
+    Attributes:
+        dense: cross-entropy: (B, C, ...) with loss = -sum(dense * log_softmax(mu)); MSE: y itself.
+        mass: cross-entropy: ``dense`` summed over classes, (B, 1, ...).
+        scale: MSE: factor of (mu - y).
+        flaw: 0-dim bool tensor, True where a label was out of range; None where that was checked at once.
+    """
+
+    dense: Tensor
+    mass: Tensor | None = None
+    scale: float = 1.0
+    flaw: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss callable with its gradient.
+
+    Attributes:
+        kind: "cross_entropy", "mse" or "callable".
+        settings: static settings of the known kinds, for plan keys.
+        weight: class weights of cross-entropy, or None.
+        function: the callable itself, ``function(output, y) -> 0-dim tensor``.
+        normalizer: batch size to divide a mean loss by instead of the local one, or None.
+    """
+
+    kind: str
+    settings: tuple
+    function: Callable
+    weight: Tensor | None = None
+    normalizer: int | None = None
+
+    @property
+    def known(self) -> bool:
+        return self.kind != "callable"
+
+    def _share(self, batch: int) -> float:
+        """The local batch's share of the mean over the global batch."""
+        return 1.0 if self.normalizer is None else batch / self.normalizer
+
+    def value(self, output: Tensor, y) -> Tensor:
+        """The loss at ``output`` (B, ...): 0-dim."""
+        value = self.function(output, y)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ArgumentError(
+                "loss", f"a value of shape {shape}", "a scalar", 'Use reduction="mean" or "sum", not "none".'
+            )
+        value = value.reshape(())
+        return value if self.normalizer is None else value * self._share(output.shape[0])
+
+    def gradient_by_autograd(self, output: Tensor, y) -> Tensor:
+        """dLoss/doutput by torch autograd, for any loss; shape and dtype of ``output``."""
+        with torch.enable_grad():
+            leaf = output.detach().requires_grad_(True)
+            value = self.value(leaf, y)
+            if not value.requires_grad:
+                raise ArgumentError(
+                    "loss", "a value that does not depend on the model's output", "a differentiable loss"
+                )
+            (gradient,) = torch.autograd.grad(value, leaf)
+        return gradient
+
+    def check_target(self, output_shape: tuple[int, ...], output_dtype: torch.dtype, y) -> None:
+        """Check type, shape and dtype of ``y`` for a known loss; labels' range is checked in :meth:`prepare`.
+
+        Raises:
+            ArgumentTypeError, ShapeError: naming y, what was given and what is needed.
+        """
+        if not self.known:
+            return
+        if not isinstance(y, Tensor):
+            raise ArgumentTypeError("y", f"a {type(y).__name__}", "a torch.Tensor")
+        if self.kind == "mse":
+            if tuple(y.shape) != output_shape:
+                raise ShapeError("y", f"shape {tuple(y.shape)}", f"the output's shape {output_shape} for mse")
+            if not y.is_floating_point():
+                raise ArgumentTypeError(
+                    "y", f"dtype {y.dtype}", "a floating dtype for mse", "Call y.to(x.dtype)."
+                )
+            return
+        if y.is_floating_point():
+            if tuple(y.shape) != output_shape:
+                raise ShapeError(
+                    "y",
+                    f"class probabilities of shape {tuple(y.shape)}",
+                    f"the output's shape {output_shape}",
+                    "For class indices use an int64 tensor of shape (batch,).",
+                )
+            return
+        if y.dtype not in (torch.int64, torch.uint8):
+            raise ArgumentTypeError(
+                "y", f"dtype {y.dtype}", "int64 class indices or floating class probabilities", "y.long()"
+            )
+        labels_shape = (output_shape[0], *output_shape[2:])
+        if len(output_shape) < 2 or tuple(y.shape) != labels_shape:
+            raise ShapeError(
+                "y",
+                f"labels of shape {tuple(y.shape)}",
+                f"{labels_shape} for an output of shape {output_shape}",
+                "One label a row of x.",
+            )
+
+    def prepare(self, output: Tensor, y: Tensor, *, raise_now: bool) -> Target:
+        """Make ``y`` ready for :meth:`gradient` at outputs like ``output`` (B, C, ...).
+
+        With ``raise_now`` labels out of range raise ArgumentError at once (this waits for the device);
+        otherwise the returned target's ``flaw`` says so on the device and the labels are clamped.
+        """
+        batch = output.shape[0]
+        if self.kind == "mse":
+            (reduction,) = self.settings
+            count = output.numel() if reduction == "mean" else 1
+            return Target(dense=y.to(output.dtype), scale=2.0 / max(count, 1) * self._share(batch))
+        reduction, ignore_index, smoothing = self.settings
+        classes = output.shape[1]
+        weight = None if self.weight is None else self.weight.to(output.dtype)
+        per_class = None if weight is None else weight.view(1, -1, *[1] * (output.dim() - 2))
+        flaw = None
+        if y.is_floating_point():
+            dense = y.to(output.dtype) * (1 - smoothing) + smoothing / classes
+            if per_class is not None:
+                dense = dense * per_class
+            count: Tensor | float = float(output.numel() // classes)
+        else:
+            labels = y.long()
+            valid = labels != ignore_index
+            wrong = (valid & ((labels < 0) | (labels >= classes))).any()
+            if not raise_now:
+                flaw = wrong
+            elif wrong:
+                raise ArgumentError(
+                    "y",
+                    f"labels from {int(labels.min())} to {int(labels.max())}",
+                    f"labels from 0 to {classes - 1} for {classes} classes",
+                )
+            safe = labels.clamp(0, classes - 1).unsqueeze(1)
+            keep = valid.to(output.dtype)
+            own = keep if weight is None else keep * weight[safe.squeeze(1)]
+            dense = torch.zeros_like(output).scatter_(1, safe, (own * (1 - smoothing)).unsqueeze(1))
+            if smoothing:
+                spread = torch.ones_like(output) if per_class is None else per_class
+                dense = dense + keep.unsqueeze(1) * spread * (smoothing / classes)
+            count = own.sum()
+        if reduction == "mean":
+            dense = dense * (self._share(batch) / count)
+        return Target(dense=dense, mass=dense.sum(1, keepdim=True), flaw=flaw)
+
+    def value_prepared(self, target: Target, mu: Tensor) -> Tensor:
+        """The loss at ``mu`` (B, C, ...) in closed form: 0-dim. Safe where labels were out of range."""
+        if self.kind == "mse":
+            return (mu - target.dense).square().sum() * (target.scale / 2)
+        log_p = torch.log_softmax(mu, 1)
+        # a class of probability 0 that the target does not name costs nothing
+        return -torch.where(target.dense == 0, 0.0, target.dense * log_p).sum()
+
+    def gradient(self, target: Target, mu: Tensor) -> Tensor:
+        """dLoss/dmu in closed form at predictions ``mu`` (B, C, ...), same shape and dtype."""
+        if self.kind == "mse":
+            return (mu - target.dense) * target.scale
+        return torch.softmax(mu, 1).mul_(target.mass).sub_(target.dense)
+
+
+def _known_settings(loss) -> tuple[str, tuple, Tensor | None] | None:
+    """(kind, settings, class weights) of a loss that has a closed form, else None."""
+    if type(loss) is nn.CrossEntropyLoss and not loss._forward_hooks and not loss._forward_pre_hooks:
+        arguments = {
+            name: getattr(loss, name) for name in ("weight", "ignore_index", "reduction", "label_smoothing")
+        }
+        function = F.cross_entropy
+    elif type(loss) is nn.MSELoss and not loss._forward_hooks and not loss._forward_pre_hooks:
+        arguments, function = {"reduction": loss.reduction}, F.mse_loss
+    elif isinstance(loss, functools.partial) and loss.func in (F.cross_entropy, F.mse_loss) and not loss.args:
+        arguments, function = dict(loss.keywords), loss.func
+    elif loss in (F.cross_entropy, F.mse_loss):
+        arguments, function = {}, loss
+    else:
+        return None
+    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    deprecated = ("size_average", "reduce")
+    if set(arguments) - set(defaults) or any(arguments.get(name) is not None for name in deprecated):
+        return None
+    arguments = {**defaults, **arguments}
+    if arguments["reduction"] not in ("mean", "sum"):
+        return None
+    if function is F.cross_entropy:
+        settings = (arguments["reduction"], arguments["ignore_index"], arguments["label_smoothing"])
+        return "cross_entropy", settings, arguments["weight"]
+    return None if arguments["weight"] is not None else ("mse", (arguments["reduction"],), None)
+
+
+def describe_loss(loss: LossLike, normalizer: int | None = None) -> Loss:
+    """Describe ``loss``.
+
+    Args:
+        loss: "cross_entropy", "mse", or a callable ``loss(output, y) -> scalar``.
+        normalizer: for mean losses of a known kind, the number of rows to average over instead of the local
+            batch (the global batch when it is sharded or cut into micro-batches).
+
+    Raises:
+        ArgumentTypeError, ArgumentError: naming the argument.
+    """
+    if isinstance(loss, str):
+        if loss not in _NAMES:
+            raise ArgumentError("loss", repr(loss), f"one of {sorted(_NAMES)} or a callable loss(output, y)")
+        loss = _NAMES[loss]
+    elif not callable(loss):
+        raise ArgumentTypeError("loss", f"a {type(loss).__name__}", "a name or a callable loss(output, y)")
+    known = _known_settings(loss)
+    if normalizer is not None:
+        if isinstance(normalizer, bool) or not isinstance(normalizer, int) or normalizer < 1:
+            raise ArgumentError("normalizer", repr(normalizer), "a positive int: rows of the global batch")
+        if known is None or known[1][0] != "mean":
+            raise ArgumentError(
+                "normalizer",
+                f"{normalizer} with loss {getattr(loss, '__name__', type(loss).__name__)}",
+                "a cross-entropy or mse loss with reduction='mean'",
+                "A sum loss needs no normalizer; scale a loss of your own inside it.",
+            )
+        if known[2] is not None or (known[0] == "cross_entropy" and known[1][1] >= 0):
+            raise ArgumentError(
+                "normalizer",
+                f"{normalizer} with class weights or an ignore_index",
+                "a mean over rows, which this loss is not",
+                "Use reduction='sum' and scale by the global weight yourself.",
+            )
+    if known is None:
+        return Loss("callable", (id(loss),), loss, None, normalizer)
+    return Loss(known[0], known[1], loss, known[2], normalizer)

@@ -1,0 +1,461 @@
+"""Model description: an ``nn.Sequential`` becomes a tuple of layer specs.
+
+Each element of the outer Sequential is one predictive-coding (PC) layer; a nested Sequential is a chain of
+operations inside that layer. Operations that pcfast knows become specs with static attributes; every other
+module becomes :class:`Opaque` and is evaluated and differentiated by torch autograd. Specs are plain values:
+they name their module by its path in the model and hold no tensor, so plans can be cached by them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from . import activations
+from .errors import ModelError, ShapeError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation inside a PC layer."""
+
+    path: str  # of the module in the model, as for Module.get_submodule
+    name: str  # the module's class
+
+    #: True where the operation is linear (or affine) in its input, whatever the state.
+    linear = True
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Shape of the output, batch included, for an input of ``shape``; raises ValueError in words."""
+        return shape
+
+    def macs(self, shape: Shape) -> int:
+        """Multiply-adds of one product with this operation's weights for an input of ``shape``."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Linear(Op):
+    in_features: int
+    out_features: int
+    has_bias: bool
+
+    def output_shape(self, shape):
+        if len(shape) < 2 or shape[-1] != self.in_features:
+            raise ValueError(f"(batch, ..., {self.in_features})")
+        return (*shape[:-1], self.out_features)
+
+    def macs(self, shape):
+        return math.prod(shape) * self.out_features
+
+
+@dataclass(frozen=True)
+class Conv2d(Op):
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    has_bias: bool
+
+    def output_shape(self, shape):
+        if len(shape) != 4 or shape[1] != self.in_channels:
+            raise ValueError(f"(batch, {self.in_channels}, height, width)")
+        out = tuple(
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, pad, dilation in zip(
+                shape[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        if min(out) < 1:
+            raise ValueError(f"(batch, {self.in_channels}, height, width) no smaller than the kernel")
+        return (shape[0], self.out_channels, *out)
+
+    def macs(self, shape):
+        per_output = self.in_channels // self.groups * math.prod(self.kernel)
+        return math.prod(self.output_shape(shape)) * per_output
+
+
+@dataclass(frozen=True)
+class Elementwise(Op):
+    activation: activations.Activation
+    linear = False
+
+
+@dataclass(frozen=True)
+class Pool2d(Op):
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    ceil_mode: bool
+
+    def _out(self, size: int, axis: int, dilation: int = 1) -> int:
+        kernel, stride, pad = self.kernel[axis], self.stride[axis], self.padding[axis]
+        span = size + 2 * pad - dilation * (kernel - 1) - 1
+        out = (math.ceil(span / stride) if self.ceil_mode else span // stride) + 1
+        if self.ceil_mode and (out - 1) * stride >= size + pad:
+            out -= 1  # the last window must start inside the input or its left padding
+        return out
+
+    def output_shape(self, shape):
+        if len(shape) != 4:
+            raise ValueError("(batch, channels, height, width)")
+        out = tuple(self._out(size, axis) for axis, size in enumerate(shape[2:]))
+        if min(out) < 1:
+            raise ValueError("(batch, channels, height, width) no smaller than the pooling window")
+        return (*shape[:2], *out)
+
+
+@dataclass(frozen=True)
+class MaxPool2d(Pool2d):
+    linear = False
+
+    @property
+    def tiles(self) -> bool:
+        """True where every input element belongs to at most one window and none is padded."""
+        return self.kernel == self.stride and self.padding == (0, 0)
+
+
+@dataclass(frozen=True)
+class AvgPool2d(Pool2d):
+    count_include_pad: bool
+    divisor_override: int | None
+
+
+@dataclass(frozen=True)
+class AdaptiveAvgPool2d(Op):
+    size: tuple[int, int]
+
+    def output_shape(self, shape):
+        if len(shape) != 4:
+            raise ValueError("(batch, channels, height, width)")
+        return (*shape[:2], *self.size)
+
+
+@dataclass(frozen=True)
+class Flatten(Op):
+    start_dim: int
+    end_dim: int
+
+    def output_shape(self, shape):
+        start = self.start_dim % len(shape)
+        end = self.end_dim % len(shape)
+        if start == 0:
+            raise ValueError("a batch dimension that Flatten leaves alone (start_dim >= 1)")
+        return (*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :])
+
+
+@dataclass(frozen=True)
+class Unflatten(Op):
+    dim: int
+    sizes: tuple[int, ...]
+
+    def output_shape(self, shape):
+        dim = self.dim % len(shape)
+        sizes = list(self.sizes)
+        if -1 in sizes:
+            sizes[sizes.index(-1)] = shape[dim] // -math.prod(sizes)
+        if dim == 0 or math.prod(sizes) != shape[dim]:
+            raise ValueError(
+                f"dimension {self.dim} of size {math.prod(self.sizes)} (not the batch dimension)"
+            )
+        return (*shape[:dim], *sizes, *shape[dim + 1 :])
+
+
+@dataclass(frozen=True)
+class Dropout(Op):
+    """Dropout in training mode (in eval mode it is no operation): one mask a step."""
+
+    p: float
+    kind: str  # the nn.functional function that draws the mask
+
+
+@dataclass(frozen=True)
+class BatchNorm(Op):
+    features: int
+    eps: float
+    batch_statistics: bool
+    affine: bool
+
+    @property
+    def linear(self) -> bool:  # type: ignore[override]
+        return not self.batch_statistics
+
+    def output_shape(self, shape):
+        if len(shape) < 2 or shape[1] != self.features:
+            raise ValueError(f"(batch, {self.features}, ...)")
+        return shape
+
+
+@dataclass(frozen=True)
+class Opaque(Op):
+    """A module that pcfast does not know: evaluated and differentiated by torch autograd."""
+
+    why: str
+    linear = False
+
+
+_ACTIVATIONS = {
+    nn.ReLU: lambda m: activations.Relu(),
+    nn.LeakyReLU: lambda m: activations.LeakyRelu(m.negative_slope),
+    nn.Tanh: lambda m: activations.Tanh(),
+    nn.Sigmoid: lambda m: activations.Sigmoid(),
+    nn.SiLU: lambda m: activations.Silu(),
+    nn.GELU: lambda m: activations.GeluTanh() if m.approximate == "tanh" else activations.Gelu(),
+}
+_DROPOUTS = {nn.Dropout: "dropout", nn.Dropout1d: "dropout1d", nn.Dropout2d: "dropout2d"}
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _linear(path: str, m: nn.Linear) -> Op | None:
+    return Linear(path, _name(m), m.in_features, m.out_features, m.bias is not None)
+
+
+def _conv2d(path: str, m: nn.Conv2d) -> Op | None:
+    kernel, dilation = _pair(m.kernel_size), _pair(m.dilation)
+    padding = m.padding
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        spans = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        if any(span % 2 for span in spans):
+            return None  # torch pads such a kernel unevenly
+        padding = tuple(span // 2 for span in spans)
+    if m.padding_mode != "zeros":
+        return None
+    return Conv2d(
+        path,
+        _name(m),
+        m.in_channels,
+        m.out_channels,
+        kernel,
+        _pair(m.stride),
+        _pair(padding),
+        dilation,
+        m.groups,
+        m.bias is not None,
+    )
+
+
+def _max_pool(path: str, m: nn.MaxPool2d) -> Op | None:
+    if _pair(m.dilation) != (1, 1) or m.return_indices:
+        return None
+    return MaxPool2d(path, _name(m), _pair(m.kernel_size), _pair(m.stride), _pair(m.padding), m.ceil_mode)
+
+
+def _avg_pool(path: str, m: nn.AvgPool2d) -> Op | None:
+    return AvgPool2d(
+        path,
+        _name(m),
+        _pair(m.kernel_size),
+        _pair(m.stride),
+        _pair(m.padding),
+        m.ceil_mode,
+        m.count_include_pad,
+        m.divisor_override,
+    )
+
+
+def _adaptive_avg_pool(path: str, m: nn.AdaptiveAvgPool2d) -> Op | None:
+    size = (m.output_size, m.output_size) if isinstance(m.output_size, int) else tuple(m.output_size)
+    return None if None in size else AdaptiveAvgPool2d(path, _name(m), size)
+
+
+def _unflatten(path: str, m: nn.Unflatten) -> Op | None:
+    sizes = m.unflattened_size
+    if isinstance(m.dim, str) or not all(isinstance(size, int) for size in sizes):
+        return None  # named dimensions
+    return Unflatten(path, _name(m), m.dim, tuple(sizes))
+
+
+def _batch_norm(path: str, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Op | None:
+    batch_statistics = m.training or m.running_mean is None
+    return BatchNorm(path, _name(m), m.num_features, m.eps, batch_statistics, m.affine)
+
+
+_KNOWN = {
+    nn.Linear: _linear,
+    nn.Conv2d: _conv2d,
+    nn.MaxPool2d: _max_pool,
+    nn.AvgPool2d: _avg_pool,
+    nn.AdaptiveAvgPool2d: _adaptive_avg_pool,
+    nn.Flatten: lambda path, m: Flatten(path, _name(m), m.start_dim, m.end_dim),
+    nn.Unflatten: _unflatten,
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+}
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks) or bool(
+        getattr(module, "_backward_pre_hooks", None)
+    )
+
+
+def _plain_sequential(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _operations(path: str, module: nn.Module) -> Iterator[Op]:
+    """The operations of ``module`` in order; nested Sequentials are flattened, no-ops are left out."""
+    kind, name = type(module), _name(module)
+    if _has_hooks(module):
+        yield Opaque(path, name, f"{name} has hooks")
+    elif _plain_sequential(module):
+        for child_name, child in module._modules.items():  # named_children would skip a repeated module
+            yield from _operations(f"{path}.{child_name}", child)
+    elif kind is nn.Identity:
+        return
+    elif kind in _DROPOUTS:
+        if module.training and module.p > 0:
+            yield Dropout(path, name, module.p, _DROPOUTS[kind])
+    elif kind in _ACTIVATIONS:
+        yield Elementwise(path, name, _ACTIVATIONS[kind](module))
+    else:
+        op = _KNOWN[kind](path, module) if kind in _KNOWN else None
+        yield op if op is not None else Opaque(path, name, f"pcfast has no spec for this {name}")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One PC layer f_l: a chain of operations.
+
+    Attributes:
+        index: l, 1-based.
+        ops: the operations in order; may be empty (identity).
+    """
+
+    index: int
+    ops: tuple[Op, ...]
+
+    @property
+    def label(self) -> str:
+        return f"layer {self.index} ({' - '.join(op.name for op in self.ops) or 'identity'})"
+
+    def shapes(self, shape: Shape) -> tuple[Shape, ...] | None:
+        """Input shape of every operation, then the output shape; None where an opaque one hides it.
+
+        Raises ShapeError naming the layer where a shape does not fit.
+        """
+        shapes = [shape]
+        for op in self.ops:
+            if isinstance(op, Opaque):
+                return None
+            try:
+                shapes.append(op.output_shape(shapes[-1]))
+            except ValueError as needed:
+                raise ShapeError(
+                    "x" if self.index == 1 else "model",
+                    f"shape {shapes[-1]} at the input of {op.name} in {self.label}",
+                    str(needed),
+                    "Check the shape of x, the layer sizes, and whether a Flatten is missing.",
+                ) from None
+        return tuple(shapes)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model described: ``layers`` are f_1..f_L."""
+
+    layers: tuple[LayerSpec, ...]
+
+    @property
+    def depth(self) -> int:
+        """L, the number of PC layers."""
+        return len(self.layers)
+
+    @property
+    def opaque(self) -> tuple[Opaque, ...]:
+        return tuple(op for layer in self.layers for op in layer.ops if isinstance(op, Opaque))
+
+    def shapes(self, x_shape: Shape) -> tuple[tuple[Shape, ...] | None, ...]:
+        """Per layer what :meth:`LayerSpec.shapes` gives; None from the first opaque operation on."""
+        result: list[tuple[Shape, ...] | None] = []
+        shape: Shape | None = tuple(x_shape)
+        for layer in self.layers:
+            inner = layer.shapes(shape) if shape is not None else None
+            result.append(inner)
+            shape = inner[-1] if inner is not None else None
+        return tuple(result)
+
+
+def describe(model: nn.Module) -> Network:
+    """Describe ``model`` as a chain of PC layers.
+
+    Args:
+        model: an ``nn.Sequential``; each element is one PC layer (Torch2PC's convention).
+
+    Raises:
+        ModelError: not a Sequential, empty, or a Sequential with a forward of its own.
+    """
+    if not isinstance(model, nn.Sequential):
+        raise ModelError(
+            "model",
+            f"a {type(model).__name__}",
+            "an nn.Sequential whose elements are the predictive-coding layers",
+            "Wrap the model: nn.Sequential(block1, block2, ...).",
+        )
+    if not _plain_sequential(model):
+        raise ModelError(
+            "model",
+            f"{type(model).__name__}, which overrides Sequential.forward",
+            "a Sequential evaluated element by element",
+        )
+    if len(model) == 0:
+        raise ModelError("model", "an empty Sequential", "at least one layer")
+    return Network(
+        tuple(
+            LayerSpec(index, tuple(_operations(name, module)))
+            for index, (name, module) in enumerate(model._modules.items(), start=1)
+        )
+    )
+
+
+def common_placement(model: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+    """Device and floating dtype shared by all parameters and floating buffers; None where there are none.
+
+    Raises:
+        ModelError: uninitialised (lazy) parameters, or layers on different devices or of different dtypes.
+    """
+    first: tuple[str, torch.device, torch.dtype] | None = None
+    for name, tensor in _named_tensors(model):
+        if is_lazy(tensor):
+            raise ModelError(
+                "model",
+                f"the uninitialised parameter {name}",
+                "initialised parameters",
+                "Run one forward pass first: model(x).",
+            )
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        if first is None:
+            first = (name, tensor.device, tensor.dtype)
+        elif (tensor.device, tensor.dtype) != first[1:]:
+            raise ModelError(
+                "model",
+                f"{first[0]} on {first[1]} as {first[2]} and {name} on {tensor.device} as {tensor.dtype}",
+                "all layers on one device and of one dtype",
+                "Call model.to(device, dtype).",
+            )
+    return None if first is None else first[1:]
+
+
+def _named_tensors(model: nn.Module):
+    yield from model.named_parameters()
+    yield from model.named_buffers()

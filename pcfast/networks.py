@@ -1,0 +1,149 @@
+"""Networks of the predictive-coding papers, and the default network.
+
+Each function returns a fresh ``nn.Sequential`` with PyTorch's default initialisation (float32, CPU); every
+element of the outer Sequential is one PC layer. Shapes are (batch, ...), B is the batch size.
+
+Sources:
+[R22] R. Rosenbaum, "On the relationship between predictive coding and backpropagation", PLOS ONE 17(3)
+e0266102 (2022).
+[P25] L. Pinchetti et al., "Benchmarking predictive coding networks - made simple", ICLR (2025).
+[SZ15] K. Simonyan and A. Zisserman, "Very deep convolutional networks for large-scale image recognition",
+ICLR (2015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from .errors import ArgumentError
+
+Activation = Callable[[], nn.Module]
+
+
+def mlp(widths: Sequence[int], activation: Activation = nn.ReLU) -> nn.Sequential:
+    """Multilayer perceptron: len(widths) - 1 PC layers, each affine map + activation, the last affine only.
+
+    Args:
+        widths: features of the input, of every hidden layer and of the output; at least two, each >= 1.
+        activation: makes the activation module of one layer, e.g. ``nn.ReLU``.
+
+    Input (B, widths[0]), output (B, widths[-1]).
+
+    Raises:
+        ArgumentError: fewer than two widths, or one below 1.
+    """
+    if len(widths) < 2 or any(width < 1 for width in widths):
+        raise ArgumentError(
+            "widths",
+            str(list(widths)),
+            "at least an input and an output width, each >= 1",
+            "E.g. [784, 600, 10].",
+        )
+    hidden = [
+        nn.Sequential(nn.Linear(inputs, outputs), activation()) for inputs, outputs in pairwise(widths[:-1])
+    ]
+    return nn.Sequential(*hidden, nn.Linear(widths[-2], widths[-1]))
+
+
+def digits_mlp() -> nn.Sequential:
+    """The default network: 64-128-128-10 relu for flat 8x8 digits. Input (B, 64), output (B, 10) logits."""
+    return mlp([64, 128, 128, 10])
+
+
+def mlp_600() -> nn.Sequential:
+    """784-600-600-10 relu, the usual MLP for MNIST. Input (B, 784), output (B, 10) logits."""
+    return mlp([784, 600, 600, 10])
+
+
+def deep_mlp(depth: int = 32) -> nn.Sequential:
+    """784-128x``depth``-10 tanh: ``depth`` hidden layers, ``depth`` + 1 PC layers.
+
+    Input (B, 784), output (B, 10) logits.
+
+    Raises:
+        ArgumentError: depth below 1.
+    """
+    if depth < 1:
+        raise ArgumentError("depth", str(depth), "the number of hidden layers, >= 1")
+    return mlp([784, *[128] * depth, 10], nn.Tanh)
+
+
+def wide_mlp() -> nn.Sequential:
+    """Four PC layers of 4096 relu units, the last one affine. Input (B, 4096), output (B, 4096)."""
+    return mlp([4096] * 5)
+
+
+def mnist_cnn() -> nn.Sequential:
+    """The MNIST network of [R22]: 5 PC layers, relu. Input (B, 1, 28, 28), output (B, 10) logits."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 10, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(10, 5, 3), nn.ReLU(), nn.Flatten()),
+        nn.Sequential(nn.Linear(5 * 11 * 11, 50), nn.ReLU()),
+        nn.Sequential(nn.Linear(50, 30), nn.ReLU()),
+        nn.Linear(30, 10),
+    )
+
+
+def cifar_cnn() -> nn.Sequential:
+    """The CIFAR-10 network of [R22]: 6 PC layers, relu. Input (B, 3, 32, 32), output (B, 10) logits."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        nn.Sequential(nn.Linear(256 * 8 * 8, 256), nn.ReLU()),
+        nn.Sequential(nn.Linear(256, 256), nn.ReLU()),
+        nn.Linear(256, 10),
+    )
+
+
+def vgg5(activation: Activation = nn.ReLU) -> nn.Sequential:
+    """VGG-5 of [P25] for CIFAR-10: 5 PC layers; the last convolution is unpadded, as in the paper.
+
+    Input (B, 3, 32, 32), output (B, 10) logits.
+    """
+
+    def block(inputs: int, outputs: int, padding: int, *rest: nn.Module) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=padding), activation(), nn.MaxPool2d(2), *rest
+        )
+
+    return nn.Sequential(
+        block(3, 128, 1),
+        block(128, 256, 1),
+        block(256, 512, 1),
+        block(512, 512, 0, nn.Flatten()),
+        nn.Linear(512, 10),
+    )
+
+
+def vgg19(num_classes: int = 1000) -> nn.Sequential:
+    """VGG-19 [SZ15] in torchvision's layout: 19 PC layers (16 convolutions, 3 affine maps), relu.
+
+    Torchvision's parameters in torchvision's order. Left out of its module are the adaptive average pool, the
+    identity at 224 x 224, and the dropout between the affine maps.
+
+    Input (B, 3, 224, 224), output (B, num_classes) logits.
+
+    Raises:
+        ArgumentError: num_classes below 1.
+    """
+    if num_classes < 1:
+        raise ArgumentError("num_classes", str(num_classes), "the number of classes, >= 1")
+    # Output channels of the convolutions; a tuple is a stage that ends with a 2 x 2 max-pool.
+    stages = ((64,) * 2, (128,) * 2, (256,) * 4, (512,) * 4, (512,) * 4)
+    layers, inputs = [], 3
+    for stage in stages:
+        for outputs in stage:
+            layers.append(nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()))
+            inputs = outputs
+        layers[-1].append(nn.MaxPool2d(2))
+    layers[-1].append(nn.Flatten())
+    return nn.Sequential(
+        *layers,
+        nn.Sequential(nn.Linear(512 * 7 * 7, 4096), nn.ReLU()),
+        nn.Sequential(nn.Linear(4096, 4096), nn.ReLU()),
+        nn.Linear(4096, num_classes),
+    )

@@ -1,0 +1,190 @@
+"""Planning: pure functions from a described problem to a frozen, self-explaining plan.
+
+Counts of multiply-adds here are exact: they count the products that the clamped input (DESIGN fact 2), the
+active front (fact 3) and the Gram form (fact 7) leave, and are what every speed claim is held against.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from . import network as specs
+from .deviation import Precision
+from .errors import ArgumentError
+
+METHODS = ("exact", "fixed_prediction", "strict")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-adds of the matrix products of one training step."""
+
+    forward: int
+    relaxation: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.relaxation + self.gradients
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run, and why.
+
+    Attributes:
+        backend: name of the backend that runs.
+        method, num_steps: as asked for.
+        fresh: the relaxation starts from the forward pass (facts 3 and 7 hold).
+        gram: the clamped layer runs in Gram form.
+        gram_reason: why, or why not.
+        precision: dtypes.
+        shapes: per layer the shapes at its operations' boundaries; None from the first opaque one on.
+        work: exact count of multiply-adds, or None where shapes are not known.
+        refusals: (backend, reason) for every backend that was passed over.
+    """
+
+    backend: str
+    method: str
+    num_steps: int
+    fresh: bool
+    gram: bool
+    gram_reason: str
+    precision: Precision
+    shapes: tuple
+    work: Work | None
+    refusals: tuple[tuple[str, str], ...] = ()
+
+
+def layer_macs(network: specs.Network, shapes: tuple) -> tuple[int, ...] | None:
+    """Multiply-adds of one product through each layer's weights, or None where shapes are not known."""
+    if any(inner is None for inner in shapes):
+        return None
+    return tuple(
+        sum(op.macs(shape) for op, shape in zip(layer.ops, inner[:-1], strict=True))
+        for layer, inner in zip(network.layers, shapes, strict=True)
+    )
+
+
+def _gram_cost(network: specs.Network, shapes: tuple) -> tuple[int, int, int] | str:
+    """(building G, one product with G, one product with W) of layer 2's first operation, or why it has no G."""
+    if network.depth < 2:
+        return "there is one layer only"
+    layer = network.layers[1]
+    head = layer.ops[0] if layer.ops else None
+    if not isinstance(head, specs.Linear | specs.Conv2d):
+        return "layer 2 does not begin with a linear layer or a convolution"
+    if isinstance(head, specs.Conv2d) and (
+        head.stride != (1, 1) or head.padding != (0, 0) or head.dilation != (1, 1) or head.groups != 1
+    ):
+        return "layer 2's convolution is strided, padded, dilated or grouped"
+    if shapes[1] is None:
+        return "the shape of layer 2's input is not known before an opaque module has run"
+    shape_in, shape_out = shapes[1][:2]
+    if isinstance(head, specs.Linear):
+        rows = head.macs(shape_in) // (head.in_features * head.out_features)
+        build = head.in_features * head.out_features**2
+        apply = rows * head.out_features**2
+    else:
+        rows, columns = head.kernel
+        span = (2 * rows - 1) * (2 * columns - 1)
+        build = span * head.out_channels**2 * head.in_channels * rows * columns
+        apply = shape_out[0] * shape_out[2] * shape_out[3] * head.out_channels**2 * span
+    return build, apply, head.macs(shape_in)
+
+
+def strict_products(depth: int, num_steps: int, fresh: bool, layer: int) -> tuple[int, int]:
+    """How often strict relaxation multiplies by layer ``layer``'s weights: (predictions, feedbacks).
+
+    Layer 1's prediction is constant and nothing below it moves, so it counts (0, 0). From a forward-pass
+    start, iteration t works on predictions l > L-t+1 and feeds back through l > L-t (fact 3).
+    """
+    if layer == 1:
+        return 0, 0
+    if not fresh:
+        return num_steps, num_steps
+    return max(0, num_steps - (depth - layer + 1)), max(0, num_steps - (depth - layer))
+
+
+def count_work(
+    network: specs.Network, shapes: tuple, method: str, num_steps: int, fresh: bool, gram: bool
+) -> Work | None:
+    """Exact multiply-adds of one training step (every parameter trained)."""
+    macs = layer_macs(network, shapes)
+    if macs is None:
+        return None
+    depth = network.depth
+    forward = sum(macs)
+    if method != "strict":
+        return Work(forward, sum(macs[1:]), forward)
+    relaxation = gradients = 0
+    lowest_error = max(1, depth - num_steps + 1) if fresh else 1
+    if num_steps == 0:
+        lowest_error = depth if fresh else 1
+    for layer, cost in enumerate(macs, start=1):
+        predictions, feedbacks = strict_products(depth, num_steps, fresh, layer)
+        ops, inner = network.layers[layer - 1].ops, shapes[layer - 1]
+        # masks at the last beliefs need every product but that of the layer's last operation
+        moved_input = layer > 1 and (not fresh or layer - 1 >= depth - num_steps)
+        final = sum(op.macs(s) for op, s in zip(ops[:-1], inner[:-2], strict=True)) if moved_input else 0
+        if layer >= lowest_error:
+            gradients += cost
+        if gram and layer == 2 and feedbacks:
+            build, apply, head = _gram_cost(network, shapes)
+            relaxation += build + feedbacks * apply + min(feedbacks, 2) * head
+            # further products inside layer 2 stay as they are
+            relaxation += (predictions + feedbacks) * (cost - head) + (final - head if len(ops) > 1 else 0)
+        else:
+            relaxation += (predictions + feedbacks) * cost + final
+    return Work(forward, relaxation, gradients)
+
+
+def choose_gram(
+    network: specs.Network, shapes: tuple, method: str, num_steps: int, fresh: bool, energies: bool
+) -> tuple[bool, str]:
+    """Whether the clamped layer runs in Gram form (fact 7), and why."""
+    if method != "strict":
+        return False, f"{method} has no loop"
+    if not fresh:
+        return False, "the relaxation does not start from the forward pass"
+    if energies:
+        return False, "energies need layer 1's error in every iteration"
+    cost = _gram_cost(network, shapes)
+    if isinstance(cost, str):
+        return False, cost
+    if strict_products(network.depth, num_steps, fresh, 2)[1] == 0:
+        return False, "the relaxation ends before it reaches layer 1"
+    if any(inner is None for inner in shapes):
+        predictions, feedbacks = strict_products(network.depth, num_steps, fresh, 2)
+        plain = (predictions + feedbacks) * cost[2]
+        gram = cost[0] + feedbacks * cost[1] + min(feedbacks, 2) * cost[2]
+    else:
+        plain, gram = (
+            count_work(network, shapes, method, num_steps, fresh, form).relaxation for form in (False, True)
+        )
+    comparison = f"{gram:,} multiply-adds in Gram form, {plain:,} without"
+    return gram < plain, comparison
+
+
+@functools.lru_cache(maxsize=256)
+def plan(
+    network: specs.Network,
+    x_shape: tuple[int, ...],
+    method: str,
+    num_steps: int,
+    fresh: bool,
+    energies: bool,
+    precision: Precision,
+    backend: str,
+    refusals: tuple[tuple[str, str], ...],
+) -> Plan:
+    """Plan one problem. Cached: the arguments compare by value, the network by its layer specs."""
+    if method not in METHODS:
+        raise ArgumentError("method", repr(method), f"one of {METHODS}")
+    shapes = network.shapes(x_shape)
+    gram, gram_reason = choose_gram(network, shapes, method, num_steps, fresh, energies)
+    work = count_work(network, shapes, method, num_steps, fresh, gram)
+    return Plan(
+        backend, method, num_steps, fresh, gram, gram_reason, precision, shapes, work, tuple(refusals)
+    )

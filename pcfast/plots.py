@@ -1,0 +1,73 @@
+"""Plots of a training run, and the atomic write that a run folder's files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from .errors import ArgumentError
+
+if TYPE_CHECKING:
+    from .training import History
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) -> None:
+    """Replace ``path`` by what ``write(file)`` writes: readers find the old file or the whole new one.
+
+    The bytes go to a temporary file in the same folder and reach the disk before the name changes. Whatever
+    ``write`` raises passes on; then ``path`` is as it was and the temporary file is gone.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def training_curves(history: History, path: str | os.PathLike, *, title: str = "") -> None:
+    """Draw loss and accuracy against the epoch, training and test, as a PNG at ``path`` (written atomically).
+
+    Args:
+        history: at least one epoch.
+        path: the PNG; its folder exists.
+        title: a line above the two panels.
+
+    Raises:
+        ArgumentError: the history is empty.
+        ImportError: matplotlib is missing; the message says how to install it.
+    """
+    if len(history) == 0:
+        raise ArgumentError("history", "no epoch", "at least one finished epoch")
+    try:  # Figure and the Agg canvas directly: no pyplot, no global state, no display
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+    except ImportError as error:
+        raise ImportError('training_curves needs matplotlib: pip install "pcfast[train]"') from error
+
+    epochs = range(1, len(history) + 1)
+    figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    loss, accuracy = figure.subplots(1, 2)
+    panels = (
+        (loss, "Loss", history.train_loss, history.test_loss),
+        (accuracy, "Accuracy", history.train_accuracy, history.test_accuracy),
+    )
+    for axes, name, train, test in panels:
+        axes.plot(epochs, train, marker="o", markersize=3, label="training (during the epoch)")
+        axes.plot(epochs, test, marker="s", markersize=3, label="test (after the epoch)")
+        axes.set(xlabel="Epoch", ylabel=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    loss.set_yscale("log")
+    accuracy.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    figure.suptitle(title)
+    write_atomically(path, canvas.print_png)

@@ -1,0 +1,152 @@
+"""What goes into a backend and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ShapeError
+from .losses import Loss
+from .network import Network
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the caller will read; backends skip the rest.
+
+    Attributes:
+        gradients: the parameters' updates.
+        states: beliefs, errors and forward-pass values of every layer.
+        input_error: for fixed prediction also g_0, v_0 and eps_0.
+        energies: energy per iteration and layer.
+    """
+
+    gradients: bool = True
+    states: bool = False
+    input_error: bool = False
+    energies: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One relaxation to run: validated, and described once.
+
+    Attributes:
+        model, network: the Sequential and its description.
+        x: input (B, ...).
+        y: target; None where ``output_gradient`` is given and no loss is evaluated.
+        loss: the loss described; None as for y.
+        method: "exact", "fixed_prediction" or "strict".
+        step_size, num_steps: eta and n.
+        start: beliefs v_0..v_L to start strict relaxation from, or None for the forward pass.
+        activations: vhat_0..vhat_L given instead of a forward pass (exact and fixed prediction).
+        output_gradient: dLoss/dvhat_L given instead of a loss (fixed prediction).
+        wanted: what the caller reads.
+        raise_now: raise at once on labels out of range and divergence (waits for the device); otherwise the
+            outcome's ``status`` tells.
+        check: False leaves all such checks out.
+    """
+
+    model: nn.Sequential
+    network: Network
+    x: Tensor
+    y: object
+    loss: Loss | None
+    method: str
+    step_size: float
+    num_steps: int
+    start: list[Tensor] | None = None
+    activations: list[Tensor] | None = None
+    output_gradient: Tensor | None = None
+    wanted: Wanted = field(default_factory=Wanted)
+    raise_now: bool = True
+    check: bool = True
+
+
+@dataclass
+class Outcome:
+    """What a backend gives back. Lists run over l = 0..L; entries are None where there is nothing.
+
+    Attributes:
+        loss: Loss(vhat_L, y), 0-dim; None where no loss was given.
+        output: vhat_L.
+        gradients: parameter -> update, for parameters in use that require it; summed over uses.
+        activations: vhat_l.
+        output_gradient: dLoss/dvhat_L.
+        beliefs: v_l after the last iteration.
+        errors: eps_l of the last iteration.
+        energies: (n, L): 0.5 |eps_l|^2 for l < L and the loss at mu_L, as each iteration found them.
+        status: 0-dim int64 tensor on the device for deferred checks (see status.py), or None.
+    """
+
+    loss: Tensor | None
+    output: Tensor
+    gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    activations: list[Tensor] | None = None
+    output_gradient: Tensor | None = None
+    beliefs: list[Tensor | None] | None = None
+    errors: list[Tensor | None] | None = None
+    energies: Tensor | None = None
+    status: Tensor | None = None
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Outcome:
+        """A copy with ``change`` applied to every tensor."""
+
+        def visit(value):
+            if isinstance(value, Tensor):
+                return change(value)
+            if isinstance(value, list):
+                return [visit(entry) for entry in value]
+            if isinstance(value, dict):
+                return {key: visit(entry) for key, entry in value.items()}
+            return value
+
+        return Outcome(**{f.name: visit(getattr(self, f.name)) for f in fields(self)})
+
+    def add_gradients(self, found: list[tuple[nn.Parameter, Tensor]], factor: float = 1.0) -> None:
+        """Add one layer's gradients times ``factor``; a parameter used twice gets the sum."""
+        for parameter, gradient in found:
+            gradient = gradient.to(parameter.dtype)
+            if factor != 1.0:
+                gradient = gradient * factor
+            if parameter in self.gradients:
+                gradient = self.gradients[parameter] + gradient
+            self.gradients[parameter] = gradient
+
+
+def check_start(start: list, vhat: list[Tensor]) -> list[Tensor]:
+    """``start`` with None replaced by the forward pass, shapes checked against it.
+
+    Raises:
+        ShapeError: naming the entry of vinit.
+    """
+    for l, (given, forward) in enumerate(zip(start, vhat, strict=True)):
+        if given is not None and given.shape != forward.shape:
+            raise ShapeError(
+                f"vinit[{l}]",
+                f"shape {tuple(given.shape)}",
+                f"{tuple(forward.shape)}, as in the forward pass",
+            )
+    return [f if s is None else s for s, f in zip(start, vhat, strict=True)]
+
+
+def layer_of_parameters(network: Network, model: nn.Sequential) -> dict[nn.Parameter, int]:
+    """Each parameter's (last) PC layer, 1-based."""
+    owners: dict[nn.Parameter, int] = {}
+    for layer, module in zip(network.layers, model, strict=True):
+        for parameter in module.parameters():
+            owners[parameter] = layer.index
+    return owners
+
+
+@torch.no_grad()
+def energy_row(errors: list[Tensor | None], top: Tensor) -> Tensor:
+    """One iteration's energies (L,): 0.5 |eps_l|^2 for l = 1..L-1, then ``top``, the loss at mu_L."""
+    hidden = [
+        top.new_zeros(()) if error is None else 0.5 * error.pow(2).sum().to(top.dtype)
+        for error in errors[1:-1]
+    ]
+    return torch.stack([*hidden, top])

@@ -1,0 +1,232 @@
+"""The one entry to every relaxation: validate, describe, plan, run."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import graphs, status, validation
+from .backends import choose_backend, say_once
+from .deviation import Precision
+from .errors import ArgumentError
+from .losses import LossLike, describe_loss
+from .network import describe
+from .planning import Plan, plan
+from .problem import Outcome, Problem, Wanted
+
+
+@dataclass(frozen=True)
+class Run:
+    """What ran in a relaxation.
+
+    Attributes:
+        plan: the plan; ``plan.backend`` is the backend that ran.
+        replayed: a recorded CUDA graph was replayed.
+        reason: why it was not; "" where it was.
+    """
+
+    plan: Plan
+    replayed: bool
+    reason: str
+
+
+_last = threading.local()
+
+
+def last_run() -> Run | None:
+    """What this thread's last relaxation ran on, or None before the first."""
+    return getattr(_last, "run", None)
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """Result of :func:`relax`. Lists run over l = 0..L.
+
+    Attributes:
+        activations: forward-pass values vhat_0..vhat_L; vhat_0 is x.
+        loss: Loss(vhat_L, y), 0-dim.
+        output_gradient: dLoss/dvhat_L, as vhat_L.
+        beliefs: v_l after the last iteration, as vhat_l.
+        errors: eps_l of the last iteration, prediction minus belief; eps_L = dLoss/dmu_L. eps_0 is None
+            except for fixed prediction.
+        energies: (n, L) on request: 0.5 |eps_l|^2 summed over batch and units for l < L, and the loss at mu_L
+            in the last column, as each iteration found them before its update; else None.
+        run: which backend ran, and how.
+    """
+
+    activations: list[Tensor]
+    loss: Tensor
+    output_gradient: Tensor
+    beliefs: list[Tensor]
+    errors: list[Tensor | None]
+    energies: Tensor | None
+    run: Run
+
+
+def relax(
+    model: nn.Sequential,
+    x: Tensor,
+    y: Tensor,
+    *,
+    loss: LossLike = "cross_entropy",
+    method: str = "strict",
+    step_size: float = 0.1,
+    num_steps: int = 20,
+    backend: str = "auto",
+    vinit: list[Tensor | None] | None = None,
+    normalizer: int | None = None,
+    energies: bool = False,
+    check: str = "auto",
+) -> Relaxation:
+    """Relax beliefs and errors; parameters and their ``.grad`` stay as they are.
+
+    DESIGN section 1; Rosenbaum (2022), algorithms 1 to 3.
+
+    Args:
+        model: ``nn.Sequential`` of PC layers.
+        x: input (B, ...), the model's dtype and device.
+        y: target, as ``loss`` needs it: int64 class indices (B,) or probabilities (B, C) for cross-entropy, the
+            output's shape for mse, anything for a callable.
+        loss: "cross_entropy", "mse" or a callable ``loss(output, y) -> scalar``.
+        method: "exact", "fixed_prediction" or "strict".
+        step_size: eta >= 0.
+        num_steps: n >= 0; "exact" has no iterations and ignores it.
+        backend: "auto", or a backend by name.
+        vinit: strict only: beliefs v_0..v_L to start from (v_0 must be x or None; None entries start at the
+            forward pass).
+        normalizer: rows of the global batch, for a mean loss over a shard or micro-batch.
+        energies: also record the energies of every iteration.
+        check: when bad values are reported: "sync" at once, "deferred" by a later call or
+            :func:`pcfast.synchronize`, "auto" (sync on CPU, deferred on CUDA), "off".
+
+    Returns:
+        :class:`Relaxation`. State tensors are float32 for float32, bfloat16 and float16 models and under
+        autocast, float64 for float64 models (the reference backend keeps the model's own dtype).
+
+    Raises:
+        ArgumentError and its kinds, BackendError, RelaxationDiverged.
+    """
+    if energies and method == "exact":
+        raise ArgumentError("energies", "True with method 'exact'", "a method with iterations")
+    outcome, run = solve(
+        model, x, y, loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend,
+        vinit=vinit, normalizer=normalizer, check=check,
+        wanted=Wanted(False, True, method == "fixed_prediction", energies),
+    )  # fmt: skip
+    return Relaxation(
+        outcome.activations,
+        outcome.loss,
+        outcome.output_gradient,
+        outcome.beliefs,
+        outcome.errors,
+        outcome.energies,
+        run,
+    )
+
+
+def solve(
+    model: nn.Sequential,
+    x: Tensor,
+    y,
+    *,
+    loss: LossLike | None,
+    method: str,
+    step_size: float,
+    num_steps: int,
+    wanted: Wanted,
+    backend: str = "auto",
+    vinit: list[Tensor | None] | None = None,
+    normalizer: int | None = None,
+    check: str = "auto",
+    activations: list[Tensor] | None = None,
+    output_gradient: Tensor | None = None,
+) -> tuple[Outcome, Run]:
+    """Validate, plan and run; arguments as in :func:`relax` and :class:`pcfast.problem.Problem`."""
+    status.raise_arrived()
+    validation.check_method(method)
+    validation.check_choice(check)
+    num_steps = validation.checked_steps(num_steps)
+    step_size = validation.checked_step_size(step_size)
+    network = describe(model)
+    dtype = validation.check_input(model, x)
+    described = None if loss is None else describe_loss(loss, normalizer)
+    if described is not None:
+        validation.check_target_placement(x, y)
+    start = validation.checked_start(vinit, network.depth, x, method)
+    deferred = check == "deferred" or (check == "auto" and x.is_cuda)
+    if check != "off" and not x.is_cuda and not deferred:
+        validation.check_finite(x)
+
+    chosen, refusals = choose_backend(backend, network, x.device, dtype)
+    precision = choose_precision(x.device.type, dtype)
+    planned = plan(
+        network,
+        tuple(x.shape),
+        method,
+        num_steps,
+        start is None,
+        wanted.energies,
+        precision,
+        chosen.name,
+        refusals,
+    )
+    problem = Problem(
+        model=model,
+        network=network,
+        x=x.detach(),
+        y=y,
+        loss=described,
+        method=method,
+        step_size=step_size,
+        num_steps=num_steps,
+        start=start,
+        activations=activations,
+        output_gradient=output_gradient,
+        wanted=wanted,
+        raise_now=not x.is_cuda and not deferred,
+        check=check != "off",
+    )
+    outcome, reason = graphs.run(chosen, problem, planned)
+    if outcome.status is not None:
+        status.defer(outcome.status, step_size)
+        if not deferred:
+            status.synchronize()
+    run = _last.run = Run(planned, not reason, reason)
+    return outcome, run
+
+
+def updates(
+    model: nn.Sequential,
+    x: Tensor,
+    beliefs: list[Tensor] | None,
+    errors: list[Tensor],
+    *,
+    backend: str = "auto",
+) -> dict[nn.Parameter, Tensor]:
+    """dtheta_l = (df_l(v_{l-1})/dtheta_l)^T eps_l for every parameter in use that requires it.
+
+    Args:
+        beliefs: v_0..v_L; None for a forward pass from x. errors: eps_0..eps_L (eps_0 is not read).
+    """
+    network = describe(model)
+    dtype = validation.check_input(model, x)
+    network.shapes(tuple(x.shape))
+    chosen, _ = choose_backend(backend, network, x.device, dtype)
+    return chosen.updates(model, network, choose_precision(x.device.type, dtype), x, beliefs, errors)
+
+
+def choose_precision(device_type: str, dtype: torch.dtype) -> Precision:
+    """Dtypes for parameters of ``dtype`` under the ambient autocast (DESIGN section 2)."""
+    state = dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if autocast == torch.bfloat16 and state == torch.float32:
+        return Precision(state, torch.bfloat16, autocast)
+    if autocast == torch.float16 and state == torch.float32:
+        note = "float16 autocast: float32 operands instead, since small deviations underflow in float16"
+        say_once(note)
+        return Precision(state, state, autocast, note)
+    operand = torch.bfloat16 if dtype == torch.bfloat16 else state
+    return Precision(state, operand, autocast)

@@ -1,0 +1,165 @@
+"""Divergence and bad values: found on the device, reported once the host can know.
+
+On CPU, and with check="sync", problems raise at once. On CUDA the step ends with a 0-dim status word on the
+device; it is copied to the host without waiting, and the next pcfast call that finds the copy finished raises,
+as does :func:`synchronize`. The failed step's gradients were zeroed on the device.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import NonFiniteError, PcfastError, RelaxationDiverged
+
+CHECKS = ("auto", "sync", "deferred", "off")
+
+_FINE = -1
+_BAD_INPUT = -2
+_BAD_LABELS = -3
+_BAD_GRADIENTS = -10  # minus the layer
+_LAYERS = 1 << 20  # status = iteration * _LAYERS + layer
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of each tensor, (len,): NaN or inf exactly where a tensor holds one."""
+    return torch.stack([n.to(torch.float64) for n in torch._foreach_norm(list(tensors), float("inf"))])
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """True where no tensor holds NaN or infinity. Waits for the device."""
+    filled = [tensor for tensor in tensors if tensor.numel()]
+    return not filled or bool(torch.isfinite(norms(filled)).all())
+
+
+def first_non_finite(tensors: Sequence[Tensor]) -> int | None:
+    """Index of the first tensor that holds NaN or infinity. Waits for the device."""
+    bad = (~torch.isfinite(norms(tensors))).nonzero()
+    return int(bad[0]) if len(bad) else None
+
+
+class StatusBuilder:
+    """Collects, on the device and without waiting, where values first became non-finite."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, list[int], Tensor]] = []
+
+    def observe(self, iteration: int, states: dict[int, Tensor]) -> None:
+        """Note one iteration's states, layer -> tensor."""
+        if states:
+            self._rows.append((iteration, list(states), norms(list(states.values()))))
+
+    def build(
+        self,
+        x: Tensor,
+        label_flaw: Tensor | None,
+        activations: Sequence[Tensor],
+        gradients: dict[nn.Parameter, Tensor],
+        layers: dict[nn.Parameter, int],
+    ) -> Tensor:
+        """The status word, 0-dim int64."""
+        if activations:
+            self._rows.insert(0, (0, list(range(1, len(activations) + 1)), norms(activations)))
+        checks: list[tuple[Tensor, int]] = [(norms([x])[0], _BAD_INPUT)]
+        for iteration, owners, row in self._rows:
+            checks += [(row[i], iteration * _LAYERS + layer) for i, layer in enumerate(owners)]
+        if gradients:
+            row = norms(list(gradients.values()))
+            checks += [(row[i], _BAD_GRADIENTS - layers[p]) for i, p in enumerate(gradients)]
+        values = torch.stack([value for value, _ in checks])
+        codes = _codes(tuple(code for _, code in checks), x.device)
+        bad = ~torch.isfinite(values)
+        status = torch.where(bad.any(), codes[bad.to(torch.int8).argmax()], _FINE)
+        if label_flaw is not None:
+            status = torch.where(label_flaw, _BAD_LABELS, status)
+        return status
+
+
+_code_tables: dict[tuple, Tensor] = {}
+
+
+def _codes(codes: tuple[int, ...], device: torch.device) -> Tensor:
+    """A constant table on the device: made once, since filling it from the host cannot be captured."""
+    key = (device, codes)
+    if key not in _code_tables:
+        if len(_code_tables) >= 64:
+            _code_tables.pop(next(iter(_code_tables)))
+        _code_tables[key] = torch.tensor(codes, dtype=torch.int64, device=device)
+    return _code_tables[key]
+
+
+def error_of(code: int, step_size: float) -> PcfastError | None:
+    """The exception that a status word stands for, or None."""
+    if code == _FINE:
+        return None
+    if code == _BAD_INPUT:
+        return NonFiniteError("x", "NaN or infinity", "finite values", "Clean or normalise the data.")
+    if code == _BAD_LABELS:
+        return NonFiniteError("y", "labels out of range", "labels from 0 to the number of classes - 1")
+    if code <= _BAD_GRADIENTS:
+        return RelaxationDiverged(None, _BAD_GRADIENTS - code, step_size)
+    return RelaxationDiverged(code // _LAYERS, code % _LAYERS, step_size)
+
+
+def zero_if_bad(status: Tensor, gradients: Sequence[Tensor]) -> None:
+    """Zero the gradients in place, on the device, where ``status`` says that the step failed."""
+    failed = status != _FINE
+    for gradient in gradients:
+        gradient.masked_fill_(failed, 0)
+
+
+@dataclass
+class _Pending:
+    code: Tensor  # on the host
+    arrived: torch.cuda.Event | None  # None where the status was on the host from the start
+    step_size: float
+
+
+_pending: list[_Pending] = []
+_lock = threading.Lock()
+
+
+def defer(status: Tensor, step_size: float) -> None:
+    """Copy a status word to the host without waiting; a later call raises what it says."""
+    if status.is_cuda:
+        code = torch.empty((), dtype=torch.int64, pin_memory=True)
+        code.copy_(status, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(status.device))
+    else:
+        code, arrived = status.clone(), None
+    with _lock:
+        _pending.append(_Pending(code, arrived, step_size))
+
+
+def raise_arrived(*, wait: bool = False) -> None:
+    """Raise the first problem among the status words that have arrived; with ``wait``, of all."""
+    if not _pending:
+        return
+    failure = None
+    with _lock:
+        while _pending and failure is None:
+            arrived = _pending[0].arrived
+            if arrived is not None and wait:
+                arrived.synchronize()
+            elif arrived is not None and not arrived.query():
+                break
+            entry = _pending.pop(0)
+            failure = error_of(int(entry.code), entry.step_size)
+        if failure is not None:
+            _pending.clear()
+    if failure is not None:
+        raise failure
+
+
+def synchronize() -> None:
+    """Wait for all pcfast work on CUDA and raise what went wrong in it.
+
+    Raises:
+        RelaxationDiverged, NonFiniteError: of the first failed step since the last report.
+    """
+    raise_arrived(wait=True)

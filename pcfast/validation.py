@@ -1,0 +1,153 @@
+"""Checks at the boundary: every message says what was given, what is needed, and what to do."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+
+import torch
+from torch import Tensor, nn
+
+from . import status
+from .errors import ArgumentError, ArgumentTypeError, ModelError, NonFiniteError, ShapeError
+from .network import common_placement
+from .planning import METHODS
+
+
+def check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ArgumentError("method", repr(method), f"one of {METHODS}")
+
+
+def check_choice(check: str) -> None:
+    if check not in status.CHECKS:
+        raise ArgumentError("check", repr(check), f"one of {status.CHECKS}")
+
+
+def checked_steps(num_steps: int) -> int:
+    """``num_steps`` as an int >= 0."""
+    try:
+        if isinstance(num_steps, bool):
+            raise TypeError
+        num_steps = operator.index(num_steps)
+    except TypeError:
+        raise ArgumentTypeError(
+            "num_steps", f"{num_steps!r} ({type(num_steps).__name__})", "an int >= 0"
+        ) from None
+    if num_steps < 0:
+        raise ArgumentError("num_steps", str(num_steps), "an int >= 0")
+    return num_steps
+
+
+def checked_step_size(step_size: float) -> float:
+    """``step_size`` as a finite float >= 0."""
+    if isinstance(step_size, bool) or not isinstance(step_size, numbers.Real):
+        raise ArgumentTypeError("step_size", f"{step_size!r} ({type(step_size).__name__})", "a number >= 0")
+    step_size = float(step_size)
+    if not math.isfinite(step_size) or step_size < 0:
+        raise ArgumentError("step_size", repr(step_size), "a finite number >= 0")
+    return step_size
+
+
+def check_input(model: nn.Sequential, x: Tensor) -> torch.dtype:
+    """Check x against the model's device and dtype; returns the dtype of the parameters (or of x)."""
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError("x", f"a {type(x).__name__}", "a torch.Tensor of shape (batch, ...)")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise ArgumentTypeError(
+            "x",
+            f"dtype {x.dtype}",
+            "a floating dtype",
+            "Convert with x.to(torch.float32); embed tokens first.",
+        )
+    if x.dim() < 2:
+        raise ShapeError(
+            "x", f"shape {tuple(x.shape)}", "(batch, ...) with at least 2 dimensions", "x.unsqueeze(0)?"
+        )
+    if x.shape[0] == 0 or x.numel() == 0:
+        raise ShapeError("x", f"shape {tuple(x.shape)}, an empty batch", "at least one row")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            "x",
+            "a tensor that requires grad",
+            "data without grad: predictive coding clamps its input",
+            "Pass x.detach().",
+        )
+    placement = common_placement(model)
+    if placement is None:
+        return x.dtype
+    device, dtype = placement
+    if x.device != device:
+        raise ArgumentError(
+            "x", f"a tensor on {x.device}", f"{device}, where the model is", f"x.to('{device}')"
+        )
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ArgumentTypeError(
+            "x",
+            f"dtype {x.dtype}",
+            f"the model's dtype {dtype}",
+            "Convert one with .to(dtype), or use autocast.",
+        )
+    return dtype
+
+
+def check_target_placement(x: Tensor, y) -> None:
+    """y, where it is a tensor, lies with x and has as many rows."""
+    if not isinstance(y, Tensor):
+        return
+    if y.device != x.device:
+        raise ArgumentError("y", f"a tensor on {y.device}", f"{x.device}, where x is", f"y.to('{x.device}')")
+    if y.dim() and y.shape[0] != x.shape[0]:
+        raise ShapeError("y", f"{y.shape[0]} rows", f"{x.shape[0]} rows, as x has", "Mismatched batch.")
+
+
+def check_finite(x: Tensor) -> None:
+    """Raise where x holds NaN or infinity. Waits for the device."""
+    if not status.all_finite([x]):
+        rows = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise NonFiniteError(
+            "x", f"NaN or infinity in row {rows[0]}" + (f" and {len(rows) - 1} more" if rows[1:] else ""),
+            "finite values", "Clean or normalise the data.",
+        )  # fmt: skip
+
+
+def checked_start(vinit, depth: int, x: Tensor, method: str) -> list[Tensor | None] | None:
+    """``vinit`` as a list of L+1 entries of which the first is x; None where there is none.
+
+    Raises:
+        ArgumentError and its kinds: naming vinit or its entry.
+    """
+    if vinit is None:
+        return None
+    if method != "strict":
+        raise ArgumentError("vinit", f"beliefs with method {method!r}", 'None, or method="strict"')
+    if not isinstance(vinit, list | tuple) or len(vinit) != depth + 1:
+        given = f"{len(vinit)} entries" if isinstance(vinit, list | tuple) else f"a {type(vinit).__name__}"
+        raise ArgumentError(
+            "vinit", given, f"a list of {depth + 1} beliefs v_0..v_{depth} (entries may be None)"
+        )
+    for index, entry in enumerate(vinit):
+        if entry is None:
+            continue
+        if not isinstance(entry, Tensor):
+            raise ArgumentTypeError(f"vinit[{index}]", f"a {type(entry).__name__}", "a tensor or None")
+        if entry.device != x.device:
+            raise ArgumentError(f"vinit[{index}]", f"a tensor on {entry.device}", f"{x.device}, where x is")
+    first = vinit[0]
+    if first is not None and first is not x and not (first.shape == x.shape and bool((first == x).all())):
+        raise ArgumentError(
+            "vinit[0]", "values that differ from x", "x itself or None", "Strict relaxation clamps the input."
+        )
+    return [x, *(None if entry is None else entry.detach() for entry in vinit[1:])]
+
+
+def check_trainable(model: nn.Sequential) -> None:
+    """Raise for a Sequential without any parameter (an empty one has its own error)."""
+    if isinstance(model, nn.Sequential) and len(model) and next(model.parameters(), None) is None:
+        raise ModelError(
+            "model",
+            "a model without parameters",
+            "at least one parameter to train",
+            "Use pcfast.relax to only infer.",
+        )
