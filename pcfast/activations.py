@@ -47,8 +47,12 @@ class Activation:
         raise NotImplementedError
 
     def slope(self, u: Tensor, a: Tensor) -> Tensor:
-        """``act'(u)`` where ``a = act(u)``: a factor for the error, boolean for piecewise-linear gates."""
+        """What :meth:`pullback` needs of the point ``u``, ``a = act(u)``: here ``act'(u)``."""
         raise NotImplementedError
+
+    def pullback(self, slope: Tensor, e: Tensor) -> Tensor:
+        """``act'(u) * e`` from :meth:`slope` or :meth:`deviate` at u."""
+        return e * slope
 
     def anchor(self, u: Tensor, a: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`deviate` needs of the forward pass ``u``, ``a = act(u)``; computed once a relaxation."""
@@ -66,8 +70,13 @@ class Relu(Activation):
     def forward(self, u):
         return F.relu(u)
 
+    # The slope is kept as a number that is positive exactly where the gate is open.
+
     def slope(self, u, a):
-        return u > 0
+        return a
+
+    def pullback(self, slope, e):
+        return torch.ops.aten.threshold_backward(e, slope, 0)
 
     def anchor(self, u, a):
         return (u.clamp(max=0), a.neg())
@@ -75,8 +84,8 @@ class Relu(Activation):
     def deviate(self, anchor, s):
         # max(s, -uhat) where uhat > 0 and max(uhat + s, 0) elsewhere, in one form for both.
         negative_part, floor = anchor
-        shifted = s + negative_part
-        return torch.maximum(shifted, floor), shifted > floor
+        bracket = torch.maximum(s + negative_part, floor)
+        return bracket, bracket - floor
 
 
 @dataclass(frozen=True)
@@ -100,8 +109,9 @@ class LeakyRelu(Activation):
         return Relu().anchor(u, F.relu(u))
 
     def deviate(self, anchor, s):
-        bracket, gate = Relu().deviate(anchor, s)
-        return bracket.mul_(1 - self.negative_slope).add_(s, alpha=self.negative_slope), self._slope(gate, s)
+        bracket, room = Relu().deviate(anchor, s)
+        bracket = bracket.mul_(1 - self.negative_slope).add_(s, alpha=self.negative_slope)
+        return bracket, self._slope(room > 0, s)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,10 @@ def pc_loss(
     the gradient that reaches the loss. Scaling the returned loss (GradScaler, 1/k) scales the updates, never
     the relaxation. Under ``torch.no_grad()`` only the forward loss is computed.
 
+    Strict relaxation is not linear in the loss's scale. Micro-batches of a batch of B rows accumulate to the full
+    batch's updates, whatever the method, with a sum loss or with ``normalizer=B`` and a mean loss; "exact" and
+    "fixed_prediction" also with a plain mean over k equal micro-batches and ``(loss / k).backward()``.
+
     Args: as :func:`pcfast.relax`, and
         return_output: also return the forward pass's output vhat_L (detached).
 
@@ -87,9 +91,19 @@ def pc_loss(
 class PredictiveCoding(nn.Module):
     """:func:`pc_loss` as a module: ``pc(x)`` predicts, ``pc(x, y)`` gives the loss.
 
-    Works wherever a module does: DistributedDataParallel, AMP, state_dict, checkpoints.
+    Works wherever a module does: DistributedDataParallel, AMP, state_dict, checkpoints. The model is
+    ``self.model``, the loss ``self.loss`` (its class weights move with ``.to(device)`` where it is a module).
 
-    Args: as :func:`pc_loss`. The model is ``self.model``.
+    DistributedDataParallel averages gradients over its W processes. With equal shards of a batch of B rows the
+    updates are those of the full batch with
+
+        a sum loss, any method:                         (W * ddp(x, y)).backward()
+        a mean loss, "exact" or "fixed_prediction":     ddp(x, y).backward()
+        a mean loss and normalizer=B, any method:       (W * ddp(x, y)).backward()
+
+    "strict" with a plain mean relaxes each shard at W times the scale and differs.
+
+    Args: as :func:`pc_loss`.
     """
 
     def __init__(
@@ -110,8 +124,8 @@ class PredictiveCoding(nn.Module):
         validation.check_choice(check)
         describe_loss(loss, normalizer)
         self.model = model
+        self.loss = loss
         self.settings = {
-            "loss": loss,
             "method": method,
             "step_size": validation.checked_step_size(step_size),
             "num_steps": validation.checked_steps(num_steps),
@@ -124,7 +138,8 @@ class PredictiveCoding(nn.Module):
         """``model(x)`` without ``y``; with ``y`` what :func:`pc_loss` gives."""
         if y is None:
             return self.model(x)
-        return pc_loss(self.model, x, y, return_output=return_output, **self.settings)
+        return pc_loss(self.model, x, y, loss=self.loss, return_output=return_output, **self.settings)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items() if value is not None)
+        shown = self.settings if isinstance(self.loss, nn.Module) else {"loss": self.loss, **self.settings}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)

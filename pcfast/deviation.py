@@ -240,7 +240,7 @@ class ElementwiseStep(Step):
     def pullback(self, e):
         if self._slope is None:
             self._slope = self.spec.activation.slope(*self._base)
-        return e * self._slope
+        return self.spec.activation.pullback(self._slope, e)
 
 
 class MaxPool2dStep(Step):
@@ -401,7 +401,7 @@ class BatchNormStep(Step):
             return
         if module.num_batches_tracked is not None:
             module.num_batches_tracked.add_(1)
-        momentum = module.momentum
+        momentum = self.spec.momentum
         if momentum is None:  # cumulative average
             momentum = 1.0 / module.num_batches_tracked.to(mean.dtype)
         unbiased = variance * (self._count / (self._count - 1))
@@ -596,19 +596,19 @@ class Chain:
         """Gradients of the layer's parameters for the error ``e`` at the current point."""
         return self.differentiate(e, need_input=False)[0]
 
-    def differentiate(self, e: Tensor, *, need_input: bool, need_gradients: bool = True):
-        """``(gradients, J^T e)``; the second is None unless ``need_input``."""
+    def differentiate(self, e: Tensor, *, need_input: bool, need_gradients: bool = True, factor: float = 1.0):
+        """``(gradients for factor * e, J^T e)``; the second is None unless ``need_input``."""
         found: Gradients = []
-        first = 0
+        lowest = 0  # the lowest step that the error has to reach
         if not need_input:
             owners = [i for i, step in enumerate(self.steps) if need_gradients and step.has_gradients]
             if not owners:
                 return found, None
-            first = owners[0]
-        for i in range(len(self.steps) - 1, first - 1, -1):
+            lowest = owners[0]
+        for i in range(len(self.steps) - 1, lowest - 1, -1):
             step = self.steps[i]
-            if need_gradients:
-                found += step.gradients(e)
-            if i > first or need_input:
+            if need_gradients and step.has_gradients:
+                found += step.gradients(e if factor == 1.0 else e * factor)
+            if i > lowest or need_input:
                 e = step.pullback(e)
         return found, (e if need_input else None)

@@ -63,10 +63,12 @@ def _layout(tensor: Tensor) -> Hashable:
 def _numerics() -> Hashable:
     """The switches that decide which kernels torch picks."""
     cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    # fp32_precision follows the older switches (allow_tf32, set_float32_matmul_precision) too; reading those
+    # raises once somebody has used fp32_precision
     return (
-        torch.get_float32_matmul_precision(),
-        (cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic),
-        (cublas.allow_bf16_reduced_precision_reduction, torch.are_deterministic_algorithms_enabled()),
+        (cublas.fp32_precision, cublas.allow_bf16_reduced_precision_reduction),
+        (cudnn.conv.fp32_precision, cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+        torch.are_deterministic_algorithms_enabled(),
     )
 
 
@@ -83,7 +85,7 @@ def graph_key(problem: Problem, plan: Plan) -> Hashable:
         _layout(problem.x),
         _layout(problem.y),
         (problem.loss.kind, problem.loss.settings, problem.loss.normalizer),
-        None if weight is None else weight.data_ptr(),
+        None if weight is None else (weight.data_ptr(), _layout(weight)),
         tuple((p.data_ptr(), _layout(p), p.requires_grad) for p in model.parameters()),
         tuple((b.data_ptr(), _layout(b)) for b in model.buffers()),
         _numerics(),

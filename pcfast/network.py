@@ -185,6 +185,7 @@ class BatchNorm(Op):
     eps: float
     batch_statistics: bool
     affine: bool
+    momentum: float | None  # of the running statistics; None averages over all batches
 
     @property
     def linear(self) -> bool:  # type: ignore[override]
@@ -286,7 +287,7 @@ def _unflatten(path: str, m: nn.Unflatten) -> Op | None:
 
 def _batch_norm(path: str, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Op | None:
     batch_statistics = m.training or m.running_mean is None
-    return BatchNorm(path, _name(m), m.num_features, m.eps, batch_statistics, m.affine)
+    return BatchNorm(path, _name(m), m.num_features, m.eps, batch_statistics, m.affine, m.momentum)
 
 
 _KNOWN = {

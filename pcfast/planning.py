@@ -57,14 +57,18 @@ class Plan:
     refusals: tuple[tuple[str, str], ...] = ()
 
 
-def layer_macs(network: specs.Network, shapes: tuple) -> tuple[int, ...] | None:
-    """Multiply-adds of one product through each layer's weights, or None where shapes are not known."""
-    if any(inner is None for inner in shapes):
-        return None
-    return tuple(
-        sum(op.macs(shape) for op, shape in zip(layer.ops, inner[:-1], strict=True))
+def _op_macs(network: specs.Network, shapes: tuple) -> list[list[int]]:
+    """Multiply-adds of one product through each operation of each layer."""
+    return [
+        [op.macs(shape) for op, shape in zip(layer.ops, inner[:-1], strict=True)]
         for layer, inner in zip(network.layers, shapes, strict=True)
-    )
+    ]
+
+
+def _above_lowest_weights(macs: list[int]) -> int:
+    """Products that an error passes on its way down to the layer's lowest weights."""
+    lowest = next((i for i, cost in enumerate(macs) if cost), len(macs))
+    return sum(macs[lowest + 1 :])
 
 
 def _gram_cost(network: specs.Network, shapes: tuple) -> tuple[int, int, int] | str:
@@ -111,30 +115,30 @@ def count_work(
     network: specs.Network, shapes: tuple, method: str, num_steps: int, fresh: bool, gram: bool
 ) -> Work | None:
     """Exact multiply-adds of one training step (every parameter trained)."""
-    macs = layer_macs(network, shapes)
-    if macs is None:
+    if any(inner is None for inner in shapes):
         return None
-    depth = network.depth
-    forward = sum(macs)
+    depth, macs = network.depth, _op_macs(network, shapes)
+    forward = sum(map(sum, macs))
     if method != "strict":
-        return Work(forward, sum(macs[1:]), forward)
+        feedback = forward - sum(macs[0]) + _above_lowest_weights(macs[0])
+        return Work(forward, feedback, forward)
     relaxation = gradients = 0
     lowest_error = max(1, depth - num_steps + 1) if fresh else 1
     if num_steps == 0:
         lowest_error = depth if fresh else 1
-    for layer, cost in enumerate(macs, start=1):
+    for layer, costs in enumerate(macs, start=1):
         predictions, feedbacks = strict_products(depth, num_steps, fresh, layer)
-        ops, inner = network.layers[layer - 1].ops, shapes[layer - 1]
+        cost = sum(costs)
+        if layer >= lowest_error:
+            gradients += cost + _above_lowest_weights(costs)
         # masks at the last beliefs need every product but that of the layer's last operation
         moved_input = layer > 1 and (not fresh or layer - 1 >= depth - num_steps)
-        final = sum(op.macs(s) for op, s in zip(ops[:-1], inner[:-2], strict=True)) if moved_input else 0
-        if layer >= lowest_error:
-            gradients += cost
+        final = sum(costs[:-1]) if moved_input else 0
         if gram and layer == 2 and feedbacks:
             build, apply, head = _gram_cost(network, shapes)
             relaxation += build + feedbacks * apply + min(feedbacks, 2) * head
             # further products inside layer 2 stay as they are
-            relaxation += (predictions + feedbacks) * (cost - head) + (final - head if len(ops) > 1 else 0)
+            relaxation += (predictions + feedbacks) * (cost - head) + (final - head if len(costs) > 1 else 0)
         else:
             relaxation += (predictions + feedbacks) * cost + final
     return Work(forward, relaxation, gradients)

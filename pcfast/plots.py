@@ -31,6 +31,14 @@ def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], None]
         temporary.unlink(missing_ok=True)
 
 
+def require_matplotlib() -> None:
+    """Raise ImportError, with the remedy, where matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError('the training curves need matplotlib: pip install "pcfast[train]"') from error
+
+
 def training_curves(history: History, path: str | os.PathLike, *, title: str = "") -> None:
     """Draw loss and accuracy against the epoch, training and test, as a PNG at ``path`` (written atomically).
 
@@ -45,12 +53,11 @@ def training_curves(history: History, path: str | os.PathLike, *, title: str = "
     """
     if len(history) == 0:
         raise ArgumentError("history", "no epoch", "at least one finished epoch")
-    try:  # Figure and the Agg canvas directly: no pyplot, no global state, no display
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator, PercentFormatter
-    except ImportError as error:
-        raise ImportError('training_curves needs matplotlib: pip install "pcfast[train]"') from error
+    require_matplotlib()
+    # Figure and the Agg canvas directly: no pyplot, no global state, no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     epochs = range(1, len(history) + 1)
     figure = Figure(figsize=(9, 3.8), dpi=150, layout="constrained")

@@ -106,12 +106,10 @@ class Outcome:
 
         return Outcome(**{f.name: visit(getattr(self, f.name)) for f in fields(self)})
 
-    def add_gradients(self, found: list[tuple[nn.Parameter, Tensor]], factor: float = 1.0) -> None:
-        """Add one layer's gradients times ``factor``; a parameter used twice gets the sum."""
+    def add_gradients(self, found: list[tuple[nn.Parameter, Tensor]]) -> None:
+        """Add one layer's gradients; a parameter used twice gets the sum."""
         for parameter, gradient in found:
             gradient = gradient.to(parameter.dtype)
-            if factor != 1.0:
-                gradient = gradient * factor
             if parameter in self.gradients:
                 gradient = self.gradients[parameter] + gradient
             self.gradients[parameter] = gradient

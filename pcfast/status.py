@@ -7,6 +7,7 @@ as does :func:`synchronize`. The failed step's gradients were zeroed on the devi
 
 from __future__ import annotations
 
+import cmath
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """True where no tensor holds NaN or infinity. Waits for the device."""
     filled = [tensor for tensor in tensors if tensor.numel()]
-    return not filled or bool(torch.isfinite(norms(filled)).all())
+    # A sum is finite only where all terms are, and much cheaper than a look at each; it may overflow, though.
+    sums = [tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None) for tensor in filled]
+    return all(cmath.isfinite(s) for s in sums) or bool(torch.isfinite(norms(filled)).all())
 
 
 def first_non_finite(tensors: Sequence[Tensor]) -> int | None:
@@ -83,11 +86,12 @@ _code_tables: dict[tuple, Tensor] = {}
 
 
 def _codes(codes: tuple[int, ...], device: torch.device) -> Tensor:
-    """A constant table on the device: made once, since filling it from the host cannot be captured."""
+    """A constant table on the device: made once, since filling it from the host cannot be captured.
+
+    Never dropped: recorded graphs read it at its address.
+    """
     key = (device, codes)
     if key not in _code_tables:
-        if len(_code_tables) >= 64:
-            _code_tables.pop(next(iter(_code_tables)))
         _code_tables[key] = torch.tensor(codes, dtype=torch.int64, device=device)
     return _code_tables[key]
 

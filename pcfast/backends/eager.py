@@ -128,7 +128,7 @@ class _Run:
         loss, y = problem.loss, problem.y
         loss.check_target(tuple(output.shape), output.dtype, y)
         if loss.known:
-            target = loss.prepare(output, y, raise_now=problem.raise_now or not problem.check)
+            target = loss.prepare(output, y, raise_now=problem.raise_now)
             self.flaw = target.flaw
             self.loss_at: Callable[[Tensor], Tensor] = lambda mu: loss.value_prepared(target, mu)
             self.gradient_at: Callable[[Tensor], Tensor] = lambda mu: loss.gradient(target, mu)
@@ -159,9 +159,9 @@ class _Run:
                 gradients[l],
                 need_input=l > lowest and (below or (l == 1 and wanted.input_error)),
                 need_gradients=wanted.gradients,
+                factor=factors[depth - l],
             )
-            if wanted.gradients:
-                out.add_gradients(found, factors[depth - l])
+            out.add_gradients(found)
             gradients[l - 1] = g
             if g is None:
                 break

@@ -1,0 +1,52 @@
+PYTHON ?= python3
+VENV   ?= .venv
+# The release that the tests run on. It is installed first, so that pip cannot resolve another build of torch
+# when it installs pcfast.
+TORCH  ?= torch==2.13.0
+
+VENV_PYTHON := $(VENV)/bin/python
+# One stamp per TORCH: asking for another release installs it.
+STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
+
+# -qq: errors only; where wheels come from a local folder, pip prints hundreds of harmless warnings.
+PIP_INSTALL := $(VENV_PYTHON) -m pip install -qq --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint bench clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@echo "make TARGET, with TARGET one of:"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH)'
+
+train: $(STAMP) ## train the default network on digits; results in runs/digits
+	@$(VENV_PYTHON) -m pcfast.training
+
+# One OpenMP thread a worker: with more, the workers fight for the cores and everything is slower.
+test: $(STAMP) ## run the whole test suite
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 --benchmark-disable
+
+lint: $(STAMP) ## check the style
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+
+bench: $(STAMP) ## run the benchmarks in bench/
+	@$(VENV_PYTHON) -m pytest bench --benchmark-only
+
+clean: ## remove the environment, builds and caches (not runs/)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is touched last: a half-failed install leaves none and is repeated.
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+		{ echo "error: pcfast needs Python 3.10 or newer as $(PYTHON): install it, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: $(PYTHON) has no venv module: install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@rm -f $(VENV)/.installed-*
+	@echo "creating $(VENV) with $(TORCH) (a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) "$(TORCH)"
+	@$(PIP_INSTALL) -e ".[train,test]"
+	@touch $@

@@ -1,0 +1,117 @@
+"""Random architectures, losses and targets for the property tests."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+    "identity": nn.Identity,
+}
+#: Sizes that tiles do not divide: one, primes, one below and above powers of two.
+WIDTHS = (1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 31, 33)
+
+
+@st.composite
+def architectures(draw):
+    """``(model, x_shape without batch)``: a float64 Sequential of 1 to 5 PC layers."""
+    return draw(st.one_of(mlps(), convs()))
+
+
+def _activation(draw):
+    return ACTIVATIONS[draw(st.sampled_from(sorted(ACTIVATIONS)))]()
+
+
+def _maybe_bare(draw, modules: list[nn.Module]) -> list[nn.Module]:
+    """The modules as one PC layer, or each as a layer of its own (Torch2PC's bare layers)."""
+    return modules if draw(st.booleans()) else [nn.Sequential(*modules)]
+
+
+@st.composite
+def mlps(draw):
+    widths = draw(st.lists(st.sampled_from(WIDTHS), min_size=2, max_size=5))
+    outputs = draw(st.sampled_from((2, 3, 10)))
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths):
+        group = [nn.Linear(fan_in, fan_out, bias=draw(st.booleans())), _activation(draw)]
+        if draw(st.integers(0, 5)) == 0:
+            group += [nn.Linear(fan_out, fan_out), _activation(draw)]
+        layers += _maybe_bare(draw, group)
+    layers.append(nn.Linear(widths[-1], outputs))
+    return nn.Sequential(*layers).double(), (widths[0],)
+
+
+@st.composite
+def convs(draw):
+    channels = draw(st.sampled_from((1, 2, 3)))
+    size = draw(st.sampled_from((7, 8, 9, 12)))
+    shape = (channels, size, size)
+    layers: list[nn.Module] = []
+    for _ in range(draw(st.integers(1, 3))):
+        c, h, _ = shape
+        kernel = draw(st.sampled_from((1, 2, 3)))
+        stride, padding = draw(st.sampled_from((1, 1, 2))), draw(st.sampled_from((0, 0, 1)))
+        out = draw(st.sampled_from((1, 2, 5)))
+        if (h + 2 * padding - kernel) // stride + 1 < 2:
+            break
+        group = [nn.Conv2d(c, out, kernel, stride, padding, bias=draw(st.booleans())), _activation(draw)]
+        h = (h + 2 * padding - kernel) // stride + 1
+        pool = draw(st.sampled_from(("none", "max", "max", "avg", "overlapping")))
+        if h >= 4 and pool != "none":
+            if pool == "overlapping":
+                group.append(nn.MaxPool2d(3, 2, padding=draw(st.sampled_from((0, 1)))))
+            else:
+                kind = nn.MaxPool2d if pool == "max" else nn.AvgPool2d
+                group.append(kind(2, ceil_mode=draw(st.booleans())))
+            h = group[-1](torch.zeros(1, 1, h, h)).shape[-1]
+        layers += _maybe_bare(draw, group)
+        shape = (out, h, h)
+    layers += _maybe_bare(
+        draw, [nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 9), _activation(draw)]
+    )
+    layers.append(nn.Linear(9, 4))
+    return nn.Sequential(*layers).double(), (channels, size, size)
+
+
+LOSSES = (
+    "ce_mean",
+    "ce_sum",
+    "ce_smoothed",
+    "ce_weighted",
+    "ce_probabilities",
+    "mse_mean",
+    "mse_sum",
+    "custom",
+)
+
+
+def loss_and_target(name: str, batch: int, outputs: int):
+    """A loss callable and a target for an output (batch, outputs) in float64."""
+    labels = torch.randint(0, outputs, (batch,))
+    if name == "ce_mean":
+        return nn.CrossEntropyLoss(), labels
+    if name == "ce_sum":
+        return nn.CrossEntropyLoss(reduction="sum"), labels
+    if name == "ce_smoothed":
+        return nn.CrossEntropyLoss(label_smoothing=0.1), labels
+    if name == "ce_weighted":
+        weight = torch.linspace(0.5, 2, outputs, dtype=torch.float64)
+        return nn.CrossEntropyLoss(weight=weight), labels
+    if name == "ce_probabilities":
+        return nn.CrossEntropyLoss(), torch.rand(batch, outputs, dtype=torch.float64).softmax(1)
+    target = torch.randn(batch, outputs, dtype=torch.float64)
+    if name == "mse_mean":
+        return nn.MSELoss(), target
+    if name == "mse_sum":
+        return nn.MSELoss(reduction="sum"), target
+    return (lambda output, y: ((output - y).abs() ** 1.5).mean()), target

@@ -1,0 +1,114 @@
+"""Brackets and slopes of activations against float64, where the plain difference would be noise."""
+
+import math
+
+import pytest
+import torch
+
+from pcfast import activations
+
+ALL = [
+    activations.Relu(),
+    activations.LeakyRelu(0.2),
+    activations.LeakyRelu(-0.1),
+    activations.Tanh(),
+    activations.Sigmoid(),
+    activations.Silu(),
+    activations.Gelu(),
+    activations.GeluTanh(),
+]
+IDS = [type(a).__name__ + str(getattr(a, "negative_slope", "")) for a in ALL]
+LITERAL = {
+    "Relu": lambda u, a: u.clamp(min=0),
+    "LeakyRelu": lambda u, a: torch.where(u > 0, u, a.negative_slope * u),
+    "Tanh": lambda u, a: torch.tanh(u),
+    "Sigmoid": lambda u, a: 1 / (1 + torch.exp(-u)),
+    "Silu": lambda u, a: u / (1 + torch.exp(-u)),
+    "Gelu": lambda u, a: u * 0.5 * (1 + torch.erf(u / math.sqrt(2))),
+    "GeluTanh": lambda u, a: (
+        0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u * u * u)))
+    ),
+}
+
+
+def literal(activation, u):
+    return LITERAL[type(activation).__name__](u, activation)
+
+
+def points(scale, dtype=torch.float64):
+    u = torch.randn(4000, dtype=torch.float64) * 2
+    s = torch.randn(4000, dtype=torch.float64) * scale
+    return u.to(dtype), s.to(dtype)
+
+
+def evaluate(activation, u, s):
+    """(bracket, slope as a factor) at u + s."""
+    bracket, kept = activation.deviate(activation.anchor(u, activation.forward(u)), s)
+    return bracket, activation.pullback(kept, torch.ones_like(s))
+
+
+@pytest.mark.parametrize("activation", ALL, ids=IDS)
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 0.3, 3.0, 40.0])
+def test_bracket_and_slope_in_float64(activation, scale):
+    u, s = points(scale)
+    bracket, slope = evaluate(activation, u, s)
+    w = (u + s).requires_grad_()
+    value = literal(activation, w)
+    (derivative,) = torch.autograd.grad(value.sum(), w)
+    plain = value.detach() - literal(activation, u)
+    rounding = 2.0**-52 * 16 * (1 + u.abs() + s.abs())  # of the plain difference
+    assert ((bracket - plain).abs() <= rounding + 1e-12 * s.abs()).all()
+    torch.testing.assert_close(slope, derivative, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("activation", ALL, ids=IDS)
+@pytest.mark.parametrize("scale", [1e-7, 1e-5, 1e-2])
+def test_small_deviations_keep_their_digits_in_float32(activation, scale):
+    u, s = points(scale, torch.float32)
+    # no unit at the kink, where the two precisions rightly part
+    u = torch.where(u.abs() < 10 * scale, u + 100 * scale, u)
+    bracket, _ = evaluate(activation, u, s)
+    truth = literal(activation, u.double() + s.double()) - literal(activation, u.double())
+    plain = activation.forward(u + s) - activation.forward(u)
+    error = float((bracket - truth).norm() / truth.norm())
+    assert error < 1e-6
+    if scale <= 1e-5:  # the difference that it replaces fails the same bound
+        assert float((plain - truth).norm() / truth.norm()) > 1e-4
+
+
+@pytest.mark.parametrize("activation", ALL, ids=IDS)
+def test_extremes_stay_finite_and_right(activation):
+    u = torch.tensor([-80.0, -20.0, -1.0, 0.0, 1.0, 20.0, 80.0], dtype=torch.float32)
+    s = torch.tensor([-160.0, -1e-30, 0.0, 1e-30, 160.0], dtype=torch.float32)
+    u, s = (t.reshape(-1).contiguous() for t in torch.meshgrid(u, s, indexing="ij"))
+    bracket, slope = evaluate(activation, u, s)
+    truth = literal(activation, u.double() + s.double()) - literal(activation, u.double())
+    assert torch.isfinite(bracket).all() and torch.isfinite(slope).all()
+    torch.testing.assert_close(bracket.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ALL, ids=IDS)
+def test_forward_is_torchs_and_base_slope_its_derivative(activation):
+    u = points(1.0)[0].requires_grad_()
+    out = activation.forward(u)
+    torch.testing.assert_close(out, literal(activation, u))
+    (derivative,) = torch.autograd.grad(out.sum(), u)
+    u = u.detach()
+    slope = activation.pullback(activation.slope(u, activation.forward(u)), torch.ones_like(u))
+    torch.testing.assert_close(slope, derivative, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("activation", ALL, ids=IDS)
+def test_nan_spreads(activation):
+    nan = torch.tensor([math.nan])
+    one = torch.ones(1)
+    assert evaluate(activation, one, nan)[0].isnan().all()
+    assert evaluate(activation, nan, one)[0].isnan().all()
+
+
+@pytest.mark.parametrize("activation", ALL, ids=IDS)
+def test_monotone_says_the_truth(activation):
+    u = torch.linspace(-6, 6, 2001, dtype=torch.float64)
+    steps = literal(activation, u).diff()
+    assert bool((steps >= 0).all()) == activation.monotone
+

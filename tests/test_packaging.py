@@ -1,0 +1,184 @@
+"""Installing pcfast: from a wheel, editable, and not at all; the folder kernels/ becomes pcfast.kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import pcfast
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("pcfast", "kernels", "setup.py", "pyproject.toml", "LICENSE")
+# No network, no build environment of its own, nothing but pcfast itself.
+PIP_OPTIONS = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A virtual environment with pcfast in it, and the copy of the sources that it was installed from."""
+
+    python: Path
+    source: Path
+
+    def run(self, code: str, folder: Path, *options: str) -> subprocess.CompletedProcess:
+        """``python -c code`` with ``folder`` as the working directory, which -c puts on the module path."""
+        return run_python(self.python, code, folder, *options)
+
+    def output(self, code: str, folder: Path, *options: str) -> list[str]:
+        done = self.run(code, folder, *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+
+def run_python(python: str | Path, code: str, folder: Path, *options: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = [python, *options, "-c", code]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def copy_sources(folder: Path) -> Path:
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.pyc")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def install(folder: Path, *what: str) -> Path:
+    """A virtual environment in ``folder`` with pcfast in it; torch, pip and setuptools are this one's."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, capture_output=True)
+    python = folder / "bin" / "python"
+    (site,) = folder.glob("lib/python*/site-packages")
+    # A plain path line adds the folder, but not the .pth files in it: a pcfast that is installed editable
+    # here stays out of reach.
+    parents = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site / "parents.pth").write_text("\n".join(parents) + "\n")
+    pip = subprocess.run(
+        [python, "-m", "pip", "install", *PIP_OPTIONS, "--ignore-installed", *what],
+        capture_output=True,
+        text=True,
+    )
+    assert pip.returncode == 0, pip.stderr
+    return python
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    source = copy_sources(tmp_path_factory.mktemp("wheel-source"))
+    target = tmp_path_factory.mktemp("wheel")
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *PIP_OPTIONS, "--wheel-dir", target, source],
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = target.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def from_wheel(wheel, tmp_path_factory) -> Installation:
+    source = copy_sources(tmp_path_factory.mktemp("checkout"))
+    return Installation(install(tmp_path_factory.mktemp("wheel-venv"), str(wheel)), source)
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory) -> Installation:
+    source = copy_sources(tmp_path_factory.mktemp("editable-checkout"))
+    return Installation(install(tmp_path_factory.mktemp("editable-venv"), "--editable", str(source)), source)
+
+
+WHERE = "import pcfast, pcfast.kernels; print(pcfast.__file__); print(pcfast.kernels.__file__)"
+
+
+def test_the_wheel_holds_pcfast_and_its_kernels_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    metadata = f"pcfast-{pcfast.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"pcfast", metadata}
+    expected = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("pcfast/**/*.py")} | {
+        f"pcfast/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("kernels/**/*.py")
+    }
+    assert {name for name in names if name.endswith(".py")} == expected
+    assert any(name.startswith(metadata) and name.endswith("LICENSE") for name in names)
+
+
+def test_a_wheel_imports_outside_the_repository(from_wheel, tmp_path):
+    package, kernels = from_wheel.output(WHERE, tmp_path)
+    site = next(from_wheel.python.parent.parent.glob("lib/python*/site-packages"))
+    assert Path(package) == site / "pcfast" / "__init__.py"
+    assert Path(kernels) == site / "pcfast" / "kernels" / "__init__.py"
+
+
+def test_a_wheel_imports_inside_the_repository(from_wheel):
+    """As for scripts and pytest there: the working directory is not on the module path (-I)."""
+    package, _ = from_wheel.output(WHERE, from_wheel.source, "-I")
+    assert not Path(package).is_relative_to(from_wheel.source)
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_an_editable_install_imports_the_sources(editable, tmp_path, where):
+    folder = tmp_path if where == "outside" else editable.source
+    package, kernels = editable.output(WHERE, folder)
+    assert Path(package) == editable.source / "pcfast" / "__init__.py"
+    assert Path(kernels) == editable.source / "kernels" / "__init__.py"
+
+
+@pytest.mark.parametrize("kind", ["from_wheel", "editable"])
+def test_no_top_level_kernels_and_one_version(kind, request, tmp_path):
+    installation = request.getfixturevalue(kind)
+    code = (
+        "import importlib.metadata, importlib.util\n"
+        "import pcfast\n"
+        "print(importlib.util.find_spec('kernels'))\n"
+        "print(pcfast.__version__, importlib.metadata.version('pcfast'))"
+    )
+    spec, versions = installation.output(code, tmp_path)
+    assert spec == "None"
+    assert versions == f"{pcfast.__version__} {pcfast.__version__}"
+
+
+def test_the_import_needs_no_triton_imports_none_and_starts_no_process(from_wheel, tmp_path):
+    """``sys.modules[name] = None`` makes importing it fail."""
+    code = (
+        "import sys, torch\n"
+        "sys.modules['triton'] = None\n"
+        "started = []\n"
+        "events = {'subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'os.fork', 'os.forkpty'}\n"
+        "sys.addaudithook(lambda event, _: started.append(event) if event in events else None)\n"
+        "import pcfast, pcfast.kernels\n"
+        "assert not started, started\n"
+        "assert not [name for name in sys.modules if name.startswith('triton.')]\n"
+    )
+    from_wheel.output(code, tmp_path)
+
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").touch()
+    code = "import sys, pcfast, pcfast.kernels; assert 'triton' not in sys.modules"
+    from_wheel.output(code, tmp_path)  # the working directory, with its triton, comes first
+
+
+def test_an_uninstalled_checkout_names_the_remedy_in_one_line(tmp_path):
+    """-S leaves site-packages out, torch included: the message comes before anything else can go wrong."""
+    source = copy_sources(tmp_path)
+    code = f"import sys; sys.path.insert(0, {str(source)!r}); import pcfast"
+    done = run_python(sys.executable, code, tmp_path, "-I", "-S")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: ") and "pip install -e ." in last
+    assert "torch" not in last
+
+
+def test_a_checkout_in_front_of_a_wheel_names_the_remedy(from_wheel):
+    """``python -c`` in the repository finds its pcfast first, whose kernels are not the wheel's."""
+    done = from_wheel.run("import pcfast", from_wheel.source)
+    assert done.returncode == 1 and "pip install -e ." in done.stderr.splitlines()[-1]

@@ -1,0 +1,502 @@
+"""Training runs: the run folder, resuming, Ctrl-C, argument checks, and the default run on digits."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pcfast import datasets, networks, plots, training
+from pcfast.errors import ArgumentError, RelaxationDiverged
+from pcfast.training import History, evaluate, train
+
+BATCHES = 5  # of 20 samples an epoch of `toy_data`, the last one of 10
+
+
+def toy_data() -> datasets.Data:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(120, 6, generator=generator)
+    y = (x @ torch.randn(6, 3, generator=generator)).argmax(1)
+    return datasets.Data(x[:90], y[:90], x[90:], y[90:])
+
+
+def toy_model(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(6, 12), nn.Tanh()),
+        nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Dropout(0.2)),  # dropout: random state matters
+        nn.Linear(12, 3),
+    )
+
+
+class HookedAdam(torch.optim.Adam):
+    """Adam that calls ``after_step[number]()`` after that many updates."""
+
+    after_step: dict  # update number, 1-based -> callable
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.01)
+        self.steps = 0
+
+    def step(self):
+        super().step()
+        self.steps += 1
+        self.after_step.get(self.steps, lambda: None)()
+
+
+@pytest.fixture
+def after_step(monkeypatch) -> dict:
+    hooks: dict = {}
+    monkeypatch.setattr(HookedAdam, "after_step", hooks, raising=False)
+    return hooks
+
+
+def toy_run(model=None, **arguments) -> tuple[nn.Sequential, History]:
+    model = toy_model() if model is None else model
+    settings = dict(epochs=4, batch_size=20, num_steps=6, seed=3, optimizer=HookedAdam, progress=False)
+    return model, train(model, toy_data(), **{**settings, **arguments})
+
+
+def checkpoint_of(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Bit for bit the same model, optimiser, random state and history (but for the times)."""
+    a, b = checkpoint_of(folder), checkpoint_of(other)
+    for key in ("model", "optimizer", "rng", "history"):
+        flat_a, flat_b = training._flat(a[key]), training._flat(b[key])
+        assert flat_a.keys() == flat_b.keys()
+        for name, value in flat_a.items():
+            if key == "history" and name.startswith("seconds"):
+                continue
+            same = torch.equal(value, flat_b[name]) if torch.is_tensor(value) else value == flat_b[name]
+            assert same, (key, name)
+
+
+@pytest.fixture
+def uninterrupted(tmp_path, after_step) -> Path:
+    toy_run(out=tmp_path / "uninterrupted")
+    return tmp_path / "uninterrupted"
+
+
+def send_interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+
+
+def test_resume_from_an_epoch_boundary_is_bit_identical(tmp_path, uninterrupted):
+    out = tmp_path / "run"
+    toy_run(out=out, epochs=2)
+    assert checkpoint_of(out)["epoch"] == 2
+    model, history = toy_run(toy_model(seed=99), out=out, resume=True)
+    assert len(history) == 4
+    assert_same_run(out, uninterrupted)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, checkpoint_of(uninterrupted)["model"][name])
+
+
+@pytest.mark.parametrize(
+    ("step", "epoch", "position"),
+    [(1, 0, 20), (BATCHES + 2, 1, 40), (2 * BATCHES, 1, 90), (4 * BATCHES, 3, 90)],
+    ids=["first batch", "mid-epoch", "last batch of an epoch", "last batch of all"],
+)
+def test_resume_after_an_interrupt_is_bit_identical(
+    tmp_path, uninterrupted, after_step, step, epoch, position
+):
+    out, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    after_step[step] = send_interrupt
+    with pytest.raises(KeyboardInterrupt, match="resume=True"):
+        toy_run(out=out)
+    assert signal.getsignal(signal.SIGINT) is handler
+    checkpoint = checkpoint_of(out)
+    assert (checkpoint["epoch"], checkpoint["position"]) == (epoch, position)
+    after_step.clear()
+    toy_run(toy_model(seed=99), out=out, resume=True)
+    assert_same_run(out, uninterrupted)
+
+
+def test_a_second_interrupt_stops_at_once_and_keeps_the_checkpoint(tmp_path, uninterrupted, after_step):
+    out = tmp_path / "run"
+
+    def twice():
+        send_interrupt()
+        send_interrupt()
+
+    after_step[BATCHES + 2] = twice
+    with pytest.raises(KeyboardInterrupt):
+        toy_run(out=out)
+    assert checkpoint_of(out)["position"] == 0  # the one after epoch 1
+    after_step.clear()
+    toy_run(toy_model(seed=99), out=out, resume=True)
+    assert_same_run(out, uninterrupted)
+
+
+def test_an_interrupt_without_run_folder_stops_after_the_batch(after_step):
+    after_step[2] = send_interrupt
+    with pytest.raises(KeyboardInterrupt, match=r"after 0 epochs$"):
+        toy_run()
+
+
+CHILD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import pcfast, test_training
+pc_loss = pcfast.pc_loss
+def slow(*args, **kwargs):
+    time.sleep(0.05)
+    print("batch", flush=True)
+    return pc_loss(*args, **kwargs)
+pcfast.pc_loss = slow
+test_training.HookedAdam.after_step = {}
+test_training.toy_run(out=sys.argv[2])
+"""
+
+
+def test_ctrl_c_in_a_process_leaves_a_checkpoint_that_resumes_bit_identically(tmp_path, uninterrupted):
+    out = tmp_path / "run"
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(BATCHES + 3):  # well inside epoch 2
+        assert child.stdout.readline() == "batch\n", child.stderr.read()
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == -signal.SIGINT, errors
+    checkpoint = checkpoint_of(out)
+    assert checkpoint["epoch"] == 1 and 0 < checkpoint["position"] < 90
+    toy_run(toy_model(seed=99), out=out, resume=True)
+    assert_same_run(out, uninterrupted)
+
+
+def test_a_run_outside_the_main_thread_leaves_signals_alone():
+    handler, lengths = signal.getsignal(signal.SIGINT), []
+    thread = threading.Thread(
+        target=lambda: lengths.append(len(toy_run(epochs=1, optimizer=torch.optim.Adam)[1]))
+    )
+    thread.start()
+    thread.join()
+    assert lengths == [1] and signal.getsignal(signal.SIGINT) is handler
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path, uninterrupted):
+    before = (uninterrupted / "checkpoint.pt").read_bytes()
+    _, history = toy_run(out=uninterrupted, resume=True)
+    assert len(history) == 4
+    assert (uninterrupted / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"batch_size": 30}, "batch_size is 20 there, 30 here"),
+        ({"num_steps": 7}, "num_steps is 6 there, 7 here"),
+        ({"method": "exact"}, "method is strict there, exact here"),
+        ({"seed": 4}, "seed is 3 there, 4 here"),
+        ({"loss": nn.CrossEntropyLoss(reduction="sum")}, "loss is cross_entropy there"),
+        ({"optimizer": torch.optim.SGD}, "optimizer.name is HookedAdam there, SGD here"),
+        ({"model": nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))}, "network.0 is Sequential("),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, after_step, change, named):
+    toy_run(out=tmp_path, epochs=1)
+    with pytest.raises(ArgumentError, match=r"^resume: .*another run") as caught:
+        toy_run(out=tmp_path, resume=True, **change)
+    assert named in str(caught.value)
+
+
+def test_other_data_is_refused(tmp_path, after_step):
+    toy_run(out=tmp_path, epochs=1)
+    data = toy_data()
+    data.x_train[0, 0] += 1
+    with pytest.raises(ArgumentError, match=r"data\.x_train"):
+        train(
+            toy_model(),
+            data,
+            epochs=2,
+            batch_size=20,
+            num_steps=6,
+            seed=3,
+            optimizer=HookedAdam,
+            out=tmp_path,
+            resume=True,
+        )
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint"], ids=["missing", "empty", "damaged"])
+def test_a_missing_or_damaged_checkpoint_is_refused(tmp_path, after_step, content):
+    if content is not None:
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(ArgumentError, match=r"checkpoint\.pt"):
+        toy_run(out=tmp_path, resume=True)
+
+
+# -------------------------------------------------------------------------------------------- run folder
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync", "replace"])
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, after_step, monkeypatch, failing):
+    toy_run(out=tmp_path, epochs=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*arguments, **_):
+        if failing == "write":
+            arguments[1].write(b"half of a checkpoint")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(
+        *{"write": (torch, "save"), "fsync": (os, "fsync"), "replace": (os, "replace")}[failing], full
+    )
+    with pytest.raises(OSError, match="no space left"):
+        toy_run(out=tmp_path, epochs=2, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_divergence_keeps_the_checkpoint_of_the_last_finished_epoch(tmp_path, after_step):
+    model = toy_model()
+
+    def explode():
+        with torch.no_grad():
+            model[0][0].weight.fill_(torch.inf)
+
+    after_step[BATCHES + 2] = explode
+    with pytest.raises(RelaxationDiverged):
+        toy_run(model, out=tmp_path)
+    checkpoint = checkpoint_of(tmp_path)
+    assert (checkpoint["epoch"], checkpoint["position"]) == (1, 0)
+    assert all(torch.isfinite(value).all() for value in checkpoint["model"].values())
+
+
+def test_the_files_of_a_run(tmp_path, after_step):
+    _, history = toy_run(out=tmp_path / "a" / "b", epochs=3)
+    folder = tmp_path / "a" / "b"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint.pt",
+        "config.json",
+        "curves.png",
+        "log.csv",
+    ]
+    with open(folder / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+    assert [float(row["test_loss"]) for row in rows] == history.test_loss
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    assert settings["method"] == "strict" and settings["num_steps"] == 6
+    assert checkpoint_of(folder)["config"]["settings"] == settings
+
+
+def test_curves_are_a_picture_with_something_on_it(tmp_path):
+    from matplotlib.image import imread
+
+    history = History()
+    for epoch in range(1, 6):
+        history.append(
+            train_loss=1 / epoch,
+            train_accuracy=1 - 0.5 / epoch,
+            test_loss=1.2 / epoch,
+            test_accuracy=1 - 0.6 / epoch,
+            seconds=1.0,
+        )
+    plots.training_curves(history, tmp_path / "curves.png", title="five epochs")
+    picture = imread(tmp_path / "curves.png")
+    assert picture.shape[0] > 300 and picture.shape[1] > 600
+    assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 50
+    with pytest.raises(ArgumentError, match="history"):
+        plots.training_curves(History(), tmp_path / "none.png")
+
+
+# ---------------------------------------------------------------------------------------- what it computes
+
+
+def test_the_global_random_state_and_the_mode_are_restored(after_step):
+    model = toy_model().eval()
+    before = torch.get_rng_state()
+    toy_run(model, epochs=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not model.training
+
+
+def test_the_run_is_a_function_of_its_seed(after_step):
+    first, again, other = (toy_run(epochs=2, seed=seed)[0] for seed in (3, 3, 4))
+    for a, b in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first[0][0].weight, other[0][0].weight)
+
+
+def test_an_optimizer_instance_is_used(after_step):
+    model = toy_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    before = [p.clone() for p in model.parameters()]
+    toy_run(model, epochs=1, optimizer=optimizer)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_one_hot_targets_and_losses_per_sample():
+    data, model = toy_data(), toy_model()
+    one_hot = data._replace(
+        y_train=nn.functional.one_hot(data.y_train, 3).float(),
+        y_test=nn.functional.one_hot(data.y_test, 3).float(),
+    )
+    history = train(model, one_hot, epochs=30, batch_size=10, loss="mse", method="exact", progress=False)
+    assert history.test_accuracy[-1] > 0.7
+    mean = evaluate(model, data.x_test, data.y_test, batch_size=7)
+    total = evaluate(model, data.x_test, data.y_test, loss=nn.CrossEntropyLoss(reduction="sum"), batch_size=7)
+    assert mean == pytest.approx(total)
+    with torch.no_grad():
+        whole = nn.functional.cross_entropy(model.eval()(data.x_test), data.y_test).item()
+    assert mean[0] == pytest.approx(whole)
+
+
+# --------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "^epochs: got 0"),
+        ({"epochs": 2.0}, "^epochs: got 2.0"),
+        ({"batch_size": True}, "^batch_size: got True"),
+        ({"seed": -1}, "^seed: got -1"),
+        ({"resume": True}, "^out: got None with resume=True"),
+        ({"optimizer": "adam"}, "^optimizer: got a str"),
+        ({"optimizer": lambda parameters: None}, "^optimizer: got a callable that returned a NoneType"),
+        ({"optimizer": torch.optim.LBFGS}, "^optimizer: got LBFGS"),
+        ({"optimizer": torch.optim.Adam(nn.Linear(1, 1).parameters())}, "^optimizer: got parameters that"),
+        ({"model": nn.Linear(6, 3)}, "^model: got a Linear"),
+        ({"model": nn.Sequential(nn.ReLU())}, "^model: got no parameters"),
+        ({"model": toy_model().double()}, "^data: got x_train of torch.float32"),
+        ({"method": "stricter"}, "method"),
+        ({"loss": 3}, "loss"),
+    ],
+    ids=lambda value: "-".join(f"{k}" for k in value) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_named(change, message, after_step):
+    with pytest.raises(ArgumentError, match=message):
+        toy_run(**change)
+
+
+@pytest.mark.parametrize(
+    "replacement",
+    [
+        {"x_train": torch.zeros(0, 6), "y_train": torch.zeros(0, dtype=torch.int64)},
+        {"y_train": torch.zeros(89, dtype=torch.int64)},
+        {"y_test": torch.zeros(30, dtype=torch.int32)},
+        {"y_test": torch.zeros(30)},
+        {"x_test": torch.zeros(30, 5)},
+    ],
+    ids=["empty", "lengths", "int32 labels", "float labels", "shapes"],
+)
+def test_bad_data_is_named(replacement):
+    with pytest.raises(ArgumentError, match=r"^data: got"):
+        train(toy_model(), toy_data()._replace(**replacement), epochs=1, progress=False)
+    with pytest.raises(ArgumentError, match=r"^data: got a list"):
+        train(toy_model(), [1, 2, 3, 4], epochs=1, progress=False)
+
+
+def test_an_impossible_run_folder_is_named(tmp_path, after_step):
+    (tmp_path / "file").touch()
+    with pytest.raises(ArgumentError, match=r"^out: got"):
+        toy_run(out=tmp_path / "file")
+
+
+# --------------------------------------------------------------------------- data, networks, the default run
+
+
+def test_digits_split_is_fixed_and_stratified():
+    data = datasets.digits(seed=5)
+    assert data.x_train.shape == (1437, 64) and data.x_test.shape == (360, 64)
+    assert data.x_train.dtype == torch.float32 and data.y_train.dtype == torch.int64
+    assert data.x_train.min() == 0 and data.x_train.max() == 1
+    counts = torch.bincount(data.y_train) / 4, torch.bincount(data.y_test)
+    assert (counts[0] - counts[1]).abs().max() <= 1
+    assert all(torch.equal(a, b) for a, b in zip(data, datasets.digits(seed=5), strict=True))
+    images = datasets.digits(seed=5, shape="image")
+    assert images.x_test.shape == (360, 1, 8, 8) and torch.equal(images.x_test.flatten(1), data.x_test)
+    for change in ({"test_fraction": 0.0}, {"test_fraction": 0.001}, {"shape": "cube"}):
+        with pytest.raises(ArgumentError, match=next(iter(change))):
+            datasets.digits(**change)
+
+
+@pytest.mark.parametrize(
+    ("missing", "call"),
+    [
+        ("sklearn.datasets", datasets.digits),
+        ("matplotlib", lambda: toy_run(out="never-made")),
+        ("rich.progress", lambda: toy_run(progress=True)),
+    ],
+)
+def test_a_missing_package_is_named_with_its_remedy(missing, call, after_step, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=r'pip install "pcfast\[train\]"'):
+        call()
+    assert not Path("never-made").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "sample", "outputs"),
+    [
+        (networks.digits_mlp, 3, (64,), 10),
+        (networks.mlp_600, 3, (784,), 10),
+        (networks.deep_mlp, 33, (784,), 10),
+        (networks.wide_mlp, 4, (4096,), 4096),
+        (networks.mnist_cnn, 5, (1, 28, 28), 10),
+        (networks.cifar_cnn, 6, (3, 32, 32), 10),
+        (networks.vgg5, 5, (3, 32, 32), 10),
+        (networks.vgg19, 19, (3, 224, 224), 1000),
+    ],
+)
+def test_networks_have_the_documented_shapes(make, layers, sample, outputs):
+    with torch.device("meta"):
+        model = make()
+        assert model(torch.empty(2, *sample)).shape == (2, outputs)
+    assert len(model) == layers
+
+
+def test_bad_network_sizes_are_named():
+    for make, message in (
+        (lambda: networks.mlp([3]), "widths"),
+        (lambda: networks.mlp([3, 0, 2]), "widths"),
+        (lambda: networks.deep_mlp(0), "depth"),
+        (lambda: networks.vgg19(0), "num_classes"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            make()
+
+
+def test_the_default_run_learns_digits(tmp_path, capsys):
+    out, start = tmp_path / "digits", time.monotonic()
+    assert training.main(["--out", str(out)]) == 0
+    assert time.monotonic() - start < 60
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("checkpoint.pt", "config.json", "log.csv", "curves.png"):
+        assert str(out / name) in lines and (out / name).is_file()
+    accuracy = float(lines[-1].removeprefix("test accuracy ").removesuffix("%"))
+    assert accuracy >= 95
+    model = networks.digits_mlp()
+    model.load_state_dict(checkpoint_of(out)["model"])
+    data = datasets.digits()
+    assert evaluate(model, data.x_test, data.y_test)[1] == pytest.approx(accuracy / 100, abs=1e-4)
+
+
+def test_main_reports_errors_in_one_line(tmp_path, capsys):
+    assert training.main(["--out", str(tmp_path), "--resume"]) == 2
+    assert training.main(["--epochs", "0"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all(line.startswith("error: ") for line in errors)
