@@ -73,8 +73,10 @@ def pc_loss(
         describe(model)
         validation.check_input(model, x)
         validation.check_target_placement(x, y)
-        output = model(x)
+        output = model(x.clone())  # a clone, so that in-place modules leave x alone
         described.check_target(tuple(output.shape), output.dtype, y)
+        if described.known and not x.is_cuda:
+            described.prepare(output, y, raise_now=True)  # labels in range?
         value = described.value(output, y)
         return (value, output) if return_output else value
     validation.check_trainable(model)

@@ -86,7 +86,7 @@ class Step:
     @property
     def has_gradients(self) -> bool:
         """True where :meth:`gradients` would give any."""
-        return any(p.requires_grad for p in self.module.parameters())
+        return any(p is not None and p.requires_grad for p in self.module._parameters.values())
 
 
 class _AffineStep(Step):
@@ -494,20 +494,34 @@ class OpaqueStep(Step):
         found = zip(self._parameters, self._grad(self._parameters, e), strict=True)
         return [(p, g) for p, g in found if g is not None]
 
+    @property
+    def has_gradients(self):
+        return bool(self._parameters)
+
     def zero_gradients(self):
         return self.gradients(torch.zeros_like(self._base_out))  # unused parameters stay without
 
 
 @contextlib.contextmanager
 def frozen_buffers(module: nn.Module):
-    """Put the module's buffers back as they were on leaving: statistics move once a step."""
-    saved = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    """Lend the module copies of its buffers: statistics move once a step.
+
+    The buffers themselves are never written, not even to put them back: autograd graphs may hold them.
+    """
+    owned = [
+        (owner._buffers, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    copies = {buffer: buffer.clone() for _, _, buffer in owned}  # one for each, however often it is registered
     try:
+        for buffers, name, buffer in owned:
+            buffers[name] = copies[buffer]
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
+        for buffers, name, buffer in owned:
+            buffers[name] = buffer
 
 
 _STEPS: dict[type[specs.Op], type[Step]] = {

@@ -80,7 +80,7 @@ def explain(
     num_steps = validation.checked_steps(num_steps)
     try:
         shape = tuple(int(size) for size in x_shape)
-    except TypeError:
+    except (TypeError, ValueError):
         raise ArgumentTypeError("x_shape", repr(x_shape), "a tuple of ints, batch included") from None
     if len(shape) < 2 or min(shape) < 1:
         raise ShapeError("x_shape", str(shape), "(batch, ...) with positive sizes")

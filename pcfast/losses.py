@@ -20,6 +20,10 @@ from .errors import ArgumentError, ArgumentTypeError, ShapeError
 LossLike = str | Callable[[Tensor, Tensor], Tensor]
 
 _NAMES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+_DEFAULTS = {
+    function: {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    for function in _NAMES.values()
+}
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,13 @@ class Loss:
         with torch.enable_grad():
             leaf = output.detach().requires_grad_(True)
             value = self.value(leaf, y)
-            if not value.requires_grad:
-                raise ArgumentError(
-                    "loss", "a value that does not depend on the model's output", "a differentiable loss"
-                )
-            (gradient,) = torch.autograd.grad(value, leaf)
+            gradient = None
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        if gradient is None:
+            raise ArgumentError(
+                "loss", "a value that does not depend on the model's output", "a differentiable loss"
+            )
         return gradient
 
     def check_target(self, output_shape: tuple[int, ...], output_dtype: torch.dtype, y) -> None:
@@ -203,7 +209,7 @@ def _known_settings(loss) -> tuple[str, tuple, Tensor | None] | None:
         arguments, function = {}, loss
     else:
         return None
-    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    defaults = _DEFAULTS[function]
     deprecated = ("size_average", "reduce")
     if set(arguments) - set(defaults) or any(arguments.get(name) is not None for name in deprecated):
         return None

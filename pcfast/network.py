@@ -186,14 +186,19 @@ class BatchNorm(Op):
     batch_statistics: bool
     affine: bool
     momentum: float | None  # of the running statistics; None averages over all batches
+    ranks: tuple[int, ...]  # numbers of dimensions that the module takes
 
     @property
     def linear(self) -> bool:  # type: ignore[override]
         return not self.batch_statistics
 
     def output_shape(self, shape):
-        if len(shape) < 2 or shape[1] != self.features:
-            raise ValueError(f"(batch, {self.features}, ...)")
+        if len(shape) not in self.ranks or shape[1] != self.features:
+            raise ValueError(" or ".join(f"(batch, {self.features}{', size' * (r - 2)})" for r in self.ranks))
+        if self.batch_statistics and math.prod(shape) == self.features:
+            raise ValueError(
+                "more than one value per channel in training mode (a larger batch, or model.eval())"
+            )
         return shape
 
 
@@ -287,7 +292,8 @@ def _unflatten(path: str, m: nn.Unflatten) -> Op | None:
 
 def _batch_norm(path: str, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Op | None:
     batch_statistics = m.training or m.running_mean is None
-    return BatchNorm(path, _name(m), m.num_features, m.eps, batch_statistics, m.affine, m.momentum)
+    ranks = (4,) if isinstance(m, nn.BatchNorm2d) else (2, 3)
+    return BatchNorm(path, _name(m), m.num_features, m.eps, batch_statistics, m.affine, m.momentum, ranks)
 
 
 _KNOWN = {
@@ -434,29 +440,37 @@ def common_placement(model: nn.Module) -> tuple[torch.device, torch.dtype] | Non
     Raises:
         ModelError: uninitialised (lazy) parameters, or layers on different devices or of different dtypes.
     """
-    first: tuple[str, torch.device, torch.dtype] | None = None
-    for name, tensor in _named_tensors(model):
+    first = None
+    for tensor in _tensors(model):
         if is_lazy(tensor):
             raise ModelError(
                 "model",
-                f"the uninitialised parameter {name}",
+                f"the uninitialised parameter {_name_in(model, tensor)}",
                 "initialised parameters",
                 "Run one forward pass first: model(x).",
             )
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
         if first is None:
-            first = (name, tensor.device, tensor.dtype)
-        elif (tensor.device, tensor.dtype) != first[1:]:
+            first = tensor
+        elif tensor.dtype != first.dtype or tensor.device != first.device:
             raise ModelError(
                 "model",
-                f"{first[0]} on {first[1]} as {first[2]} and {name} on {tensor.device} as {tensor.dtype}",
+                " and ".join(f"{_name_in(model, t)} on {t.device} as {t.dtype}" for t in (first, tensor)),
                 "all layers on one device and of one dtype",
                 "Call model.to(device, dtype).",
             )
-    return None if first is None else first[1:]
+    return None if first is None else (first.device, first.dtype)
 
 
-def _named_tensors(model: nn.Module):
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """All parameters and buffers; without their names, which take longer to make than everything else."""
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
+
+
+def _name_in(model: nn.Module, tensor: torch.Tensor) -> str:
+    named = (*model.named_parameters(), *model.named_buffers())
+    return next(name for name, candidate in named if candidate is tensor)

@@ -152,13 +152,16 @@ def solve(
     step_size = validation.checked_step_size(step_size)
     network = describe(model)
     dtype = validation.check_input(model, x)
-    described = None if loss is None else describe_loss(loss, normalizer)
+    described = None if output_gradient is not None else describe_loss(loss, normalizer)
     if described is not None:
         validation.check_target_placement(x, y)
     start = validation.checked_start(vinit, network.depth, x, method)
     deferred = check == "deferred" or (check == "auto" and x.is_cuda)
     if check != "off" and not x.is_cuda and not deferred:
-        validation.check_finite(x)
+        validation.check_finite("x", x)
+        for index, belief in enumerate(start or [None]):
+            if index and belief is not None:
+                validation.check_finite(f"vinit[{index}]", belief)
 
     chosen, refusals = choose_backend(backend, network, x.device, dtype)
     precision = choose_precision(x.device.type, dtype)

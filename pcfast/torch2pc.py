@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .errors import ArgumentError, ShapeError
+from .network import describe
 from .problem import Wanted
 from .relaxation import relax, solve, updates
 
@@ -146,11 +147,11 @@ def PCInfer(
     Raises:
         ArgumentError and its kinds, BackendError, RelaxationDiverged; ``.grad`` is untouched then.
     """
-    if ErrType not in _METHODS:
+    if not isinstance(ErrType, str) or ErrType not in _METHODS:
         raise ArgumentError("ErrType", repr(ErrType), f"one of {tuple(_METHODS)}")
     method = _METHODS[ErrType]
     if n is None and method == "fixed_prediction":
-        n = len(model)
+        n = describe(model).depth
     if method == "exact":
         eta, n = 0.0, 0  # not read, as documented
     outcome, _ = solve(
@@ -171,10 +172,17 @@ def _assign(model: nn.Sequential, gradients: dict) -> None:
 
 def _activations(name: str, values, model: nn.Sequential) -> list[Tensor]:
     """``values`` detached, checked to be one tensor for each of l = 0..L."""
-    if not isinstance(values, list | tuple) or len(values) != len(model) + 1:
+    network = describe(model)
+    if not isinstance(values, list | tuple) or len(values) != network.depth + 1:
         given = f"{len(values)} entries" if isinstance(values, list | tuple) else f"a {type(values).__name__}"
-        raise ArgumentError(name, given, f"a list of {len(model) + 1} tensors, l = 0..{len(model)}")
+        raise ArgumentError(name, given, f"a list of {network.depth + 1} tensors, l = 0..{network.depth}")
     for index, value in enumerate(values):
         if not isinstance(value, Tensor):
             raise ArgumentError(f"{name}[{index}]", f"a {type(value).__name__}", "a tensor")
+    if values[0].dim() >= 2:  # X itself is checked later
+        for l, shapes in enumerate(network.shapes(tuple(values[0].shape)), start=1):
+            if shapes is not None and values[l].shape != shapes[-1]:
+                raise ShapeError(
+                    f"{name}[{l}]", f"shape {tuple(values[l].shape)}", f"{shapes[-1]}, as layer {l} gives"
+                )
     return [value.detach() for value in values]

@@ -16,13 +16,10 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import hashlib
 import io
 import json
 import platform
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -38,17 +35,18 @@ import pcfast
 
 from . import plots
 from ._version import __version__
+from .checkpoints import FORMAT, load_checkpoint, loss_name, run_settings
 from .datasets import Data, digits
 from .errors import ArgumentError, ArgumentTypeError, RelaxationDiverged
+from .files import write_atomically
 from .losses import LossLike, describe_loss
 from .networks import digits_mlp
+from .progress import Display, Interrupt
 from .status import synchronize
 
 CHECKPOINT, CONFIG, LOG, CURVES = "checkpoint.pt", "config.json", "log.csv", "curves.png"
-CHECKPOINT_FORMAT = 1
 LEARNING_RATE = 0.002  # of the default optimiser, Adam
 SECONDS_BETWEEN_DRAWINGS = 30.0  # drawing takes about 0.3 s, longer than an epoch of a small network
-SECONDS_BETWEEN_READINGS = 0.2  # reading the running loss waits for the device
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -153,11 +151,11 @@ def train(
 
     model.to(device)
     optimizer = _made_optimizer(optimizer, parameters)
-    settings = _settings(
+    settings = run_settings(
         model,
         data,
         optimizer,
-        loss=_name(loss),
+        loss=loss_name(loss),
         method=method,
         step_size=step_size,
         num_steps=num_steps,
@@ -187,9 +185,9 @@ def train(
         return_output=True,
     )
 
-    run = _Run(model, optimizer, data, loss, update, batch_size, seed, device)
+    run = Run(model, optimizer, data, loss, update, batch_size, seed, device)
     if resume:
-        checkpoint = _load_checkpoint(folder / CHECKPOINT, settings)
+        checkpoint = load_checkpoint(folder / CHECKPOINT, settings)
     if folder is not None:
         plots.require_matplotlib()
         try:
@@ -207,7 +205,7 @@ def train(
                     torch.cuda.manual_seed(seed)
             if resume:
                 run.restore(checkpoint)
-            with _Display(progress, epochs, run) as display, _Interrupt() as interrupt:
+            with Display(progress, epochs, run) as display, Interrupt() as interrupt:
                 _train_epochs(run, epochs, folder, config, display, interrupt)
     finally:
         model.train(was_training)
@@ -238,7 +236,7 @@ def evaluate(
     return total.item() / len(x), correct.item() / len(x)
 
 
-class _Run:
+class Run:
     """The state of a training run: what a checkpoint holds, and the update of one batch."""
 
     def __init__(self, model, optimizer, data, loss, update, batch_size, seed, device):
@@ -299,7 +297,7 @@ class _Run:
         """Everything that :meth:`restore` needs, in types that weights_only loading accepts."""
         cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         return {
-            "format": CHECKPOINT_FORMAT,
+            "format": FORMAT,
             "config": config,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -324,98 +322,8 @@ class _Run:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][0], self.device)
 
 
-class _Interrupt:
-    """Ctrl-C as a request: the first one is noted, a second one raises at once.
-
-    Does nothing outside the main thread, where handlers cannot be set, and where SIGINT is ignored (nohup).
-    """
-
-    def __enter__(self) -> _Interrupt:
-        self.requested = False
-        self._previous = None
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if in_main_thread and callable(signal.getsignal(signal.SIGINT)):
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def _handle(self, number, frame) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *exception) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-
-
-class _Display:
-    """The progress bar, and one line an epoch; nothing at all where not enabled."""
-
-    def __init__(self, enabled: bool, epochs: int, run: _Run):
-        self.run, self.epochs, self.bar, self.last_reading = run, epochs, None, 0.0
-        if not enabled:
-            return
-        try:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-        except ImportError as error:
-            raise ImportError(
-                'the progress bar needs rich: pip install "pcfast[train]", or pass progress=False'
-            ) from error
-        console = Console(highlight=False, soft_wrap=True)
-        self.bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),
-            BarColumn(),
-            TextColumn("{task.fields[rate]:,.0f} samples/s  loss {task.fields[loss]:.4g}"),
-            TextColumn("accuracy {task.fields[accuracy]:.2%}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,  # the epochs' lines stay
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task(
-            "", total=epochs * run.samples, epoch=1, rate=0.0, loss=0.0, accuracy=0.0
-        )
-
-    def __enter__(self) -> _Display:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def after_batch(self, samples: int) -> None:
-        if self.bar is None or self.bar.disable:
-            return
-        now = time.monotonic()
-        if now - self.last_reading < SECONDS_BETWEEN_READINGS:
-            return
-        self.last_reading, run = now, self.run
-        self.bar.update(
-            self.task,
-            completed=len(run.history) * run.samples + run.position,
-            epoch=len(run.history) + 1,
-            rate=run.position / run.seconds,
-            loss=run.loss_sum.item() / run.position,
-            accuracy=run.correct.item() / run.position,
-        )
-
-    def after_epoch(self) -> None:
-        if self.bar is None:
-            return
-        history = self.run.history
-        self.bar.console.print(
-            f"epoch {len(history):{len(str(self.epochs))}}/{self.epochs}"
-            f"  training: loss {history.train_loss[-1]:.4g}, accuracy {history.train_accuracy[-1]:.2%}"
-            f"  test: loss {history.test_loss[-1]:.4g}, accuracy {history.test_accuracy[-1]:.2%}"
-            f"  {self.run.samples / history.seconds[-1]:,.0f} samples/s"
-        )
-
-
 def _train_epochs(
-    run: _Run, epochs: int, folder: Path | None, config: dict, display: _Display, interrupt: _Interrupt
+    run: Run, epochs: int, folder: Path | None, config: dict, display: Display, interrupt: Interrupt
 ) -> None:
     drawn = time.monotonic()
     while len(run.history) < epochs:
@@ -436,80 +344,18 @@ def _train_epochs(
             raise KeyboardInterrupt(f"training stopped after {len(run.history)} epochs{kept}")
 
 
-def _save(run: _Run, folder: Path, config: dict) -> None:
+def _save(run: Run, folder: Path, config: dict) -> None:
     """Write checkpoint, configuration and log, each atomically."""
     checkpoint = run.checkpoint(config)
-    plots.write_atomically(folder / CHECKPOINT, lambda file: torch.save(checkpoint, file))
+    write_atomically(folder / CHECKPOINT, lambda file: torch.save(checkpoint, file))
     text = json.dumps(config, indent=2) + "\n"
-    plots.write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
+    write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
     table = io.StringIO()
     columns = asdict(run.history)
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["epoch", *columns])
     writer.writerows([epoch, *row] for epoch, row in enumerate(zip(*columns.values(), strict=True), start=1))
-    plots.write_atomically(folder / LOG, lambda file: file.write(table.getvalue().encode()))
-
-
-def _load_checkpoint(path: Path, settings: dict) -> dict:
-    """The checkpoint at ``path``; ArgumentError where it is missing, unreadable or of other settings."""
-    if not path.is_file():
-        raise ArgumentError(
-            "out", f"no checkpoint at {path}", "the folder of a run", "Start it without resume."
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        readable = checkpoint["format"] == CHECKPOINT_FORMAT
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a damaged file
-        raise ArgumentError(
-            "out", f"{path}, which cannot be read", "a checkpoint of train", str(error)
-        ) from error
-    if not readable:
-        raise ArgumentError("out", f"{path} of format {checkpoint['format']}", f"format {CHECKPOINT_FORMAT}")
-    there, here = _flat(checkpoint["config"]["settings"]), _flat(settings)
-    differences = [
-        f"{key} is {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
-        for key in {**there, **here}
-        if there.get(key) != here.get(key)
-    ]
-    if differences:
-        shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" if differences[5:] else "")
-        raise ArgumentError(
-            "resume",
-            f"a checkpoint ({path}) of another run: {shown}",
-            "the settings of that run",
-            "Use them, or start anew in another folder.",
-        )
-    return checkpoint
-
-
-def _flat(value, key: str = "") -> dict:
-    """Nested dicts and lists as one dict with dotted keys."""
-    if not isinstance(value, dict | list):
-        return {key: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {
-        k: v for name, part in items for k, v in _flat(part, f"{key}.{name}" if key else str(name)).items()
-    }
-
-
-def _settings(model: nn.Sequential, data: Data, optimizer: Optimizer, **values) -> dict:
-    """What two runs must have in common for one to go on from the other's checkpoint.
-
-    Plain JSON values: they compare equal after a round trip, and weights_only loading accepts them.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = [
-        {**group, "params": ", ".join(names[id(p)] for p in group["params"])}
-        for group in optimizer.param_groups
-    ]
-    settings = {
-        **values,
-        "network": [" ".join(str(layer).split()) for layer in model],
-        "optimizer": {"name": type(optimizer).__qualname__, "groups": groups},
-        "parameters": {name: _signature(p) for name, p in model.named_parameters()},
-        "data": {name: f"{_signature(t)} sha256 {_digest(t)}" for name, t in data._asdict().items()},
-    }
-    return json.loads(json.dumps(settings, default=str))
+    write_atomically(folder / LOG, lambda file: file.write(table.getvalue().encode()))
 
 
 def _checked_data(data, dtype: torch.dtype) -> Data:
@@ -571,25 +417,6 @@ def _sums(loss: LossLike) -> bool:
 def _hits(output: Tensor, y: Tensor) -> Tensor:
     """Number of rows of ``output`` (B, C) whose largest entry is the target's class: 0-dim int64."""
     return (output.argmax(1) == (y if y.dim() == 1 else y.argmax(1))).sum()
-
-
-def _name(loss: LossLike) -> str:
-    """A name of ``loss`` without memory addresses, so that two runs can be compared."""
-    if isinstance(loss, functools.partial):
-        keywords = ", ".join(f"{key}={value}" for key, value in sorted(loss.keywords.items()))
-        return f"{_name(loss.func)}({keywords})"
-    if isinstance(loss, nn.Module):
-        return repr(loss)
-    return getattr(loss, "__qualname__", str(loss) if isinstance(loss, str) else type(loss).__qualname__)
-
-
-def _signature(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
-def _digest(tensor: Tensor) -> str:
-    data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -102,12 +102,12 @@ def check_target_placement(x: Tensor, y) -> None:
         raise ShapeError("y", f"{y.shape[0]} rows", f"{x.shape[0]} rows, as x has", "Mismatched batch.")
 
 
-def check_finite(x: Tensor) -> None:
-    """Raise where x holds NaN or infinity. Waits for the device."""
-    if not status.all_finite([x]):
-        rows = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise where ``tensor`` (rows, ...) holds NaN or infinity. Waits for the device."""
+    if not status.all_finite([tensor]):
+        rows = (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1).nonzero().flatten().tolist()
         raise NonFiniteError(
-            "x", f"NaN or infinity in row {rows[0]}" + (f" and {len(rows) - 1} more" if rows[1:] else ""),
+            name, f"NaN or infinity in row {rows[0]}" + (f" and {len(rows) - 1} more" if rows[1:] else ""),
             "finite values", "Clean or normalise the data.",
         )  # fmt: skip
 
@@ -134,6 +134,8 @@ def checked_start(vinit, depth: int, x: Tensor, method: str) -> list[Tensor | No
             raise ArgumentTypeError(f"vinit[{index}]", f"a {type(entry).__name__}", "a tensor or None")
         if entry.device != x.device:
             raise ArgumentError(f"vinit[{index}]", f"a tensor on {entry.device}", f"{x.device}, where x is")
+        if index and entry.shape[:1] != x.shape[:1]:
+            raise ShapeError(f"vinit[{index}]", f"shape {tuple(entry.shape)}", f"{len(x)} rows, as x has")
     first = vinit[0]
     if first is not None and first is not x and not (first.shape == x.shape and bool((first == x).all())):
         raise ArgumentError(

@@ -1,5 +1,7 @@
 """The planner's counts against what torch really multiplies, and its choices against the rules."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from pcfast.planning import strict_products
 
 
 def mlp(*widths):
-    layers = [nn.Sequential(nn.Linear(i, o), nn.Tanh()) for i, o in zip(widths, widths[1:-1], strict=False)]
+    layers = [nn.Sequential(nn.Linear(i, o), nn.Tanh()) for i, o in pairwise(widths[:-1])]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pcfast import datasets, networks, plots, training
+from pcfast.checkpoints import flat
 from pcfast.errors import ArgumentError, RelaxationDiverged
 from pcfast.training import History, evaluate, train
 
@@ -76,7 +77,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
     """Bit for bit the same model, optimiser, random state and history (but for the times)."""
     a, b = checkpoint_of(folder), checkpoint_of(other)
     for key in ("model", "optimizer", "rng", "history"):
-        flat_a, flat_b = training._flat(a[key]), training._flat(b[key])
+        flat_a, flat_b = flat(a[key]), flat(b[key])
         assert flat_a.keys() == flat_b.keys()
         for name, value in flat_a.items():
             if key == "history" and name.startswith("seconds"):

@@ -36,7 +36,7 @@ def choose_backend(
         BackendError: a backend asked for by name cannot run this network.
     """
     if name != "auto":
-        if name not in BACKENDS:
+        if not isinstance(name, str) or name not in BACKENDS:
             raise ArgumentError("backend", repr(name), f"one of {['auto', *BACKENDS]}")
         ok, reason = BACKENDS[name].supports(network, device, dtype)
         if not ok:
