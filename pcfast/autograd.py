@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import validation
+from . import status, validation
 from .losses import LossLike, describe_loss
 from .network import describe
 from .problem import Wanted
@@ -69,6 +69,7 @@ def pc_loss(
         ArgumentError and its kinds, BackendError, RelaxationDiverged: ``.grad`` is untouched then.
     """
     if not torch.is_grad_enabled():
+        status.raise_arrived()
         described = describe_loss(loss, normalizer)
         describe(model)
         validation.check_input(model, x)

@@ -12,6 +12,8 @@ State is kept in ``Precision.state``; matrix operands are cast to ``Precision.op
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -370,7 +372,7 @@ class BatchNormStep(Step):
         self._count = a.numel() // spec.features
         gamma = self.precision.to_state(module.weight.detach()) if spec.affine else None
         beta = self.precision.to_state(module.bias.detach()) if spec.affine else None
-        self._gamma = a.new_ones(self._view) if gamma is None else gamma.view(self._view)
+        self._gamma = 1.0 if gamma is None else gamma.view(self._view)
         self._beta = 0.0 if beta is None else beta.view(self._view)
         if spec.batch_statistics:
             self._check_count()
@@ -468,13 +470,13 @@ class OpaqueStep(Step):
         return self.precision.to_state(self._out.detach())
 
     def forward(self, a):
-        self._random = replaying(a.device)
+        self._random, self._buffers = replaying(a.device), recorded_buffers(self.module)
         self._base = a
         self._base_out = self._evaluate(a)
         return self._base_out
 
     def deviate(self, d):
-        with self._random(), frozen_buffers(self.module):
+        with self._random(), self._buffers():
             return self._evaluate(self._base + d) - self._base_out
 
     def _grad(self, wanted: list[Tensor], e: Tensor) -> tuple[Tensor | None, ...]:
@@ -502,26 +504,31 @@ class OpaqueStep(Step):
         return self.gradients(torch.zeros_like(self._base_out))  # unused parameters stay without
 
 
-@contextlib.contextmanager
-def frozen_buffers(module: nn.Module):
-    """Lend the module copies of its buffers: statistics move once a step.
+def recorded_buffers(module: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """Remember the module's buffers as they are; the returned context manager lends it copies of those.
 
-    The buffers themselves are never written, not even to put them back: autograd graphs may hold them.
+    Every evaluation of a step starts from the same statistics, which move once. The buffers themselves are
+    never written, not even to put them back: autograd graphs may hold them.
     """
-    owned = [
-        (owner._buffers, name, buffer)
+    saved = {
+        (owner, name): buffer.clone()
         for owner in module.modules()
         for name, buffer in owner._buffers.items()
         if buffer is not None
-    ]
-    copies = {buffer: buffer.clone() for _, _, buffer in owned}  # one for each, however often it is registered
-    try:
-        for buffers, name, buffer in owned:
-            buffers[name] = copies[buffer]
-        yield
-    finally:
-        for buffers, name, buffer in owned:
-            buffers[name] = buffer
+    }
+
+    @contextlib.contextmanager
+    def lend():
+        held = {(owner, name): owner._buffers[name] for owner, name in saved}
+        try:
+            for (owner, name), value in saved.items():
+                owner._buffers[name] = value.clone()
+            yield
+        finally:
+            for (owner, name), buffer in held.items():
+                owner._buffers[name] = buffer
+
+    return lend
 
 
 _STEPS: dict[type[specs.Op], type[Step]] = {

@@ -50,7 +50,7 @@ class RelaxationDiverged(PcfastError, ArithmeticError):
 
     Attributes:
         iteration: relaxation iteration, 1-based; 0 means the forward pass before the relaxation;
-            None means that it is not known (the values were found in the gradients).
+            None means that no belief was non-finite in any iteration, but an error, an update or the loss is.
         layer: PC layer, 1-based, lowest of those that were non-finite in that iteration.
         step_size: eta of the run.
     """
@@ -61,7 +61,7 @@ class RelaxationDiverged(PcfastError, ArithmeticError):
             where = f"the forward pass of layer {layer} is not finite, before any relaxation"
             remedy = "Check the parameters and the scale of x; lower the optimiser's learning rate."
         elif iteration is None:
-            where = f"the updates of layer {layer} are not finite (step size {step_size:g})"
+            where = f"the errors, updates or loss of layer {layer} are not finite (step size {step_size:g})"
             remedy = "Check the scale of x and of the loss, and the parameters."
         else:
             where = (

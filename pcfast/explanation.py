@@ -88,7 +88,9 @@ def explain(
     where = where if device is None else torch.device(device)
     chosen, refusals = choose_backend(backend, network, where, dtype)
     precision = choose_precision(where.type, dtype)
-    planned = plan(network, shape, method, num_steps, True, False, precision, chosen.name, refusals)
+    planned = plan(
+        network, shape, method, num_steps, True, False, precision, chosen.name, refusals, chosen.literal
+    )
     refused = dict(refusals)
     for name in BACKENDS:
         if name != chosen.name and name not in refused:

@@ -93,6 +93,14 @@ def graph_key(problem: Problem, plan: Plan) -> Hashable:
     )
 
 
+_NOTES = 256  # keys remembered as called once
+
+
+def _trim(entries: OrderedDict, capacity: int) -> None:
+    while len(entries) > capacity:
+        entries.popitem(last=False)
+
+
 @dataclass
 class _Graph:
     x: Tensor
@@ -122,35 +130,36 @@ class GraphCache:
 
     def __init__(self, capacity: int, recorder: Recorder) -> None:
         self.capacity, self._record = capacity, recorder
-        self._entries: OrderedDict[Hashable, _Graph | str | None] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, _Graph | str] = OrderedDict()  # a str says why there is none
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()  # keys called once
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
-        return sum(isinstance(entry, _Graph) for entry in self._entries.values())
+        return sum(isinstance(entry, _Graph) for entry in self._graphs.values())
 
     def clear(self) -> None:
         with self._lock:
-            self._entries.clear()
+            self._graphs.clear()
+            self._seen.clear()
 
     def run(self, backend: Backend, problem: Problem, plan: Plan) -> tuple[Outcome, str]:
         """``(outcome, reason)``; the reason says why it was not replayed and is "" where it was."""
         key = graph_key(problem, plan)
         with self._lock:
-            if key not in self._entries:
-                self._entries[key] = None
-                self._trim()
-                return backend.run(problem, plan), "first call of its kind: recorded from the next on"
-            self._entries.move_to_end(key)
-            if self._entries[key] is None:
-                self._entries[key] = self._capture(backend, problem, plan)
-            entry = self._entries[key]
-            if isinstance(entry, str):
-                return backend.run(problem, plan), entry
-            return entry.run(problem), ""
-
-    def _trim(self) -> None:
-        while len(self._entries) > self.capacity:
-            self._entries.popitem(last=False)
+            if key in self._seen:
+                del self._seen[key]
+                self._graphs[key] = self._capture(backend, problem, plan)
+                _trim(self._graphs, self.capacity)
+            if key in self._graphs:
+                self._graphs.move_to_end(key)
+                entry = self._graphs[key]
+                if isinstance(entry, _Graph):
+                    return entry.run(problem), ""
+            else:
+                self._seen[key] = None
+                _trim(self._seen, _NOTES)
+                entry = "first call of its kind: recorded from the next on"
+        return backend.run(problem, plan), entry
 
     def _capture(self, backend: Backend, problem: Problem, plan: Plan) -> _Graph | str:
         x, y = problem.x.clone(), problem.y.clone()

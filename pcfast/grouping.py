@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .errors import ModelError
+from .network import describe
 
 #: Modules whose parameters do not open a new PC layer: they belong to the affine map before them.
 _FOLLOWERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
@@ -25,11 +25,9 @@ def group_layers(model: nn.Sequential) -> nn.Sequential:
         A new ``nn.Sequential`` of ``nn.Sequential`` groups that computes the same function.
 
     Raises:
-        ModelError: not an ``nn.Sequential``, or empty.
+        ModelError: not an ``nn.Sequential``, empty, or a Sequential with a forward of its own.
     """
-    if not isinstance(model, nn.Sequential) or len(model) == 0:
-        given = "an empty Sequential" if isinstance(model, nn.Sequential) else f"a {type(model).__name__}"
-        raise ModelError("model", given, "an nn.Sequential with at least one module")
+    describe(model)  # refuses what is no chain of layers
     groups: list[list[nn.Module]] = []
     closed = True  # a nested Sequential stands alone: what follows it opens a new group
     has_opener = False

@@ -182,12 +182,19 @@ def plan(
     precision: Precision,
     backend: str,
     refusals: tuple[tuple[str, str], ...],
+    literal: bool = False,
 ) -> Plan:
-    """Plan one problem. Cached: the arguments compare by value, the network by its layer specs."""
+    """Plan one problem. Cached: the arguments compare by value, the network by its layer specs.
+
+    ``literal``: the backend takes no short cuts, so the Gram form is out; ``work`` is then what it would take with
+    the others.
+    """
     if method not in METHODS:
         raise ArgumentError("method", repr(method), f"one of {METHODS}")
     shapes = network.shapes(x_shape)
     gram, gram_reason = choose_gram(network, shapes, method, num_steps, fresh, energies)
+    if literal:
+        gram, gram_reason = False, f"the {backend} backend runs the literal loop"
     work = count_work(network, shapes, method, num_steps, fresh, gram)
     return Plan(
         backend, method, num_steps, fresh, gram, gram_reason, precision, shapes, work, tuple(refusals)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from .errors import ArgumentError
 from .files import write_atomically
-
-if TYPE_CHECKING:
-    from .training import History
+from .history import History
 
 
 def require_matplotlib() -> None:

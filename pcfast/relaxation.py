@@ -46,7 +46,7 @@ class Relaxation:
     """Result of :func:`relax`. Lists run over l = 0..L.
 
     Attributes:
-        activations: forward-pass values vhat_0..vhat_L; vhat_0 is x.
+        activations: forward-pass values vhat_0..vhat_L; vhat_0 equals x.
         loss: Loss(vhat_L, y), 0-dim.
         output_gradient: dLoss/dvhat_L, as vhat_L.
         beliefs: v_l after the last iteration, as vhat_l.
@@ -117,14 +117,20 @@ def relax(
         wanted=Wanted(False, True, method == "fixed_prediction", energies),
     )  # fmt: skip
     return Relaxation(
-        outcome.activations,
+        _apart(outcome.activations, x),
         outcome.loss,
         outcome.output_gradient,
-        outcome.beliefs,
+        _apart(outcome.beliefs, x),
         outcome.errors,
         outcome.energies,
         run,
     )
+
+
+def _apart(values: list[Tensor], x: Tensor) -> list[Tensor]:
+    """``values``, copied where they lie in the caller's ``x`` (v_0, and what reshapes it)."""
+    memory = x.untyped_storage().data_ptr()
+    return [value.clone() if value.untyped_storage().data_ptr() == memory else value for value in values]
 
 
 def solve(
@@ -175,6 +181,7 @@ def solve(
         precision,
         chosen.name,
         refusals,
+        chosen.literal,
     )
     problem = Problem(
         model=model,
@@ -228,7 +235,9 @@ def choose_precision(device_type: str, dtype: torch.dtype) -> Precision:
     if autocast == torch.bfloat16 and state == torch.float32:
         return Precision(state, torch.bfloat16, autocast)
     if autocast == torch.float16 and state == torch.float32:
-        note = "float16 autocast: float32 operands instead, since small deviations underflow in float16"
+        note = (
+            "float16 autocast: float32 operands (TF32 on CUDA), since small deviations underflow in float16"
+        )
         say_once(note)
         return Precision(state, state, autocast, note)
     operand = torch.bfloat16 if dtype == torch.bfloat16 else state

@@ -13,22 +13,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .errors import NonFiniteError, PcfastError, RelaxationDiverged
+from .errors import ArgumentError, NonFiniteError, PcfastError, RelaxationDiverged
 
 CHECKS = ("auto", "sync", "deferred", "off")
 
 _FINE = -1
 _BAD_INPUT = -2
 _BAD_LABELS = -3
-_BAD_GRADIENTS = -10  # minus the layer
+_BAD_RESULTS = -10  # minus the layer
 _LAYERS = 1 << 20  # status = iteration * _LAYERS + layer
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The largest magnitude of each tensor, (len,): NaN or inf exactly where a tensor holds one."""
-    return torch.stack([n.to(torch.float64) for n in torch._foreach_norm(list(tensors), float("inf"))])
+    return torch.stack(torch._foreach_norm(list(tensors), float("inf"))).to(torch.float64)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -49,34 +49,36 @@ class StatusBuilder:
     """Collects, on the device and without waiting, where values first became non-finite."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[int, list[int], Tensor]] = []
+        self._rows: list[tuple[list[int], Tensor]] = []  # codes and norms
 
     def observe(self, iteration: int, states: dict[int, Tensor]) -> None:
         """Note one iteration's states, layer -> tensor."""
         if states:
-            self._rows.append((iteration, list(states), norms(list(states.values()))))
+            self._rows.append(
+                ([iteration * _LAYERS + layer for layer in states], norms(list(states.values())))
+            )
 
     def build(
         self,
         x: Tensor,
         label_flaw: Tensor | None,
         activations: Sequence[Tensor],
-        gradients: dict[nn.Parameter, Tensor],
-        layers: dict[nn.Parameter, int],
+        results: Sequence[tuple[int, Tensor]],
     ) -> Tensor:
-        """The status word, 0-dim int64."""
-        if activations:
-            self._rows.insert(0, (0, list(range(1, len(activations) + 1)), norms(activations)))
-        checks: list[tuple[Tensor, int]] = [(norms([x])[0], _BAD_INPUT)]
-        for iteration, owners, row in self._rows:
-            checks += [(row[i], iteration * _LAYERS + layer) for i, layer in enumerate(owners)]
-        if gradients:
-            row = norms(list(gradients.values()))
-            checks += [(row[i], _BAD_GRADIENTS - layers[p]) for i, p in enumerate(gradients)]
-        values = torch.stack([value for value, _ in checks])
-        codes = _codes(tuple(code for _, code in checks), x.device)
+        """The status word, 0-dim int64. ``results``: (layer, tensor) for what the relaxation gave in the end."""
+        rows = [([_BAD_INPUT], norms([x]))]
+        rows.append((list(range(1, len(activations) + 1)), norms(activations)))
+        rows += self._rows
+        by_layer = sorted(results, key=lambda result: result[0])
+        rows.append(
+            ([_BAD_RESULTS - layer for layer, _ in by_layer], norms([value for _, value in by_layer]))
+        )
+        values = torch.cat([row for _, row in rows])
+        codes = _codes(tuple(code for row_codes, _ in rows for code in row_codes), x.device)
         bad = ~torch.isfinite(values)
-        status = torch.where(bad.any(), codes[bad.to(torch.int8).argmax()], _FINE)
+        # gather, since indexing with a 0-dim tensor would wait for the device
+        first = codes.gather(0, bad.to(torch.int8).argmax().reshape(1)).reshape(())
+        status = torch.where(bad.any(), first, _FINE)
         if label_flaw is not None:
             status = torch.where(label_flaw, _BAD_LABELS, status)
         return status
@@ -103,9 +105,9 @@ def error_of(code: int, step_size: float) -> PcfastError | None:
     if code == _BAD_INPUT:
         return NonFiniteError("x", "NaN or infinity", "finite values", "Clean or normalise the data.")
     if code == _BAD_LABELS:
-        return NonFiniteError("y", "labels out of range", "labels from 0 to the number of classes - 1")
-    if code <= _BAD_GRADIENTS:
-        return RelaxationDiverged(None, _BAD_GRADIENTS - code, step_size)
+        return ArgumentError("y", "labels out of range", "labels from 0 to the number of classes - 1")
+    if code <= _BAD_RESULTS:
+        return RelaxationDiverged(None, _BAD_RESULTS - code, step_size)
     return RelaxationDiverged(code // _LAYERS, code % _LAYERS, step_size)
 
 
@@ -128,8 +130,13 @@ _lock = threading.Lock()
 
 
 def defer(status: Tensor, step_size: float) -> None:
-    """Copy a status word to the host without waiting; a later call raises what it says."""
+    """Copy a status word to the host without waiting; a later call raises what it says.
+
+    Not while the caller captures a CUDA graph: what a replay finds cannot be reported (its gradients are zeroed).
+    """
     if status.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            return
         code = torch.empty((), dtype=torch.int64, pin_memory=True)
         code.copy_(status, non_blocking=True)
         arrived = torch.cuda.Event()
@@ -142,7 +149,7 @@ def defer(status: Tensor, step_size: float) -> None:
 
 def raise_arrived(*, wait: bool = False) -> None:
     """Raise the first problem among the status words that have arrived; with ``wait``, of all."""
-    if not _pending:
+    if not _pending or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return
     failure = None
     with _lock:
@@ -164,6 +171,6 @@ def synchronize() -> None:
     """Wait for all pcfast work on CUDA and raise what went wrong in it.
 
     Raises:
-        RelaxationDiverged, NonFiniteError: of the first failed step since the last report.
+        RelaxationDiverged, NonFiniteError, ArgumentError: of the first failed step since the last report.
     """
     raise_arrived(wait=True)

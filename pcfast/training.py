@@ -22,7 +22,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ from .checkpoints import FORMAT, load_checkpoint, loss_name, run_settings
 from .datasets import Data, digits
 from .errors import ArgumentError, ArgumentTypeError, RelaxationDiverged
 from .files import write_atomically
+from .history import History
 from .losses import LossLike, describe_loss
 from .networks import digits_mlp
 from .progress import Display, Interrupt
@@ -49,31 +50,6 @@ LEARNING_RATE = 0.002  # of the default optimiser, Adam
 SECONDS_BETWEEN_DRAWINGS = 30.0  # drawing takes about 0.3 s, longer than an epoch of a small network
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
-
-
-@dataclass
-class History:
-    """What was measured, one entry an epoch.
-
-    train_loss and train_accuracy are means over the epoch's samples, each taken before the update of its
-    batch; test_loss and test_accuracy are taken after the epoch. Losses are per sample (a sum loss is divided
-    by the number of samples), accuracies in 0..1, seconds is the time of the updates alone.
-    """
-
-    train_loss: list[float] = field(default_factory=list)
-    train_accuracy: list[float] = field(default_factory=list)
-    test_loss: list[float] = field(default_factory=list)
-    test_accuracy: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        """Number of finished epochs."""
-        return len(self.seconds)
-
-    def append(self, **values: float) -> None:
-        """Add one epoch; every field is given."""
-        for column in fields(self):
-            getattr(self, column.name).append(values[column.name])
 
 
 def train(

@@ -479,9 +479,8 @@ def test_float16_autocast_runs_in_float32_and_says_so_once(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="pcfast"), torch.autocast("cpu", torch.float16):
         for _ in range(2):
             assert same_bits(updates(model, x, y), expected)
-    assert [record.message for record in caplog.records if "float16 autocast" in record.message] == [
-        "float16 autocast: float32 operands instead, since small deviations underflow in float16"
-    ]
+    (message,) = [record.message for record in caplog.records]
+    assert message.startswith("float16 autocast: float32 operands")
 
 
 def test_a_float64_model_runs_on_eager():

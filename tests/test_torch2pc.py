@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +166,13 @@ def test_signatures(function):
 
 def test_pcinfer_is_exported():
     assert pcfast.PCInfer is PCInfer
+
+
+def test_the_page_for_users_names_tests_that_exist():
+    page = (Path(__file__).parents[1] / "docs" / "torch2pc.md").read_text()
+    named = set(re.findall(r"`(test_[a-z0-9_]+)`", page))
+    assert len(named) >= 15
+    assert {name for name in named if not callable(globals().get(name))} == set()
 
 
 # PCInfer -------------------------------------------------------------------------------------------------------
@@ -520,13 +529,33 @@ def test_setpcgrads_from_any_errors_and_beliefs(own_beliefs, network, backend):
     assert_same(grads(model), expected)
 
 
-def test_parts_leave_batchnorm_statistics_where_activations_are_given():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_part_draws_a_dropout_mask_of_its_own(backend):
+    model = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5), nn.Linear(64, 64)).double()
+    vhat, top = [torch.ones(4, 64).double()] * 4, torch.randn(4, 64, dtype=torch.float64)
+    errors = [FixedPredPCPredErrs(model, vhat, top, eta=1.0, n=3, backend=backend)[1] for _ in range(2)]
+    (zeros_0, zeros_1), other = ([error == 0 for error in epsilon[:2]] for epsilon in errors)
+    assert zeros_1.any() and not torch.equal(zeros_1, other[1])  # each call draws
+    assert zeros_0.sum() > zeros_1.sum() * 1.2  # and each layer
+    torch.manual_seed(0)
+    expected = FixedPredPCPredErrs(model, vhat, top, eta=1.0, n=3, backend="eager")[1]
+    torch.manual_seed(0)
+    assert_same(FixedPredPCPredErrs(model, vhat, top, eta=1.0, n=3, backend=backend)[1], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_move_batchnorm_statistics_only_in_a_forward_pass(backend):
     norm = nn.BatchNorm1d(8)
     model = nn.Sequential(nn.Sequential(nn.Linear(5, 8), norm, nn.Tanh()), nn.Linear(8, CLASSES)).double()
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.randint(0, CLASSES, (6,))
-    vhat, _, top = FwdPassPlus(model, LOSS, x, y)
+    vhat, _, top = FwdPassPlus(model, LOSS, x, y, backend=backend)
     assert int(norm.num_batches_tracked) == 1
-    _, epsilon = FixedPredPCPredErrs(model, vhat, top)
-    ExactPredErrs(model, LOSS, x, y, vhat)
-    SetPCGrads(model, epsilon, x, vhat)
+    _, epsilon = FixedPredPCPredErrs(model, vhat, top, backend=backend)
+    ExactPredErrs(model, LOSS, x, y, vhat, backend=backend)
+    SetPCGrads(model, epsilon, x, vhat, backend=backend)
+    SetPCGrads(model, epsilon, x, backend=backend)
     assert int(norm.num_batches_tracked) == 1
+    ExactPredErrs(model, LOSS, x, y, backend=backend)
+    assert int(norm.num_batches_tracked) == 2
+    StrictPCPredErrs(model, vhat, LOSS, y, 0.1, 5, backend=backend)
+    assert int(norm.num_batches_tracked) == 3

@@ -123,7 +123,13 @@ def test_x_not_finite(entry, backend, value):
     x = torch.randn(BATCH, INPUTS)
     x[2, 3] = x[3, 0] = value
     refused(
-        entry, pcfast.NonFiniteError, "x", "NaN or infinity in row 2 and 1 more", "finite", x=x, backend=backend
+        entry,
+        pcfast.NonFiniteError,
+        "x",
+        "NaN or infinity in row 2 and 1 more",
+        "finite",
+        x=x,
+        backend=backend,
     )
 
 
@@ -177,7 +183,9 @@ def test_labels_out_of_range_under_no_grad():
     ids=["columns", "vector", "broadcast", "0-D", "int64"],
 )
 def test_mse_target(entry, backend, y, kind, words):
-    refused(entry, kind, "y", *words, y=y, loss="mse" if entry is not pc_infer else nn.MSELoss(), backend=backend)
+    refused(
+        entry, kind, "y", *words, y=y, loss="mse" if entry is not pc_infer else nn.MSELoss(), backend=backend
+    )
 
 
 @pytest.mark.parametrize("method", ["fixed_prediction", "strict"])
@@ -263,8 +271,12 @@ def test_pcinfer_with_a_model_that_has_no_length(error_type):
     def call(model, x, y):
         return pcfast.PCInfer(model, nn.CrossEntropyLoss(), x, y, error_type, n=None)
 
-    refused(call, pcfast.ModelError if error_type != "Strict" else pcfast.ArgumentTypeError,
-            "model" if error_type != "Strict" else "num_steps", model=nn.Linear(INPUTS, CLASSES))
+    refused(
+        call,
+        pcfast.ModelError if error_type != "Strict" else pcfast.ArgumentTypeError,
+        "model" if error_type != "Strict" else "num_steps",
+        model=nn.Linear(INPUTS, CLASSES),
+    )
 
 
 def test_pcinfer_unknown_backend():
@@ -339,7 +351,13 @@ def test_normalizer_needs_a_mean_over_rows(call, loss):
 
 def test_energies_with_exact():
     refused(
-        relax, pcfast.ArgumentError, "energies", "True", "method with iterations", energies=True, method="exact"
+        relax,
+        pcfast.ArgumentError,
+        "energies",
+        "True",
+        "method with iterations",
+        energies=True,
+        method="exact",
     )
 
 
@@ -419,7 +437,11 @@ def test_relax_needs_no_parameters():
         ),
         ([nn.Linear(INPUTS, 5), nn.Conv2d(1, 2, 3)], "model", ("(4, 5)", "Conv2d", "layer 2", "(batch, 1,")),
         ([nn.Linear(INPUTS, 5), nn.MaxPool2d(2)], "model", ("(4, 5)", "MaxPool2d", "layer 2")),
-        ([nn.Linear(INPUTS, 5), nn.AdaptiveAvgPool2d(2)], "model", ("(4, 5)", "AdaptiveAvgPool2d", "layer 2")),
+        (
+            [nn.Linear(INPUTS, 5), nn.AdaptiveAvgPool2d(2)],
+            "model",
+            ("(4, 5)", "AdaptiveAvgPool2d", "layer 2"),
+        ),
         ([nn.Linear(INPUTS, 5), nn.BatchNorm1d(4)], "model", ("(4, 5)", "BatchNorm1d", "layer 2")),
         ([nn.Linear(INPUTS, 5), nn.BatchNorm2d(5)], "model", ("(4, 5)", "BatchNorm2d", "layer 2")),
         ([nn.Linear(INPUTS, 5), nn.Unflatten(1, (2, 2))], "model", ("(4, 5)", "Unflatten", "layer 2")),
@@ -474,7 +496,9 @@ def test_layer_that_returns_no_tensor(call, backend):
             return x, x
 
     model = nn.Sequential(Pair(), nn.Linear(INPUTS, CLASSES))
-    refused(call, pcfast.ModelError, "model", "tuple", "one tensor to one tensor", model=model, backend=backend)
+    refused(
+        call, pcfast.ModelError, "model", "tuple", "one tensor to one tensor", model=model, backend=backend
+    )
 
 
 # vinit ----------------------------------------------------------------------------------------------------
@@ -555,12 +579,28 @@ def test_explain(arguments, kind, argument):
         (lambda m, v, g: pcfast.torch2pc.FixedPredPCPredErrs(m, v[:-1], g), "vhat", pcfast.ArgumentError),
         (lambda m, v, g: pcfast.torch2pc.FixedPredPCPredErrs(m, v, g[:, :2]), "dLdy", pcfast.ShapeError),
         (lambda m, v, g: pcfast.torch2pc.FixedPredPCPredErrs(m, v, g.tolist()), "dLdy", pcfast.ShapeError),
-        (lambda m, v, g: pcfast.torch2pc.ExactPredErrs(m, "mse", v[0], g, [v[0], None, v[2]]), "vhat[1]", pcfast.ArgumentError),
-        (lambda m, v, g: pcfast.torch2pc.StrictPCPredErrs(m, v[1:], "mse", g, 0.1, 2), "vinit", pcfast.ArgumentError),
+        (
+            lambda m, v, g: pcfast.torch2pc.ExactPredErrs(m, "mse", v[0], g, [v[0], None, v[2]]),
+            "vhat[1]",
+            pcfast.ArgumentError,
+        ),
+        (
+            lambda m, v, g: pcfast.torch2pc.StrictPCPredErrs(m, v[1:], "mse", g, 0.1, 2),
+            "vinit",
+            pcfast.ArgumentError,
+        ),
         (lambda m, v, g: pcfast.torch2pc.SetPCGrads(m, v[:-1], v[0]), "epsilon", pcfast.ArgumentError),
         (lambda m, v, g: pcfast.torch2pc.SetPCGrads(m, v, v[0], [v[0]]), "v", pcfast.ArgumentError),
-        (lambda m, v, g: pcfast.torch2pc.SetPCGrads(m, [None, v[1][:, :2], v[2]], v[0], v), "epsilon[1]", pcfast.ShapeError),
-        (lambda m, v, g: pcfast.torch2pc.SetPCGrads(m, v, v[0], [v[0], v[1][:, :2], v[2]]), "v[1]", pcfast.ShapeError),
+        (
+            lambda m, v, g: pcfast.torch2pc.SetPCGrads(m, [None, v[1][:, :2], v[2]], v[0], v),
+            "epsilon[1]",
+            pcfast.ShapeError,
+        ),
+        (
+            lambda m, v, g: pcfast.torch2pc.SetPCGrads(m, v, v[0], [v[0], v[1][:, :2], v[2]]),
+            "v[1]",
+            pcfast.ShapeError,
+        ),
     ],
 )
 def test_torch2pc_parts(call, argument, kind):

@@ -17,6 +17,8 @@ class Backend(ABC):
     """Runs a planned relaxation. Nothing outside backends/ knows a backend by name."""
 
     name: str
+    #: True where the loop runs as published, without the short cuts that a plan describes.
+    literal = False
 
     @abstractmethod
     def supports(self, network: Network, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:

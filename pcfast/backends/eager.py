@@ -7,15 +7,15 @@ strict keeps d_l = v_l - vhat_l and per iteration does what the clamped input (f
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .. import status
-from ..deviation import Chain, frozen_buffers, settle
+from ..deviation import Chain, Precision, recorded_buffers, settle
 from ..errors import RelaxationDiverged
 from ..problem import Outcome, Problem, check_start, energy_row, layer_of_parameters
 from .base import Backend
@@ -38,12 +38,12 @@ class Eager(Backend):
         return True, ""
 
     def run(self, problem, plan):
-        with torch.no_grad(), torch.autocast(problem.x.device.type, enabled=False):
+        with _numerics(problem.x.device, plan.precision):
             return _Run(problem, plan).outcome()
 
     def updates(self, model, network, precision, x, beliefs, errors):
         outcome = Outcome(None, None)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), frozen_buffers(model):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), recorded_buffers(model)():
             v = precision.to_state(x)
             for l, spec in enumerate(network.layers, start=1):
                 chain = Chain(spec, model, precision)
@@ -52,9 +52,29 @@ class Eager(Backend):
         return outcome.gradients
 
 
+@contextlib.contextmanager
+def _numerics(device: torch.device, precision: Precision):
+    """No autograd, dtypes as planned; on CUDA deterministic convolutions, and TF32 under float16 autocast."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+        deterministic, products = cudnn.deterministic, cublas.fp32_precision
+        cudnn.deterministic = True
+        if precision.autocast == torch.float16:
+            cublas.fp32_precision = "tf32"
+        try:
+            yield
+        finally:
+            cudnn.deterministic = deterministic
+            if precision.autocast == torch.float16:
+                cublas.fp32_precision = products
+
+
 @functools.lru_cache(maxsize=256)
 def fixed_prediction_factors(
-    depth: int, num_steps: int, step_size: float, limit: float = math.inf
+    depth: int, num_steps: int, step_size: float, limit: float | None = None, lowest: int = 0
 ) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
     """The scalar chain that fixed prediction is (DESIGN fact 1).
 
@@ -65,15 +85,15 @@ def fixed_prediction_factors(
         t = 0..max(n-1, 0); ``beliefs[d]`` = c_d(n) is the factor of g_{L-d} in v_{L-d} = vhat_{L-d} - c g.
 
     Raises:
-        RelaxationDiverged: a factor exceeds ``limit``.
+        RelaxationDiverged: a factor of a layer l >= ``lowest`` exceeds ``limit``.
     """
     row = (1.0,) + (0.0,) * depth
     rows = [row]
     for t in range(1, num_steps + 1):
         row = (1.0, *((1 - step_size) * row[d] + step_size * row[d - 1] for d in range(1, depth + 1)))
-        for d, factor in enumerate(row):
-            if not abs(factor) <= limit:
-                raise RelaxationDiverged(t, max(depth - d, 1), step_size)
+        for layer in range(lowest, depth + 1):
+            if limit is not None and not abs(row[depth - layer]) <= limit:
+                raise RelaxationDiverged(t, max(layer, 1), step_size)
         rows.append(row)
     return tuple(rows[: max(num_steps, 1)]), rows[num_steps]
 
@@ -92,6 +112,10 @@ class _Run:
 
     def outcome(self) -> Outcome:
         problem = self.problem
+        if problem.method == "fixed_prediction":
+            self.history, self.last = self._factors()  # divergence is known before any tensor work
+        elif problem.method == "exact":
+            self.history, self.last = ((1.0,) * (self.depth + 1),), (1.0,) * (self.depth + 1)
         self.vhat = self._forward()
         self._prepare_loss()
         out = self.result = Outcome(self.loss, self.vhat[-1], output_gradient=self.output_gradient)
@@ -111,7 +135,7 @@ class _Run:
         given = self.problem.activations
         if given is not None:
             given = [self.precision.to_state(a) for a in given]
-            with frozen_buffers(self.problem.model):  # their forward pass has moved the statistics
+            with recorded_buffers(self.problem.model)():  # their forward pass has moved the statistics
                 for l in range(1, self.depth + 1):
                     self.chains[l].forward(given[l - 1])
             return given
@@ -139,14 +163,15 @@ class _Run:
 
     # exact and fixed prediction ------------------------------------------------------------------------------
 
+    def _factors(self) -> tuple:
+        problem = self.problem
+        limit = torch.finfo(self.precision.state).max if problem.check else None
+        lowest = 0 if problem.wanted.input_error else 1
+        return fixed_prediction_factors(self.depth, problem.num_steps, problem.step_size, limit, lowest)
+
     def _one_backward(self) -> None:
         problem, depth, out = self.problem, self.depth, self.result
-        wanted = problem.wanted
-        if problem.method == "exact":
-            history, last = ((1.0,) * (depth + 1),), (1.0,) * (depth + 1)
-        else:
-            limit = torch.finfo(self.precision.state).max
-            history, last = fixed_prediction_factors(depth, problem.num_steps, problem.step_size, limit)
+        wanted, history, last = problem.wanted, self.history, self.last
         factors = history[-1]  # of the last iteration's errors, by distance from the top
 
         lowest = 0 if wanted.input_error else 1
@@ -165,7 +190,8 @@ class _Run:
             gradients[l - 1] = g
             if g is None:
                 break
-        self.checked = [g for g in gradients[1:] if g is not None]
+        self.scaled_by_factors = gradients
+        self.checked = [(max(l, 1), g) for l, g in enumerate(gradients) if g is not None]
         if wanted.states:
             out.errors = [None if g is None else g * factors[depth - l] for l, g in enumerate(gradients)]
             out.beliefs = [
@@ -174,6 +200,8 @@ class _Run:
             ]
             if problem.method == "fixed_prediction":
                 out.beliefs[depth] = self.vhat[depth].clone()  # the output is not relaxed
+            self.checked += [(max(l, 1), v) for l, v in enumerate(out.beliefs)]
+            self.checked += [(max(l, 1), e) for l, e in enumerate(out.errors) if e is not None]
         if wanted.energies and problem.method == "fixed_prediction":
             for row in history[: problem.num_steps]:
                 errors = [None if g is None else g * row[depth - l] for l, g in enumerate(gradients)]
@@ -194,7 +222,8 @@ class _Run:
             link.settle()
         if self.plan.gram:
             errors[1] = self.links[1].last_error()
-        self.checked = [link.d for link in self.links[1:] if link.d is not None] + [errors[depth]]
+        self.checked = [(l, link.d) for l, link in enumerate(self.links) if l and link.d is not None]
+        self.checked.append((depth, errors[depth]))
         if problem.wanted.gradients:
             for l in range(1, depth + 1):
                 chain = self.chains[l]
@@ -236,24 +265,33 @@ class _Run:
 
     def _check(self) -> None:
         problem, out = self.problem, self.result
+        owners = layer_of_parameters(problem.network, problem.model)
+        results = [*self.checked, *((owners[p], g) for p, g in out.gradients.items())]
+        if self.loss is not None:
+            results.append((self.depth, self.loss))
         if self.builder is not None:
-            owners = layer_of_parameters(problem.network, problem.model)
-            out.status = self.builder.build(problem.x, self.flaw, self.vhat[1:], out.gradients, owners)
+            out.status = self.builder.build(problem.x, self.flaw, self.vhat[1:], results)
             status.zero_if_bad(out.status, list(out.gradients.values()))
             return
-        values = [*self.checked, *out.gradients.values()]
-        if self.loss is not None:
-            values.append(self.loss)
-        if status.all_finite(values):
+        if status.all_finite([*self.vhat[1:], *(value for _, value in results)]):
             return
         bad = status.first_non_finite(self.vhat[1:])
         if bad is not None:
             raise RelaxationDiverged(0, bad + 1, problem.step_size)
         if problem.method == "strict":
             self._locate()
-        owners = layer_of_parameters(problem.network, problem.model)
-        layers = [owners[p] for p, g in out.gradients.items() if not status.all_finite([g])]
-        raise RelaxationDiverged(None, min(layers, default=self.depth), problem.step_size)
+        elif problem.method == "fixed_prediction":
+            self._locate_by_factors()
+        layers = [layer for layer, value in results if not status.all_finite([value])]
+        raise RelaxationDiverged(None, min(layers), problem.step_size)
+
+    def _locate_by_factors(self) -> None:
+        """Raise where a belief vhat_l - c g_l of fixed prediction was first not finite."""
+        rows = [*self.history[: self.problem.num_steps], self.last]
+        for t, row in enumerate(rows):
+            for l, g in enumerate(self.scaled_by_factors[:-1]):
+                if g is not None and not status.all_finite([self.vhat[l] - g * row[self.depth - l]]):
+                    raise RelaxationDiverged(t or None, max(l, 1), self.problem.step_size)
 
     def _locate(self) -> None:
         """Relax once more, looking at every iteration, and raise where values first were not finite."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import status
-from ..deviation import frozen_buffers
+from .. import status, validation
+from ..deviation import recorded_buffers
 from ..errors import ModelError, RelaxationDiverged
-from ..problem import Outcome, check_start, energy_row
+from ..problem import Outcome, check_start, energy_row, layer_of_parameters
 from ..randomness import replaying
 from .base import Backend
 
@@ -22,18 +22,23 @@ class _Layer:
     """f_l as a function of the beliefs below it, with one draw of random numbers for the whole step."""
 
     def __init__(self, module, device):
-        self.module, self.device, self.random = module, device, None
+        self.module, self.device, self.forward_done = module, device, False
 
-    def skip_forward(self) -> _Layer:
-        """For a layer whose forward pass was made elsewhere: every evaluation leaves statistics alone."""
-        self.random = replaying(self.device)
-        return self
+    def _record(self) -> None:
+        """What the forward pass reads besides its input: random numbers and statistics."""
+        self.random, self.buffers = replaying(self.device), recorded_buffers(self.module)
+        self.forward_done = True
+
+    def redraw(self, v: Tensor) -> Tensor:
+        """The forward pass where its value was given already: it draws as ever, statistics stay."""
+        with recorded_buffers(self.module)():
+            return self(v)
 
     def __call__(self, v: Tensor) -> Tensor:
-        if self.random is None:  # the forward pass: draws, and moves running statistics
-            self.random = replaying(self.device)
+        if not self.forward_done:  # the forward pass: draws, and moves running statistics
+            self._record()
             return self._evaluate(v)
-        with self.random(), frozen_buffers(self.module):
+        with self.random(), self.buffers():
             return self._evaluate(v)
 
     def _evaluate(self, v: Tensor) -> Tensor:
@@ -71,6 +76,7 @@ class _Layer:
 
 class Reference(Backend):
     name = "reference"
+    literal = True
 
     def supports(self, network, device, dtype):
         return True, ""
@@ -79,14 +85,15 @@ class Reference(Backend):
     def updates(self, model, network, precision, x, beliefs, errors):
         outcome, v = Outcome(None, None), x
         for l, module in enumerate(model, start=1):
-            layer = _Layer(module, x.device).skip_forward()
-            below = v if beliefs is None else beliefs[l - 1]
+            layer, below = _Layer(module, x.device), v if beliefs is None else beliefs[l - 1]
+            v = layer.redraw(below)
             outcome.add_gradients(layer.parameter_gradients(below, errors[l]))
-            v = layer(below) if beliefs is None else v
         return outcome.gradients
 
     @torch.no_grad()
     def run(self, problem, plan):
+        if problem.check:
+            validation.check_finite("x", problem.x)
         depth = problem.network.depth
         layers = [None, *(_Layer(module, problem.x.device) for module in problem.model)]
         if problem.activations is None:
@@ -95,8 +102,8 @@ class Reference(Backend):
                 vhat.append(layer(vhat[-1]).detach())
         else:
             vhat = list(problem.activations)
-            for layer in layers[1:]:
-                layer.skip_forward()
+            for layer, v in zip(layers[1:], vhat, strict=False):
+                layer.redraw(v)
 
         loss = None
         if problem.loss is not None:
@@ -129,6 +136,15 @@ class Reference(Backend):
         if problem.wanted.gradients:
             for l in range(1, depth + 1):
                 outcome.add_gradients(layers[l].parameter_gradients(points[l - 1], errors[l]))
+        if problem.check:
+            owners = layer_of_parameters(problem.network, problem.model)
+            results = [*enumerate(beliefs), *enumerate(errors), (depth, loss)]
+            if not problem.wanted.input_error:
+                results = [(l, value) for l, value in results if l]
+            results += [(owners[parameter], update) for parameter, update in outcome.gradients.items()]
+            bad = [l for l, value in results if value is not None and not status.all_finite([value])]
+            if bad:
+                raise RelaxationDiverged(None, max(min(bad), 1), problem.step_size)
         return outcome
 
 
@@ -155,6 +171,8 @@ def _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss):
             v[l] = v[l] + eta * (errors[l] - feedback)
         if problem.check:
             _check(t + 1, v[1:], problem)
+            if problem.wanted.input_error:
+                _check(t + 1, v[:1], problem)  # v_0, reported as layer 1
     return v, errors
 
 

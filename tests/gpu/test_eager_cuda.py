@@ -1,0 +1,419 @@
+"""The eager backend on a CUDA device: right, replayed from graphs, and quiet about the device.
+
+The oracle is the literal reference in float64 on the CPU. Allowed error in float32 and bfloat16: three times the
+larger of backpropagation's in the same precision on the same device, and the eager backend's on the CPU, whose
+arithmetic is another. Networks are smooth, so that no flipped gate decides a result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pcfast
+from pcfast import graphs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+METHODS = ("exact", "fixed_prediction", "strict")
+STEPS = {"step_size": 0.1, "num_steps": 8}
+ROWS, CLASSES = 33, 10
+FIRST = "first call of its kind: recorded from the next on"
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    """IEEE float32, no graphs and no reports left over from another test, before and after."""
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    graphs.CACHE.clear()
+    pcfast.synchronize()
+    yield
+    graphs.CACHE.clear()
+    for switch, precision in zip(switches, before, strict=True):
+        switch.fp32_precision = precision
+    pcfast.synchronize()
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(37, 64), nn.Tanh()),
+        nn.Sequential(nn.Linear(64, 53), nn.SiLU()),
+        nn.Linear(53, CLASSES),
+    )
+
+
+def cnn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.AvgPool2d(2)),
+        nn.Sequential(nn.Conv2d(8, 5, 3, padding=1), nn.GELU(), nn.Flatten()),
+        nn.Linear(5 * 5 * 5, CLASSES),
+    )
+
+
+NETWORKS = {"mlp": (mlp, (37,)), "cnn": (cnn, (3, 12, 12))}
+
+
+def problem(name: str = "mlp", rows: int = ROWS):
+    """A network, x and y on the CPU in float32."""
+    make, shape = NETWORKS[name]
+    return make(), torch.randn(rows, *shape), torch.randint(0, CLASSES, (rows,))
+
+
+def updates(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:
+    model.zero_grad(set_to_none=True)
+    pcfast.pc_loss(model, x, y, **{**STEPS, **settings}).backward()
+    found = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def backpropagation(model: nn.Sequential, x: Tensor, y: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters())))
+
+
+def in_float64(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:
+    model, x, y = copy.deepcopy(model).cpu().double(), x.cpu().double(), y.cpu()
+    return updates(model, x, y, backend="reference", **settings)
+
+
+def distance(found: list[Tensor], truth: list[Tensor]) -> float:
+    """The largest relative Frobenius distance of a tensor from its truth, in float64 on the CPU."""
+    assert len(found) == len(truth)
+    pairs = [
+        (f.detach().double().cpu(), t.detach().double().cpu()) for f, t in zip(found, truth, strict=True)
+    ]
+    return max(float((f - t).norm() / t.norm()) for f, t in pairs)
+
+
+def allowed(
+    model: nn.Sequential, x: Tensor, y: Tensor, truth: list[Tensor], autocast=None, **settings
+) -> float:
+    """Bound on the error of ``model`` on CUDA, see above."""
+    on_cpu = copy.deepcopy(model).cpu()
+    with torch.autocast("cuda", autocast, enabled=autocast is not None):
+        by_backpropagation = backpropagation(model, x, y)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        by_cpu = updates(on_cpu, x.cpu(), y.cpu(), backend="eager", **settings)
+    exact = in_float64(model, x, y, method="exact")
+    return 3 * max(distance(by_backpropagation, exact), distance(by_cpu, truth))
+
+
+def same_bits(found: list[Tensor], truth: list[Tensor]) -> bool:
+    return len(found) == len(truth) > 0 and all(map(torch.equal, found, truth))
+
+
+def last() -> tuple[str, bool, str]:
+    run = pcfast.last_run()
+    return run.plan.backend, run.replayed, run.reason
+
+
+# Right, plain and replayed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_float32_plain_recorded_and_replayed(method, network):
+    model, _, _ = problem(network)
+    model.cuda()
+    expected = [("eager", False, FIRST), ("eager", True, ""), ("eager", True, "")]
+    for now in expected:
+        _, x, y = problem(network)
+        truth = in_float64(model, x, y, method=method)
+        bound = allowed(model, x.cuda(), y.cuda(), truth, method=method)
+        found = updates(model, x.cuda(), y.cuda(), method=method, backend="eager")
+        assert last() == now
+        assert distance(found, truth) <= bound
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_float64_plain_and_replayed(method, network):
+    model, _, _ = problem(network)
+    model.double().cuda()
+    for _ in range(3):
+        _, x, y = problem(network)
+        truth = in_float64(model, x, y, method=method)
+        assert (
+            distance(updates(model, x.double().cuda(), y.cuda(), method=method, backend="eager"), truth)
+            < 1e-10
+        )
+    assert last() == ("eager", True, "")
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_bfloat16_autocast(network):
+    model, x, y = problem(network)
+    truth = in_float64(model, x, y)
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    bound = allowed(model, x, y, truth, torch.bfloat16)
+    for _ in range(3):
+        with torch.autocast("cuda", torch.bfloat16):
+            found = updates(model, x, y, backend="eager")
+        assert pcfast.last_run().plan.precision.operand == torch.bfloat16
+        assert {update.dtype for update in found} == {torch.float32}
+        assert 1e-5 < distance(found, truth) <= bound
+    assert last() == ("eager", True, "")
+
+
+def test_states_agree_with_float64():
+    model, x, y = problem()
+    settings = {"loss": nn.CrossEntropyLoss(reduction="sum"), **STEPS}
+    truth = pcfast.relax(copy.deepcopy(model).double(), x.double(), y, backend="reference", **settings)
+    model.double().cuda()
+    for _ in range(3):
+        found = pcfast.relax(model, x.double().cuda(), y.cuda(), backend="eager", **settings)
+        assert distance(found.beliefs, truth.beliefs) < 1e-12
+        assert distance(found.errors[1:], truth.errors[1:]) < 1e-10
+    assert found.run.replayed
+
+
+def test_channels_last_networks():
+    model, x, y = problem("cnn")
+    truth = in_float64(model, x, y)
+    model.cuda().to(memory_format=torch.channels_last)
+    x, y = x.cuda().to(memory_format=torch.channels_last), y.cuda()
+    bound = allowed(model, x, y, truth)
+    for _ in range(3):
+        assert distance(updates(model, x, y, backend="eager"), truth) <= bound
+    assert last() == ("eager", True, "")
+    updates(model, x.contiguous(), y, backend="eager")
+    assert last() == ("eager", False, FIRST)  # other strides, another graph
+
+
+def test_runs_are_bit_for_bit_equal():
+    model, x, y = problem("cnn")
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    updates(model, x, y, backend="eager")
+    runs = [updates(model, x, y, backend="eager") for _ in range(3)]
+    assert last() == ("eager", True, "")
+    assert all(same_bits(run, runs[0]) for run in runs)
+
+
+# Replay and what the caller holds ------------------------------------------------------------------------------
+
+
+def test_two_losses_then_two_backwards():
+    model, _, _ = problem()
+    model.cuda()
+    batches = [(x.cuda(), y.cuda()) for _, x, y in (problem() for _ in range(4))]
+    for data in batches[:2]:
+        updates(model, *data, backend="eager")
+    single = [updates(model, *data, backend="eager") for data in batches[2:]]
+    pairs = [
+        pcfast.pc_loss(model, *data, backend="eager", return_output=True, **STEPS) for data in batches[2:]
+    ]
+    assert last() == ("eager", True, "")
+    outputs = [output.clone() for _, output in pairs]
+    for loss, _ in pairs:
+        loss.backward()
+    found = [parameter.grad for parameter in model.parameters()]
+    assert same_bits(found, [a + b for a, b in zip(*single, strict=True)])
+    for (loss, output), kept, (x, y) in zip(pairs, outputs, batches[2:], strict=True):
+        assert torch.equal(output, kept)
+        torch.testing.assert_close(loss.detach(), F.cross_entropy(model(x), y).detach())
+
+
+def test_weights_updated_in_place_are_followed():
+    model, x, y = problem()
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    for step in range(4):
+        optimiser.zero_grad()
+        truth = in_float64(model, x, y)
+        bound = allowed(model, x, y, truth)
+        optimiser.zero_grad()
+        loss = pcfast.pc_loss(model, x, y, backend="eager", **STEPS)
+        assert last() == ("eager", step > 0, "" if step else FIRST)
+        loss.backward()
+        assert distance([parameter.grad for parameter in model.parameters()], truth) <= bound
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_batchnorm_statistics_move_once_a_step_and_dropout_draws_anew():
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(37, 512), nn.BatchNorm1d(512), nn.Tanh(), nn.Dropout(0.5)),
+        nn.Linear(512, CLASSES),
+    ).cuda()
+    twin = copy.deepcopy(model)
+    outputs = []
+    for step in range(1, 6):
+        _, x, y = problem()
+        x, y = x.cuda(), y.cuda()
+        _, output = pcfast.pc_loss(model, x, y, backend="eager", return_output=True, **STEPS)
+        twin(x)  # one forward pass in training mode
+        assert model[0][1].num_batches_tracked.item() == step
+        torch.testing.assert_close(list(model.buffers()), list(twin.buffers()))
+        outputs.append(output)
+    assert last() == ("eager", True, "")
+    model[0][1].momentum = 0.0  # statistics stay, so only the masks of two equal calls can differ
+    pairs = [pcfast.pc_loss(model, x, y, backend="eager", return_output=True, **STEPS)[1] for _ in range(4)]
+    assert last() == ("eager", True, "")
+    assert not torch.equal(pairs[2], pairs[3])
+
+
+def test_another_stream():
+    model, x, y = problem()
+    truth = in_float64(model, x, y)
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    bound = allowed(model, x, y, truth)
+    for _ in range(2):
+        updates(model, x, y, backend="eager")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for expected in (False, True, True):  # a graph of its own
+            found = updates(model, x, y, backend="eager")
+            assert last()[1] == expected
+    torch.cuda.current_stream().wait_stream(stream)
+    assert distance(found, truth) <= bound
+
+
+def test_inside_a_capture_of_the_callers():
+    model, x, y = problem()
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step() -> Tensor:
+        optimiser.zero_grad(set_to_none=False)
+        loss = pcfast.pc_loss(model, x, y, backend="eager", **STEPS)
+        loss.backward()
+        optimiser.step()
+        return loss.detach()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # as torch asks for: warm up on a side stream
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    pcfast.synchronize()
+
+    twin, twin_x = copy.deepcopy(model), torch.randn_like(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    assert last() == ("eager", False, "the caller is capturing a graph already")
+
+    x.copy_(twin_x)
+    graph.replay()
+    twin_optimiser = torch.optim.SGD(twin.parameters(), lr=0.1)
+    twin_optimiser.zero_grad()
+    expected = pcfast.pc_loss(twin, twin_x, y, backend="eager", **STEPS)
+    expected.backward()
+    twin_optimiser.step()
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
+    pcfast.synchronize()
+
+
+# What goes wrong on the device ---------------------------------------------------------------------------------
+
+
+def test_deferred_divergence_zeroes_the_updates_and_is_reported_once():
+    model = nn.Sequential(nn.Linear(37, 64), nn.Linear(64, 53), nn.Linear(53, CLASSES)).cuda()
+    x, y = torch.randn(ROWS, 37, device="cuda"), torch.randn(ROWS, CLASSES, device="cuda")
+    settings = {"loss": "mse", "backend": "eager"}
+    for _ in range(3):  # the first call is plain, all others are replayed
+        assert all(update.any() for update in updates(model, x, y, **settings))
+        pcfast.synchronize()
+        found = updates(model, 1e37 * x, y, **settings)
+        assert not any(update.any() for update in found)
+        with pytest.raises(pcfast.RelaxationDiverged):
+            pcfast.synchronize()
+        pcfast.synchronize()
+    assert last() == ("eager", True, "")
+
+
+def test_divergence_names_iteration_and_layer():
+    model, x, _ = problem()
+    model, x = model.cuda(), x.cuda()
+    target = 1e3 * torch.ones(ROWS, CLASSES, device="cuda")
+    settings = {"loss": nn.MSELoss(reduction="sum"), "step_size": 1e3, "num_steps": 200, "backend": "eager"}
+    with pytest.raises(pcfast.RelaxationDiverged) as on_cuda:
+        updates(model, x, target, check="sync", **settings)
+    with pytest.raises(pcfast.RelaxationDiverged) as on_cpu:
+        updates(copy.deepcopy(model).cpu(), x.cpu(), target.cpu(), **settings)
+    assert abs(on_cuda.value.iteration - on_cpu.value.iteration) <= 1
+    assert on_cuda.value.layer in (1, 2, 3)
+
+
+def test_the_next_call_reports_what_has_arrived():
+    model, x, y = problem()
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    bad = x.clone()
+    bad[3, 2] = float("nan")
+    pcfast.pc_loss(model, bad, y, backend="eager", **STEPS)
+    torch.cuda.synchronize()
+    with pytest.raises(pcfast.NonFiniteError, match="x"):
+        pcfast.pc_loss(model, x, y, backend="eager", **STEPS)
+
+
+@pytest.mark.parametrize("check", ["auto", "sync", "off"])
+def test_labels_out_of_range_do_not_kill_the_context(check):
+    model, x, y = problem()
+    model, x, bad = model.cuda(), x.cuda(), y.clone()
+    bad[0] = CLASSES + 89
+    for _ in range(3):  # plain, recorded, replayed
+        if check == "sync":
+            with pytest.raises(pcfast.ArgumentError, match="labels"):
+                updates(model, x, bad.cuda(), backend="eager", check=check)
+        else:
+            updates(model, x, bad.cuda(), backend="eager", check=check)
+        if check == "auto":
+            with pytest.raises(pcfast.ArgumentError, match="labels"):
+                pcfast.synchronize()
+    torch.cuda.synchronize()
+    assert torch.ones(3, device="cuda").sum().item() == 3
+    truth = in_float64(model, x, y)
+    found = updates(model, x, y.cuda(), backend="eager", check=check)
+    assert distance(found, truth) <= allowed(model, x, y.cuda(), truth)
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """Operations that wait for the device raise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("check", ["auto", "off"])
+def test_a_step_never_waits_for_the_device(check):
+    model, x, y = problem("cnn")
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    updates(model, x, y, backend="eager", check=check)  # loads libraries, makes constant tables
+    pcfast.use_cuda_graphs(False)
+    try:
+        with no_waiting():
+            updates(model, x, y, backend="eager", check=check)
+    finally:
+        pcfast.use_cuda_graphs(True)
+    for _ in range(2):
+        updates(model, x, y, backend="eager", check=check)
+    with no_waiting():
+        updates(model, x, y, backend="eager", check=check)
+    assert last() == ("eager", True, "")
+
+
+def test_no_waiting_can_fail():
+    with pytest.raises(RuntimeError, match="synchronizing"), no_waiting():
+        torch.ones((), device="cuda").item()

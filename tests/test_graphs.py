@@ -1,0 +1,625 @@
+"""Graph replay without a GPU: keys, aliasing, bounds, failures and refusals of pcfast/graphs.py.
+
+A real recorder captures kernels; the one here runs the work again at each replay and copies what it finds into
+the tensors of the first result in place, as a replayed graph would. A result that shares memory with the graph's
+own, or with the caller's, therefore changes under the test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import logging
+import os
+import subprocess
+import sys
+import types
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pcfast
+from pcfast import backends, graphs, status
+from pcfast.torch2pc import FixedPredPCPredErrs
+
+METHODS = ("exact", "fixed_prediction", "strict")
+STEPS = {"step_size": 0.2, "num_steps": 4}
+CLASSES = 4
+WEIGHT = torch.tensor([1.0, 2.0, 0.5, 1.5])
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.0)),
+        nn.Sequential(nn.Linear(8, 7), nn.ReLU()),
+        nn.Linear(7, CLASSES),
+    )
+
+
+def batch(rows: int = 6) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 5), torch.randint(0, CLASSES, (rows,))
+
+
+def tensors_of(value) -> list[Tensor]:
+    """All tensors in a result, lists and dictionaries included."""
+    if isinstance(value, Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for entry in value for t in tensors_of(entry)] if isinstance(value, list) else []
+
+
+class Recorder:
+    """Runs the work again at each replay, into the first result's tensors."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+        self.static: list[Tensor] = []
+
+    def __call__(self, work):
+        self.recorded += 1
+        result = work()
+        static = tensors_of(result)
+        self.static += static
+
+        def replay() -> None:
+            self.replayed += 1
+            for old, new in zip(static, tensors_of(work()), strict=True):
+                old.copy_(new)
+
+        return result, replay
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Install a cache whose graphs run on the CPU: ``install(capacity, recorder) -> cache``."""
+
+    def put(capacity: int = 4, recorder=None) -> graphs.GraphCache:
+        cache = graphs.GraphCache(capacity, recorder or Recorder())
+        monkeypatch.setattr(graphs, "CACHE", cache)
+        monkeypatch.setattr(graphs, "why_not", graphs._refusal)  # leaves out what only asks for CUDA
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        return cache
+
+    return put
+
+
+def loss_and_updates(model, x, y, **settings) -> list[Tensor]:
+    """[loss, output, *updates] of one pc_loss, ``.grad`` left empty."""
+    model.zero_grad(set_to_none=True)
+    loss, output = pcfast.pc_loss(model, x, y, return_output=True, **{**STEPS, **settings})
+    loss.backward()
+    found = [loss.detach(), output, *(p.grad for p in model.parameters() if p.grad is not None)]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def same_bits(found: list[Tensor], truth: list[Tensor]) -> bool:
+    return len(found) == len(truth) > 0 and all(map(torch.equal, found, truth))
+
+
+# Keys ----------------------------------------------------------------------------------------------------------
+
+
+def described(model, x, y, monkeypatch, *, run=pcfast.pc_loss, **settings):
+    """``(backend, problem, plan)`` as they reach the graphs."""
+    seen = []
+
+    def spy(backend, problem, plan):
+        seen.append((backend, problem, plan))
+        return backend.run(problem, plan), "spied on"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs, "run", spy)
+        run(model, x, y, **{**STEPS, **settings})
+    return seen[0]
+
+
+def key_of(model, x, y, monkeypatch, **settings):
+    _, problem, plan = described(model, x, y, monkeypatch, **settings)
+    key = graphs.graph_key(problem, plan)
+    hash(key)
+    return key
+
+
+def test_a_second_batch_has_the_same_key(monkeypatch):
+    model = mlp()
+    keys = [key_of(model, *batch(), monkeypatch) for _ in range(2)]
+    with torch.no_grad():
+        model[0][0].weight.add_(1.0)  # an update in place
+    keys.append(key_of(model, *batch(), monkeypatch))
+    keys.append(key_of(model, *batch(), monkeypatch, loss=nn.CrossEntropyLoss()))  # another object
+    assert keys.count(keys[0]) == len(keys)
+
+
+SETTINGS = {
+    "num_steps": {"num_steps": 5},
+    "step_size": {"step_size": 0.3},
+    "method": {"method": "exact"},
+    "label smoothing": {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
+    "ignore_index": {"loss": nn.CrossEntropyLoss(ignore_index=0)},
+    "reduction": {"loss": nn.CrossEntropyLoss(reduction="sum")},
+    "class weights": {"loss": nn.CrossEntropyLoss(weight=WEIGHT)},
+    "normalizer": {"normalizer": 12},
+    "what is wanted": {"run": pcfast.relax},
+    "checks": {"check": "off"},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_change_the_key(name, monkeypatch):
+    model, (x, y) = mlp(), batch()
+    assert key_of(model, x, y, monkeypatch) != key_of(model, x, y, monkeypatch, **SETTINGS[name])
+
+
+def test_other_class_weights_change_the_key(monkeypatch):
+    model, (x, y) = mlp(), batch()
+    keys = {
+        key_of(model, x, y, monkeypatch, loss=nn.CrossEntropyLoss(weight=weight))
+        for weight in (
+            WEIGHT,
+            WEIGHT.clone(),
+            WEIGHT.view(torch.int32).view(torch.float32),
+            WEIGHT[:].double(),
+        )
+    }
+    assert len(keys) == 3  # the third shares the first's memory, layout and dtype
+
+
+MODELS = {
+    "mlp": mlp,
+    "dropout": lambda: nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, CLASSES)),
+    "batch norm": lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)),
+}
+MODEL_CHANGES = {
+    "frozen": ("mlp", lambda m: m[1][0].weight.requires_grad_(False)),
+    "moved parameter": ("mlp", lambda m: setattr(m[2].bias, "data", m[2].bias.data.clone())),
+    "new parameter": ("mlp", lambda m: setattr(m[2], "weight", nn.Parameter(m[2].weight.detach().clone()))),
+    "eval mode with dropout": ("dropout", lambda m: m.eval()),
+    "dropout's p": ("dropout", lambda m: setattr(m[1], "p", 0.25)),
+    "eval mode with batch norm": ("batch norm", lambda m: m.eval()),
+    "batch norm's momentum": ("batch norm", lambda m: setattr(m[1], "momentum", 0.5)),
+    "batch norm's eps": ("batch norm", lambda m: setattr(m[1], "eps", 0.5)),
+    "moved buffer": ("batch norm", lambda m: setattr(m[1], "running_mean", m[1].running_mean.clone())),
+    "activation": ("mlp", lambda m: m[1].__setitem__(1, nn.LeakyReLU())),
+}
+
+
+@pytest.mark.parametrize("name", MODEL_CHANGES)
+def test_the_model_changes_the_key(name, monkeypatch):
+    kind, change = MODEL_CHANGES[name]
+    model, (x, y) = MODELS[kind](), batch()
+    before = key_of(model, x, y, monkeypatch)
+    assert before == key_of(model, x, y, monkeypatch)
+    kept = [*model.parameters(), *model.buffers()]  # so that no address is used again
+    change(model)
+    assert key_of(model, x, y, monkeypatch) != before
+    del kept
+
+
+def test_shapes_strides_and_dtypes_change_the_key(monkeypatch):
+    model, (x, y) = mlp(), batch()
+    probabilities = torch.rand(6, CLASSES).softmax(1)
+    keys = [
+        key_of(model, x, y, monkeypatch),
+        key_of(model, *batch(7), monkeypatch),
+        key_of(model, x.t().contiguous().t(), y, monkeypatch),
+        key_of(model, x, torch.stack([y, y], 1)[:, 0], monkeypatch),
+        key_of(model, x, y.to(torch.uint8), monkeypatch),
+        key_of(model, x, probabilities, monkeypatch),
+        key_of(model, x, probabilities.double(), monkeypatch),
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        keys.append(key_of(model, x, y, monkeypatch))
+    assert len(set(keys)) == len(keys)
+
+
+@contextlib.contextmanager
+def switched(holder, name: str, value):
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+SWITCHES = {
+    "cuDNN benchmark": (torch.backends.cudnn, "benchmark", True),
+    "cuDNN deterministic": (torch.backends.cudnn, "deterministic", True),
+    "cuDNN off": (torch.backends.cudnn, "enabled", False),
+    "cuDNN TF32": (torch.backends.cudnn, "allow_tf32", False),
+    "cuBLAS TF32": (torch.backends.cuda.matmul, "allow_tf32", True),
+    "cuBLAS bfloat16 sums": (
+        torch.backends.cuda.matmul,
+        "allow_bf16_reduced_precision_reduction",
+        False,
+    ),
+    "cuDNN precision": (torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+    "cuBLAS precision": (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+}
+
+
+_OLD_SWITCHES = "ignore:Please use the new API"  # of some torch releases, said of the older switches
+
+
+@pytest.mark.filterwarnings(_OLD_SWITCHES)
+@pytest.mark.parametrize("name", SWITCHES)
+def test_torchs_switches_change_the_key(name, monkeypatch):
+    model, (x, y) = mlp(), batch()
+    before = key_of(model, x, y, monkeypatch)
+    with switched(*SWITCHES[name]):
+        assert key_of(model, x, y, monkeypatch) != before
+
+
+@pytest.mark.filterwarnings(_OLD_SWITCHES)
+def test_matmul_precision_and_determinism_change_the_key(monkeypatch):
+    model, (x, y) = mlp(), batch()
+    before = key_of(model, x, y, monkeypatch)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert key_of(model, x, y, monkeypatch) != before
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(not deterministic)
+    try:
+        assert key_of(model, x, y, monkeypatch) != before
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+# Replay --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_first_call_plain_second_recorded_third_replayed(method, install):
+    model, batches = mlp(), [batch() for _ in range(4)]
+    plain = [loss_and_updates(model, *data, method=method) for data in batches]
+    assert pcfast.last_run().reason == "CUDA graphs need a CUDA device"
+    recorder = Recorder()
+    cache = install(recorder=recorder)
+    seen = []
+    for data, expected in zip(batches, plain, strict=True):
+        assert same_bits(loss_and_updates(model, *data, method=method), expected)
+        run = pcfast.last_run()
+        seen.append((run.replayed, run.reason, recorder.recorded, recorder.replayed, len(cache)))
+    first = "first call of its kind: recorded from the next on"
+    assert seen == [(False, first, 0, 0, 0), (True, "", 1, 1, 1), (True, "", 1, 2, 1), (True, "", 1, 3, 1)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_share_no_memory_with_the_graph_or_each_other(method, install):
+    model, batches = mlp(), [batch() for _ in range(5)]
+    plain = [tensors_of(pcfast.relax(model, *data, method=method, **STEPS)) for data in batches]
+    recorder = Recorder()
+    install(recorder=recorder)
+    results = []
+    for data, expected in zip(batches, plain, strict=True):
+        found = tensors_of(pcfast.relax(model, *data, method=method, **STEPS))
+        assert same_bits(found, expected)
+        results.append(found)
+    assert pcfast.last_run().replayed
+    for found, expected in zip(results, plain, strict=True):
+        assert same_bits(found, expected)  # no later call has changed an earlier result
+    replayed = results[1:]
+    memory = [{t.untyped_storage().data_ptr() for t in found} for found in replayed]
+    memory += [{t.untyped_storage().data_ptr() for t in recorder.static}]
+    memory += [{t.untyped_storage().data_ptr() for data in batches for t in data}]
+    assert sum(map(len, memory)) == len(set.union(*memory))
+    for tensor in results[-1]:
+        tensor.fill_(float("nan"))
+    again = tensors_of(pcfast.relax(model, *batches[0], method=method, **STEPS))
+    assert same_bits(again, plain[0])
+
+
+def test_two_losses_then_two_backwards(install):
+    model, batches = mlp(), [batch() for _ in range(4)]
+    plain = [loss_and_updates(model, *data)[2:] for data in batches]
+    recorder = Recorder()
+    install(recorder=recorder)
+    for data in batches[:2]:
+        loss_and_updates(model, *data)
+    losses = [pcfast.pc_loss(model, *data, **STEPS) for data in batches[2:]]
+    assert recorder.replayed == 3
+    for loss in losses:
+        loss.backward()
+    expected = [a + b for a, b in zip(*plain[2:], strict=True)]
+    assert same_bits([p.grad for p in model.parameters()], expected)
+
+
+def test_the_callers_batch_is_left_alone(install):
+    model, batches = mlp(), [batch() for _ in range(3)]
+    copies = [(x.clone(), y.clone()) for x, y in batches]
+    install()
+    for data in batches:
+        loss_and_updates(model, *data)
+    for data, copied in zip(batches, copies, strict=True):
+        assert same_bits(list(data), list(copied))
+
+
+def test_weights_updated_in_place_are_followed(install):
+    model, (x, y) = mlp(), batch()
+    recorder = Recorder()
+    install(recorder=recorder)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+    losses = []
+    for _ in range(4):
+        optimiser.zero_grad()
+        with torch.no_grad():
+            expected = F.cross_entropy(model(x), y)
+        loss = pcfast.pc_loss(model, x, y, **STEPS)
+        torch.testing.assert_close(loss.detach(), expected)
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses == sorted(losses, reverse=True) and losses[0] - losses[-1] > 0.01
+    assert (recorder.recorded, recorder.replayed) == (1, 3)
+
+
+def test_parameters_that_moved_are_not_replayed(install):
+    model, (x, y) = mlp(), batch()
+    install()
+    for _ in range(2):
+        loss_and_updates(model, x, y)
+    old = model[2].bias.data
+    model[2].bias.data = old + 1.0
+    found = loss_and_updates(model, x, y)
+    assert not pcfast.last_run().replayed
+    torch.testing.assert_close(found[0], F.cross_entropy(model(x), y).detach())
+
+
+def test_frozen_and_shared_parameters_keep_their_updates(install):
+    shared = nn.Linear(5, 5)
+    model = nn.Sequential(nn.Linear(5, 5), nn.Sequential(shared, nn.Tanh()), shared)
+    model[0].weight.requires_grad_(False)
+    x, y = batch()
+    plain = loss_and_updates(model, x, y)
+    install()
+    for _ in range(3):
+        assert same_bits(loss_and_updates(model, x, y), plain)
+    assert len(plain) == 2 + 3 and pcfast.last_run().replayed
+
+
+def test_a_diverging_step_under_replay_zeroes_its_updates_and_is_reported(install):
+    model, good = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, CLASSES)), batch()
+    settings = {"loss": "mse", "check": "deferred", **STEPS}
+    y = torch.randn(6, CLASSES)
+    plain = loss_and_updates(model, good[0], y, **settings)
+    install()
+    for _ in range(2):
+        loss_and_updates(model, good[0], y, **settings)
+    found = loss_and_updates(model, 1e37 * good[0], y, **settings)
+    assert pcfast.last_run().replayed
+    assert not any(update.any() for update in found[2:])
+    with pytest.raises(pcfast.RelaxationDiverged):
+        pcfast.synchronize()
+    pcfast.synchronize()  # reported once
+    assert same_bits(loss_and_updates(model, good[0], y, **settings), plain)
+
+
+# Bounds and failures -------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_is_dropped(install):
+    model, recorder = mlp(), Recorder()
+    cache = install(capacity=2, recorder=recorder)
+    two, three, four = (batch(rows) for rows in (2, 3, 4))
+
+    def replayed(data) -> bool:
+        loss_and_updates(model, *data)
+        return pcfast.last_run().replayed
+
+    assert [replayed(data) for data in (two, two, three, three)] == [False, True, False, True]
+    assert (len(cache), recorder.recorded) == (2, 2)
+    assert replayed(two)
+    assert not replayed(four)  # a first call drops nothing
+    assert len(cache) == 2
+    assert replayed(four) and len(cache) == 2  # drops three
+    assert replayed(two)
+    assert not replayed(three)
+    assert replayed(three) and not replayed(four)  # drops four
+    assert recorder.recorded == 4
+
+
+def test_shapes_that_come_once_are_not_recorded(install, monkeypatch):
+    model, recorder = mlp(), Recorder()
+    cache = install(recorder=recorder)
+    monkeypatch.setattr(graphs, "_NOTES", 4)  # the notes of first calls are bounded too
+    for rows in range(1, 10):
+        loss_and_updates(model, *batch(rows))
+    loss_and_updates(model, *batch(1))
+    assert (len(cache), recorder.recorded) == (0, 0)
+
+
+def test_a_failed_recording_falls_back_and_says_so_once(install, caplog, monkeypatch):
+    monkeypatch.setattr(backends, "_said", set())
+    attempts = []
+
+    def failing(work):
+        attempts.append(work)
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    model, (x, y) = mlp(), batch()
+    plain = loss_and_updates(model, x, y)
+    cache = install(recorder=failing)
+    reasons = []
+    with caplog.at_level(logging.INFO, logger="pcfast"):
+        for _ in range(4):
+            assert same_bits(loss_and_updates(model, x, y), plain)
+            reasons.append(pcfast.last_run().reason)
+    assert reasons[1:] == ["recording failed: operation not permitted"] * 3
+    assert len(attempts) == 1 and len(cache) == 0
+    (message,) = [record.message for record in caplog.records]
+    assert message == "CUDA graphs are not used for this network: recording failed: operation not permitted"
+
+
+def test_the_cache_does_not_keep_the_model_alive(install):
+    def recorded_once(work):
+        return work(), lambda: None  # unlike Recorder, keeps nothing of the work
+
+    cache = install(recorder=recorded_once)
+    model, (x, y) = mlp(), batch()
+    for _ in range(2):
+        loss_and_updates(model, x, y)
+    assert len(cache) == 1
+    gone = weakref.ref(model), weakref.ref(model[0][0].weight)
+    del model
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+def test_switching_off_drops_all_graphs(install):
+    cache = install()
+    model, (x, y) = mlp(), batch()
+    for _ in range(2):
+        loss_and_updates(model, x, y)
+    assert len(cache) == 1
+    try:
+        pcfast.use_cuda_graphs(False)
+        assert len(cache) == 0
+    finally:
+        pcfast.use_cuda_graphs(True)
+
+
+# Refusals ------------------------------------------------------------------------------------------------------
+
+
+def on_cuda():
+    """Stands for a problem on CUDA, as far as the questions asked first go."""
+    return types.SimpleNamespace(x=types.SimpleNamespace(is_cuda=True))
+
+
+def test_refused_where_switched_off_or_captured_already(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert graphs.why_not(None, on_cuda(), None) == "the caller is capturing a graph already"
+    try:
+        pcfast.use_cuda_graphs(False)
+        assert graphs.why_not(None, on_cuda(), None) == "switched off"
+    finally:
+        pcfast.use_cuda_graphs(True)
+
+
+@pytest.mark.parametrize(("value", "expected"), [("0", "False"), ("1", "True")])
+def test_the_environment_switches(value, expected):
+    program = "from pcfast import graphs; print(graphs._switched_on)"
+    environment = {**os.environ, "PCFAST_CUDA_GRAPHS": value}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == expected
+
+
+def _squares(output, y):
+    return output.square().mean()
+
+
+REFUSALS = {
+    "beliefs or activations were given by the caller": lambda m, x, y: pcfast.pc_loss(
+        m, x, y, vinit=[x, None, None, None]
+    ),
+    "y is not a tensor": lambda m, x, y: pcfast.pc_loss(m, x, None, loss=_squares),
+    "a loss that pcfast does not know may change between calls": lambda m, x, y: pcfast.pc_loss(
+        m, x, y, loss=_squares
+    ),
+    "the reference backend is not captured": lambda m, x, y: pcfast.pc_loss(m, x, y, backend="reference"),
+    "Softplus runs through autograd (pcfast has no spec for this Softplus)": lambda m, x, y: pcfast.pc_loss(
+        nn.Sequential(*m, nn.Softplus()), x, y
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_refusals(reason, install):
+    recorder = Recorder()
+    install(recorder=recorder)
+    for _ in range(3):
+        REFUSALS[reason](mlp(), *batch())
+        assert pcfast.last_run().reason == reason
+        assert not pcfast.last_run().replayed
+    assert recorder.recorded == 0
+
+
+def test_activations_given_by_the_caller_are_refused(install):
+    install()
+    vhat = [torch.randn(6, size) for size in (5, 8, 7, CLASSES)]
+    for _ in range(2):
+        FixedPredPCPredErrs(mlp(), vhat, torch.randn(6, CLASSES))
+        assert pcfast.last_run().reason == "beliefs or activations were given by the caller"
+
+
+# What may be captured at all -----------------------------------------------------------------------------------
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where a value goes from the device to the host: a capture would fail there."""
+
+    READS = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.is_nonzero.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default,
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.READS:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def everything() -> nn.Sequential:
+    """All that eager captures in one net, input (B, 1, 12, 12)."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(3, 4, 2), nn.GELU(), nn.MaxPool2d(2, 1), nn.Dropout2d(0.2)),
+        nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.AdaptiveAvgPool2d(2), nn.SiLU(), nn.Flatten()),
+        nn.Sequential(nn.Linear(16, 9), nn.BatchNorm1d(9, momentum=None), nn.Sigmoid(), nn.Dropout(0.2)),
+        nn.Sequential(nn.Linear(9, 8), nn.GELU("tanh"), nn.Unflatten(1, (2, 4)), nn.Flatten()),
+        nn.Sequential(nn.Linear(8, 7, bias=False), nn.LeakyReLU(), nn.Identity()),
+        nn.Linear(7, CLASSES),
+    )
+
+
+@pytest.mark.parametrize("loss", ["labels", "probabilities", "class weights", "mse"])
+@pytest.mark.parametrize("run", [pcfast.pc_loss, pcfast.relax], ids=["pc_loss", "relax"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("check", ["deferred", "off"])
+def test_eager_never_waits_for_the_device(check, method, run, loss, monkeypatch):
+    model, x, y = everything(), torch.randn(5, 1, 12, 12), torch.randint(0, CLASSES, (5,))
+    function = nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1) if loss == "class weights" else None
+    if loss in ("probabilities", "mse"):
+        y = torch.rand(5, CLASSES).softmax(1)
+    settings = {"loss": function or ("mse" if loss == "mse" else "cross_entropy")}
+    settings |= {"method": method, "check": check, "num_steps": 9}
+    backend, problem, plan = described(model, x, y, monkeypatch, run=run, **settings)
+    assert not problem.network.opaque
+    assert backend.replays(problem, plan) == (True, "")
+    problem = dataclasses.replace(problem, raise_now=False)  # as on CUDA
+    with NoHostReads():
+        outcome = backend.run(problem, plan)
+    assert (outcome.status is None) == (check == "off")
+    pcfast.synchronize()
+
+
+def test_reads_by_the_host_are_noticed():
+    with pytest.raises(AssertionError, match="waits for the device"), NoHostReads():
+        bool(torch.ones(()))
+    with pytest.raises(AssertionError, match="waits for the device"), NoHostReads():
+        torch.arange(3)[torch.tensor(1)]
+
+
+def test_tables_that_recorded_graphs_read_are_never_dropped():
+    device = torch.device("cpu")
+    first = status._codes((-1, -2, -77), device)
+    for number in range(200):
+        status._codes((-1, number), device)
+    assert status._codes((-1, -2, -77), device) is first
