@@ -63,8 +63,8 @@ def table(result: dict) -> str:
     versions = result["versions"]
     lines.append(
         f"\n784-600-600-10 relu, batch 300, n = 20, float32, cross-entropy; medians of interleaved runs on "
-        f"{result['device']}, Python {versions['python']}, torch {versions['torch']}, {result['recorded'][:10]}, commit "
-        f"{result['commit']}. Peak memory of the process: {memory['mib_n20']} MiB with 20 iterations, "
+        f"{result['device']}, Python {versions['python']}, torch {versions['torch']}, {result['recorded'][:10]}, "
+        f"commit {result['commit']}. Peak memory of the process: {memory['mib_n20']} MiB with 20 iterations, "
         f"{memory['mib_n200']} MiB with 200. A step of a tiny network takes {host['ours_us']:.0f} us where "
         f"`model(x)` and `backward()` alone take {host['bare_us']:.0f} us. The literal loop (bench/literal.py) "
         "differentiates layer by layer with torch autograd, as the published program does."

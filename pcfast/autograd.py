@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import status, validation
+from . import validation
 from .losses import LossLike, describe_loss
 from .network import describe
 from .problem import Wanted
-from .relaxation import solve
+from .relaxation import prepare, solve
 
 
 class _Updates(torch.autograd.Function):
@@ -68,12 +68,12 @@ def pc_loss(
     Raises:
         ArgumentError and its kinds, BackendError, RelaxationDiverged: ``.grad`` is untouched then.
     """
+    settings = dict(
+        loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend, vinit=vinit,
+        normalizer=normalizer, check=check, wanted=Wanted(),
+    )  # fmt: skip
     if not torch.is_grad_enabled():
-        status.raise_arrived()
-        described = describe_loss(loss, normalizer)
-        describe(model)
-        validation.check_input(model, x)
-        validation.check_target_placement(x, y)
+        described = prepare(model, x, y, **settings).problem.loss
         output = model(x.clone())  # a clone, so that in-place modules leave x alone
         described.check_target(tuple(output.shape), output.dtype, y)
         if described.known and not x.is_cuda:
@@ -81,10 +81,7 @@ def pc_loss(
         value = described.value(output, y)
         return (value, output) if return_output else value
     validation.check_trainable(model)
-    outcome, _ = solve(
-        model, x, y, loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend,
-        vinit=vinit, normalizer=normalizer, check=check, wanted=Wanted(),
-    )  # fmt: skip
+    outcome, _ = solve(model, x, y, **settings)
     value = outcome.loss
     if outcome.gradients:
         value = _Updates.apply(value, list(outcome.gradients.values()), *outcome.gradients)

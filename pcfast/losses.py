@@ -159,6 +159,8 @@ class Loss:
             labels = y.long()
             valid = labels != ignore_index
             wrong = (valid & ((labels < 0) | (labels >= classes))).any()
+            if self.normalizer is not None:  # ignored rows would make the mean one over fewer rows
+                wrong = wrong | ~valid.all()
             if not raise_now:
                 flaw = wrong
             elif wrong:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .errors import ShapeError
 from .losses import Loss
 from .network import Network
+from .status import Status
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,15 @@ class Wanted:
 
     Attributes:
         gradients: the parameters' updates.
-        states: beliefs, errors and forward-pass values of every layer.
+        states: beliefs and errors of every layer, and what ``activations`` gives.
+        activations: forward-pass values of every layer and the gradient at the output.
         input_error: for fixed prediction also g_0, v_0 and eps_0.
         energies: energy per iteration and layer.
     """
 
     gradients: bool = True
     states: bool = False
+    activations: bool = False
     input_error: bool = False
     energies: bool = False
 
@@ -79,7 +82,7 @@ class Outcome:
         beliefs: v_l after the last iteration.
         errors: eps_l of the last iteration.
         energies: (n, L): 0.5 |eps_l|^2 for l < L and the loss at mu_L, as each iteration found them.
-        status: 0-dim int64 tensor on the device for deferred checks (see status.py), or None.
+        status: for deferred checks (see status.py), or None.
     """
 
     loss: Tensor | None
@@ -90,7 +93,7 @@ class Outcome:
     beliefs: list[Tensor | None] | None = None
     errors: list[Tensor | None] | None = None
     energies: Tensor | None = None
-    status: Tensor | None = None
+    status: Status | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Outcome:
         """A copy with ``change`` applied to every tensor."""
@@ -102,6 +105,8 @@ class Outcome:
                 return [visit(entry) for entry in value]
             if isinstance(value, dict):
                 return {key: visit(entry) for key, entry in value.items()}
+            if isinstance(value, Status):
+                return replace(value, word=change(value.word))
             return value
 
         return Outcome(**{f.name: visit(getattr(self, f.name)) for f in fields(self)})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import graphs, status, validation
-from .backends import choose_backend, say_once
+from .backends import Backend, choose_backend, say_once
 from .deviation import Precision
 from .errors import ArgumentError
 from .losses import LossLike, describe_loss
@@ -25,12 +25,12 @@ class Run:
     Attributes:
         plan: the plan; ``plan.backend`` is the backend that ran.
         replayed: a recorded CUDA graph was replayed.
-        reason: why it was not; "" where it was.
+        not_replayed_because: why it was not; "" where it was.
     """
 
     plan: Plan
     replayed: bool
-    reason: str
+    not_replayed_because: str
 
 
 _last = threading.local()
@@ -114,7 +114,9 @@ def relax(
     outcome, run = solve(
         model, x, y, loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend,
         vinit=vinit, normalizer=normalizer, check=check,
-        wanted=Wanted(False, True, method == "fixed_prediction", energies),
+        wanted=Wanted(
+            gradients=False, states=True, input_error=method == "fixed_prediction", energies=energies
+        ),
     )  # fmt: skip
     return Relaxation(
         _apart(outcome.activations, x),
@@ -133,7 +135,17 @@ def _apart(values: list[Tensor], x: Tensor) -> list[Tensor]:
     return [value.clone() if value.untyped_storage().data_ptr() == memory else value for value in values]
 
 
-def solve(
+@dataclass(frozen=True)
+class Prepared:
+    """A validated and planned problem, and the backend that will run it."""
+
+    backend: Backend
+    problem: Problem
+    plan: Plan
+    deferred: bool  # bad values are reported by a later call
+
+
+def prepare(
     model: nn.Sequential,
     x: Tensor,
     y,
@@ -149,8 +161,11 @@ def solve(
     check: str = "auto",
     activations: list[Tensor] | None = None,
     output_gradient: Tensor | None = None,
-) -> tuple[Outcome, Run]:
-    """Validate, plan and run; arguments as in :func:`relax` and :class:`pcfast.problem.Problem`."""
+) -> Prepared:
+    """Validate and plan; arguments as in :func:`relax` and :class:`pcfast.problem.Problem`.
+
+    Also raises what earlier, deferred work found.
+    """
     status.raise_arrived()
     validation.check_method(method)
     validation.check_choice(check)
@@ -199,12 +214,18 @@ def solve(
         raise_now=not x.is_cuda and not deferred,
         check=check != "off",
     )
-    outcome, reason = graphs.run(chosen, problem, planned)
+    return Prepared(chosen, problem, planned, deferred)
+
+
+def solve(*arguments, **settings) -> tuple[Outcome, Run]:
+    """Validate, plan and run; arguments as in :func:`prepare`."""
+    ready = prepare(*arguments, **settings)
+    outcome, reason = graphs.run(ready.backend, ready.problem, ready.plan)
     if outcome.status is not None:
-        status.defer(outcome.status, step_size)
-        if not deferred:
+        status.defer(outcome.status, ready.problem.step_size)
+        if not ready.deferred:
             status.synchronize()
-    run = _last.run = Run(planned, not reason, reason)
+    run = _last.run = Run(ready.plan, not reason, reason)
     return outcome, run
 
 

@@ -8,9 +8,10 @@ as does :func:`synchronize`. The failed step's gradients were zeroed on the devi
 from __future__ import annotations
 
 import cmath
+import functools
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,10 +21,31 @@ from .errors import ArgumentError, NonFiniteError, PcfastError, RelaxationDiverg
 CHECKS = ("auto", "sync", "deferred", "off")
 
 _FINE = -1
-_BAD_INPUT = -2
-_BAD_LABELS = -3
-_BAD_RESULTS = -10  # minus the layer
-_LAYERS = 1 << 20  # status = iteration * _LAYERS + layer
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a step went, without waiting for it.
+
+    Attributes:
+        word: 0-dim int64 on the device: index into ``causes`` of the first that holds, -1 where none does.
+        causes: per index, the exception for it, given the step size.
+    """
+
+    word: Tensor
+    causes: tuple[Callable[[float], PcfastError], ...]
+
+
+def _bad_input(step_size: float) -> PcfastError:
+    return NonFiniteError("x", "NaN or infinity", "finite values", "Clean or normalise the data.")
+
+
+def _bad_labels(step_size: float) -> PcfastError:
+    return ArgumentError("y", "labels out of range", "labels from 0 to the number of classes - 1")
+
+
+def _diverged(iteration: int | None, layer: int) -> Callable[[float], PcfastError]:
+    return functools.partial(RelaxationDiverged, iteration, layer)
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
@@ -49,79 +71,46 @@ class StatusBuilder:
     """Collects, on the device and without waiting, where values first became non-finite."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[list[int], Tensor]] = []  # codes and norms
+        self._causes: list[Callable[[float], PcfastError]] = []
+        self._norms: list[Tensor] = []
+
+    def _note(self, causes: list, tensors: Sequence[Tensor]) -> None:
+        self._causes += causes
+        self._norms.append(norms(tensors))
+
+    def begin(self, x: Tensor, activations: Sequence[Tensor]) -> None:
+        """Note the input and the forward pass's vhat_1..vhat_L."""
+        self._note([_bad_input], [x])
+        self._note([_diverged(0, l) for l in range(1, len(activations) + 1)], activations)
 
     def observe(self, iteration: int, states: dict[int, Tensor]) -> None:
         """Note one iteration's states, layer -> tensor."""
         if states:
-            self._rows.append(
-                ([iteration * _LAYERS + layer for layer in states], norms(list(states.values())))
-            )
+            self._note([_diverged(iteration, l) for l in states], list(states.values()))
 
-    def build(
-        self,
-        x: Tensor,
-        label_flaw: Tensor | None,
-        activations: Sequence[Tensor],
-        results: Sequence[tuple[int, Tensor]],
-    ) -> Tensor:
-        """The status word, 0-dim int64. ``results``: (layer, tensor) for what the relaxation gave in the end."""
-        rows = [([_BAD_INPUT], norms([x]))]
-        rows.append((list(range(1, len(activations) + 1)), norms(activations)))
-        rows += self._rows
+    def build(self, label_flaw: Tensor | None, results: Sequence[tuple[int, Tensor]]) -> Status:
+        """The status, with ``results`` noted last: (layer, tensor) for what the relaxation gave in the end."""
         by_layer = sorted(results, key=lambda result: result[0])
-        rows.append(
-            ([_BAD_RESULTS - layer for layer, _ in by_layer], norms([value for _, value in by_layer]))
-        )
-        values = torch.cat([row for _, row in rows])
-        codes = _codes(tuple(code for row_codes, _ in rows for code in row_codes), x.device)
-        bad = ~torch.isfinite(values)
-        # gather, since indexing with a 0-dim tensor would wait for the device
-        first = codes.gather(0, bad.to(torch.int8).argmax().reshape(1)).reshape(())
-        status = torch.where(bad.any(), first, _FINE)
+        self._note([_diverged(None, layer) for layer, _ in by_layer], [value for _, value in by_layer])
+        bad = ~torch.isfinite(torch.cat(self._norms))
+        word = torch.where(bad.any(), bad.to(torch.int8).argmax(), _FINE)
         if label_flaw is not None:
-            status = torch.where(label_flaw, _BAD_LABELS, status)
-        return status
+            word = torch.where(label_flaw, len(self._causes), word)
+            self._causes.append(_bad_labels)
+        return Status(word, tuple(self._causes))
 
 
-_code_tables: dict[tuple, Tensor] = {}
-
-
-def _codes(codes: tuple[int, ...], device: torch.device) -> Tensor:
-    """A constant table on the device: made once, since filling it from the host cannot be captured.
-
-    Never dropped: recorded graphs read it at its address.
-    """
-    key = (device, codes)
-    if key not in _code_tables:
-        _code_tables[key] = torch.tensor(codes, dtype=torch.int64, device=device)
-    return _code_tables[key]
-
-
-def error_of(code: int, step_size: float) -> PcfastError | None:
-    """The exception that a status word stands for, or None."""
-    if code == _FINE:
-        return None
-    if code == _BAD_INPUT:
-        return NonFiniteError("x", "NaN or infinity", "finite values", "Clean or normalise the data.")
-    if code == _BAD_LABELS:
-        return ArgumentError("y", "labels out of range", "labels from 0 to the number of classes - 1")
-    if code <= _BAD_RESULTS:
-        return RelaxationDiverged(None, _BAD_RESULTS - code, step_size)
-    return RelaxationDiverged(code // _LAYERS, code % _LAYERS, step_size)
-
-
-def zero_if_bad(status: Tensor, gradients: Sequence[Tensor]) -> None:
+def zero_if_bad(status: Status, gradients: Sequence[Tensor]) -> None:
     """Zero the gradients in place, on the device, where ``status`` says that the step failed."""
-    failed = status != _FINE
+    failed = status.word != _FINE
     for gradient in gradients:
         gradient.masked_fill_(failed, 0)
 
 
 @dataclass
 class _Pending:
-    code: Tensor  # on the host
-    arrived: torch.cuda.Event | None  # None where the status was on the host from the start
+    status: Status  # the word on the host
+    arrived: torch.cuda.Event | None  # None where the word was on the host from the start
     step_size: float
 
 
@@ -129,22 +118,22 @@ _pending: list[_Pending] = []
 _lock = threading.Lock()
 
 
-def defer(status: Tensor, step_size: float) -> None:
-    """Copy a status word to the host without waiting; a later call raises what it says.
+def defer(status: Status, step_size: float) -> None:
+    """Copy a status to the host without waiting; a later call raises what it says.
 
     Not while the caller captures a CUDA graph: what a replay finds cannot be reported (its gradients are zeroed).
     """
-    if status.is_cuda:
+    arrived = None
+    if status.word.is_cuda:
         if torch.cuda.is_current_stream_capturing():
             return
-        code = torch.empty((), dtype=torch.int64, pin_memory=True)
-        code.copy_(status, non_blocking=True)
+        word = torch.empty((), dtype=torch.int64, pin_memory=True)
+        word.copy_(status.word, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(status.device))
-    else:
-        code, arrived = status.clone(), None
+        arrived.record(torch.cuda.current_stream(status.word.device))
+        status = replace(status, word=word)
     with _lock:
-        _pending.append(_Pending(code, arrived, step_size))
+        _pending.append(_Pending(status, arrived, step_size))
 
 
 def raise_arrived(*, wait: bool = False) -> None:
@@ -160,7 +149,9 @@ def raise_arrived(*, wait: bool = False) -> None:
             elif arrived is not None and not arrived.query():
                 break
             entry = _pending.pop(0)
-            failure = error_of(int(entry.code), entry.step_size)
+            word = int(entry.status.word)
+            if word != _FINE:
+                failure = entry.status.causes[word](entry.step_size)
         if failure is not None:
             _pending.clear()
     if failure is not None:

@@ -29,7 +29,7 @@ def FwdPassPlus(model: nn.Sequential, LossFun, X: Tensor, Y, *, backend: str = "
     """
     outcome, _ = solve(
         model, X, Y, loss=LossFun, method="exact", step_size=0.0, num_steps=0, backend=backend,
-        wanted=Wanted(gradients=False),
+        check="sync", wanted=Wanted(gradients=False, activations=True),
     )  # fmt: skip
     return outcome.activations, outcome.loss, outcome.output_gradient
 
@@ -58,7 +58,8 @@ def FixedPredPCPredErrs(
     outcome, _ = solve(
         model, activations[0], None, loss=None, method="fixed_prediction", step_size=eta,
         num_steps=len(model) if n is None else n, backend=backend, activations=activations,
-        output_gradient=dLdy.detach(), wanted=Wanted(gradients=False, states=True, input_error=True),
+        output_gradient=dLdy.detach(), check="sync",
+        wanted=Wanted(gradients=False, states=True, input_error=True),
     )  # fmt: skip
     return outcome.beliefs, outcome.errors
 
@@ -85,6 +86,7 @@ def StrictPCPredErrs(
         num_steps=n,
         backend=backend,
         vinit=start,
+        check="sync",
     )
     return result.beliefs, result.errors
 
@@ -100,7 +102,7 @@ def ExactPredErrs(
     outcome, _ = solve(
         model, X, Y, loss=LossFun, method="exact", step_size=0.0, num_steps=0, backend=backend,
         activations=None if vhat is None else _activations("vhat", vhat, model),
-        wanted=Wanted(gradients=False, states=True),
+        check="sync", wanted=Wanted(gradients=False, states=True),
     )  # fmt: skip
     return [None, *outcome.beliefs[1:]], outcome.errors
 

@@ -287,7 +287,7 @@ def test_last_run(call, backend):
     run = pcfast.last_run()
     assert (run.plan.backend, run.plan.method, run.plan.num_steps) == (backend, "strict", 7)
     assert not run.replayed
-    assert "CUDA" in run.reason
+    assert "CUDA" in run.not_replayed_because
 
 
 def test_last_run_belongs_to_the_thread_and_to_runs_that_ended():

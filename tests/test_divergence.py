@@ -1,5 +1,6 @@
 """Divergence is part of the contract: reported with iteration, layer, step size and remedy, never quiet NaN."""
 
+import math
 import pickle
 from fractions import Fraction
 from itertools import pairwise
@@ -430,8 +431,10 @@ def test_deferred_work_that_went_well_reports_nothing():
 
 
 def test_only_the_first_failure_is_reported():
-    status.defer(torch.tensor(3 * status._LAYERS + 2), 0.5)
-    status.defer(torch.tensor(5 * status._LAYERS + 1), 0.5)
+    for iteration, layer in ((3, 2), (5, 1)):
+        builder = status.StatusBuilder()
+        builder.observe(iteration, {layer: torch.tensor([math.inf])})
+        status.defer(builder.build(None, [(layer, torch.ones(1))]), 0.5)
     error = diverged(pcfast.synchronize)
     assert (error.iteration, error.layer, error.step_size) == (3, 2, 0.5)
     pcfast.synchronize()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcfast
-from pcfast import backends, graphs, status
+from pcfast import backends, graphs
 from pcfast.torch2pc import FixedPredPCPredErrs
 
 METHODS = ("exact", "fixed_prediction", "strict")
@@ -284,14 +284,14 @@ def test_matmul_precision_and_determinism_change_the_key(monkeypatch):
 def test_first_call_plain_second_recorded_third_replayed(method, install):
     model, batches = mlp(), [batch() for _ in range(4)]
     plain = [loss_and_updates(model, *data, method=method) for data in batches]
-    assert pcfast.last_run().reason == "CUDA graphs need a CUDA device"
+    assert pcfast.last_run().not_replayed_because == "CUDA graphs need a CUDA device"
     recorder = Recorder()
     cache = install(recorder=recorder)
     seen = []
     for data, expected in zip(batches, plain, strict=True):
         assert same_bits(loss_and_updates(model, *data, method=method), expected)
         run = pcfast.last_run()
-        seen.append((run.replayed, run.reason, recorder.recorded, recorder.replayed, len(cache)))
+        seen.append((run.replayed, run.not_replayed_because, recorder.recorded, recorder.replayed, len(cache)))
     first = "first call of its kind: recorded from the next on"
     assert seen == [(False, first, 0, 0, 0), (True, "", 1, 1, 1), (True, "", 1, 2, 1), (True, "", 1, 3, 1)]
 
@@ -455,7 +455,7 @@ def test_a_failed_recording_falls_back_and_says_so_once(install, caplog, monkeyp
     with caplog.at_level(logging.INFO, logger="pcfast"):
         for _ in range(4):
             assert same_bits(loss_and_updates(model, x, y), plain)
-            reasons.append(pcfast.last_run().reason)
+            reasons.append(pcfast.last_run().not_replayed_because)
     assert reasons[1:] == ["recording failed: operation not permitted"] * 3
     assert len(attempts) == 1 and len(cache) == 0
     (message,) = [record.message for record in caplog.records]
@@ -543,7 +543,7 @@ def test_refusals(reason, install):
     install(recorder=recorder)
     for _ in range(3):
         REFUSALS[reason](mlp(), *batch())
-        assert pcfast.last_run().reason == reason
+        assert pcfast.last_run().not_replayed_because == reason
         assert not pcfast.last_run().replayed
     assert recorder.recorded == 0
 
@@ -553,7 +553,7 @@ def test_activations_given_by_the_caller_are_refused(install):
     vhat = [torch.randn(6, size) for size in (5, 8, 7, CLASSES)]
     for _ in range(2):
         FixedPredPCPredErrs(mlp(), vhat, torch.randn(6, CLASSES))
-        assert pcfast.last_run().reason == "beliefs or activations were given by the caller"
+        assert pcfast.last_run().not_replayed_because == "beliefs or activations were given by the caller"
 
 
 # What may be captured at all -----------------------------------------------------------------------------------
@@ -615,11 +615,3 @@ def test_reads_by_the_host_are_noticed():
         bool(torch.ones(()))
     with pytest.raises(AssertionError, match="waits for the device"), NoHostReads():
         torch.arange(3)[torch.tensor(1)]
-
-
-def test_tables_that_recorded_graphs_read_are_never_dropped():
-    device = torch.device("cpu")
-    first = status._codes((-1, -2, -77), device)
-    for number in range(200):
-        status._codes((-1, number), device)
-    assert status._codes((-1, -2, -77), device) is first

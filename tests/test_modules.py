@@ -173,6 +173,8 @@ CASES = {
     "max-overlapping": (IMAGE, lambda: cnn(nn.MaxPool2d(3, 2), features=18)),
     "max-overlapping-ceil": (IMAGE, lambda: cnn(nn.MaxPool2d(3, 3, 1, ceil_mode=True), features=18)),
     "max-padded": (IMAGE, lambda: cnn(nn.MaxPool2d(2, 2, 1), features=32)),
+    "max-padded-ceil": (IMAGE, lambda: cnn(nn.MaxPool2d(2, 2, 1, ceil_mode=True), features=32)),
+    "avg-padded-ceil": (IMAGE, lambda: cnn(nn.AvgPool2d(2, 2, 1, ceil_mode=True), features=32)),
     "max-gaps": (IMAGE, lambda: cnn(nn.MaxPool2d(2, 3), features=8)),
     "max-dilated": (IMAGE, lambda: cnn(nn.MaxPool2d(2, 2, dilation=2), features=18)),
     "max-after-relu": (IMAGE, lambda: seq(seq(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)),

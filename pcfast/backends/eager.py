@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable
 
 import torch
@@ -55,21 +56,36 @@ class Eager(Backend):
 @contextlib.contextmanager
 def _numerics(device: torch.device, precision: Precision):
     """No autograd, dtypes as planned; on CUDA deterministic convolutions, and TF32 under float16 autocast."""
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
-            yield
-            return
-        cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
-        deterministic, products = cudnn.deterministic, cublas.fp32_precision
-        cudnn.deterministic = True
-        if precision.autocast == torch.float16:
-            cublas.fp32_precision = "tf32"
-        try:
-            yield
-        finally:
-            cudnn.deterministic = deterministic
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(_switched(torch.backends.cudnn, "deterministic", True))
             if precision.autocast == torch.float16:
-                cublas.fp32_precision = products
+                stack.enter_context(_switched(torch.backends.cuda.matmul, "fp32_precision", "tf32"))
+        yield
+
+
+_switch_lock = threading.Lock()
+_switch_users: dict[str, tuple[int, object]] = {}  # name -> (how many rely on it now, value before the first)
+
+
+@contextlib.contextmanager
+def _switched(owner, name: str, value):
+    """Set one of torch's process-wide switches; the last thread to leave puts it back."""
+    with _switch_lock:
+        users, before = _switch_users.get(name, (0, getattr(owner, name)))
+        _switch_users[name] = (users + 1, before)
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        with _switch_lock:
+            users, before = _switch_users[name]
+            _switch_users[name] = (users - 1, before)
+            if users == 1:
+                del _switch_users[name]
+                setattr(owner, name, before)
 
 
 @functools.lru_cache(maxsize=256)
@@ -117,9 +133,12 @@ class _Run:
         elif problem.method == "exact":
             self.history, self.last = ((1.0,) * (self.depth + 1),), (1.0,) * (self.depth + 1)
         self.vhat = self._forward()
+        if self.builder is not None:
+            self.builder.begin(problem.x, self.vhat[1:])
         self._prepare_loss()
-        out = self.result = Outcome(self.loss, self.vhat[-1], output_gradient=self.output_gradient)
-        out.activations = self.vhat
+        out = self.result = Outcome(self.loss, self.vhat[-1])
+        if problem.wanted.states or problem.wanted.activations:
+            out.activations, out.output_gradient = self.vhat, self.output_gradient
         if problem.method == "strict":
             self._strict()
         else:
@@ -190,7 +209,7 @@ class _Run:
             gradients[l - 1] = g
             if g is None:
                 break
-        self.scaled_by_factors = gradients
+        self.activation_gradients = gradients
         self.checked = [(max(l, 1), g) for l, g in enumerate(gradients) if g is not None]
         if wanted.states:
             out.errors = [None if g is None else g * factors[depth - l] for l, g in enumerate(gradients)]
@@ -270,7 +289,7 @@ class _Run:
         if self.loss is not None:
             results.append((self.depth, self.loss))
         if self.builder is not None:
-            out.status = self.builder.build(problem.x, self.flaw, self.vhat[1:], results)
+            out.status = self.builder.build(self.flaw, results)
             status.zero_if_bad(out.status, list(out.gradients.values()))
             return
         if status.all_finite([*self.vhat[1:], *(value for _, value in results)]):
@@ -289,7 +308,7 @@ class _Run:
         """Raise where a belief vhat_l - c g_l of fixed prediction was first not finite."""
         rows = [*self.history[: self.problem.num_steps], self.last]
         for t, row in enumerate(rows):
-            for l, g in enumerate(self.scaled_by_factors[:-1]):
+            for l, g in enumerate(self.activation_gradients[:-1]):
                 if g is not None and not status.all_finite([self.vhat[l] - g * row[self.depth - l]]):
                     raise RelaxationDiverged(t or None, max(l, 1), self.problem.step_size)
 

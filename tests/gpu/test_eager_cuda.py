@@ -116,7 +116,7 @@ def same_bits(found: list[Tensor], truth: list[Tensor]) -> bool:
 
 def last() -> tuple[str, bool, str]:
     run = pcfast.last_run()
-    return run.plan.backend, run.replayed, run.reason
+    return run.plan.backend, run.replayed, run.not_replayed_because
 
 
 # Right, plain and replayed -------------------------------------------------------------------------------------
