@@ -17,7 +17,11 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-RESULTS, README, LATEST = HERE / "results", HERE.parent / "README.md", HERE.parent / ".benchmarks" / "latest.json"
+RESULTS, README, LATEST = (
+    HERE / "results",
+    HERE.parent / "README.md",
+    HERE.parent / ".benchmarks" / "latest.json",
+)
 BEGIN, END = "<!-- bench/report.py: begin -->", "<!-- bench/report.py: end -->"
 
 
@@ -25,9 +29,13 @@ def record(latest: Path = LATEST) -> Path:
     """Keep what matters of pytest-benchmark's last run as bench/results/<device>/<date>-<commit>.json."""
     run = json.loads(latest.read_text())
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=HERE).strip()
-    changed = subprocess.check_output(["git", "status", "--porcelain", "pcfast", "bench"], text=True, cwd=HERE.parent)
+    changed = subprocess.check_output(
+        ["git", "status", "--porcelain", "pcfast", "bench"], text=True, cwd=HERE.parent
+    )
     if [line for line in changed.splitlines() if not line.endswith("results/")]:
-        raise SystemExit("uncommitted changes in pcfast/ or bench/: commit first, so that the record names its code")
+        raise SystemExit(
+            "uncommitted changes in pcfast/ or bench/: commit first, so that the record names its code"
+        )
     cpu = run["machine_info"]["cpu"]
     kept = {
         "recorded": run["datetime"],

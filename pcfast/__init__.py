@@ -5,12 +5,9 @@ loss.backward()            # .grad now holds the predictive-coding updates
 optimizer.step()
 """
 
-import importlib.util as _util
+from . import _checkout  # isort: skip (before anything that needs torch)
 
-if _util.find_spec("pcfast.kernels") is None:  # the folder kernels/ is mapped to pcfast.kernels on installing
-    raise ImportError(
-        "pcfast is not installed, only its source was found: run `pip install -e .` in its folder"
-    )
+_checkout.find_kernels(__path__)
 
 from ._version import __version__
 from .autograd import PredictiveCoding, pc_loss

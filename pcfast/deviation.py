@@ -510,19 +510,21 @@ def recorded_buffers(module: nn.Module) -> Callable[[], AbstractContextManager[N
     Every evaluation of a step starts from the same statistics, which move once. The buffers themselves are
     never written, not even to put them back: autograd graphs may hold them.
     """
-    saved = {
-        (owner, name): buffer.clone()
+    found = {
+        (owner, name): buffer
         for owner in module.modules()
         for name, buffer in owner._buffers.items()
         if buffer is not None
     }
+    values = {buffer: buffer.clone() for buffer in found.values()}
 
     @contextlib.contextmanager
     def lend():
-        held = {(owner, name): owner._buffers[name] for owner, name in saved}
+        held = {(owner, name): owner._buffers[name] for owner, name in found}
+        copies = {buffer: value.clone() for buffer, value in values.items()}  # one, however often registered
         try:
-            for (owner, name), value in saved.items():
-                owner._buffers[name] = value.clone()
+            for (owner, name), buffer in found.items():
+                owner._buffers[name] = copies[buffer]
             yield
         finally:
             for (owner, name), buffer in held.items():

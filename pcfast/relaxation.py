@@ -100,7 +100,8 @@ def relax(
         normalizer: rows of the global batch, for a mean loss over a shard or micro-batch.
         energies: also record the energies of every iteration.
         check: when bad values are reported: "sync" at once, "deferred" by a later call or
-            :func:`pcfast.synchronize`, "auto" (sync on CPU, deferred on CUDA), "off".
+            :func:`pcfast.synchronize`, "auto" (sync on CPU, deferred on CUDA), "off". The reference backend
+            never defers.
 
     Returns:
         :class:`Relaxation`. State tensors are float32 for float32, bfloat16 and float16 models and under

@@ -25,9 +25,7 @@ LITERAL = {
     "Sigmoid": lambda u, a: 1 / (1 + torch.exp(-u)),
     "Silu": lambda u, a: u / (1 + torch.exp(-u)),
     "Gelu": lambda u, a: u * 0.5 * (1 + torch.erf(u / math.sqrt(2))),
-    "GeluTanh": lambda u, a: (
-        0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u * u * u)))
-    ),
+    "GeluTanh": lambda u, a: 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u * u * u))),
 }
 
 
@@ -111,4 +109,3 @@ def test_monotone_says_the_truth(activation):
     u = torch.linspace(-6, 6, 2001, dtype=torch.float64)
     steps = literal(activation, u).diff()
     assert bool((steps >= 0).all()) == activation.monotone
-

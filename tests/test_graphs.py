@@ -291,7 +291,9 @@ def test_first_call_plain_second_recorded_third_replayed(method, install):
     for data, expected in zip(batches, plain, strict=True):
         assert same_bits(loss_and_updates(model, *data, method=method), expected)
         run = pcfast.last_run()
-        seen.append((run.replayed, run.not_replayed_because, recorder.recorded, recorder.replayed, len(cache)))
+        seen.append(
+            (run.replayed, run.not_replayed_because, recorder.recorded, recorder.replayed, len(cache))
+        )
     first = "first call of its kind: recorded from the next on"
     assert seen == [(False, first, 0, 0, 0), (True, "", 1, 1, 1), (True, "", 1, 2, 1), (True, "", 1, 3, 1)]
 

@@ -284,15 +284,18 @@ class _Run:
 
     def _check(self) -> None:
         problem, out = self.problem, self.result
+        if self.builder is None:
+            loss = [] if self.loss is None else [self.loss]
+            relaxed = (value for _, value in self.checked)
+            if status.all_finite([*self.vhat[1:], *relaxed, *out.gradients.values(), *loss]):
+                return
         owners = layer_of_parameters(problem.network, problem.model)
         results = [*self.checked, *((owners[p], g) for p, g in out.gradients.items())]
         if self.loss is not None:
             results.append((self.depth, self.loss))
         if self.builder is not None:
-            out.status = self.builder.build(self.flaw, results)
+            out.status = self.builder.build(problem.x, self.flaw, self.vhat[1:], results)
             status.zero_if_bad(out.status, list(out.gradients.values()))
-            return
-        if status.all_finite([*self.vhat[1:], *(value for _, value in results)]):
             return
         bad = status.first_non_finite(self.vhat[1:])
         if bad is not None:

@@ -1,0 +1,30 @@
+"""Finding pcfast.kernels where the package is imported from its source folder.
+
+Installing maps the top-level folder kernels/ to pcfast.kernels. A checkout on the module path has pcfast/ without it.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def find_kernels(package_path: list[str]) -> None:
+    """Make pcfast.kernels importable, or raise.
+
+    Args:
+        package_path: ``__path__`` of pcfast.
+
+    Raises:
+        ImportError: pcfast is not installed; the message is the remedy.
+    """
+    if find_spec("pcfast.kernels") is not None:
+        return
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        distribution("pcfast")
+    except PackageNotFoundError:
+        raise ImportError(
+            "pcfast is not installed, only its source was found: run `pip install -e .` in its folder"
+        ) from None
+    # Installed, but this checkout comes first on the path (python -c in the repository): take its own kernels.
+    package_path.append(str(Path(__file__).resolve().parent.parent))
