@@ -5,7 +5,7 @@ For a pre-activation ``u = uhat + s`` each activation gives
     bracket = act(uhat + s) - act(uhat)      slope = act'(uhat + s)
 
 from ``uhat`` and ``s`` without subtracting two nearly equal numbers: in a relaxation ``s`` is often 1e-5 of
-``uhat`` and the plain difference would be rounding noise (DESIGN fact 8). All functions are elementwise, keep
+``uhat`` and the plain difference would be rounding noise (docs/method.md fact 8). All functions are elementwise, keep
 shape and dtype, and work for any floating dtype.
 """
 

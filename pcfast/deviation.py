@@ -1,4 +1,4 @@
-"""Operations in deviation form (DESIGN fact 8).
+"""Operations in deviation form (docs/method.md fact 8).
 
 A :class:`Step` evaluates one operation f at a base point a (:meth:`Step.forward`), then any number of times
 the deviation f(a + d) - f(a) for small d without cancellation (:meth:`Step.deviate`), the product of its

@@ -239,6 +239,8 @@ def describe_loss(loss: LossLike, normalizer: int | None = None) -> Loss:
         if loss not in _NAMES:
             raise ArgumentError("loss", repr(loss), f"one of {sorted(_NAMES)} or a callable loss(output, y)")
         loss = _NAMES[loss]
+    elif isinstance(loss, type):
+        raise ArgumentTypeError("loss", f"the class {loss.__name__}", "a callable loss(output, y)", "Add ().")
     elif not callable(loss):
         raise ArgumentTypeError("loss", f"a {type(loss).__name__}", "a name or a callable loss(output, y)")
     known = _known_settings(loss)

@@ -1,6 +1,6 @@
 """Planning: pure functions from a described problem to a frozen, self-explaining plan.
 
-Counts of multiply-adds here are exact: they count the products that the clamped input (DESIGN fact 2), the
+Counts of multiply-adds here are exact: they count the products that the clamped input (docs/method.md fact 2), the
 active front (fact 3) and the Gram form (fact 7) leave, and are what every speed claim is held against.
 """
 

@@ -83,7 +83,7 @@ def relax(
 ) -> Relaxation:
     """Relax beliefs and errors; parameters and their ``.grad`` stay as they are.
 
-    DESIGN section 1; Rosenbaum (2022), algorithms 1 to 3.
+    Rosenbaum (2022), algorithms 1 to 3; docs/method.md.
 
     Args:
         model: ``nn.Sequential`` of PC layers.
@@ -176,7 +176,7 @@ def prepare(
     dtype = validation.check_input(model, x)
     described = None if output_gradient is not None else describe_loss(loss, normalizer)
     if described is not None:
-        validation.check_target_placement(x, y)
+        validation.check_target_placement(x, y, by_rows=described.known)
     start = validation.checked_start(vinit, network.depth, x, method)
     deferred = check == "deferred" or (check == "auto" and x.is_cuda)
     if check != "off" and not x.is_cuda and not deferred:
@@ -251,7 +251,7 @@ def updates(
 
 
 def choose_precision(device_type: str, dtype: torch.dtype) -> Precision:
-    """Dtypes for parameters of ``dtype`` under the ambient autocast (DESIGN section 2)."""
+    """Dtypes for parameters of ``dtype`` under the ambient autocast (docs/behaviour.md)."""
     state = dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     if autocast == torch.bfloat16 and state == torch.float32:

@@ -44,7 +44,10 @@ def checked_step_size(step_size: float) -> float:
     """``step_size`` as a finite float >= 0."""
     if isinstance(step_size, bool) or not isinstance(step_size, numbers.Real):
         raise ArgumentTypeError("step_size", f"{step_size!r} ({type(step_size).__name__})", "a number >= 0")
-    step_size = float(step_size)
+    try:
+        step_size = float(step_size)
+    except OverflowError:
+        step_size = math.inf
     if not math.isfinite(step_size) or step_size < 0:
         raise ArgumentError("step_size", repr(step_size), "a finite number >= 0")
     return step_size
@@ -61,6 +64,8 @@ def check_input(model: nn.Sequential, x: Tensor) -> torch.dtype:
             "a floating dtype",
             "Convert with x.to(torch.float32); embed tokens first.",
         )
+    if x.layout != torch.strided:
+        raise ArgumentTypeError("x", f"layout {x.layout}", "a dense tensor", "Call x.to_dense().")
     if x.dim() < 2:
         raise ShapeError(
             "x", f"shape {tuple(x.shape)}", "(batch, ...) with at least 2 dimensions", "x.unsqueeze(0)?"
@@ -92,13 +97,13 @@ def check_input(model: nn.Sequential, x: Tensor) -> torch.dtype:
     return dtype
 
 
-def check_target_placement(x: Tensor, y) -> None:
-    """y, where it is a tensor, lies with x and has as many rows."""
+def check_target_placement(x: Tensor, y, *, by_rows: bool) -> None:
+    """y, where it is a tensor, lies with x and, with ``by_rows``, has as many rows."""
     if not isinstance(y, Tensor):
         return
     if y.device != x.device:
         raise ArgumentError("y", f"a tensor on {y.device}", f"{x.device}, where x is", f"y.to('{x.device}')")
-    if y.dim() and y.shape[0] != x.shape[0]:
+    if by_rows and y.dim() and y.shape[0] != x.shape[0]:
         raise ShapeError("y", f"{y.shape[0]} rows", f"{x.shape[0]} rows, as x has", "Mismatched batch.")
 
 

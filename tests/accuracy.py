@@ -1,4 +1,4 @@
-"""How far a result may lie from float64 (DESIGN section 5)."""
+"""How far a result may lie from float64 (docs/method.md)."""
 
 from __future__ import annotations
 

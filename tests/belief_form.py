@@ -1,7 +1,7 @@
 """Strict relaxation in belief form with reduced-precision products: what deviation form replaces.
 
 State in float32, matrix operands in ``operand``, everything else as a careful implementation would have it: the
-plain no-autograd loop with v instead of v - vhat. It exists to show that it fails (DESIGN fact 8).
+plain no-autograd loop with v instead of v - vhat. It exists to show that it fails (docs/method.md fact 8).
 """
 
 from __future__ import annotations

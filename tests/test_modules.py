@@ -248,7 +248,7 @@ def updates(model, x, y, **arguments):
 
 
 def agree(found, truth, num_steps=1, scale=1.0):
-    """float64: to the error that DESIGN section 5 allows of states of norm ``scale``."""
+    """float64: to the error that docs/method.md allows of states of norm ``scale``."""
     bound = 1e-10 * float(truth.norm()) + 64 * ULP * max(num_steps, 1) * max(scale, float(truth.norm()))
     assert found.shape == truth.shape
     assert float((found - truth).norm()) <= bound

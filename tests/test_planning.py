@@ -93,7 +93,7 @@ def test_gram_form_is_chosen_where_it_multiplies_less(net, gram):
 
 
 def test_gram_form_of_the_papers_networks():
-    """DESIGN fact 7 names both; mlp_600 then needs one 600x600 product an iteration."""
+    """Fact 7 pays for both; mlp_600 then needs one 600x600 product an iteration."""
     explanation = pcfast.explain(networks.mlp_600(), (300, 784), num_steps=20)
     assert explanation.plan.gram
     more = pcfast.explain(networks.mlp_600(), (300, 784), num_steps=21).plan.work.relaxation

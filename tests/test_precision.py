@@ -1,4 +1,4 @@
-"""Accuracy in float32 and bfloat16 by DESIGN section 5's rule, and what belief form would give instead.
+"""Accuracy in float32 and bfloat16 by the rule of docs/method.md, and what belief form would give instead.
 
 Allowed: 3 times the larger of (a) same-precision backpropagation's gradient error on that network (its worst
 tensor) and (b) what a forward pass in that precision costs any program: how far the float64 reference itself

@@ -453,7 +453,7 @@ def test_modules_that_work_in_place_are_safe(err_type, backend):
 
 
 def test_float32_is_more_exact_than_the_literal_loop():
-    """The literal loop subtracts beliefs from predictions; with a mean loss that cancels (DESIGN fact 8)."""
+    """The literal loop subtracts beliefs from predictions; with a mean loss that cancels (docs/method.md fact 8)."""
     model, x, y = problem(rows=300)
     PCInfer(model, LOSS, x, y, "Strict", backend="reference")
     truth = grads(model)

@@ -94,6 +94,7 @@ def test_the_good_call_works(entry, backend):
         (lambda x: x[:0], pcfast.ShapeError, ("(0, 6)", "empty batch")),
         (lambda x: x[:, :0], pcfast.ShapeError, ("(4, 0)",)),
         (lambda x: x[:, :5], pcfast.ShapeError, ("(4, 5)", "layer 1", "Linear", "6")),
+        (lambda x: x.to_sparse(), pcfast.ArgumentTypeError, ("sparse", "dense")),
         (lambda x: x.to("meta"), pcfast.ArgumentError, ("meta", "cpu")),
         (lambda x: x.clone().requires_grad_(), pcfast.ArgumentError, ("requires grad", "detach")),
     ],
@@ -110,6 +111,7 @@ def test_the_good_call_works(entry, backend):
         "empty-batch",
         "no-features",
         "features",
+        "sparse",
         "meta",
         "requires-grad",
     ],
@@ -216,13 +218,14 @@ def test_num_steps(entry, method, value, kind):
         (float("nan"), pcfast.ArgumentError),
         (float("inf"), pcfast.ArgumentError),
         (np.float32("nan"), pcfast.ArgumentError),
+        (10**400, pcfast.ArgumentError),
         ("0.1", pcfast.ArgumentTypeError),
         (True, pcfast.ArgumentTypeError),
         (np.bool_(True), pcfast.ArgumentTypeError),
         (None, pcfast.ArgumentTypeError),
         (0.1j, pcfast.ArgumentTypeError),
     ],
-    ids=repr,
+    ids=lambda value: repr(value)[:30],
 )
 def test_step_size(entry, method, value, kind):
     refused(entry, kind, "step_size", "number >= 0", step_size=value, method=method)
@@ -290,6 +293,16 @@ def test_pcinfer_unknown_backend():
 def test_loss_not_callable(entry, backend, loss):
     words = (type(loss).__name__, "callable")
     refused(entry, pcfast.ArgumentTypeError, "loss", *words, loss=loss, backend=backend)
+
+
+def test_loss_class_instead_of_an_instance(entry):
+    words = ("class CrossEntropyLoss", "Add ()")
+    refused(entry, pcfast.ArgumentTypeError, "loss", *words, loss=nn.CrossEntropyLoss)
+
+
+@pytest.mark.parametrize("y", [torch.randn(7), torch.tensor(2.0), (1, 2), None, "anything"], ids=str)
+def test_y_may_be_anything_for_a_callable(entry, backend, y):
+    entry(**good(y=y), loss=lambda output, y: output.square().sum(), backend=backend)
 
 
 @pytest.mark.parametrize("method", ["exact", "fixed_prediction", "strict"])

@@ -1,6 +1,7 @@
 """The methods in deviation form with plain PyTorch operations, no autograd in the loop.
 
-exact and fixed_prediction cost one forward and one backward pass for any number of iterations (DESIGN fact 1).
+exact and fixed_prediction cost one forward and one backward pass for any number of iterations (docs/method.md,
+fact 1).
 strict keeps d_l = v_l - vhat_l and per iteration does what the clamped input (fact 2), the active front
 (fact 3) and the Gram form (fact 7) leave of two stages: predict, then feedback (fact 5).
 """
@@ -92,7 +93,7 @@ def _switched(owner, name: str, value):
 def fixed_prediction_factors(
     depth: int, num_steps: int, step_size: float, limit: float | None = None, lowest: int = 0
 ) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
-    """The scalar chain that fixed prediction is (DESIGN fact 1).
+    """The scalar chain that fixed prediction is (docs/method.md fact 1).
 
     c_0 = 1, c_d(0) = 0, c_d(t+1) = (1 - eta) c_d(t) + eta c_{d-1}(t), in float64.
 
@@ -294,7 +295,7 @@ class _Run:
         if self.loss is not None:
             results.append((self.depth, self.loss))
         if self.builder is not None:
-            out.status = self.builder.build(problem.x, self.flaw, self.vhat[1:], results)
+            out.status = self.builder.build(self.flaw, results)
             status.zero_if_bad(out.status, list(out.gradients.values()))
             return
         bad = status.first_non_finite(self.vhat[1:])
@@ -379,7 +380,7 @@ class _Link:
 
 
 class _GramLink(_Link):
-    """Layer 1's beliefs out of the loop (DESIGN fact 7): mu_1 is constant, so with u_2's deviation s = d_1 W^T
+    """Layer 1's beliefs out of the loop (docs/method.md fact 7): with mu_1 constant and u_2's deviation s = d_1 W^T
 
         s <- (1 - eta) s - eta delta_2 G        S <- (1 - eta) S + eta delta_2        d_1 = -S W
 

@@ -1,4 +1,4 @@
-"""The algorithms literally as published, with torch autograd layer by layer (DESIGN section 1).
+"""The algorithms literally as published, with torch autograd layer by layer (docs/method.md).
 
 Rosenbaum, "On the relationship between predictive coding and backpropagation", PLOS ONE 17(3) e0266102 (2022),
 algorithms 1 to 3 and the program Torch2PC. Any module, any loss, any dtype; slow on purpose: this file says
