@@ -12,7 +12,7 @@ from .backends import BACKENDS, choose_backend
 from .errors import ArgumentTypeError, ShapeError
 from .network import Network, common_placement, describe
 from .planning import Plan, plan
-from .relaxation import choose_precision
+from .precision import choose_precision
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,16 @@ class Explanation:
         state, operand = (
             str(d).removeprefix("torch.") for d in (plan.precision.state, plan.precision.operand)
         )
-        lines.append(f"precision: state {state}, matrix operands {operand}")
+        if plan.literal:
+            lines.append("precision: the model's own")
+        else:
+            lines.append(f"precision: state {state}, matrix operands {operand}")
         if plan.precision.note:
             lines.append(f"  {plan.precision.note}")
         lines.append(f"Gram form of layer 1: {'yes' if plan.gram else 'no'} ({plan.gram_reason})")
-        if plan.work is None:
+        if plan.literal:
+            lines.append("multiply-adds a step: not counted for the literal loop")
+        elif plan.work is None:
             lines.append("multiply-adds a step: not known, an opaque layer hides its shapes")
         else:
             work = plan.work

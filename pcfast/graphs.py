@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .backends import Backend, say_once
+from .backends import Backend
+from .log import say_once
 from .planning import Plan
 from .problem import Outcome, Problem
 

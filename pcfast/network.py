@@ -29,9 +29,6 @@ class Op:
     path: str  # of the module in the model, as for Module.get_submodule
     name: str  # the module's class
 
-    #: True where the operation is linear (or affine) in its input, whatever the state.
-    linear = True
-
     def output_shape(self, shape: Shape) -> Shape:
         """Shape of the output, batch included, for an input of ``shape``; raises ValueError in words."""
         return shape
@@ -88,7 +85,6 @@ class Conv2d(Op):
 @dataclass(frozen=True)
 class Elementwise(Op):
     activation: activations.Activation
-    linear = False
 
 
 @dataclass(frozen=True)
@@ -117,8 +113,6 @@ class Pool2d(Op):
 
 @dataclass(frozen=True)
 class MaxPool2d(Pool2d):
-    linear = False
-
     @property
     def tiles(self) -> bool:
         """True where every input element belongs to at most one window and none is padded."""
@@ -188,10 +182,6 @@ class BatchNorm(Op):
     momentum: float | None  # of the running statistics; None averages over all batches
     ranks: tuple[int, ...]  # numbers of dimensions that the module takes
 
-    @property
-    def linear(self) -> bool:  # type: ignore[override]
-        return not self.batch_statistics
-
     def output_shape(self, shape):
         if len(shape) not in self.ranks or shape[1] != self.features:
             raise ValueError(" or ".join(f"(batch, {self.features}{', size' * (r - 2)})" for r in self.ranks))
@@ -207,7 +197,6 @@ class Opaque(Op):
     """A module that pcfast does not know: evaluated and differentiated by torch autograd."""
 
     why: str
-    linear = False
 
 
 _ACTIVATIONS = {

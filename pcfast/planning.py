@@ -10,8 +10,7 @@ import functools
 from dataclasses import dataclass
 
 from . import network as specs
-from .deviation import Precision
-from .errors import ArgumentError
+from .precision import Precision
 
 METHODS = ("exact", "fixed_prediction", "strict")
 
@@ -39,9 +38,10 @@ class Plan:
         fresh: the relaxation starts from the forward pass (facts 3 and 7 hold).
         gram: the clamped layer runs in Gram form.
         gram_reason: why, or why not.
-        precision: dtypes.
+        precision: dtypes; they do not apply to the literal loop.
+        literal: the literal loop, in the model's own dtype and with no short cuts.
         shapes: per layer the shapes at its operations' boundaries; None from the first opaque one on.
-        work: exact count of multiply-adds, or None where shapes are not known.
+        work: exact count of multiply-adds; None where shapes are not known, and for the literal loop.
         refusals: (backend, reason) for every backend that was passed over.
     """
 
@@ -52,6 +52,7 @@ class Plan:
     gram: bool
     gram_reason: str
     precision: Precision
+    literal: bool
     shapes: tuple
     work: Work | None
     refusals: tuple[tuple[str, str], ...] = ()
@@ -186,16 +187,14 @@ def plan(
 ) -> Plan:
     """Plan one problem. Cached: the arguments compare by value, the network by its layer specs.
 
-    ``literal``: the backend takes no short cuts, so the Gram form is out; ``work`` is then what it would take with
-    the others.
+    ``literal``: the backend takes no short cuts, so there is no Gram form and the count of work does not apply.
     """
-    if method not in METHODS:
-        raise ArgumentError("method", repr(method), f"one of {METHODS}")
     shapes = network.shapes(x_shape)
-    gram, gram_reason = choose_gram(network, shapes, method, num_steps, fresh, energies)
     if literal:
-        gram, gram_reason = False, f"the {backend} backend runs the literal loop"
-    work = count_work(network, shapes, method, num_steps, fresh, gram)
+        gram, gram_reason, work = False, f"the {backend} backend runs the literal loop", None
+    else:
+        gram, gram_reason = choose_gram(network, shapes, method, num_steps, fresh, energies)
+        work = count_work(network, shapes, method, num_steps, fresh, gram)
     return Plan(
-        backend, method, num_steps, fresh, gram, gram_reason, precision, shapes, work, tuple(refusals)
+        backend, method, num_steps, fresh, gram, gram_reason, precision, literal, shapes, work, refusals
     )

@@ -5,16 +5,15 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from . import graphs, status, validation
-from .backends import Backend, choose_backend, say_once
-from .deviation import Precision
+from .backends import Backend, choose_backend
 from .errors import ArgumentError
 from .losses import LossLike, describe_loss
 from .network import describe
 from .planning import Plan, plan
+from .precision import choose_precision
 from .problem import Outcome, Problem, Wanted
 
 
@@ -248,19 +247,3 @@ def updates(
     network.shapes(tuple(x.shape))
     chosen, _ = choose_backend(backend, network, x.device, dtype)
     return chosen.updates(model, network, choose_precision(x.device.type, dtype), x, beliefs, errors)
-
-
-def choose_precision(device_type: str, dtype: torch.dtype) -> Precision:
-    """Dtypes for parameters of ``dtype`` under the ambient autocast (docs/behaviour.md)."""
-    state = dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
-    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    if autocast == torch.bfloat16 and state == torch.float32:
-        return Precision(state, torch.bfloat16, autocast)
-    if autocast == torch.float16 and state == torch.float32:
-        note = (
-            "float16 autocast: float32 operands (TF32 on CUDA), since small deviations underflow in float16"
-        )
-        say_once(note)
-        return Precision(state, state, autocast, note)
-    operand = torch.bfloat16 if dtype == torch.bfloat16 else state
-    return Precision(state, operand, autocast)

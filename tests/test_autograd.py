@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcfast
-from pcfast import backends
+from pcfast import log
 
 METHODS = ("exact", "fixed_prediction", "strict")
 BACKENDS = ("eager", "reference")
@@ -473,7 +473,7 @@ def test_a_bfloat16_model_runs_with_float32_state(method):
 
 
 def test_float16_autocast_runs_in_float32_and_says_so_once(caplog, monkeypatch):
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(log, "_said", set())
     model, (x, y) = mlp(torch.float32), batch(dtype=torch.float32)
     expected = updates(model, x, y)
     with caplog.at_level(logging.INFO, logger="pcfast"), torch.autocast("cpu", torch.float16):
@@ -503,7 +503,7 @@ def squared_modulus(output: Tensor, y: Tensor) -> Tensor:
 
 
 def test_auto_falls_back_to_the_reference_and_says_so_once(caplog, monkeypatch):
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(log, "_said", set())
     model, x, y = complex_problem()
     expected = autograd_updates(model, x, y, squared_modulus)[1]
     with caplog.at_level(logging.INFO, logger="pcfast"):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcfast
-from pcfast import backends, graphs
+from pcfast import graphs, log
 from pcfast.torch2pc import FixedPredPCPredErrs
 
 METHODS = ("exact", "fixed_prediction", "strict")
@@ -443,7 +443,7 @@ def test_shapes_that_come_once_are_not_recorded(install, monkeypatch):
 
 
 def test_a_failed_recording_falls_back_and_says_so_once(install, caplog, monkeypatch):
-    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(log, "_said", set())
     attempts = []
 
     def failing(work):

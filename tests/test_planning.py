@@ -1,6 +1,6 @@
 """The planner's counts against what torch really multiplies, and its choices against the rules."""
 
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 import pcfast
 from pcfast import networks
-from pcfast.backends.eager import fixed_prediction_factors
+from pcfast.backends.eager import fixed_prediction_factors, scalar_chain
 from pcfast.network import describe
 from pcfast.planning import strict_products
 
@@ -128,13 +128,14 @@ def test_scalar_chain_is_a_matrix_power(step_size):
     step[0] = 0.0
     step[0, 0] = 1.0
     start = torch.eye(depth + 1, dtype=torch.float64)[0]
-    errors, beliefs = fixed_prediction_factors(depth, n, step_size)
-    assert len(errors) == n
-    for t, row in enumerate(errors):
+    for t, row in enumerate(islice(scalar_chain(depth, step_size), n)):
         truth = torch.linalg.matrix_power(step, t) @ start
         torch.testing.assert_close(torch.tensor(row, dtype=torch.float64), truth, rtol=1e-12, atol=1e-300)
-    truth = torch.linalg.matrix_power(step, n) @ start
-    torch.testing.assert_close(torch.tensor(beliefs, dtype=torch.float64), truth, rtol=1e-12, atol=1e-300)
+    for steps in (0, 1, 2, n):
+        factors = fixed_prediction_factors(depth, steps, step_size)
+        for row, power in zip(factors, (max(steps - 1, 0), steps), strict=True):
+            truth = torch.linalg.matrix_power(step, power) @ start
+            torch.testing.assert_close(torch.tensor(row, dtype=torch.float64), truth, rtol=1e-12, atol=1e-300)
 
 
 def test_plans_and_networks_are_plain_values():

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 
 from ..errors import ArgumentError, BackendError
+from ..log import say_once
 from ..network import Network
 from .base import Backend
 from .eager import Eager
@@ -14,16 +13,6 @@ from .reference import Reference
 
 #: In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Eager(), Reference())}
-
-_log = logging.getLogger("pcfast")
-_said: set[str] = set()
-
-
-def say_once(message: str) -> None:
-    """Log ``message`` at INFO the first time it comes up in this process."""
-    if message not in _said:
-        _said.add(message)
-        _log.info(message)
 
 
 def choose_backend(

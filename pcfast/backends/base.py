@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from ..deviation import Precision
 from ..network import Network
 from ..planning import Plan
+from ..precision import Precision
 from ..problem import Outcome, Problem
 
 

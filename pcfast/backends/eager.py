@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .. import status
-from ..deviation import Chain, Precision, recorded_buffers, settle
+from ..deviation import Chain, settle
 from ..errors import RelaxationDiverged
+from ..precision import Precision
 from ..problem import Outcome, Problem, check_start, energy_row, layer_of_parameters
+from ..replay import recorded_buffers
 from .base import Backend
 
 
@@ -89,30 +92,38 @@ def _switched(owner, name: str, value):
                 setattr(owner, name, before)
 
 
+def scalar_chain(depth: int, step_size: float) -> Iterator[tuple[float, ...]]:
+    """The scalar recursion that fixed prediction is (docs/method.md fact 1), in float64.
+
+    Yields (c_0(t), ..., c_L(t)) for t = 0, 1, 2, ...: c_0 = 1, c_d(0) = 0,
+    c_d(t+1) = (1 - eta) c_d(t) + eta c_{d-1}(t). c_d belongs to layer L-d.
+    """
+    row = (1.0,) + (0.0,) * depth
+    while True:
+        yield row
+        row = (1.0, *((1 - step_size) * row[d] + step_size * row[d - 1] for d in range(1, depth + 1)))
+
+
 @functools.lru_cache(maxsize=256)
 def fixed_prediction_factors(
     depth: int, num_steps: int, step_size: float, limit: float | None = None, lowest: int = 0
-) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
-    """The scalar chain that fixed prediction is (docs/method.md fact 1).
-
-    c_0 = 1, c_d(0) = 0, c_d(t+1) = (1 - eta) c_d(t) + eta c_{d-1}(t), in float64.
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The factors of g_{L-d}, d = 0..L, after ``num_steps`` iterations of fixed prediction.
 
     Returns:
-        ``(errors, beliefs)``: ``errors[t][d]`` = c_d(t) is the factor of g_{L-d} in iteration t+1's error, for
-        t = 0..max(n-1, 0); ``beliefs[d]`` = c_d(n) is the factor of g_{L-d} in v_{L-d} = vhat_{L-d} - c g.
+        ``(errors, beliefs)``: c_d(n-1) of the last iteration's errors (c_d(0) for n = 0), and c_d(n) of the
+        beliefs vhat_{L-d} - c g_{L-d}.
 
     Raises:
         RelaxationDiverged: a factor of a layer l >= ``lowest`` exceeds ``limit``.
     """
-    row = (1.0,) + (0.0,) * depth
-    rows = [row]
-    for t in range(1, num_steps + 1):
-        row = (1.0, *((1 - step_size) * row[d] + step_size * row[d - 1] for d in range(1, depth + 1)))
+    errors = beliefs = None
+    for t, row in enumerate(itertools.islice(scalar_chain(depth, step_size), num_steps + 1)):
         for layer in range(lowest, depth + 1):
             if limit is not None and not abs(row[depth - layer]) <= limit:
                 raise RelaxationDiverged(t, max(layer, 1), step_size)
-        rows.append(row)
-    return tuple(rows[: max(num_steps, 1)]), rows[num_steps]
+        errors, beliefs = (row if beliefs is None else beliefs), row
+    return errors, beliefs
 
 
 class _Run:
@@ -130,9 +141,9 @@ class _Run:
     def outcome(self) -> Outcome:
         problem = self.problem
         if problem.method == "fixed_prediction":
-            self.history, self.last = self._factors()  # divergence is known before any tensor work
+            self.factors = self._factors()  # divergence is known before any tensor work
         elif problem.method == "exact":
-            self.history, self.last = ((1.0,) * (self.depth + 1),), (1.0,) * (self.depth + 1)
+            self.factors = ((1.0,) * (self.depth + 1),) * 2
         self.vhat = self._forward()
         if self.builder is not None:
             self.builder.begin(problem.x, self.vhat[1:])
@@ -191,8 +202,8 @@ class _Run:
 
     def _one_backward(self) -> None:
         problem, depth, out = self.problem, self.depth, self.result
-        wanted, history, last = problem.wanted, self.history, self.last
-        factors = history[-1]  # of the last iteration's errors, by distance from the top
+        wanted = problem.wanted
+        factors, last = self.factors  # of the errors and of the beliefs, by distance from the top
 
         lowest = 0 if wanted.input_error else 1
         gradients: list[Tensor | None] = [None] * depth + [self.output_gradient]  # g_l
@@ -223,7 +234,7 @@ class _Run:
             self.checked += [(max(l, 1), v) for l, v in enumerate(out.beliefs)]
             self.checked += [(max(l, 1), e) for l, e in enumerate(out.errors) if e is not None]
         if wanted.energies and problem.method == "fixed_prediction":
-            for row in history[: problem.num_steps]:
+            for row in itertools.islice(scalar_chain(depth, problem.step_size), problem.num_steps):
                 errors = [None if g is None else g * row[depth - l] for l, g in enumerate(gradients)]
                 self.energies.append(energy_row(errors, self.loss))
 
@@ -310,7 +321,8 @@ class _Run:
 
     def _locate_by_factors(self) -> None:
         """Raise where a belief vhat_l - c g_l of fixed prediction was first not finite."""
-        rows = [*self.history[: self.problem.num_steps], self.last]
+        chain = scalar_chain(self.depth, self.problem.step_size)
+        rows = itertools.islice(chain, self.problem.num_steps + 1)
         for t, row in enumerate(rows):
             for l, g in enumerate(self.activation_gradients[:-1]):
                 if g is not None and not status.all_finite([self.vhat[l] - g * row[self.depth - l]]):

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import status, validation
-from ..deviation import recorded_buffers
 from ..errors import ModelError, RelaxationDiverged
 from ..problem import Outcome, check_start, energy_row, layer_of_parameters
-from ..randomness import replaying
+from ..replay import recorded_buffers, replaying
 from .base import Backend
 
 

@@ -1,0 +1,143 @@
+"""Linear layers and convolutions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .step import Gradients, Step
+
+_aten = torch.ops.aten
+
+
+class _AffineStep(Step):
+    """What linear layers and convolutions share: cast weights, remember the input."""
+
+    def __init__(self, spec, module, precision):
+        super().__init__(spec, module, precision)
+        self.weight = precision.to_operand(self.module.weight.detach())
+        bias = self.module.bias
+        self.bias = None if bias is None else precision.to_state(bias.detach())
+        self._input: Tensor | None = None
+        self._deviation: Tensor | None = None
+
+    @property
+    def input(self) -> Tensor:
+        """The current input a + d."""
+        return self._input if self._deviation is None else self._input + self._deviation
+
+    def at(self, d):
+        self._deviation = d  # an affine Jacobian does not depend on the point: nothing to evaluate
+
+
+class LinearStep(_AffineStep):
+    """u = a W^T + b. Deviations: d W^T; errors: e W."""
+
+    def forward(self, a):
+        self._input, self._deviation = a, None
+        if self.precision.operand == self.precision.state:
+            return F.linear(a, self.weight, self.bias)
+        u = self.precision.to_state(F.linear(self.precision.to_operand(a), self.weight))
+        return u if self.bias is None else u.add_(self.bias)
+
+    def deviate(self, d):
+        self._deviation = d
+        return self.precision.to_state(F.linear(self.precision.to_operand(d), self.weight))
+
+    def pullback(self, e):
+        return self.precision.to_state(torch.matmul(self.precision.to_operand(e), self.weight))
+
+    def descend(self, d, e, rate):
+        if e.dim() == 2 and self.precision.operand == self.precision.state:
+            d.addmm_(e, self.weight, alpha=-rate)
+        else:
+            super().descend(d, e, rate)
+
+    def gradients(self, e):
+        found: Gradients = []
+        rows = e.reshape(-1, e.shape[-1])
+        if self.module.weight.requires_grad:
+            inputs = self.input.reshape(-1, self.spec.in_features)
+            product = self.precision.to_operand(rows).t() @ self.precision.to_operand(inputs)
+            found.append((self.module.weight, product))
+        if self.bias is not None and self.module.bias.requires_grad:
+            found.append((self.module.bias, rows.sum(0)))
+        return found
+
+    def gram(self) -> Tensor:
+        """G = W W^T, (out, out)."""
+        return self.weight @ self.weight.t()
+
+    def gram_product(self, gram: Tensor, delta: Tensor) -> Tensor:
+        """delta G: what deviating by the pullback of delta gives."""
+        return self.precision.to_state(torch.matmul(self.precision.to_operand(delta), gram))
+
+    def gram_descend(self, gram: Tensor, s: Tensor, delta: Tensor, rate: float) -> None:
+        """s = (1 - rate) s - rate delta G in place."""
+        if delta.dim() == 2 and self.precision.operand == self.precision.state:
+            s.addmm_(delta, gram, beta=1 - rate, alpha=-rate)
+        else:
+            s.mul_(1 - rate).sub_(self.gram_product(gram, delta), alpha=rate)
+
+
+class Conv2dStep(_AffineStep):
+    """u = a * K + b (cross-correlation). Errors: the transposed convolution."""
+
+    def __init__(self, spec, module, precision):
+        super().__init__(spec, module, precision)
+        self._geometry = (spec.stride, spec.padding, spec.dilation)
+
+    def _as_operand(self, tensor: Tensor) -> Tensor:
+        # cuDNN's fast kernels read channels_last; on CPU the layout given is kept.
+        if tensor.is_cuda:
+            return tensor.to(dtype=self.precision.operand, memory_format=torch.channels_last)
+        return self.precision.to_operand(tensor)
+
+    def forward(self, a):
+        if a.is_cuda:
+            self.weight = self.weight.contiguous(memory_format=torch.channels_last)
+        self._input, self._deviation = a, None
+        u = self._convolve(a)
+        return u if self.bias is None else u.add_(self.bias.view(1, -1, 1, 1))
+
+    def _convolve(self, a: Tensor) -> Tensor:
+        product = F.conv2d(self._as_operand(a), self.weight, None, *self._geometry, self.spec.groups)
+        return self.precision.to_state(product)
+
+    def deviate(self, d):
+        self._deviation = d
+        return self._convolve(d)
+
+    def _backward(self, e: Tensor, inputs: Tensor, mask: list[bool]):
+        return _aten.convolution_backward(
+            e, inputs, self.weight, None, *self._geometry, False, [0, 0], self.spec.groups, mask
+        )
+
+    def pullback(self, e):
+        e = self._as_operand(e)
+        # Only the shape of the input counts for the input's gradient.
+        shape_only = self._as_operand(self._input)
+        return self.precision.to_state(self._backward(e, shape_only, [True, False, False])[0])
+
+    def gradients(self, e):
+        found: Gradients = []
+        if self.module.weight.requires_grad:
+            operands = self._as_operand(e), self._as_operand(self.input)
+            found.append((self.module.weight, self._backward(*operands, [False, True, False])[1]))
+        if self.bias is not None and self.module.bias.requires_grad:
+            found.append((self.module.bias, e.sum((0, 2, 3))))
+        return found
+
+    def gram(self) -> Tensor:
+        """G = K correlated with itself, (out, out, 2k-1, 2k-1): stride 1, no padding, no dilation."""
+        rows, columns = self.spec.kernel
+        return F.conv2d(self.weight, self.weight, padding=(rows - 1, columns - 1))
+
+    def gram_product(self, gram: Tensor, delta: Tensor) -> Tensor:
+        rows, columns = self.spec.kernel
+        product = F.conv2d(self._as_operand(delta), gram, padding=(rows - 1, columns - 1))
+        return self.precision.to_state(product)
+
+    def gram_descend(self, gram: Tensor, s: Tensor, delta: Tensor, rate: float) -> None:
+        s.mul_(1 - rate).sub_(self.gram_product(gram, delta), alpha=rate)

@@ -1,0 +1,117 @@
+"""A whole PC layer in deviation form."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import network as specs
+from ..precision import Precision
+from .affine import Conv2dStep, LinearStep
+from .normalisation import BatchNormStep
+from .opaque import OpaqueStep
+from .pointwise import DropoutStep, ElementwiseStep, ReshapeStep
+from .pooling import AdaptiveAvgPool2dStep, AvgPool2dStep, MaxPool2dStep
+from .step import Gradients, Step
+
+_STEPS: dict[type[specs.Op], type[Step]] = {
+    specs.Linear: LinearStep,
+    specs.Conv2d: Conv2dStep,
+    specs.Elementwise: ElementwiseStep,
+    specs.MaxPool2d: MaxPool2dStep,
+    specs.AvgPool2d: AvgPool2dStep,
+    specs.AdaptiveAvgPool2d: AdaptiveAvgPool2dStep,
+    specs.Flatten: ReshapeStep,
+    specs.Unflatten: ReshapeStep,
+    specs.Dropout: DropoutStep,
+    specs.BatchNorm: BatchNormStep,
+    specs.Opaque: OpaqueStep,
+}
+
+
+def _pool_first(ops: tuple[specs.Op, ...]) -> list[specs.Op]:
+    """Max-pooling before a monotone activation gives the same numbers on a quarter of the elements."""
+    ordered = list(ops)
+    for i in range(len(ordered) - 1):
+        activation, pool = ordered[i], ordered[i + 1]
+        if (
+            isinstance(activation, specs.Elementwise)
+            and activation.activation.monotone
+            and isinstance(pool, specs.MaxPool2d)
+        ):
+            ordered[i], ordered[i + 1] = pool, activation
+    return ordered
+
+
+def settle(steps: list[Step], d: Tensor) -> None:
+    """Make a + d the current point of a chain of steps; the last one need not be evaluated."""
+    for step in steps[:-1]:
+        d = step.deviate(d)
+    for step in steps[-1:]:
+        step.at(d)
+
+
+class Chain:
+    """One PC layer f_l at work: its steps in order, and the same verbs as a step."""
+
+    def __init__(self, spec: specs.LayerSpec, model: nn.Module, precision: Precision) -> None:
+        self.spec = spec
+        self.steps = [
+            _STEPS[type(op)](op, model.get_submodule(op.path), precision) for op in _pool_first(spec.ops)
+        ]
+
+    def forward(self, v: Tensor) -> Tensor:
+        for step in self.steps:
+            v = step.forward(v)
+        return v
+
+    def deviate(self, d: Tensor) -> Tensor:
+        for step in self.steps:
+            d = step.deviate(d)
+        return d
+
+    def pullback(self, e: Tensor) -> Tensor:
+        for step in reversed(self.steps):
+            e = step.pullback(e)
+        return e
+
+    def at(self, d: Tensor) -> None:
+        """Make a + d the current point where nobody reads the deviation itself."""
+        settle(self.steps, d)
+
+    @property
+    def has_gradients(self) -> bool:
+        return any(step.has_gradients for step in self.steps)
+
+    def zero_gradients(self) -> Gradients:
+        """What :meth:`gradients` gives for a zero error."""
+        return [entry for step in self.steps for entry in step.zero_gradients()]
+
+    def descend(self, d: Tensor, e: Tensor, rate: float) -> None:
+        """d -= rate * J^T e in place."""
+        if not self.steps:
+            d.sub_(e, alpha=rate)
+            return
+        for step in reversed(self.steps[1:]):
+            e = step.pullback(e)
+        self.steps[0].descend(d, e, rate)
+
+    def gradients(self, e: Tensor) -> Gradients:
+        """Gradients of the layer's parameters for the error ``e`` at the current point."""
+        return self.differentiate(e, need_input=False)[0]
+
+    def differentiate(self, e: Tensor, *, need_input: bool, need_gradients: bool = True, factor: float = 1.0):
+        """``(gradients for factor * e, J^T e)``; the second is None unless ``need_input``."""
+        found: Gradients = []
+        lowest = 0  # the lowest step that the error has to reach
+        if not need_input:
+            owners = [i for i, step in enumerate(self.steps) if need_gradients and step.has_gradients]
+            if not owners:
+                return found, None
+            lowest = owners[0]
+        for i in range(len(self.steps) - 1, lowest - 1, -1):
+            step = self.steps[i]
+            if need_gradients and step.has_gradients:
+                found += step.gradients(e if factor == 1.0 else e * factor)
+            if i > lowest or need_input:
+                e = step.pullback(e)
+        return found, (e if need_input else None)

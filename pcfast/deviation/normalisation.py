@@ -1,0 +1,93 @@
+"""Batch normalisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+from .step import Gradients, Step
+
+
+class BatchNormStep(Step):
+    """y = gamma (a - m) / sigma + beta.
+
+    In training mode m and sigma are those of the current beliefs and are differentiated through; the running
+    statistics move in :meth:`forward` alone. In eval mode it is a fixed scale per channel.
+    """
+
+    def forward(self, a):
+        module, spec = self.module, self.spec
+        self._axes = (0, *range(2, a.dim()))
+        self._view = (1, -1, *[1] * (a.dim() - 2))
+        self._count = a.numel() // spec.features
+        gamma = self.precision.to_state(module.weight.detach()) if spec.affine else None
+        beta = self.precision.to_state(module.bias.detach()) if spec.affine else None
+        self._gamma = 1.0 if gamma is None else gamma.view(self._view)
+        self._beta = 0.0 if beta is None else beta.view(self._view)
+        if spec.batch_statistics:
+            self._check_count()
+            variance, mean = torch.var_mean(a, self._axes, correction=0, keepdim=True)
+            self._move_running_statistics(mean.flatten(), variance.flatten())
+        else:
+            mean = self.precision.to_state(module.running_mean).view(self._view)
+            variance = self.precision.to_state(module.running_var).view(self._view)
+        self._centred = a - mean
+        self._variance = variance
+        self._inverse = torch.rsqrt(variance + spec.eps)
+        self._point(self._centred, self._inverse)
+        return self._normalised * self._gamma + self._beta
+
+    def _check_count(self) -> None:
+        if self._count <= 1:
+            raise ShapeError(
+                "x",
+                "a batch with one value per channel",
+                "more than one value per channel for BatchNorm in training mode",
+                "Use a larger batch or model.eval().",
+            )
+
+    @torch.no_grad()
+    def _move_running_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        module = self.module
+        if not module.training or module.running_mean is None:
+            return
+        if module.num_batches_tracked is not None:
+            module.num_batches_tracked.add_(1)
+        momentum = self.spec.momentum
+        if momentum is None:  # cumulative average
+            momentum = 1.0 / module.num_batches_tracked.to(mean.dtype)
+        unbiased = variance * (self._count / (self._count - 1))
+        for running, current in ((module.running_mean, mean), (module.running_var, unbiased)):
+            running.add_((current - running) * momentum)
+
+    def _point(self, centred: Tensor, inverse: Tensor) -> None:
+        """The current point; x - m normalised is what gradients read."""
+        self._normalised, self._current_inverse = centred * inverse, inverse
+
+    def deviate(self, d):
+        if not self.spec.batch_statistics:
+            self._point(self._centred + d, self._inverse)
+            return d * (self._gamma * self._inverse)
+        shift = d - d.mean(self._axes, keepdim=True)
+        # var(a + d) - var(a), and from it 1/sigma' - 1/sigma without cancellation
+        spread = (shift * (2 * self._centred + shift)).mean(self._axes, keepdim=True)
+        inverse = torch.rsqrt(self._variance + spread + self.spec.eps)
+        sharpening = -spread * inverse * self._inverse * (inverse * self._inverse) / (inverse + self._inverse)
+        self._point(self._centred + shift, inverse)
+        return self._gamma * (shift * inverse + self._centred * sharpening)
+
+    def pullback(self, e):
+        scaled = e * (self._gamma * self._current_inverse)
+        if not self.spec.batch_statistics:
+            return scaled
+        along = (scaled * self._normalised).mean(self._axes, keepdim=True)
+        return scaled - scaled.mean(self._axes, keepdim=True) - self._normalised * along
+
+    def gradients(self, e):
+        found: Gradients = []
+        if self.spec.affine and self.module.weight.requires_grad:
+            found.append((self.module.weight, (e * self._normalised).sum(self._axes)))
+        if self.spec.affine and self.module.bias.requires_grad:
+            found.append((self.module.bias, e.sum(self._axes)))
+        return found

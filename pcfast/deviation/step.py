@@ -1,0 +1,65 @@
+"""One operation at work in one relaxation: the base classes of all steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import network as specs
+from ..precision import Precision
+
+Gradients = list[tuple[nn.Parameter, Tensor]]
+
+
+class Step:
+    """One operation at work in one relaxation. ``spec`` says what, ``precision`` in which dtypes."""
+
+    def __init__(self, spec: specs.Op, module: nn.Module, precision: Precision) -> None:
+        self.spec, self.module, self.precision = spec, module, precision
+
+    def forward(self, a: Tensor) -> Tensor:
+        """f(a); makes a the base point and the current one."""
+        raise NotImplementedError
+
+    def deviate(self, d: Tensor) -> Tensor:
+        """f(a + d) - f(a); makes a + d the current point."""
+        raise NotImplementedError
+
+    def pullback(self, e: Tensor) -> Tensor:
+        """J^T e at the current point."""
+        raise NotImplementedError
+
+    def descend(self, d: Tensor, e: Tensor, rate: float) -> None:
+        """d -= rate * J^T e in place."""
+        d.sub_(self.pullback(e), alpha=rate)
+
+    def at(self, d: Tensor) -> None:
+        """Make a + d the current point where nobody reads the deviation itself."""
+        self.deviate(d)
+
+    def gradients(self, e: Tensor) -> Gradients:
+        """(parameter, (df/dtheta)^T e) at the current point, for parameters that require it."""
+        return []
+
+    def zero_gradients(self) -> Gradients:
+        """What :meth:`gradients` gives for a zero error."""
+        return [(p, torch.zeros_like(p)) for p in self.module.parameters() if p.requires_grad]
+
+    @property
+    def has_gradients(self) -> bool:
+        """True where :meth:`gradients` would give any."""
+        return any(p is not None and p.requires_grad for p in self.module._parameters.values())
+
+
+class LinearMapStep(Step):
+    """A linear map without parameters: deviations go through the map itself."""
+
+    def _apply(self, a: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, a):
+        self._shape = a.shape
+        return self._apply(a)
+
+    def deviate(self, d):
+        return self._apply(d)
