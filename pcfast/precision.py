@@ -1,7 +1,9 @@
-"""Dtypes of a relaxation."""
+"""Dtypes of a relaxation, and torch's numeric switches while it runs."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -47,3 +49,38 @@ def choose_precision(device_type: str, dtype: torch.dtype) -> Precision:
         return Precision(state, state, autocast, note)
     operand = torch.bfloat16 if dtype == torch.bfloat16 else state
     return Precision(state, operand, autocast)
+
+
+@contextlib.contextmanager
+def numerics(device: torch.device, precision: Precision):
+    """No autograd, dtypes as planned; on CUDA deterministic convolutions, and TF32 under float16 autocast."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(switched(torch.backends.cudnn, "deterministic", True))
+            if precision.autocast == torch.float16:
+                stack.enter_context(switched(torch.backends.cuda.matmul, "fp32_precision", "tf32"))
+        yield
+
+
+_switch_lock = threading.Lock()
+_switch_users: dict[str, tuple[int, object]] = {}  # name -> (how many rely on it now, value before the first)
+
+
+@contextlib.contextmanager
+def switched(owner, name: str, value):
+    """Set one of torch's process-wide switches; the last thread to leave puts it back."""
+    with _switch_lock:
+        users, before = _switch_users.get(name, (0, getattr(owner, name)))
+        _switch_users[name] = (users + 1, before)
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        with _switch_lock:
+            users, before = _switch_users[name]
+            _switch_users[name] = (users - 1, before)
+            if users == 1:
+                del _switch_users[name]
+                setattr(owner, name, before)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcfast
-from pcfast import graphs, log
+from pcfast import graphs, log, precision
 from pcfast.torch2pc import FixedPredPCPredErrs
 
 METHODS = ("exact", "fixed_prediction", "strict")
@@ -617,3 +617,15 @@ def test_reads_by_the_host_are_noticed():
         bool(torch.ones(()))
     with pytest.raises(AssertionError, match="waits for the device"), NoHostReads():
         torch.arange(3)[torch.tensor(1)]
+
+
+def test_process_wide_switches_are_put_back_by_the_last_thread_to_leave():
+    owner = types.SimpleNamespace(deterministic=False)
+    outer = precision.switched(owner, "deterministic", True)
+    inner = precision.switched(owner, "deterministic", True)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert owner.deterministic is True
+    inner.__exit__(None, None, None)
+    assert owner.deterministic is False

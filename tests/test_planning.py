@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 import pcfast
 from pcfast import networks
-from pcfast.backends.eager import fixed_prediction_factors, scalar_chain
+from pcfast.fixed_prediction import fixed_prediction_factors, scalar_chain
 from pcfast.network import describe
 from pcfast.planning import strict_products
 

@@ -8,22 +8,21 @@ strict keeps d_l = v_l - vhat_l and per iteration does what the clamped input (f
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .. import status
-from ..deviation import Chain, settle
+from ..deviation import Chain
 from ..errors import RelaxationDiverged
-from ..precision import Precision
+from ..fixed_prediction import fixed_prediction_factors, scalar_chain
+from ..precision import numerics
 from ..problem import Outcome, Problem, check_start, energy_row, layer_of_parameters
 from ..replay import recorded_buffers
 from .base import Backend
+from .links import GramLink, Link
 
 
 class Eager(Backend):
@@ -43,7 +42,7 @@ class Eager(Backend):
         return True, ""
 
     def run(self, problem, plan):
-        with _numerics(problem.x.device, plan.precision):
+        with numerics(problem.x.device, plan.precision):
             return _Run(problem, plan).outcome()
 
     def updates(self, model, network, precision, x, beliefs, errors):
@@ -55,75 +54,6 @@ class Eager(Backend):
                 v = chain.forward(v if beliefs is None else precision.to_state(beliefs[l - 1]))
                 outcome.add_gradients(chain.gradients(precision.to_state(errors[l])))
         return outcome.gradients
-
-
-@contextlib.contextmanager
-def _numerics(device: torch.device, precision: Precision):
-    """No autograd, dtypes as planned; on CUDA deterministic convolutions, and TF32 under float16 autocast."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        if device.type == "cuda":
-            stack.enter_context(_switched(torch.backends.cudnn, "deterministic", True))
-            if precision.autocast == torch.float16:
-                stack.enter_context(_switched(torch.backends.cuda.matmul, "fp32_precision", "tf32"))
-        yield
-
-
-_switch_lock = threading.Lock()
-_switch_users: dict[str, tuple[int, object]] = {}  # name -> (how many rely on it now, value before the first)
-
-
-@contextlib.contextmanager
-def _switched(owner, name: str, value):
-    """Set one of torch's process-wide switches; the last thread to leave puts it back."""
-    with _switch_lock:
-        users, before = _switch_users.get(name, (0, getattr(owner, name)))
-        _switch_users[name] = (users + 1, before)
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        with _switch_lock:
-            users, before = _switch_users[name]
-            _switch_users[name] = (users - 1, before)
-            if users == 1:
-                del _switch_users[name]
-                setattr(owner, name, before)
-
-
-def scalar_chain(depth: int, step_size: float) -> Iterator[tuple[float, ...]]:
-    """The scalar recursion that fixed prediction is (docs/method.md fact 1), in float64.
-
-    Yields (c_0(t), ..., c_L(t)) for t = 0, 1, 2, ...: c_0 = 1, c_d(0) = 0,
-    c_d(t+1) = (1 - eta) c_d(t) + eta c_{d-1}(t). c_d belongs to layer L-d.
-    """
-    row = (1.0,) + (0.0,) * depth
-    while True:
-        yield row
-        row = (1.0, *((1 - step_size) * row[d] + step_size * row[d - 1] for d in range(1, depth + 1)))
-
-
-@functools.lru_cache(maxsize=256)
-def fixed_prediction_factors(
-    depth: int, num_steps: int, step_size: float, limit: float | None = None, lowest: int = 0
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The factors of g_{L-d}, d = 0..L, after ``num_steps`` iterations of fixed prediction.
-
-    Returns:
-        ``(errors, beliefs)``: c_d(n-1) of the last iteration's errors (c_d(0) for n = 0), and c_d(n) of the
-        beliefs vhat_{L-d} - c g_{L-d}.
-
-    Raises:
-        RelaxationDiverged: a factor of a layer l >= ``lowest`` exceeds ``limit``.
-    """
-    errors = beliefs = None
-    for t, row in enumerate(itertools.islice(scalar_chain(depth, step_size), num_steps + 1)):
-        for layer in range(lowest, depth + 1):
-            if limit is not None and not abs(row[depth - layer]) <= limit:
-                raise RelaxationDiverged(t, max(layer, 1), step_size)
-        errors, beliefs = (row if beliefs is None else beliefs), row
-    return errors, beliefs
 
 
 class _Run:
@@ -243,9 +173,9 @@ class _Run:
     def _strict(self) -> None:
         problem, depth, out = self.problem, self.depth, self.result
         starts = None if problem.start is None else check_start(problem.start, self.vhat)
-        self.links: list[_Link] = [None]  # index l couples v_l to layer l+1
+        self.links: list[Link] = [None]  # index l couples v_l to layer l+1
         for l in range(1, depth):
-            kind = _GramLink if l == 1 and self.plan.gram else _Link
+            kind = GramLink if l == 1 and self.plan.gram else Link
             start = None if problem.start is None else self.precision.to_state(starts[l])
             self.links.append(kind(self.chains[l + 1], self.vhat[l], start))
         errors = self._relax(self.builder.observe if self.builder else None)
@@ -340,113 +270,3 @@ class _Run:
             link.rewind()
         self.energies.clear()
         self._relax(observe)
-
-
-class _Link:
-    """Beliefs v_l, kept as d = v_l - vhat_l, and layer l+1 above them."""
-
-    def __init__(self, chain: Chain, vhat: Tensor, start: Tensor | None) -> None:
-        self.chain, self.vhat, self._start = chain, vhat, start
-        self.d: Tensor | None = None if start is None else start - vhat
-
-    @property
-    def moved(self) -> bool:
-        """True once d may differ from zero."""
-        return self.d is not None
-
-    @property
-    def state(self) -> Tensor:
-        """What is non-finite when the relaxation diverged here."""
-        return self.d
-
-    def rewind(self) -> None:
-        """Back to the start, the chain's current point too."""
-        self.d = None if self._start is None else self._start - self.vhat
-        self.chain.deviate(torch.zeros_like(self.vhat))
-
-    def predict(self) -> Tensor:
-        """mu_{l+1}(v_l) - vhat_{l+1}."""
-        return self.chain.deviate(self.d)
-
-    def error(self, deviation: Tensor | None) -> Tensor | None:
-        """eps_l = (mu_l - vhat_l) - d_l; ``deviation`` is None where mu_l has not moved."""
-        if self.d is None:
-            return deviation
-        return self.d.neg() if deviation is None else deviation - self.d
-
-    def descend(self, error: Tensor | None, error_above: Tensor, eta: float) -> None:
-        """d_l += eta (eps_l - J_{l+1}^T eps_{l+1})."""
-        if self.d is None:
-            self.d = torch.zeros_like(self.vhat)
-        if error is not None:
-            self.d.add_(error, alpha=eta)
-        self.chain.descend(self.d, error_above, eta)
-
-    def settle(self) -> None:
-        """Evaluate layer l+1's masks and arg-maxima at the last beliefs, for the weight gradient."""
-        if self.moved:
-            self.chain.at(self.d)
-
-    def beliefs(self) -> Tensor:
-        return self.vhat.clone() if self.d is None else self.vhat + self.d
-
-
-class _GramLink(_Link):
-    """Layer 1's beliefs out of the loop (docs/method.md fact 7): with mu_1 constant and u_2's deviation s = d_1 W^T
-
-        s <- (1 - eta) s - eta delta_2 G        S <- (1 - eta) S + eta delta_2        d_1 = -S W
-
-    where delta_2 is eps_2 pulled back to u_2, and the last eps_1 = S W before the last update.
-    """
-
-    def __init__(self, chain, vhat, start):
-        super().__init__(chain, vhat, start)
-        self._head, self._tail = chain.steps[0], chain.steps[1:]
-        self._gram = self._head.gram()
-        self._s: Tensor | None = None
-        self._sum: Tensor | None = None
-        self._sum_before: Tensor | None = None
-
-    @property
-    def moved(self):
-        return self._s is not None
-
-    @property
-    def state(self):
-        return self._s
-
-    def rewind(self):
-        super().rewind()
-        self._s = self._sum = self._sum_before = None
-
-    def predict(self):
-        d = self._s
-        for step in self._tail:
-            d = step.deviate(d)
-        return d
-
-    def error(self, deviation):
-        return None
-
-    def descend(self, error, error_above, eta):
-        delta = error_above
-        for step in reversed(self._tail):
-            delta = step.pullback(delta)
-        if self._s is None:
-            self._s = self._head.gram_product(self._gram, delta).mul_(-eta)
-            self._sum = delta * eta
-            return
-        self._head.gram_descend(self._gram, self._s, delta, eta)
-        # the sum before this update gives eps_1 should this iteration be the last
-        self._sum_before = self._sum
-        self._sum = torch.add(self._sum * (1 - eta), delta, alpha=eta)
-
-    def last_error(self) -> Tensor | None:
-        return None if self._sum_before is None else self._head.pullback(self._sum_before)
-
-    def settle(self):
-        if not self.moved:
-            return
-        self.d = self._head.pullback(self._sum).neg_()
-        self._head.at(self.d)
-        settle(self._tail, self._s)

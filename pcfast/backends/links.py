@@ -1,0 +1,118 @@
+"""Beliefs of one layer in deviation form, coupled to the layer above them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..deviation import Chain, settle
+
+
+class Link:
+    """Beliefs v_l, kept as d = v_l - vhat_l, and layer l+1 above them."""
+
+    def __init__(self, chain: Chain, vhat: Tensor, start: Tensor | None) -> None:
+        self.chain, self.vhat, self._start = chain, vhat, start
+        self.d: Tensor | None = None if start is None else start - vhat
+
+    @property
+    def moved(self) -> bool:
+        """True once d may differ from zero."""
+        return self.d is not None
+
+    @property
+    def state(self) -> Tensor:
+        """What is non-finite when the relaxation diverged here."""
+        return self.d
+
+    def rewind(self) -> None:
+        """Back to the start, the chain's current point too."""
+        self.d = None if self._start is None else self._start - self.vhat
+        self.chain.deviate(torch.zeros_like(self.vhat))
+
+    def predict(self) -> Tensor:
+        """mu_{l+1}(v_l) - vhat_{l+1}."""
+        return self.chain.deviate(self.d)
+
+    def error(self, deviation: Tensor | None) -> Tensor | None:
+        """eps_l = (mu_l - vhat_l) - d_l; ``deviation`` is None where mu_l has not moved."""
+        if self.d is None:
+            return deviation
+        return self.d.neg() if deviation is None else deviation - self.d
+
+    def descend(self, error: Tensor | None, error_above: Tensor, eta: float) -> None:
+        """d_l += eta (eps_l - J_{l+1}^T eps_{l+1})."""
+        if self.d is None:
+            self.d = torch.zeros_like(self.vhat)
+        if error is not None:
+            self.d.add_(error, alpha=eta)
+        self.chain.descend(self.d, error_above, eta)
+
+    def settle(self) -> None:
+        """Evaluate layer l+1's masks and arg-maxima at the last beliefs, for the weight gradient."""
+        if self.moved:
+            self.chain.at(self.d)
+
+    def beliefs(self) -> Tensor:
+        return self.vhat.clone() if self.d is None else self.vhat + self.d
+
+
+class GramLink(Link):
+    """Layer 1's beliefs out of the loop (docs/method.md fact 7): with mu_1 constant and u_2's deviation s = d_1 W^T
+
+        s <- (1 - eta) s - eta delta_2 G        S <- (1 - eta) S + eta delta_2        d_1 = -S W
+
+    where delta_2 is eps_2 pulled back to u_2, and the last eps_1 = S W before the last update.
+    """
+
+    def __init__(self, chain, vhat, start):
+        super().__init__(chain, vhat, start)
+        self._head, self._tail = chain.steps[0], chain.steps[1:]
+        self._gram = self._head.gram()
+        self._s: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._sum_before: Tensor | None = None
+
+    @property
+    def moved(self):
+        return self._s is not None
+
+    @property
+    def state(self):
+        return self._s
+
+    def rewind(self):
+        super().rewind()
+        self._s = self._sum = self._sum_before = None
+
+    def predict(self):
+        d = self._s
+        for step in self._tail:
+            d = step.deviate(d)
+        return d
+
+    def error(self, deviation):
+        return None
+
+    def descend(self, error, error_above, eta):
+        delta = error_above
+        for step in reversed(self._tail):
+            delta = step.pullback(delta)
+        if self._s is None:
+            self._s = self._head.gram_product(self._gram, delta).mul_(-eta)
+            self._sum = delta * eta
+            return
+        self._head.gram_descend(self._gram, self._s, delta, eta)
+        # the sum before this update gives eps_1 should this iteration be the last
+        self._sum_before = self._sum
+        self._sum = torch.add(self._sum * (1 - eta), delta, alpha=eta)
+
+    def last_error(self) -> Tensor | None:
+        return None if self._sum_before is None else self._head.pullback(self._sum_before)
+
+    def settle(self):
+        if not self.moved:
+            return
+        self.d = self._head.pullback(self._sum).neg_()
+        self._head.at(self.d)
+        settle(self._tail, self._s)
