@@ -103,7 +103,7 @@ class PredictiveCoding(nn.Module):
 
     "strict" with a plain mean relaxes each shard at W times the scale and differs.
 
-    Args: as :func:`pc_loss`.
+    Args: as :func:`pc_loss`. All are attributes; what is assigned to them holds from the next call on.
     """
 
     def __init__(
@@ -125,21 +125,22 @@ class PredictiveCoding(nn.Module):
         describe_loss(loss, normalizer)
         self.model = model
         self.loss = loss
-        self.settings = {
-            "method": method,
-            "step_size": validation.checked_step_size(step_size),
-            "num_steps": validation.checked_steps(num_steps),
-            "backend": backend,
-            "normalizer": normalizer,
-            "check": check,
-        }
+        self.method = method
+        self.step_size = validation.checked_step_size(step_size)
+        self.num_steps = validation.checked_steps(num_steps)
+        self.backend, self.normalizer, self.check = backend, normalizer, check
+
+    def _settings(self) -> dict:
+        names = ("method", "step_size", "num_steps", "backend", "normalizer", "check")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, return_output: bool = False):
         """``model(x)`` without ``y``; with ``y`` what :func:`pc_loss` gives."""
         if y is None:
             return self.model(x)
-        return pc_loss(self.model, x, y, loss=self.loss, return_output=return_output, **self.settings)
+        return pc_loss(self.model, x, y, loss=self.loss, return_output=return_output, **self._settings())
 
     def extra_repr(self) -> str:
-        shown = self.settings if isinstance(self.loss, nn.Module) else {"loss": self.loss, **self.settings}
+        settings = self._settings()
+        shown = settings if isinstance(self.loss, nn.Module) else {"loss": self.loss, **settings}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)

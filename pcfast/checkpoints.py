@@ -86,7 +86,8 @@ def loss_name(loss: LossLike) -> str:
         keywords = ", ".join(f"{key}={value}" for key, value in sorted(loss.keywords.items()))
         return f"{loss_name(loss.func)}({keywords})"
     if isinstance(loss, nn.Module):
-        return repr(loss)
+        values = "".join(f" {name} {_digest(value)}" for name, value in loss.state_dict().items())
+        return f"{loss!r}{values}"
     return getattr(loss, "__qualname__", str(loss) if isinstance(loss, str) else type(loss).__qualname__)
 
 

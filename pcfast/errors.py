@@ -62,7 +62,7 @@ class RelaxationDiverged(PcfastError, ArithmeticError):
             remedy = "Check the parameters and the scale of x; lower the optimiser's learning rate."
         elif iteration is None:
             where = f"the errors, updates or loss of layer {layer} are not finite (step size {step_size:g})"
-            remedy = "Check the scale of x and of the loss, and the parameters."
+            remedy = "Try a smaller step_size; check the scale of x and of the loss, and the parameters."
         else:
             where = (
                 f"relaxation diverged in iteration {iteration} at layer {layer} with step size {step_size:g}"

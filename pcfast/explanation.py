@@ -15,7 +15,7 @@ from .planning import Plan, plan
 from .precision import choose_precision
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """A plan in words; ``print`` it.
 
@@ -29,7 +29,7 @@ class Explanation:
     plan: Plan
     refused: dict[str, str]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         plan = self.plan
         lines = [f"{plan.method}, {plan.num_steps} iterations, on backend {plan.backend}"]
         lines += [f"  {name} refused: {reason}" for name, reason in self.refused.items()]

@@ -91,6 +91,7 @@ def graph_key(problem: Problem, plan: Plan) -> Hashable:
         tuple((b.data_ptr(), _layout(b)) for b in model.buffers()),
         _numerics(),
         torch.cuda.current_stream(problem.x.device).cuda_stream if problem.x.is_cuda else None,
+        threading.get_ident(),  # cuBLAS and cuDNN handles are per thread, and capturing must not make any
     )
 
 
@@ -143,6 +144,7 @@ class GraphCache:
             self._graphs.clear()
             self._seen.clear()
 
+    @torch.no_grad()
     def run(self, backend: Backend, problem: Problem, plan: Plan) -> tuple[Outcome, str]:
         """``(outcome, reason)``; the reason says why it was not replayed and is "" where it was."""
         key = graph_key(problem, plan)
@@ -184,10 +186,13 @@ class GraphCache:
 
 def record_cuda(work: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], None]]:
     """Capture ``work`` in a CUDA graph. Other threads may go on using CUDA meanwhile."""
-    graph = torch.cuda.CUDAGraph()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     # torch's default capture stream belongs to the first device that captured: give one of the current device
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-        result = work()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            result = work()
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own stream current
     return result, graph.replay
 
 

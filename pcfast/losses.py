@@ -73,10 +73,12 @@ class Loss:
         """The loss at ``output`` (B, ...): 0-dim."""
         value = self.function(output, y)
         if not isinstance(value, Tensor) or value.numel() != 1:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ArgumentError(
-                "loss", f"a value of shape {shape}", "a scalar", 'Use reduction="mean" or "sum", not "none".'
-            )
+            if not isinstance(value, Tensor):
+                given, remedy = f"a {type(value).__name__} as its value", "Return a tensor, without .item()."
+            else:
+                given = f"a value of shape {tuple(value.shape)}"
+                remedy = 'Use reduction="mean" or "sum", not "none".'
+            raise ArgumentError("loss", given, "a scalar tensor", remedy)
         value = value.reshape(())
         return value if self.normalizer is None else value * self._share(output.shape[0])
 
@@ -104,6 +106,15 @@ class Loss:
             return
         if not isinstance(y, Tensor):
             raise ArgumentTypeError("y", f"a {type(y).__name__}", "a torch.Tensor")
+        classes = output_shape[1] if len(output_shape) > 1 else 0
+        if self.weight is not None and (
+            tuple(self.weight.shape) != (classes,) or self.weight.device != y.device
+        ):
+            raise ArgumentError(
+                "loss",
+                f"class weights of shape {tuple(self.weight.shape)} on {self.weight.device}",
+                f"shape ({classes},) on {y.device}, one for each of the output's classes",
+            )
         if self.kind == "mse":
             if tuple(y.shape) != output_shape:
                 raise ShapeError("y", f"shape {tuple(y.shape)}", f"the output's shape {output_shape} for mse")
@@ -131,7 +142,9 @@ class Loss:
                 "y",
                 f"labels of shape {tuple(y.shape)}",
                 f"{labels_shape} for an output of shape {output_shape}",
-                "One label a row of x.",
+                "One-hot labels: y.argmax(1), or y.float() as class probabilities."
+                if tuple(y.shape) == output_shape
+                else "One label a row of x.",
             )
 
     def prepare(self, output: Tensor, y: Tensor, *, raise_now: bool) -> Target:
@@ -261,6 +274,8 @@ def describe_loss(loss: LossLike, normalizer: int | None = None) -> Loss:
                 "a mean over rows, which this loss is not",
                 "Use reduction='sum' and scale by the global weight yourself.",
             )
+    if known is not None and known[0] == "cross_entropy" and not 0 <= known[1][2] <= 1:
+        raise ArgumentError("loss", f"label_smoothing={known[1][2]}", "label_smoothing between 0 and 1")
     if known is None:
         return Loss("callable", (id(loss),), loss, None, normalizer)
     return Loss(known[0], known[1], loss, known[2], normalizer)

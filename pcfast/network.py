@@ -141,8 +141,10 @@ class Flatten(Op):
     end_dim: int
 
     def output_shape(self, shape):
-        start = self.start_dim % len(shape)
-        end = self.end_dim % len(shape)
+        rank = len(shape)
+        if not (-rank <= self.start_dim < rank and -rank <= self.end_dim < rank):
+            raise ValueError(f"dimensions {self.start_dim} and {self.end_dim}")
+        start, end = self.start_dim % rank, self.end_dim % rank
         if start == 0:
             raise ValueError("a batch dimension that Flatten leaves alone (start_dim >= 1)")
         return (*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :])
@@ -154,6 +156,8 @@ class Unflatten(Op):
     sizes: tuple[int, ...]
 
     def output_shape(self, shape):
+        if not -len(shape) <= self.dim < len(shape):
+            raise ValueError(f"a dimension {self.dim}")
         dim = self.dim % len(shape)
         sizes = list(self.sizes)
         if -1 in sizes:
@@ -180,6 +184,7 @@ class BatchNorm(Op):
     batch_statistics: bool
     affine: bool
     momentum: float | None  # of the running statistics; None averages over all batches
+    moves_statistics: bool
     ranks: tuple[int, ...]  # numbers of dimensions that the module takes
 
     def output_shape(self, shape):
@@ -282,7 +287,10 @@ def _unflatten(path: str, m: nn.Unflatten) -> Op | None:
 def _batch_norm(path: str, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Op | None:
     batch_statistics = m.training or m.running_mean is None
     ranks = (4,) if isinstance(m, nn.BatchNorm2d) else (2, 3)
-    return BatchNorm(path, _name(m), m.num_features, m.eps, batch_statistics, m.affine, m.momentum, ranks)
+    moves = m.training and m.track_running_stats and m.running_mean is not None
+    return BatchNorm(
+        path, _name(m), m.num_features, m.eps, batch_statistics, m.affine, m.momentum, moves, ranks
+    )
 
 
 _KNOWN = {
@@ -304,8 +312,14 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
+def _patched(module: nn.Module) -> bool:
+    """True where this instance was given a forward of its own."""
+    return "forward" in module.__dict__
+
+
 def _plain_sequential(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return plain and not _patched(module)
 
 
 def _operations(path: str, module: nn.Module) -> Iterator[Op]:
@@ -313,6 +327,8 @@ def _operations(path: str, module: nn.Module) -> Iterator[Op]:
     kind, name = type(module), _name(module)
     if _has_hooks(module):
         yield Opaque(path, name, f"{name} has hooks")
+    elif _patched(module):
+        yield Opaque(path, name, f"{name} was given another forward")
     elif _plain_sequential(module):
         for child_name, child in module._modules.items():  # named_children would skip a repeated module
             yield from _operations(f"{path}.{child_name}", child)

@@ -40,6 +40,16 @@ def _bad_input(step_size: float) -> PcfastError:
     return NonFiniteError("x", "NaN or infinity", "finite values", "Clean or normalise the data.")
 
 
+def bad_loss(step_size: float = 0.0) -> PcfastError:
+    """The loss or its gradient is not finite though the forward pass is."""
+    return NonFiniteError(
+        "loss",
+        "NaN or infinity (in it or its gradient) at the forward pass's finite output",
+        "finite values",
+        "Check y, the loss function, and the scale of the parameters.",
+    )
+
+
 def _bad_labels(step_size: float) -> PcfastError:
     return ArgumentError("y", "labels out of range", "labels from 0 to the number of classes - 1")
 
@@ -78,10 +88,11 @@ class StatusBuilder:
         self._causes += causes
         self._norms.append(norms(tensors))
 
-    def begin(self, x: Tensor, activations: Sequence[Tensor]) -> None:
-        """Note the input and the forward pass's vhat_1..vhat_L."""
+    def begin(self, x: Tensor, activations: Sequence[Tensor], loss_values: Sequence[Tensor]) -> None:
+        """Note the input, the forward pass's vhat_1..vhat_L, and the loss with its gradient there."""
         self._note([_bad_input], [x])
         self._note([_diverged(0, l) for l in range(1, len(activations) + 1)], activations)
+        self._note([bad_loss] * len(loss_values), loss_values)
 
     def observe(self, iteration: int, states: dict[int, Tensor]) -> None:
         """Note one iteration's states, layer -> tensor."""

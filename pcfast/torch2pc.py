@@ -10,6 +10,8 @@ accumulated. docs/torch2pc.md lists every deliberate difference. Tensors returne
 
 from __future__ import annotations
 
+import contextlib
+
 from torch import Tensor, nn
 
 from .errors import ArgumentError, ShapeError
@@ -19,8 +21,31 @@ from .relaxation import relax, solve, updates
 
 #: Torch2PC's ErrType -> method
 _METHODS = {"Exact": "exact", "FixedPred": "fixed_prediction", "Strict": "strict"}
+#: argument in the rest of pcfast -> the caller's word
+_WORDS = {"x": "X", "y": "Y", "loss": "LossFun", "step_size": "eta", "num_steps": "n"}
+
+__all__ = [
+    "ExactPredErrs",
+    "FixedPredPCPredErrs",
+    "FwdPassPlus",
+    "PCInfer",
+    "SetPCGrads",
+    "StrictPCPredErrs",
+]
 
 
+@contextlib.contextmanager
+def _in_torch2pc_words():
+    """Errors name the argument as the caller wrote it."""
+    try:
+        yield
+    except ArgumentError as error:
+        if error.argument not in _WORDS:
+            raise
+        raise type(error)(_WORDS[error.argument], error.given, error.needed, error.remedy) from None
+
+
+@_in_torch2pc_words()
 def FwdPassPlus(model: nn.Sequential, LossFun, X: Tensor, Y, *, backend: str = "auto"):
     """Forward pass: ``vhat, Loss, dLdy``.
 
@@ -34,6 +59,7 @@ def FwdPassPlus(model: nn.Sequential, LossFun, X: Tensor, Y, *, backend: str = "
     return outcome.activations, outcome.loss, outcome.output_gradient
 
 
+@_in_torch2pc_words()
 def FixedPredPCPredErrs(
     model: nn.Sequential,
     vhat: list[Tensor],
@@ -64,6 +90,7 @@ def FixedPredPCPredErrs(
     return outcome.beliefs, outcome.errors
 
 
+@_in_torch2pc_words()
 def StrictPCPredErrs(
     model: nn.Sequential, vinit: list[Tensor], LossFun, Y, eta: float, n: int, *, backend: str = "auto"
 ):
@@ -91,6 +118,7 @@ def StrictPCPredErrs(
     return result.beliefs, result.errors
 
 
+@_in_torch2pc_words()
 def ExactPredErrs(
     model: nn.Sequential, LossFun, X: Tensor, Y, vhat: list[Tensor] | None = None, *, backend: str = "auto"
 ):
@@ -107,6 +135,7 @@ def ExactPredErrs(
     return [None, *outcome.beliefs[1:]], outcome.errors
 
 
+@_in_torch2pc_words()
 def SetPCGrads(
     model: nn.Sequential,
     epsilon: list[Tensor],
@@ -128,6 +157,7 @@ def SetPCGrads(
     _assign(model, updates(model, X, beliefs, errors, backend=backend))
 
 
+@_in_torch2pc_words()
 def PCInfer(
     model: nn.Sequential,
     LossFun,

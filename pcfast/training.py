@@ -17,6 +17,7 @@ import argparse
 import csv
 import functools
 import io
+import itertools
 import json
 import platform
 import sys
@@ -95,7 +96,8 @@ def train(
             an optimiser of the model's parameters. Default: Adam with learning rate 0.002.
         device: where to train; the model is moved there. Default: where the model is.
         seed: >= 0.
-        out: the run folder, created if missing. Without ``resume`` an earlier run in it is replaced.
+        out: the run folder, created if missing. Without ``resume`` the files of an earlier run in it are moved to
+            ``earlier-1`` (or -2, ...) inside it.
         resume: go on from the checkpoint in ``out``. Settings must be those of that run; epochs, backend and
             device may differ.
         progress: show a progress bar (in a terminal) and print one line an epoch.
@@ -170,6 +172,8 @@ def train(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ArgumentError("out", str(folder), "a folder that can be created", str(error)) from error
+        if not resume:
+            _set_aside(folder, progress)
 
     was_training = model.training
     devices = [device] if device.type == "cuda" else []
@@ -298,6 +302,20 @@ class Run:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][0], self.device)
 
 
+def _set_aside(folder: Path, say: bool) -> None:
+    """Move the files of an earlier run into a folder of their own: nothing is lost."""
+    files = [folder / name for name in (CHECKPOINT, CONFIG, LOG, CURVES) if (folder / name).is_file()]
+    if not files:
+        return
+    number = next(n for n in itertools.count(1) if not (folder / f"earlier-{n}").exists())
+    aside = folder / f"earlier-{number}"
+    aside.mkdir()
+    for file in files:
+        file.rename(aside / file.name)
+    if say:
+        print(f"an earlier run was moved to {aside}")
+
+
 def _train_epochs(
     run: Run, epochs: int, folder: Path | None, config: dict, display: Display, interrupt: Interrupt
 ) -> None:
@@ -316,7 +334,7 @@ def _train_epochs(
                 plots.training_curves(run.history, folder / CURVES, title=title)
                 drawn = time.monotonic()
         if interrupt.requested:
-            kept = "" if folder is None else f"; go on with resume=True from {folder / CHECKPOINT}"
+            kept = "" if folder is None else f"; resuming goes on from {folder / CHECKPOINT}"
             raise KeyboardInterrupt(f"training stopped after {len(run.history)} epochs{kept}")
 
 
@@ -401,7 +419,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns the exit status: 0; 1 where the relaxation diverged; 2 for arguments that do not fit; 130 after
     Ctrl-C.
     """
-    parser = argparse.ArgumentParser(prog="python -m pcfast.training", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pcfast.training", description="Train the default network on digits."
+    )
     parser.add_argument("--epochs", type=int, default=40, help="passes over the training part (default: 40)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/digits"), help="run folder (default: runs/digits)"
@@ -419,10 +439,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             digits(seed=options.seed),
             epochs=options.epochs,
             batch_size=32,
-            # A relaxation is stable while about step_size * (1 + |W|^2) < 2, |W| the largest singular value
-            # of a hidden layer's weights, and training makes weights grow. With step_size 0.1 the limit, 4.4,
-            # is passed within 20 epochs, and what was learned is lost. 0.05 has its limit at 6.2; with some
-            # weight decay 150 epochs stay below it.
+            # A relaxation is stable while step_size * (1 + |W|)^2 < 2, |W| the largest singular value of a
+            # hidden layer's weights, and training makes weights grow. With step_size 0.1 the limit, 3.5, is
+            # passed within 20 epochs, and what was learned is lost. 0.05 has its limit at 5.3; some weight
+            # decay keeps this network below it.
             step_size=0.05,
             optimizer=functools.partial(torch.optim.AdamW, lr=0.0005, weight_decay=0.3),
             device="cuda" if torch.cuda.is_available() else "cpu",
@@ -430,7 +450,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out=options.out,
             resume=options.resume,
         )
-    except ArgumentError as error:
+    except (ArgumentError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RelaxationDiverged as error:

@@ -320,7 +320,9 @@ def test_a_loss_whose_gradient_is_not_finite(call, method, num_steps, check, bac
         )
         pcfast.synchronize()
 
-    assert diverged(run).iteration in (None, 1)
+    with pytest.raises(pcfast.NonFiniteError) as caught:
+        run()
+    assert caught.value.argument == "loss"
 
 
 @pytest.mark.parametrize("check", ["sync", "deferred"])
@@ -333,8 +335,9 @@ def test_a_loss_that_overflows(method, check, backend):
         pcfast.pc_loss(model, torch.zeros(2, 2), y, loss="mse", method=method, backend=backend, check=check)
         pcfast.synchronize()
 
-    error = diverged(call)
-    assert (error.iteration, error.layer) == (None, 2)
+    with pytest.raises(pcfast.NonFiniteError) as caught:
+        call()
+    assert caught.value.argument == "loss"
 
 
 @pytest.mark.parametrize("check", ["sync", "deferred"])
@@ -416,7 +419,7 @@ def test_deferred_reports_once_and_later(name, method, reporter):
         now = diverged(lambda: pcfast.pc_loss(model, x, y, method=method, backend="eager", **settings))
         assert caught.value.args == now.args
     else:
-        assert caught.value.argument == ("x" if name == "nan" else "y")
+        assert caught.value.argument.lower() == ("x" if name == "nan" else "y")
     report()  # once and only once
 
 

@@ -313,7 +313,7 @@ def test_n_none_is_refused_for_strict():
     model, x, y = problem()
     with pytest.raises(pcfast.ArgumentTypeError) as failure:
         PCInfer(model, LOSS, x, y, "Strict", n=None)
-    assert failure.value.argument == "num_steps"
+    assert failure.value.argument == "n"
 
 
 def test_exact_reads_neither_eta_nor_n():

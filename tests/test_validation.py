@@ -31,6 +31,8 @@ def pc_infer(model, x, y, *, loss="cross_entropy", method="strict", step_size=0.
     return pcfast.PCInfer(model, loss, x, y, names[method], eta=step_size, n=num_steps, **arguments)
 
 
+#: the drop-in names arguments as its caller wrote them
+TORCH2PC_WORDS = {"x": "X", "y": "Y", "loss": "LossFun", "step_size": "eta", "num_steps": "n"}
 ENTRIES = [pc_loss, relax, pc_infer]
 BACKENDS = ["eager", "reference"]
 
@@ -55,6 +57,8 @@ def good(**changes):
 def refused(entry, kind, argument, *words, **arguments):
     """Call, and check the exception's class, argument and words and that .grad is as before."""
     arguments = {**good(), **arguments}
+    if entry is pc_infer:
+        argument = TORCH2PC_WORDS.get(argument, argument)
     model = arguments["model"]
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     held = {}
@@ -277,7 +281,7 @@ def test_pcinfer_with_a_model_that_has_no_length(error_type):
     refused(
         call,
         pcfast.ModelError if error_type != "Strict" else pcfast.ArgumentTypeError,
-        "model" if error_type != "Strict" else "num_steps",
+        "model" if error_type != "Strict" else "n",
         model=nn.Linear(INPUTS, CLASSES),
     )
 

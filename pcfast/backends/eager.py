@@ -75,9 +75,10 @@ class _Run:
         elif problem.method == "exact":
             self.factors = ((1.0,) * (self.depth + 1),) * 2
         self.vhat = self._forward()
-        if self.builder is not None:
-            self.builder.begin(problem.x, self.vhat[1:])
         self._prepare_loss()
+        self.loss_values = [self.output_gradient] if self.loss is None else [self.loss, self.output_gradient]
+        if self.builder is not None:
+            self.builder.begin(problem.x, self.vhat[1:], self.loss_values)
         out = self.result = Outcome(self.loss, self.vhat[-1])
         if problem.wanted.states or problem.wanted.activations:
             out.activations, out.output_gradient = self.vhat, self.output_gradient
@@ -227,14 +228,11 @@ class _Run:
     def _check(self) -> None:
         problem, out = self.problem, self.result
         if self.builder is None:
-            loss = [] if self.loss is None else [self.loss]
             relaxed = (value for _, value in self.checked)
-            if status.all_finite([*self.vhat[1:], *relaxed, *out.gradients.values(), *loss]):
+            if status.all_finite([*self.vhat[1:], *self.loss_values, *relaxed, *out.gradients.values()]):
                 return
         owners = layer_of_parameters(problem.network, problem.model)
         results = [*self.checked, *((owners[p], g) for p, g in out.gradients.items())]
-        if self.loss is not None:
-            results.append((self.depth, self.loss))
         if self.builder is not None:
             out.status = self.builder.build(self.flaw, results)
             status.zero_if_bad(out.status, list(out.gradients.values()))
@@ -242,6 +240,8 @@ class _Run:
         bad = status.first_non_finite(self.vhat[1:])
         if bad is not None:
             raise RelaxationDiverged(0, bad + 1, problem.step_size)
+        if not status.all_finite(self.loss_values):
+            raise status.bad_loss()
         if problem.method == "strict":
             self._locate()
         elif problem.method == "fixed_prediction":

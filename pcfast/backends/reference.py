@@ -115,6 +115,8 @@ class Reference(Backend):
             output_gradient = problem.output_gradient
         if problem.check:
             _check(0, vhat[1:], problem)
+            if not status.all_finite([output_gradient] if loss is None else [loss, output_gradient]):
+                raise status.bad_loss()
 
         energies: list[Tensor] = []
         if problem.method == "exact":
@@ -137,7 +139,7 @@ class Reference(Backend):
                 outcome.add_gradients(layers[l].parameter_gradients(points[l - 1], errors[l]))
         if problem.check:
             owners = layer_of_parameters(problem.network, problem.model)
-            results = [*enumerate(beliefs), *enumerate(errors), (depth, loss)]
+            results = [*enumerate(beliefs), *enumerate(errors)]
             if not problem.wanted.input_error:
                 results = [(l, value) for l, value in results if l]
             results += [(owners[parameter], update) for parameter, update in outcome.gradients.items()]

@@ -98,7 +98,8 @@ class Conv2dStep(_AffineStep):
         if a.is_cuda:
             self.weight = self.weight.contiguous(memory_format=torch.channels_last)
         self._input, self._deviation = a, None
-        u = self._convolve(a)
+        self._input_operand = self._as_operand(a)
+        u = self._convolve(self._input_operand)
         return u if self.bias is None else u.add_(self.bias.view(1, -1, 1, 1))
 
     def _convolve(self, a: Tensor) -> Tensor:
@@ -115,10 +116,9 @@ class Conv2dStep(_AffineStep):
         )
 
     def pullback(self, e):
-        e = self._as_operand(e)
-        # Only the shape of the input counts for the input's gradient.
-        shape_only = self._as_operand(self._input)
-        return self.precision.to_state(self._backward(e, shape_only, [True, False, False])[0])
+        # only shape and layout of the input count for its gradient
+        found = self._backward(self._as_operand(e), self._input_operand, [True, False, False])
+        return self.precision.to_state(found[0])
 
     def gradients(self, e):
         found: Gradients = []

@@ -29,7 +29,7 @@ _STEPS: dict[type[specs.Op], type[Step]] = {
 
 
 def _pool_first(ops: tuple[specs.Op, ...]) -> list[specs.Op]:
-    """Max-pooling before a monotone activation gives the same numbers on a quarter of the elements."""
+    """Max-pooling before a monotone activation gives the same numbers on fewer elements."""
     ordered = list(ops)
     for i in range(len(ordered) - 1):
         activation, pool = ordered[i], ordered[i + 1]

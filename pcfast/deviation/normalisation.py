@@ -50,11 +50,13 @@ class BatchNormStep(Step):
     @torch.no_grad()
     def _move_running_statistics(self, mean: Tensor, variance: Tensor) -> None:
         module = self.module
-        if not module.training or module.running_mean is None:
+        if not self.spec.moves_statistics:
             return
         if module.num_batches_tracked is not None:
             module.num_batches_tracked.add_(1)
         momentum = self.spec.momentum
+        if momentum is None and module.num_batches_tracked is None:
+            return  # torch moves nothing then
         if momentum is None:  # cumulative average
             momentum = 1.0 / module.num_batches_tracked.to(mean.dtype)
         unbiased = variance * (self._count / (self._count - 1))

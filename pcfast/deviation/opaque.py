@@ -63,8 +63,9 @@ class OpaqueStep(Step):
     def gradients(self, e):
         if not self._parameters:
             return []
-        found = zip(self._parameters, self._grad(self._parameters, e), strict=True)
-        return [(p, g) for p, g in found if g is not None]
+        # with the input's: asking for a normalisation's bias alone crashes some releases of torch
+        _, *found = self._grad([self._leaf, *self._parameters], e)
+        return [(p, g) for p, g in zip(self._parameters, found, strict=True) if g is not None]
 
     @property
     def has_gradients(self):

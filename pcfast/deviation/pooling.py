@@ -52,7 +52,7 @@ class MaxPool2dStep(Step):
 
     def pullback(self, e):
         return _aten.max_pool2d_with_indices_backward(
-            e.contiguous(), self._input, *self._geometry, (1, 1), self.spec.ceil_mode, self._winners
+            e, self._input, *self._geometry, (1, 1), self.spec.ceil_mode, self._winners
         )
 
 
@@ -73,7 +73,7 @@ class AvgPool2dStep(LinearMapStep):
 
     def pullback(self, e):
         shape_only = e.new_zeros(()).expand(self._shape)
-        return _aten.avg_pool2d_backward(e.contiguous(), shape_only, *self._geometry)
+        return _aten.avg_pool2d_backward(e, shape_only, *self._geometry)
 
 
 class AdaptiveAvgPool2dStep(LinearMapStep):
@@ -82,4 +82,4 @@ class AdaptiveAvgPool2dStep(LinearMapStep):
 
     def pullback(self, e):
         shape_only = e.new_zeros(()).expand(self._shape)
-        return _aten._adaptive_avg_pool2d_backward(e.contiguous(), shape_only)
+        return _aten._adaptive_avg_pool2d_backward(e, shape_only)

@@ -417,3 +417,12 @@ def test_a_step_never_waits_for_the_device(check):
 def test_no_waiting_can_fail():
     with pytest.raises(RuntimeError, match="synchronizing"), no_waiting():
         torch.ones((), device="cuda").item()
+
+
+def test_a_failed_recording_leaves_stream_and_random_numbers_usable():
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        graphs.record_cuda(lambda: torch.ones(3, device="cuda").sum().item())
+    assert torch.cuda.current_stream() == before
+    assert bool((F.dropout(torch.ones(100, device="cuda"), 0.5) != 1).any())
+    torch.cuda.synchronize()
