@@ -96,7 +96,7 @@ def explain(
     planned = plan(
         network, shape, method, num_steps, True, False, precision, chosen.name, refusals, chosen.literal
     )
-    refused = dict(refusals)
+    refused = dict(planned.refusals)
     for name in BACKENDS:
         if name != chosen.name and name not in refused:
             wanted = (

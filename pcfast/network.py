@@ -42,7 +42,6 @@ class Op:
 class Linear(Op):
     in_features: int
     out_features: int
-    has_bias: bool
 
     def output_shape(self, shape):
         if len(shape) < 2 or shape[-1] != self.in_features:
@@ -62,7 +61,6 @@ class Conv2d(Op):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
-    has_bias: bool
 
     def output_shape(self, shape):
         if len(shape) != 4 or shape[1] != self.in_channels:
@@ -224,7 +222,7 @@ def _pair(value) -> tuple[int, int]:
 
 
 def _linear(path: str, m: nn.Linear) -> Op | None:
-    return Linear(path, _name(m), m.in_features, m.out_features, m.bias is not None)
+    return Linear(path, _name(m), m.in_features, m.out_features)
 
 
 def _conv2d(path: str, m: nn.Conv2d) -> Op | None:
@@ -249,7 +247,6 @@ def _conv2d(path: str, m: nn.Conv2d) -> Op | None:
         _pair(padding),
         dilation,
         m.groups,
-        m.bias is not None,
     )
 
 

@@ -309,6 +309,13 @@ def test_n_none_means_the_depth_for_fixedpred(backend):
     assert_same(default[1][1:], literal_exact(model, LOSS, y, vhat)[1][1:])
 
 
+def test_an_input_that_requires_grad_is_refused():
+    model, x, y = problem()
+    with pytest.raises(pcfast.ArgumentError, match="requires grad") as failure:
+        PCInfer(model, LOSS, x.requires_grad_(), y, "Strict")
+    assert failure.value.argument == "X"
+
+
 def test_n_none_is_refused_for_strict():
     model, x, y = problem()
     with pytest.raises(pcfast.ArgumentTypeError) as failure:

@@ -47,7 +47,7 @@ class Eager(Backend):
 
     def updates(self, model, network, precision, x, beliefs, errors):
         outcome = Outcome(None, None)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), recorded_buffers(model)():
+        with numerics(x.device, precision), recorded_buffers(model)():
             v = precision.to_state(x)
             for l, spec in enumerate(network.layers, start=1):
                 chain = Chain(spec, model, precision)
