@@ -75,7 +75,7 @@ def pc_loss(
     if not torch.is_grad_enabled():
         described = prepare(model, x, y, **settings).problem.loss
         output = model(x.clone())  # a clone, so that in-place modules leave x alone
-        described.check_target(tuple(output.shape), output.dtype, y)
+        described.check_target(tuple(output.shape), y)
         if described.known and not x.is_cuda:
             described.prepare(output, y, raise_now=True)  # labels in range?
         value = described.value(output, y)

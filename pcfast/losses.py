@@ -96,7 +96,7 @@ class Loss:
             )
         return gradient
 
-    def check_target(self, output_shape: tuple[int, ...], output_dtype: torch.dtype, y) -> None:
+    def check_target(self, output_shape: tuple[int, ...], y) -> None:
         """Check type, shape and dtype of ``y`` for a known loss; labels' range is checked in :meth:`prepare`.
 
         Raises:

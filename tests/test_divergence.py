@@ -305,6 +305,14 @@ def test_a_forward_pass_that_overflows_and_is_squashed_again(method, backend):
     assert (error.iteration, error.layer) == (0, 1)
 
 
+def assert_loss_is_blamed(call):
+    """At once or deferred, the error names the loss."""
+    with pytest.raises(pcfast.NonFiniteError) as caught:
+        call()
+        pcfast.synchronize()
+    assert caught.value.argument == "loss"
+
+
 @pytest.mark.parametrize("check", ["sync", "deferred"])
 @pytest.mark.parametrize(("method", "num_steps"), [("exact", 0), ("fixed_prediction", 3), ("strict", 0)])
 @pytest.mark.parametrize("call", ["relax", "pc_loss"])
@@ -314,15 +322,11 @@ def test_a_loss_whose_gradient_is_not_finite(call, method, num_steps, check, bac
     def loss(output, y):
         return (output * 0).abs().sqrt().sum() + output.sum()  # infinity times zero
 
-    def run():
-        getattr(pcfast, call)(
+    assert_loss_is_blamed(
+        lambda: getattr(pcfast, call)(
             model, x, y, loss=loss, method=method, num_steps=num_steps, backend=backend, check=check
         )
-        pcfast.synchronize()
-
-    with pytest.raises(pcfast.NonFiniteError) as caught:
-        run()
-    assert caught.value.argument == "loss"
+    )
 
 
 @pytest.mark.parametrize("check", ["sync", "deferred"])
@@ -331,13 +335,8 @@ def test_a_loss_that_overflows(method, check, backend):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     y = torch.full((2, 2), 1e30)
 
-    def call():
-        pcfast.pc_loss(model, torch.zeros(2, 2), y, loss="mse", method=method, backend=backend, check=check)
-        pcfast.synchronize()
-
-    with pytest.raises(pcfast.NonFiniteError) as caught:
-        call()
-    assert caught.value.argument == "loss"
+    x, settings = torch.zeros(2, 2), {"method": method, "backend": backend, "check": check}
+    assert_loss_is_blamed(lambda: pcfast.pc_loss(model, x, y, loss="mse", **settings))
 
 
 @pytest.mark.parametrize("check", ["sync", "deferred"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import status
-from ..deviation import Chain
+from ..deviation import layer_chain
 from ..errors import RelaxationDiverged
 from ..fixed_prediction import fixed_prediction_factors, scalar_chain
 from ..precision import numerics
@@ -50,7 +50,7 @@ class Eager(Backend):
         with numerics(x.device, precision), recorded_buffers(model)():
             v = precision.to_state(x)
             for l, spec in enumerate(network.layers, start=1):
-                chain = Chain(spec, model, precision)
+                chain = layer_chain(spec, model, precision)
                 v = chain.forward(v if beliefs is None else precision.to_state(beliefs[l - 1]))
                 outcome.add_gradients(chain.gradients(precision.to_state(errors[l])))
         return outcome.gradients
@@ -63,7 +63,8 @@ class _Run:
         self.problem, self.plan, self.precision = problem, plan, plan.precision
         self.depth = problem.network.depth
         # index l holds layer l; index 0 is the input
-        self.chains = [None, *(Chain(s, problem.model, plan.precision) for s in problem.network.layers)]
+        layers = problem.network.layers
+        self.chains = [None, *(layer_chain(spec, problem.model, plan.precision) for spec in layers)]
         self.builder = status.StatusBuilder() if problem.check and not problem.raise_now else None
         self.energies: list[Tensor] = []
         self.flaw: Tensor | None = None
@@ -112,7 +113,7 @@ class _Run:
             self.loss, self.output_gradient = None, self.precision.to_state(problem.output_gradient)
             return
         loss, y = problem.loss, problem.y
-        loss.check_target(tuple(output.shape), output.dtype, y)
+        loss.check_target(tuple(output.shape), y)
         if loss.known:
             target = loss.prepare(output, y, raise_now=problem.raise_now)
             self.flaw = target.flaw
@@ -136,15 +137,12 @@ class _Run:
         wanted = problem.wanted
         factors, last = self.factors  # of the errors and of the beliefs, by distance from the top
 
-        lowest = 0 if wanted.input_error else 1
         gradients: list[Tensor | None] = [None] * depth + [self.output_gradient]  # g_l
-        needed = wanted.states or wanted.energies
+        lowest = self._lowest_gradient()
         for l in range(depth, 0, -1):
-            # below the lowest layer with a parameter to train, and without states to give, nothing is needed
-            below = needed or any(c.has_gradients for c in self.chains[1:l])
             found, g = self.chains[l].differentiate(
                 gradients[l],
-                need_input=l > lowest and (below or (l == 1 and wanted.input_error)),
+                need_input=l > lowest,
                 need_gradients=wanted.gradients,
                 factor=factors[depth - l],
             )
@@ -168,6 +166,16 @@ class _Run:
             for row in itertools.islice(scalar_chain(depth, problem.step_size), problem.num_steps):
                 errors = [None if g is None else g * row[depth - l] for l, g in enumerate(gradients)]
                 self.energies.append(energy_row(errors, self.loss))
+
+    def _lowest_gradient(self) -> int:
+        """The lowest l whose g_l the caller's wishes need."""
+        wanted = self.problem.wanted
+        if wanted.input_error:
+            return 0
+        if wanted.states or wanted.energies:
+            return 1
+        trained = (l for l in range(1, self.depth) if wanted.gradients and self.chains[l].has_gradients)
+        return next(trained, self.depth)
 
     # strict --------------------------------------------------------------------------------------------------
 

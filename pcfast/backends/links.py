@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..deviation import Chain, settle
+from ..deviation import Chain
 
 
 class Link:
@@ -67,7 +67,7 @@ class GramLink(Link):
 
     def __init__(self, chain, vhat, start):
         super().__init__(chain, vhat, start)
-        self._head, self._tail = chain.steps[0], chain.steps[1:]
+        self._head, self._tail = chain.steps[0], chain.tail
         self._gram = self._head.gram()
         self._s: Tensor | None = None
         self._sum: Tensor | None = None
@@ -86,18 +86,13 @@ class GramLink(Link):
         self._s = self._sum = self._sum_before = None
 
     def predict(self):
-        d = self._s
-        for step in self._tail:
-            d = step.deviate(d)
-        return d
+        return self._tail.deviate(self._s)
 
     def error(self, deviation):
         return None
 
     def descend(self, error, error_above, eta):
-        delta = error_above
-        for step in reversed(self._tail):
-            delta = step.pullback(delta)
+        delta = self._tail.pullback(error_above)
         if self._s is None:
             self._s = self._head.gram_product(self._gram, delta).mul_(-eta)
             self._sum = delta * eta
@@ -115,4 +110,4 @@ class GramLink(Link):
             return
         self.d = self._head.pullback(self._sum).neg_()
         self._head.at(self.d)
-        settle(self._tail, self._s)
+        self._tail.at(self._s)

@@ -106,7 +106,7 @@ class Reference(Backend):
 
         loss = None
         if problem.loss is not None:
-            problem.loss.check_target(tuple(vhat[-1].shape), vhat[-1].dtype, problem.y)
+            problem.loss.check_target(tuple(vhat[-1].shape), problem.y)
             if problem.loss.known:
                 problem.loss.prepare(vhat[-1], problem.y, raise_now=True)  # labels in range?
             loss = problem.loss.value(vhat[-1], problem.y)

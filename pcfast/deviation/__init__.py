@@ -9,6 +9,6 @@ State is kept in ``Precision.state``; matrix operands are cast to ``Precision.op
 OpaqueStep for modules that pcfast does not know.
 """
 
-from .chain import Chain, settle
+from .chain import Chain, layer_chain
 
-__all__ = ["Chain", "settle"]
+__all__ = ["Chain", "layer_chain"]

@@ -42,22 +42,23 @@ def _pool_first(ops: tuple[specs.Op, ...]) -> list[specs.Op]:
     return ordered
 
 
-def settle(steps: list[Step], d: Tensor) -> None:
-    """Make a + d the current point of a chain of steps; the last one need not be evaluated."""
-    for step in steps[:-1]:
-        d = step.deviate(d)
-    for step in steps[-1:]:
-        step.at(d)
+def layer_chain(spec: specs.LayerSpec, model: nn.Module, precision: Precision) -> Chain:
+    """The chain that one PC layer f_l of ``model`` is."""
+    return Chain(
+        [_STEPS[type(op)](op, model.get_submodule(op.path), precision) for op in _pool_first(spec.ops)]
+    )
 
 
 class Chain:
-    """One PC layer f_l at work: its steps in order, and the same verbs as a step."""
+    """Steps in order, at work, with the same verbs as a step: a PC layer, or a part of one."""
 
-    def __init__(self, spec: specs.LayerSpec, model: nn.Module, precision: Precision) -> None:
-        self.spec = spec
-        self.steps = [
-            _STEPS[type(op)](op, model.get_submodule(op.path), precision) for op in _pool_first(spec.ops)
-        ]
+    def __init__(self, steps: list[Step]) -> None:
+        self.steps = steps
+
+    @property
+    def tail(self) -> Chain:
+        """All steps but the first."""
+        return Chain(self.steps[1:])
 
     def forward(self, v: Tensor) -> Tensor:
         for step in self.steps:
@@ -75,8 +76,11 @@ class Chain:
         return e
 
     def at(self, d: Tensor) -> None:
-        """Make a + d the current point where nobody reads the deviation itself."""
-        settle(self.steps, d)
+        """Make a + d the current point where nobody reads the deviation itself: the last step need not give it."""
+        for step in self.steps[:-1]:
+            d = step.deviate(d)
+        for step in self.steps[-1:]:
+            step.at(d)
 
     @property
     def has_gradients(self) -> bool:
@@ -91,9 +95,7 @@ class Chain:
         if not self.steps:
             d.sub_(e, alpha=rate)
             return
-        for step in reversed(self.steps[1:]):
-            e = step.pullback(e)
-        self.steps[0].descend(d, e, rate)
+        self.steps[0].descend(d, self.tail.pullback(e), rate)
 
     def gradients(self, e: Tensor) -> Gradients:
         """Gradients of the layer's parameters for the error ``e`` at the current point."""
