@@ -90,7 +90,7 @@ def explain(
     if len(shape) < 2 or min(shape) < 1:
         raise ShapeError("x_shape", str(shape), "(batch, ...) with positive sizes")
     where, dtype = common_placement(model) or (torch.device("cpu"), torch.get_default_dtype())
-    where = where if device is None else torch.device(device)
+    where = where if device is None else validation.checked_device(device)
     chosen, refusals = choose_backend(backend, network, where, dtype)
     precision = choose_precision(where.type, dtype)
     planned = plan(

@@ -37,6 +37,11 @@ def use_cuda_graphs(flag: bool) -> None:
         CACHE.clear()
 
 
+def switched_on() -> bool:
+    """Whether graphs may be used in this process (:func:`use_cuda_graphs`)."""
+    return _switched_on
+
+
 def why_not(backend: Backend, problem: Problem, plan: Plan) -> str:
     """Why a problem is not replayed from a graph; "" where it is."""
     if not problem.x.is_cuda:

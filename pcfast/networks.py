@@ -1,7 +1,7 @@
 """Networks of the predictive-coding papers, and the default network.
 
-Each function returns a fresh ``nn.Sequential`` with PyTorch's default initialisation (float32, CPU); every
-element of the outer Sequential is one PC layer. Shapes are (batch, ...), B is the batch size.
+Each function returns a fresh ``nn.Sequential`` with PyTorch's default initialisation (vgg19: torchvision's;
+float32, CPU); every element of the outer Sequential is one PC layer. Shapes are (batch, ...), B is the batch size.
 
 Sources:
 [R22] R. Rosenbaum, "On the relationship between predictive coding and backpropagation", PLOS ONE 17(3)
@@ -76,27 +76,62 @@ def wide_mlp() -> nn.Sequential:
     return mlp([4096] * 5)
 
 
-def mnist_cnn() -> nn.Sequential:
-    """The MNIST network of [R22]: 5 PC layers, relu. Input (B, 1, 28, 28), output (B, 10) logits."""
+def mnist_cnn(image_shape: Sequence[int] = (1, 28, 28), num_classes: int = 10) -> nn.Sequential:
+    """The MNIST network of [R22]: 5 PC layers, relu.
+
+    Args:
+        image_shape: (channels, height, width) of an image; the paper's by default. height, width >= 8.
+        num_classes: >= 1.
+
+    Input (B, *image_shape), output (B, num_classes) logits.
+
+    Raises:
+        ArgumentError: an image too small, or no class.
+    """
+    channels, height, width = _checked_image(image_shape, num_classes, smallest=8)
+    rows, columns = ((size - 2) // 2 - 2 for size in (height, width))
     return nn.Sequential(
-        nn.Sequential(nn.Conv2d(1, 10, 3), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(channels, 10, 3), nn.ReLU(), nn.MaxPool2d(2)),
         nn.Sequential(nn.Conv2d(10, 5, 3), nn.ReLU(), nn.Flatten()),
-        nn.Sequential(nn.Linear(5 * 11 * 11, 50), nn.ReLU()),
+        nn.Sequential(nn.Linear(5 * rows * columns, 50), nn.ReLU()),
         nn.Sequential(nn.Linear(50, 30), nn.ReLU()),
-        nn.Linear(30, 10),
+        nn.Linear(30, num_classes),
     )
 
 
-def cifar_cnn() -> nn.Sequential:
-    """The CIFAR-10 network of [R22]: 6 PC layers, relu. Input (B, 3, 32, 32), output (B, 10) logits."""
+def cifar_cnn(image_shape: Sequence[int] = (3, 32, 32), num_classes: int = 10) -> nn.Sequential:
+    """The CIFAR-10 network of [R22]: 6 PC layers, relu.
+
+    Args:
+        image_shape: (channels, height, width) of an image; the paper's by default. height, width >= 4.
+        num_classes: >= 1.
+
+    Input (B, *image_shape), output (B, num_classes) logits.
+
+    Raises:
+        ArgumentError: an image too small, or no class.
+    """
+    channels, height, width = _checked_image(image_shape, num_classes, smallest=4)
     return nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(channels, 64, 3, padding=1), nn.ReLU()),
         nn.Sequential(nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         nn.Sequential(nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
-        nn.Sequential(nn.Linear(256 * 8 * 8, 256), nn.ReLU()),
+        nn.Sequential(nn.Linear(256 * (height // 4) * (width // 4), 256), nn.ReLU()),
         nn.Sequential(nn.Linear(256, 256), nn.ReLU()),
-        nn.Linear(256, 10),
+        nn.Linear(256, num_classes),
     )
+
+
+def _checked_image(image_shape: Sequence[int], num_classes: int, smallest: int) -> tuple[int, int, int]:
+    if len(image_shape) != 3 or image_shape[0] < 1 or min(image_shape[1:]) < smallest:
+        raise ArgumentError(
+            "image_shape",
+            str(tuple(image_shape)),
+            f"(channels, height, width), height and width >= {smallest}",
+        )
+    if num_classes < 1:
+        raise ArgumentError("num_classes", str(num_classes), "the number of classes, >= 1")
+    return tuple(image_shape)
 
 
 def vgg5(activation: Activation = nn.ReLU) -> nn.Sequential:
@@ -119,21 +154,31 @@ def vgg5(activation: Activation = nn.ReLU) -> nn.Sequential:
     )
 
 
-def vgg19(num_classes: int = 1000) -> nn.Sequential:
+def vgg19(num_classes: int = 1000, *, width: int = 64, image_size: int = 224) -> nn.Sequential:
     """VGG-19 [SZ15] in torchvision's layout: 19 PC layers (16 convolutions, 3 affine maps), relu.
 
-    Torchvision's parameters in torchvision's order. Left out of its module are the adaptive average pool, the
-    identity at 224 x 224, and the dropout between the affine maps.
+    Torchvision's parameters in torchvision's order, initialised as there: convolutions N(0, 2 / fan_out), affine
+    maps N(0, 0.01^2), biases 0. Left out of its module are the adaptive average pool, the identity at 224 x 224,
+    and the dropout between the affine maps.
 
-    Input (B, 3, 224, 224), output (B, num_classes) logits.
+    Args:
+        num_classes: >= 1.
+        width: channels of the first stage, >= 1; the others are in proportion (``8 * width`` at the end, hidden
+            affine maps of ``64 * width``). 64 is VGG-19.
+        image_size: height and width of an image, a multiple of 32.
+
+    Input (B, 3, image_size, image_size), output (B, num_classes) logits.
 
     Raises:
-        ArgumentError: num_classes below 1.
+        ArgumentError: an argument out of its range.
     """
-    if num_classes < 1:
-        raise ArgumentError("num_classes", str(num_classes), "the number of classes, >= 1")
+    for name, value, least in (("num_classes", num_classes, 1), ("width", width, 1)):
+        if value < least:
+            raise ArgumentError(name, str(value), f"a whole number >= {least}")
+    if image_size < 32 or image_size % 32:
+        raise ArgumentError("image_size", str(image_size), "a multiple of 32", "Five pools halve the image.")
     # Output channels of the convolutions; a tuple is a stage that ends with a 2 x 2 max-pool.
-    stages = ((64,) * 2, (128,) * 2, (256,) * 4, (512,) * 4, (512,) * 4)
+    stages = tuple((factor * width,) * count for factor, count in ((1, 2), (2, 2), (4, 4), (8, 4), (8, 4)))
     layers, inputs = [], 3
     for stage in stages:
         for outputs in stage:
@@ -141,9 +186,18 @@ def vgg19(num_classes: int = 1000) -> nn.Sequential:
             inputs = outputs
         layers[-1].append(nn.MaxPool2d(2))
     layers[-1].append(nn.Flatten())
-    return nn.Sequential(
+    hidden = 64 * width
+    model = nn.Sequential(
         *layers,
-        nn.Sequential(nn.Linear(512 * 7 * 7, 4096), nn.ReLU()),
-        nn.Sequential(nn.Linear(4096, 4096), nn.ReLU()),
-        nn.Linear(4096, num_classes),
+        nn.Sequential(nn.Linear(inputs * (image_size // 32) ** 2, hidden), nn.ReLU()),
+        nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU()),
+        nn.Linear(hidden, num_classes),
     )
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.01)
+            nn.init.zeros_(module.bias)
+    return model

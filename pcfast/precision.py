@@ -9,7 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import ArgumentError
 from .log import say_once
+
+#: Precisions by name: float32 products in IEEE arithmetic, in TF32, under bfloat16 autocast; float64 parameters.
+PRECISIONS = ("ieee", "tf32", "bf16", "fp64")
 
 
 @dataclass(frozen=True)
@@ -84,3 +88,40 @@ def switched(owner, name: str, value):
             if users == 1:
                 del _switch_users[name]
                 setattr(owner, name, before)
+
+
+def parameter_dtype(name: str) -> torch.dtype:
+    """The dtype that a network's parameters and data have in the precision ``name``."""
+    return torch.float64 if name == "fp64" else torch.float32
+
+
+def check_precision(name: str, device: torch.device) -> None:
+    """Raise ArgumentError for an unknown name, and for "tf32" off a CUDA device."""
+    if name not in PRECISIONS:
+        raise ArgumentError("precision", repr(name), f"one of {PRECISIONS}")
+    if name == "tf32" and device.type != "cuda":
+        raise ArgumentError(
+            "precision", f"tf32 on {device.type}", "a CUDA device for tf32", "Use ieee or bf16 here."
+        )
+
+
+@contextlib.contextmanager
+def use_precision(name: str, device: torch.device):
+    """Torch's switches for a precision by name; what they were comes back afterwards.
+
+    Args:
+        name: "ieee": float32 products and convolutions without TF32. "tf32": with it. "bf16": autocast to
+            bfloat16. "fp64": nothing to switch; parameters and data are float64 (:func:`parameter_dtype`).
+
+    Raises:
+        ArgumentError: as :func:`check_precision`.
+    """
+    check_precision(name, device)
+    products = "tf32" if name == "tf32" else "ieee"
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(switched(torch.backends.cuda.matmul, "fp32_precision", products))
+            stack.enter_context(switched(torch.backends.cudnn.conv, "fp32_precision", products))
+        if name == "bf16":
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+        yield

@@ -7,6 +7,9 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
 if TYPE_CHECKING:
     from .training import Run
 
@@ -44,13 +47,6 @@ class Display:
         self.run, self.epochs, self.bar, self.last_reading = run, epochs, None, 0.0
         if not enabled:
             return
-        try:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-        except ImportError as error:
-            raise ImportError(
-                'the progress bar needs rich: pip install "pcfast[train]", or pass progress=False'
-            ) from error
         console = Console(highlight=False, soft_wrap=True)
         self.bar = Progress(
             TextColumn("epoch {task.fields[epoch]}/" + str(epochs)),

@@ -7,20 +7,15 @@ A run folder holds
 - ``log.csv``: one line an epoch;
 - ``curves.png``: loss and accuracy against the epoch.
 
-Every file is replaced atomically, so a crash leaves the old or the new one, never half of one. ``python -m
-pcfast.training`` trains the default network on the digits data set.
+Every file is replaced atomically, so a crash leaves the old or the new one, never half of one. On the command line:
+``pcfast train``.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
+import contextlib
 import functools
-import io
-import itertools
 import json
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -35,18 +30,19 @@ from torch.optim import Optimizer
 import pcfast
 
 from . import plots
-from ._version import __version__
 from .checkpoints import FORMAT, load_checkpoint, loss_name, run_settings
-from .datasets import Data, digits
-from .errors import ArgumentError, ArgumentTypeError, RelaxationDiverged
-from .files import write_atomically
+from .datasets import Data, checked_data
+from .errors import ArgumentError, ArgumentTypeError
+from .files import make_folder, set_aside, write_atomically, write_csv
 from .history import History
 from .losses import LossLike, describe_loss
-from .networks import digits_mlp
+from .machine import describe_machine
+from .precision import check_precision, use_precision
 from .progress import Display, Interrupt
 from .status import synchronize
+from .validation import check_count, checked_device
 
-CHECKPOINT, CONFIG, LOG, CURVES = "checkpoint.pt", "config.json", "log.csv", "curves.png"
+FILES = CHECKPOINT, CONFIG, LOG, CURVES = "checkpoint.pt", "config.json", "log.csv", "curves.png"
 LEARNING_RATE = 0.002  # of the default optimiser, Adam
 SECONDS_BETWEEN_DRAWINGS = 30.0  # drawing takes about 0.3 s, longer than an epoch of a small network
 
@@ -65,11 +61,13 @@ def train(
     num_steps: int = 20,
     optimizer: Optimizer | MakeOptimizer | None = None,
     backend: str = "auto",
+    precision: str | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    kept: dict | None = None,
 ) -> History:
     """Train ``model`` in place by predictive coding.
 
@@ -94,6 +92,8 @@ def train(
         method, step_size, num_steps, backend: as for ``pcfast.pc_loss``.
         optimizer: makes the optimiser from the parameters, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``, or
             an optimiser of the model's parameters. Default: Adam with learning rate 0.002.
+        precision: "ieee", "tf32", "bf16" or "fp64", as for :func:`pcfast.precision.use_precision`; "fp64" needs
+            float64 parameters. Default: torch's switches as they are.
         device: where to train; the model is moved there. Default: where the model is.
         seed: >= 0.
         out: the run folder, created if missing. Without ``resume`` the files of an earlier run in it are moved to
@@ -101,6 +101,7 @@ def train(
         resume: go on from the checkpoint in ``out``. Settings must be those of that run; epochs, backend and
             device may differ.
         progress: show a progress bar (in a terminal) and print one line an epoch.
+        kept: plain values for ``config.json`` beside the settings, e.g. what the model and the data were made from.
 
     Returns:
         The history, earlier epochs of a resumed run included.
@@ -109,13 +110,10 @@ def train(
         ArgumentError: an argument does not fit, or the checkpoint is missing or of another run; names it.
         RelaxationDiverged: the checkpoint of the last finished epoch stays.
         KeyboardInterrupt: after Ctrl-C.
-        ImportError: rich (progress) or matplotlib (out) is missing; the message says how to install it.
+        ImportError: matplotlib (out) is missing; the message says how to install it.
     """
     for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ArgumentTypeError(name, f"{value!r} ({type(value).__name__})", f"an int >= {least}")
-        if value < least:
-            raise ArgumentError(name, str(value), f"an int >= {least}")
+        check_count(name, value, least)
     if not isinstance(model, nn.Sequential):
         raise ArgumentTypeError("model", f"a {type(model).__name__}", "an nn.Sequential of PC layers")
     parameters = list(model.parameters())
@@ -123,8 +121,12 @@ def train(
         raise ArgumentError("model", "no parameters", "at least one parameter to train")
     if resume and out is None:
         raise ArgumentError("out", "None with resume=True", "the folder of the run to go on with")
-    data = _checked_data(data, parameters[0].dtype)
-    device = parameters[0].device if device is None else torch.device(device)
+    data = checked_data(data, parameters[0].dtype)
+    device = parameters[0].device if device is None else checked_device(device)
+    if precision == "fp64" and parameters[0].dtype != torch.float64:
+        raise ArgumentError("precision", f"fp64 for a model of {parameters[0].dtype}", "model.double()")
+    if precision is not None:
+        check_precision(precision, device)
     folder = None if out is None else Path(out)
 
     model.to(device)
@@ -138,6 +140,7 @@ def train(
         step_size=step_size,
         num_steps=num_steps,
         batch_size=batch_size,
+        precision=precision,
         seed=seed,
     )
     config = {
@@ -145,12 +148,8 @@ def train(
         "epochs": epochs,
         "backend": backend,
         "device": str(device),
-        "machine": {
-            "pcfast": __version__,
-            "torch": str(torch.__version__),  # a subclass of str, which weights_only refuses
-            "python": platform.python_version(),
-            "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        },
+        "kept": kept or {},
+        "machine": describe_machine(device),
     }
     update = functools.partial(
         pcfast.pc_loss,
@@ -164,27 +163,24 @@ def train(
     )
 
     run = Run(model, optimizer, data, loss, update, batch_size, seed, device)
+    with _switches(precision, device):
+        _rehearse(run)
     if resume:
         checkpoint = load_checkpoint(folder / CHECKPOINT, settings)
     if folder is not None:
         plots.require_matplotlib()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArgumentError("out", str(folder), "a folder that can be created", str(error)) from error
-        if not resume:
-            _set_aside(folder, progress)
+        make_folder(folder)
+        aside = None if resume else set_aside(folder, FILES)
+        if aside is not None and progress:
+            print(f"an earlier run was moved to {aside}")
 
     was_training = model.training
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices):
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
+        with _switches(precision, device), seeded(seed, device):
             if resume:
                 run.restore(checkpoint)
+                if progress and len(run.history) >= epochs:
+                    print(f"the run has {len(run.history)} epochs already; ask for more epochs to go on")
             with Display(progress, epochs, run) as display, Interrupt() as interrupt:
                 _train_epochs(run, epochs, folder, config, display, interrupt)
     finally:
@@ -210,7 +206,7 @@ def evaluate(
                 output = model(x_batch)
                 value = described.value(output, y_batch)
                 total += value if _sums(loss) else value * len(x_batch)
-                correct += _hits(output, y_batch)
+                correct += hits(output, y_batch)
     finally:
         model.train(was_training)
     return total.item() / len(x), correct.item() / len(x)
@@ -248,9 +244,10 @@ class Run:
             loss, output = self.update(x, y)
             loss.backward()
             self.optimizer.step()
+            torch.clear_autocast_cache()  # under autocast for the whole run it would keep the weights of before
             with torch.no_grad():
                 self.loss_sum += loss if sums else loss * len(rows)
-                self.correct += _hits(output, y)
+                self.correct += hits(output, y)
             self.position += len(rows)
             self.seconds = before + time.perf_counter() - start
             after_batch(len(rows))
@@ -302,18 +299,22 @@ class Run:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][0], self.device)
 
 
-def _set_aside(folder: Path, say: bool) -> None:
-    """Move the files of an earlier run into a folder of their own: nothing is lost."""
-    files = [folder / name for name in (CHECKPOINT, CONFIG, LOG, CURVES) if (folder / name).is_file()]
-    if not files:
-        return
-    number = next(n for n in itertools.count(1) if not (folder / f"earlier-{n}").exists())
-    aside = folder / f"earlier-{number}"
-    aside.mkdir()
-    for file in files:
-        file.rename(aside / file.name)
-    if say:
-        print(f"an earlier run was moved to {aside}")
+def _switches(precision: str | None, device: torch.device):
+    return contextlib.nullcontext() if precision is None else use_precision(precision, device)
+
+
+def _rehearse(run: Run) -> None:
+    """One loss without an update, so that whatever does not fit is found before any file is touched.
+
+    In eval mode: neither statistics nor random numbers move.
+    """
+    was_training = run.model.training
+    run.model.eval()
+    try:
+        with torch.no_grad():
+            run.update(run.data.x_train[: run.batch_size], run.data.y_train[: run.batch_size])
+    finally:
+        run.model.train(was_training)
 
 
 def _train_epochs(
@@ -344,40 +345,9 @@ def _save(run: Run, folder: Path, config: dict) -> None:
     write_atomically(folder / CHECKPOINT, lambda file: torch.save(checkpoint, file))
     text = json.dumps(config, indent=2) + "\n"
     write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
-    table = io.StringIO()
     columns = asdict(run.history)
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["epoch", *columns])
-    writer.writerows([epoch, *row] for epoch, row in enumerate(zip(*columns.values(), strict=True), start=1))
-    write_atomically(folder / LOG, lambda file: file.write(table.getvalue().encode()))
-
-
-def _checked_data(data, dtype: torch.dtype) -> Data:
-    names = ", ".join(Data._fields)
-    if not isinstance(data, Sequence) or len(data) != 4 or not all(isinstance(t, Tensor) for t in data):
-        raise ArgumentTypeError("data", f"a {type(data).__name__}", f"four tensors ({names})")
-    data = Data(*(tensor.detach() for tensor in data))
-    for part in ("train", "test"):
-        x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
-        if x.dim() < 2 or len(x) == 0 or y.dim() < 1 or len(x) != len(y):
-            raise ArgumentError(
-                "data",
-                f"x_{part} {tuple(x.shape)} and y_{part} {tuple(y.shape)}",
-                "x (N, ...) and y (N,) or (N, C) with the same N >= 1",
-            )
-        if x.dtype != dtype:
-            remedy = f"Use x_{part}.to({dtype}) or model.to({x.dtype})."
-            raise ArgumentError("data", f"x_{part} of {x.dtype}", f"the model's {dtype}", remedy)
-        if not (y.dim() == 1 and y.dtype == torch.int64) and not (y.dim() == 2 and y.is_floating_point()):
-            raise ArgumentError(
-                "data",
-                f"y_{part} {tuple(y.shape)} of {y.dtype}",
-                "class indices, int64, (N,), or class probabilities, floating point, (N, C)",
-            )
-    if data.x_train.shape[1:] != data.x_test.shape[1:] or data.y_train.shape[1:] != data.y_test.shape[1:]:
-        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in data._asdict().items())
-        raise ArgumentError("data", shapes, "the same shape of a sample in both parts")
-    return data
+    rows = ([epoch, *row] for epoch, row in enumerate(zip(*columns.values(), strict=True), start=1))
+    write_csv(folder / LOG, ["epoch", *columns], rows)
 
 
 def _made_optimizer(optimizer, parameters: list[nn.Parameter]) -> Optimizer:
@@ -408,62 +378,17 @@ def _sums(loss: LossLike) -> bool:
     return getattr(loss, "reduction", "mean") == "sum"
 
 
-def _hits(output: Tensor, y: Tensor) -> Tensor:
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device):
+    """Torch's random state on the CPU and ``device`` seeded, and restored afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def hits(output: Tensor, y: Tensor) -> Tensor:
     """Number of rows of ``output`` (B, C) whose largest entry is the target's class: 0-dim int64."""
     return (output.argmax(1) == (y if y.dim() == 1 else y.argmax(1))).sum()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m pcfast.training``: train the default network by strict predictive coding on digits.
-
-    Returns the exit status: 0; 1 where the relaxation diverged; 2 for arguments that do not fit; 130 after
-    Ctrl-C.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m pcfast.training", description="Train the default network on digits."
-    )
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the training part (default: 40)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/digits"), help="run folder (default: runs/digits)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run folder")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of initial weights, split and shuffling (default: 0)"
-    )
-    options = parser.parse_args(arguments)
-
-    try:
-        torch.manual_seed(options.seed)
-        history = train(
-            digits_mlp(),
-            digits(seed=options.seed),
-            epochs=options.epochs,
-            batch_size=32,
-            # A relaxation is stable while step_size * (1 + |W|)^2 < 2, |W| the largest singular value of a
-            # hidden layer's weights, and training makes weights grow. With step_size 0.1 the limit, 3.5, is
-            # passed within 20 epochs, and what was learned is lost. 0.05 has its limit at 5.3; some weight
-            # decay keeps this network below it.
-            step_size=0.05,
-            optimizer=functools.partial(torch.optim.AdamW, lr=0.0005, weight_decay=0.3),
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            seed=options.seed,
-            out=options.out,
-            resume=options.resume,
-        )
-    except (ArgumentError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RelaxationDiverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        print(f"{interrupt or 'stopped at once; the last checkpoint is as it was'}", file=sys.stderr)
-        return 130
-    for name in (CHECKPOINT, CONFIG, LOG, CURVES):
-        print(options.out / name)
-    print(f"test accuracy {history.test_accuracy[-1]:.2%}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

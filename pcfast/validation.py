@@ -53,6 +53,36 @@ def checked_step_size(step_size: float) -> float:
     return step_size
 
 
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise ArgumentError where ``value`` is no int >= ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(name, f"{value!r} ({type(value).__name__})", f"an int >= {least}")
+    if value < least:
+        raise ArgumentError(name, str(value), f"an int >= {least}")
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """``device`` as a device that this machine has.
+
+    Raises:
+        ArgumentError: no device's name, or one that is not here.
+    """
+    needed = "cpu, cuda, or cuda:NUMBER"
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError("device", repr(device), needed) from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise ArgumentError(
+                "device", str(device), "cpu: torch sees no CUDA device here", "See `pcfast info`."
+            )
+        if device.index is not None and device.index >= count:
+            raise ArgumentError("device", str(device), f"cuda:0 to cuda:{count - 1}")
+    return device
+
+
 def check_input(model: nn.Sequential, x: Tensor) -> torch.dtype:
     """Check x against the model's device and dtype; returns the dtype of the parameters (or of x)."""
     if not isinstance(x, Tensor):

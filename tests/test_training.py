@@ -420,27 +420,11 @@ def test_an_impossible_run_folder_is_named(tmp_path, after_step):
 # --------------------------------------------------------------------------- data, networks, the default run
 
 
-def test_digits_split_is_fixed_and_stratified():
-    data = datasets.digits(seed=5)
-    assert data.x_train.shape == (1437, 64) and data.x_test.shape == (360, 64)
-    assert data.x_train.dtype == torch.float32 and data.y_train.dtype == torch.int64
-    assert data.x_train.min() == 0 and data.x_train.max() == 1
-    counts = torch.bincount(data.y_train) / 4, torch.bincount(data.y_test)
-    assert (counts[0] - counts[1]).abs().max() <= 1
-    assert all(torch.equal(a, b) for a, b in zip(data, datasets.digits(seed=5), strict=True))
-    images = datasets.digits(seed=5, shape="image")
-    assert images.x_test.shape == (360, 1, 8, 8) and torch.equal(images.x_test.flatten(1), data.x_test)
-    for change in ({"test_fraction": 0.0}, {"test_fraction": 0.001}, {"shape": "cube"}):
-        with pytest.raises(ArgumentError, match=next(iter(change))):
-            datasets.digits(**change)
-
-
 @pytest.mark.parametrize(
     ("missing", "call"),
     [
         ("sklearn.datasets", datasets.digits),
         ("matplotlib", lambda: toy_run(out="never-made")),
-        ("rich.progress", lambda: toy_run(progress=True)),
     ],
 )
 def test_a_missing_package_is_named_with_its_remedy(missing, call, after_step, monkeypatch):
@@ -479,25 +463,3 @@ def test_bad_network_sizes_are_named():
     ):
         with pytest.raises(ArgumentError, match=message):
             make()
-
-
-def test_the_default_run_learns_digits(tmp_path, capsys):
-    out, start = tmp_path / "digits", time.monotonic()
-    assert training.main(["--out", str(out)]) == 0
-    assert time.monotonic() - start < 60
-    lines = capsys.readouterr().out.splitlines()
-    for name in ("checkpoint.pt", "config.json", "log.csv", "curves.png"):
-        assert str(out / name) in lines and (out / name).is_file()
-    accuracy = float(lines[-1].removeprefix("test accuracy ").removesuffix("%"))
-    assert accuracy >= 95
-    model = networks.digits_mlp()
-    model.load_state_dict(checkpoint_of(out)["model"])
-    data = datasets.digits()
-    assert evaluate(model, data.x_test, data.y_test)[1] == pytest.approx(accuracy / 100, abs=1e-4)
-
-
-def test_main_reports_errors_in_one_line(tmp_path, capsys):
-    assert training.main(["--out", str(tmp_path), "--resume"]) == 2
-    assert training.main(["--epochs", "0"]) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2 and all(line.startswith("error: ") for line in errors)

@@ -1,29 +1,15 @@
-"""Data sets that come with a package: nothing is downloaded."""
+"""The digits that come with scikit-learn: nothing is downloaded."""
 
 from __future__ import annotations
-
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError
+from ..errors import ArgumentError
+from .data import Data, Shape, check_shape
 
 
-class Data(NamedTuple):
-    """A data set split into a training and a test part; rows are samples.
-
-    x_train, x_test: inputs, floating point, (N, ...). y_train, y_test: class indices, int64, (N,), or class
-    probabilities (one-hot targets too), floating point, (N, C).
-    """
-
-    x_train: Tensor
-    y_train: Tensor
-    x_test: Tensor
-    y_test: Tensor
-
-
-def digits(*, test_fraction: float = 0.2, seed: int = 0, shape: Literal["flat", "image"] = "flat") -> Data:
+def digits(*, test_fraction: float = 0.2, seed: int = 0, shape: Shape = "flat") -> Data:
     """The 1797 handwritten digits of 8 x 8 pixels from scikit-learn (UCI optical digits).
 
     Args:
@@ -40,8 +26,7 @@ def digits(*, test_fraction: float = 0.2, seed: int = 0, shape: Literal["flat", 
     """
     if not 0 < test_fraction < 1:
         raise ArgumentError("test_fraction", str(test_fraction), "a share between 0 and 1, both excluded")
-    if shape not in ("flat", "image"):
-        raise ArgumentError("shape", repr(shape), '"flat" for (N, 64) or "image" for (N, 1, 8, 8)')
+    check_shape(shape, (1, 8, 8))
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
