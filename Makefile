@@ -21,7 +21,7 @@ help: ## list the targets
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH)'
 
 train: $(STAMP) ## train the default network on digits; results in runs/digits
-	@$(VENV_PYTHON) -m pcfast.training
+	@$(VENV)/bin/pcfast train
 
 # One OpenMP thread a worker: with more, the workers fight for the cores and everything is slower.
 test: $(STAMP) ## run the whole test suite

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from accuracy import allowed_error, assert_gradients_agree, assert_states_agree, relative_error
+from accuracy import assert_gradients_agree, assert_states_agree
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from networks_for_tests import LOSSES, architectures, loss_and_target
 from torch import nn
 
 import pcfast
+from pcfast.accuracy import allowed_error, relative_error
 
 
 def gradients(model, x, y, **arguments):

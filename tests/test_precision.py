@@ -13,12 +13,11 @@ from statistics import median
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import relative_error
 from belief_form import strict_updates
-from torch import nn
 
 import pcfast
 from pcfast import networks
+from pcfast.accuracy import relative_error, same_precision_bound, with_forward_errors_of
 
 BATCH, STEP_SIZE, NUM_STEPS, DRAWS = 300, 0.1, 20, 5
 CASES = {"mlp_600": (networks.mlp_600, (784,)), "mnist_cnn": (networks.mnist_cnn, (1, 28, 28))}
@@ -68,53 +67,19 @@ def median_errors(case, run, truth):
     return dict(zip(names, (median(column) for column in zip(*rows, strict=True)), strict=True))
 
 
-class Offset(nn.Module):
-    """Adds the rounding errors of one forward pass to one affine map's output."""
-
-    def __init__(self, affine: nn.Module) -> None:
-        super().__init__()
-        self.affine, self.offset = affine, None
-
-    def forward(self, v):
-        u = self.affine(v)
-        return u if self.offset is None else u + self.offset
-
-
-def with_forward_errors_of(model, dtype, x):
-    """A float64 copy of ``model`` whose pre-activations are off as those of torch's forward pass in ``dtype``."""
-    noisy = nn.Sequential(
-        *(
-            nn.Sequential(
-                *(Offset(copy.deepcopy(m)) if next(m.parameters(), None) is not None else m for m in layer)
-            )
-            for layer in (layer if isinstance(layer, nn.Sequential) else [layer] for layer in model)
-        )
-    )
-    seen: dict[nn.Module, torch.Tensor] = {}
-    offsets = [m for m in noisy.modules() if isinstance(m, Offset)]
-    hooks = [m.register_forward_hook(lambda m, _, u: seen.__setitem__(m, u.detach())) for m in offsets]
-    with autocast(dtype):
-        noisy(x)
-    rounded = dict(seen)
-    noisy.double()(x.double())
-    for hook in hooks:
-        hook.remove()
-    for m in offsets:
-        m.offset = rounded[m].double() - seen[m]
-    return noisy
-
-
 def allowed(case, dtype):
     def same_precision(x, y):
         with autocast(dtype):
             return backpropagation(case["model"], x, y)
 
     def same_forward(x, y):
-        return pc_updates(with_forward_errors_of(case["model"], dtype, x), x.double(), y, "reference")
+        with autocast(dtype):
+            noisy = with_forward_errors_of(case["model"], x)
+        return pc_updates(noisy, x.double(), y, "reference")
 
     a = max(median_errors(case, same_precision, "backpropagation").values())
     b = median_errors(case, same_forward, "truth")
-    return {name: 3 * max(a, error) for name, error in b.items()}
+    return {name: same_precision_bound(a, error) for name, error in b.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,8 +1,10 @@
 """README says what the records and the code say."""
 
+import csv
 import importlib.util
 import re
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -35,3 +37,20 @@ def test_code_in_readme_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_numbers_of_the_mnist_page_are_those_of_its_runs():
+    """Every row of the table, in the order of the file: five seeds, then their median."""
+    with open(ROOT / "docs" / "mnist.csv") as file:
+        runs = [row for row in csv.DictReader(file) if row["epoch"] == "2"]
+    found: dict[tuple, list[float]] = {}
+    for row in runs:
+        key = (row["loss"], row["method"], row["step_size"])
+        found.setdefault(key, []).append(100 * float(row["test_accuracy"]))
+    page = (ROOT / "docs" / "mnist.md").read_text()
+    table = re.findall(r"^\| (\w+) \| (\w+)[^|]*\| ([\d.]*) ?\|(.*)\|$", page, flags=re.M)
+    assert [row[:3] for row in table if row[0] != "loss"] == list(found)
+    for *key, cells in table[1:]:
+        expected = [*found[tuple(key)], median(found[tuple(key)])]
+        assert [float(cell) for cell in cells.split("|")] == [round(value, 2) for value in expected]
+    assert min(found["mse", "strict", "0.1"]) >= 95

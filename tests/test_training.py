@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from pcfast import datasets, networks, plots, training
+from pcfast import datasets, networks, plots
 from pcfast.checkpoints import flat
 from pcfast.errors import ArgumentError, RelaxationDiverged
 from pcfast.training import History, evaluate, train

@@ -1,0 +1,110 @@
+"""``pcfast info``: versions, devices, and which backends run here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import click
+import torch
+
+from .. import graphs
+from .._version import __version__
+from ..backends import BACKENDS
+from ..machine import cpu_name
+from ..network import describe
+from ..networks import mlp
+from .options import json_option
+from .output import console, print_json, table
+
+# What commands need beside torch and numpy, and for what.
+_OPTIONAL = {"scikit-learn": "data sets", "matplotlib": "figures"}
+
+
+@click.command()
+@json_option
+def info(as_json: bool) -> int:
+    """Show versions, devices, and which backends run here and why the others do not."""
+    devices = _devices()
+    found = {"versions": _versions(), "devices": devices, "backends": _backends(devices), "graphs": _graphs()}
+    if as_json:
+        print_json(found)
+        return 0
+    out = console()
+    versions = table("Versions", "", "")
+    for name, version in found["versions"].items():
+        versions.add_row(
+            name, version or f'missing: needed for {_OPTIONAL[name]}; pip install "pcfast[train]"'
+        )
+    out.print(versions)
+    shown = table("Devices", "", "", "")
+    for device in devices:
+        shown.add_row(device["device"], device["name"] or "none", device["detail"])
+    out.print(shown)
+    backends = table("Backends", "backend", "device", "runs", "why not")
+    for row in found["backends"]:
+        backends.add_row(row["backend"], row["device"], "yes" if row["runs"] else "no", row["reason"])
+    out.print(backends)
+    out.print(f"CUDA graphs: {found['graphs']}")
+    return 0
+
+
+def _versions() -> dict[str, str | None]:
+    versions = {
+        "pcfast": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "CUDA of torch": torch.version.cuda or "none, a CPU build",
+        "numpy": importlib.metadata.version("numpy"),
+    }
+    for name in _OPTIONAL:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _devices() -> list[dict]:
+    """The CPU and every GPU; a row without a name says why there is none."""
+    rows = [_device("cpu", cpu_name(), f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of torch")]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        detail = (
+            f"compute capability {properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB, "
+            f"{properties.multi_processor_count} multiprocessors"
+        )
+        rows.append(_device(f"cuda:{index}", properties.name, detail))
+    if len(rows) == 1:
+        built = torch.version.cuda is not None
+        why = (
+            "torch finds no GPU or no driver"
+            if built
+            else "this torch is built without CUDA: see pytorch.org"
+        )
+        rows.append(_device("cuda", None, why))
+    return rows
+
+
+def _device(device: str, name: str | None, detail: str) -> dict:
+    return {"device": device, "name": name, "detail": detail}
+
+
+def _backends(devices: list[dict]) -> list[dict]:
+    """Whether each backend runs a plain float32 MLP on each device that is here, and why not."""
+    network = describe(mlp([2, 2, 2]))
+    rows = []
+    for name, backend in BACKENDS.items():
+        for device in devices:
+            if device["name"] is None:
+                continue
+            runs, reason = backend.supports(network, torch.device(device["device"]), torch.float32)
+            rows.append({"backend": name, "device": device["device"], "runs": runs, "reason": reason})
+    return rows
+
+
+def _graphs() -> str:
+    if not torch.cuda.is_available():
+        return "no CUDA device to replay them on"
+    return "on" if graphs.switched_on() else "switched off"

@@ -1,0 +1,131 @@
+"""``pcfast train``: train a network by predictive coding, with a run folder that can be resumed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import torch
+from click.core import ParameterSource
+
+from .. import training
+from ..errors import ArgumentError
+from .options import (
+    data_of,
+    data_options,
+    device_of,
+    epochs_option,
+    json_option,
+    machine_options,
+    method_option,
+    network_of,
+    network_options,
+    optimizer_of,
+    optimizer_options,
+    relaxation_options,
+    seed_option,
+    with_defaults,
+)
+from .output import print_json
+
+_OF_THE_CALL = ("out", "resume", "as_json")  # options that say nothing about the run
+
+
+@click.command()
+@data_options
+@network_options
+@method_option
+@relaxation_options
+@optimizer_options
+@epochs_option
+@machine_options
+@seed_option
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/<data>]")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the checkpoint in --out, with the options of that run. --epochs, --backend and --device may be "
+    "given anew.",
+)
+@json_option
+@click.pass_context
+def train(context: click.Context, **options) -> int:
+    """Train a network by predictive coding.
+
+    The run folder gets checkpoint.pt, config.json, log.csv (one line an epoch) and curves.png. Ctrl-C finishes the
+    batch and writes the checkpoint; --resume goes on from it, on a CPU bit for bit as if nothing had happened.
+    """
+    out = options["out"] or Path("runs") / options["data"]
+    if options["resume"]:
+        options = _options_of_run(out, context, options)
+    chosen = with_defaults(options)
+    device = device_of(chosen["device"])
+    torch.manual_seed(chosen["seed"])
+    model = network_of(
+        chosen["net"], chosen["widths"], chosen["model"], data=chosen["data"], precision=chosen["precision"]
+    )
+    data = data_of(chosen["data"], chosen["data_dir"], model, seed=chosen["seed"], loss=chosen["loss"])
+    passed_on = (
+        "epochs",
+        "batch_size",
+        "loss",
+        "method",
+        "step_size",
+        "num_steps",
+        "backend",
+        "precision",
+        "seed",
+    )
+    history = training.train(
+        model,
+        data,
+        **{name: chosen[name] for name in passed_on},
+        optimizer=optimizer_of(chosen),
+        device=device,
+        out=out,
+        resume=options["resume"],
+        progress=not options["as_json"],
+        kept=_kept(options),
+    )
+    files = [out / name for name in training.FILES]
+    if options["as_json"]:
+        print_json({"history": asdict(history), "files": [str(file) for file in files]})
+        return 0
+    for file in files:
+        click.echo(file)
+    click.echo(f"test accuracy {history.test_accuracy[-1]:.2%}")
+    return 0
+
+
+def _kept(options: dict) -> dict:
+    """What a resumed run takes from its folder: the options, paths such that they hold from any folder."""
+    kept = {name: value for name, value in options.items() if name not in _OF_THE_CALL}
+    if kept["data_dir"] is not None:
+        kept["data_dir"] = str(Path(kept["data_dir"]).resolve())
+    if kept["model"] is not None:
+        file, _, function = kept["model"].rpartition(":")
+        kept["model"] = f"{Path(file).resolve()}:{function}"
+    return kept
+
+
+def _options_of_run(out: Path, context: click.Context, options: dict) -> dict:
+    """``options``, where not given on the command line those of the run in ``out``."""
+    path = out / training.CONFIG
+    try:
+        kept = json.loads(path.read_text())["kept"]
+    except FileNotFoundError:
+        raise ArgumentError(
+            "out", f"no run at {out}", "the folder of a run", "Start it without --resume."
+        ) from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ArgumentError(
+            "out", f"{path}, which cannot be read ({error!r})", "a config.json of train"
+        ) from error
+    given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    if given & {"net", "model"}:  # another network: nothing that described that of the run
+        given |= {"net", "model", "widths"}
+    return {
+        name: value if name in given or name not in kept else kept[name] for name, value in options.items()
+    }
