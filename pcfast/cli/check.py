@@ -40,7 +40,7 @@ _BATCH_SIZE, _BATCH_SIZE_OF_DATA = 64, {"cifar10": 4}
 _STEP_SIZE = 0.1  # for --model without --data
 _RELATIVE_TO = {
     "layer": ("~", "relative to the layer's whole update, since this update is nothing but rounding"),
-    "nothing": ("=", "absolute, since the truth is zero: the relaxation has not reached the layer"),
+    "nothing": ("=", "absolute, since the truth is zero, as where the relaxation has not reached the layer"),
 }
 
 

@@ -187,7 +187,7 @@ seed_option = click.option(
     type=click.IntRange(0, 2**32 - 1),
     default=0,
     show_default=True,
-    help="Of initial weights, of the split into training and test part (digits), and of the order of samples.",
+    help="Of initial weights, random data, the split of digits, and the order of samples.",
 )
 epochs_option = click.option(
     "--epochs",
