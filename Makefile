@@ -31,9 +31,8 @@ lint: $(STAMP) ## check the style
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 
-bench: $(STAMP) ## run the benchmarks; record them with bench/report.py --record
-	@mkdir -p .benchmarks
-	@$(VENV_PYTHON) -m pytest bench --benchmark-only -s --benchmark-json=.benchmarks/latest.json
+bench: $(STAMP) ## run the benchmarks; record them with python -m pcfast.bench.report --record
+	@$(VENV)/bin/pcfast bench --json .benchmarks/latest.json
 
 clean: ## remove the environment, builds and caches (not runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

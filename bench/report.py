@@ -1,97 +1,216 @@
-"""Recorded benchmark results, and the README's table made from the newest of them.
+"""Recorded benchmark results, and the README's tables and the picture made from the newest of them.
 
-    make bench && .venv/bin/python bench/report.py --record    # keep the last run under bench/results/
-    .venv/bin/python bench/report.py                           # write README's table from the newest record
+    pcfast bench --json .benchmarks/latest.json
+    python -m pcfast.bench.report --record .benchmarks/latest.json    # keep it under bench/results/
+    python -m pcfast.bench.report                                     # README's tables, docs/speed.png
 
-Records are append-only: one JSON a run. The table's numbers come from nowhere else; a test compares them.
+Records are append-only: bench/results/<device>/<date>-<commit>.json. Numbers in README come from nowhere else; a test
+compares them. A record whose sources differ from today's is marked so.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
-import subprocess
+import re
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
+import click
+
+from pcfast.files import write_atomically
+from pcfast.plots import require_matplotlib
+
+from . import sources, tables
+from .runner import FORMAT
 
 HERE = Path(__file__).resolve().parent
-RESULTS, README, LATEST = (
-    HERE / "results",
-    HERE.parent / "README.md",
-    HERE.parent / ".benchmarks" / "latest.json",
-)
+RESULTS, README, PICTURE = HERE / "results", HERE.parent / "README.md", HERE.parent / "docs" / "speed.png"
 BEGIN, END = "<!-- bench/report.py: begin -->", "<!-- bench/report.py: end -->"
+NOT_MEASURED = "Not yet measured on a GPU."
 
 
-def record(latest: Path = LATEST) -> Path:
-    """Keep what matters of pytest-benchmark's last run as bench/results/<device>/<date>-<commit>.json."""
-    run = json.loads(latest.read_text())
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=HERE).strip()
-    changed = subprocess.check_output(
-        ["git", "status", "--porcelain", "pcfast", "bench"], text=True, cwd=HERE.parent
-    )
-    if [line for line in changed.splitlines() if not line.endswith("results/")]:
-        raise SystemExit(
-            "uncommitted changes in pcfast/ or bench/: commit first, so that the record names its code"
-        )
-    cpu = run["machine_info"]["cpu"]
-    kept = {
-        "recorded": run["datetime"],
-        "commit": commit,
-        "device": f"{cpu.get('brand_raw', platform.processor())}, {cpu['count']} cores",
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
-        "rows": {entry["name"]: entry["extra_info"] for entry in run["benchmarks"]},
-    }
-    path = RESULTS / "cpu" / f"{kept['recorded'][:10]}-{commit}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1) + "\n")
-    return path
+def record(path: Path) -> Path:
+    """Keep a run that ``pcfast bench --json`` wrote.
+
+    Raises:
+        click.ClickException: a quick run, or one of changed sources, which its commit does not name.
+    """
+    found = json.loads(path.read_text())
+    if found.get("format") != FORMAT or found["quick"]:
+        raise click.ClickException(f"{path} is no full run of this version's `pcfast bench`")
+    if found["commit"] is None or found["commit"].endswith("+"):
+        raise click.ClickException("the run's sources were not committed: commit, then run again")
+    target = RESULTS / folder_of(found) / f"{found['recorded'][:10]}-{found['commit']}.json"
+    if target.exists():
+        raise click.ClickException(f"{target} is there already: records are never replaced")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+    return target
 
 
-def newest() -> dict:
-    """The newest CPU record."""
-    records = [json.loads(path.read_text()) for path in (RESULTS / "cpu").glob("*.json")]
-    return max(records, key=lambda kept: kept["recorded"])
+def folder_of(found: dict) -> str:
+    """cpu, or the GPU's name in lower case: nvidia-h200."""
+    if found["device"] == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", found["machine"]["processor"].lower()).strip("-")
 
 
-def table(result: dict) -> str:
-    """Markdown of one record."""
-    rows, lines = result["rows"], []
-    lines.append("| training step | against | time | theirs | pcfast is |\n|---|---|---|---|---|")
-    for method in ("strict", "fixed_prediction", "exact"):
-        row = rows[f"test_training_step[{method}]"]
-        ratio = row["speed_up"]
-        verdict = f"{ratio:.1f} times as fast" if ratio >= 1 else f"{1 / ratio:.2f} times slower"
-        lines.append(
-            f"| {method} | {row['baseline']} | {row['ours_ms']:.1f} ms | {row['baseline_ms']:.1f} ms | {verdict} |"
-        )
-    memory, host = rows["test_peak_memory"], rows["test_host_overhead"]
-    versions = result["versions"]
+def newest() -> list[dict]:
+    """The newest record of every device, GPUs first; records of older formats are kept but not shown."""
+    by_device: dict[str, dict] = {}
+    for path in RESULTS.glob("*/*.json"):
+        found = json.loads(path.read_text())
+        if found.get("format") == FORMAT:
+            known = by_device.get(path.parent.name)
+            if known is None or found["recorded"] > known["recorded"]:
+                by_device[path.parent.name] = found
+    return [by_device[name] for name in sorted(by_device, key=lambda name: (name == "cpu", name))]
+
+
+def cases(found: dict) -> dict[tuple[str, str], list[dict]]:
+    """(workload, precision) -> its rows, those where one of ours was timed."""
+    by_case: dict[tuple[str, str], list[dict]] = {}
+    for row in found["rows"]:
+        by_case.setdefault((row["workload"], row["precision"]), []).append(row)
+    return {case: rows for case, rows in by_case.items() if tables.best_of_ours(rows) is not None}
+
+
+def text(records: Iterable[dict]) -> str:
+    """Markdown of all records."""
+    records = list(records)
+    parts = [_table(found) for found in records]
+    if all(found["device"] == "cpu" for found in records):
+        parts.insert(0, NOT_MEASURED)
+    return "\n\n".join(parts)
+
+
+def _table(found: dict) -> str:
+    machine = found["machine"]
+    lines = [
+        "| training step | pcfast | literal loop | best other | against literal | against best other | of floor "
+        "| error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (name, precision), rows in cases(found).items():
+        ours, other = tables.best_of_ours(rows), tables.best_other(rows)
+        literal = tables.seconds_of("literal", rows)
+        cells = [
+            f"{name}, {ours['method']}, {precision}",
+            f"{tables.time(ours['seconds'])} ({ours['contender']})",
+            "" if literal is None else tables.time(literal),
+            "" if other is None else f"{tables.time(other['seconds'])} ({other['contender']})",
+            "" if literal is None else f"{literal / ours['seconds']:.2f}x",
+            "" if other is None else f"{other['seconds'] / ours['seconds']:.2f}x",
+            f"{ours['floor_seconds'] / ours['seconds']:.0%}",
+            f"{ours['error']:.0e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    stale = "" if found["sources"] == sources.digest() else " **Older than the code.**"
     lines.append(
-        f"\n784-600-600-10 relu, batch 300, n = 20, float32, cross-entropy; medians of interleaved runs on "
-        f"{result['device']}, Python {versions['python']}, torch {versions['torch']}, {result['recorded'][:10]}, "
-        f"commit {result['commit']}. Peak memory of the process: {memory['mib_n20']} MiB with 20 iterations, "
-        f"{memory['mib_n200']} MiB with 200. A step of a tiny network takes {host['ours_us']:.0f} us where "
-        f"`model(x)` and `backward()` alone take {host['bare_us']:.0f} us. The literal loop (bench/literal.py) "
-        "differentiates layer by layer with torch autograd, as the published program does."
+        f"\n{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, torch "
+        f"{machine['torch']}, {found['recorded'][:10]}, commit {found['commit']}.{stale}"
     )
     return "\n".join(lines)
 
 
-def with_table(readme: str, result: dict) -> str:
+def with_tables(readme: str, records: Iterable[dict]) -> str:
     """``readme`` with the text between the markers replaced."""
     before, rest = readme.split(BEGIN)
-    return before + BEGIN + "\n" + table(result) + "\n" + END + rest.split(END)[1]
+    return f"{before}{BEGIN}\n{text(records)}\n{END}{rest.split(END)[1]}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--record", action="store_true", help="first keep the last `make bench`")
-    if parser.parse_args().record:
-        print(record())
-    README.write_text(with_table(README.read_text(), newest()))
+def picture(records: list[dict], path: Path = PICTURE) -> None:
+    """Per record: times against the literal loop; a roofline; and errors of belief and deviation form. A PNG."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.2 * len(records)), dpi=130, layout="constrained")
+    panels = figure.subplots(len(records), 3, squeeze=False)
+    for (bars, roof, errors), found in zip(panels, records, strict=True):
+        _bars(bars, found)
+        _roofline(roof, found)
+        _errors(errors, found)
+        bars.set_title(f"{found['machine']['processor']}: times as fast as the literal loop")
+    write_atomically(path, FigureCanvasAgg(figure).print_png)
+
+
+_SHOWN = {
+    "plain": "#999999",
+    "plain_graph": "#666666",
+    "plain_compiled": "#E69F00",
+    "jax": "#009E73",
+}  # Okabe and Ito
+_OURS = "#0072B2"
+
+
+def _bars(axes, found: dict) -> None:
+    """Bars: how many times as fast as the literal loop, ours and the others'."""
+    chosen = {
+        case: rows for case, rows in cases(found).items() if tables.seconds_of("literal", rows) is not None
+    }
+    names = ["pcfast", *_SHOWN]
+    height = 0.8 / len(names)
+    for index, name in enumerate(names):
+        for place, rows in enumerate(chosen.values()):
+            seconds = (
+                tables.best_of_ours(rows)["seconds"] if name == "pcfast" else tables.seconds_of(name, rows)
+            )
+            if seconds is not None:
+                ratio = tables.seconds_of("literal", rows) / seconds
+                axes.barh(place + (index - 2) * height, ratio, height, color=_SHOWN.get(name, _OURS))
+        axes.barh(0, 0, color=_SHOWN.get(name, _OURS), label=name)
+    axes.set_yticks(range(len(chosen)), [f"{name}\n{precision}" for name, precision in chosen])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.legend(fontsize="small", frameon=False)
+
+
+def _roofline(axes, found: dict) -> None:
+    """Multiply-adds a second against multiply-adds a byte: ours, under the measured ceilings."""
+    for precision, limits in found["ceilings"].items():
+        intensity = [10.0**k for k in range(-1, 6)]
+        roof = [min(limits["multiply_adds_per_s"], i * limits["copy_bytes_per_s"]) for i in intensity]
+        axes.plot(intensity, roof, color="grey", linewidth=1)
+        axes.annotate(precision, (intensity[-1], roof[-1]), fontsize="small", ha="right", va="bottom")
+    for (name, precision), rows in cases(found).items():
+        ours = tables.best_of_ours(rows)
+        point = ours["multiply_adds"] / ours["bytes"], ours["multiply_adds"] / ours["seconds"]
+        axes.plot(*point, "o", color=_OURS, markersize=4)
+        axes.annotate(f" {name} {precision}", point, fontsize="x-small")
+    axes.set(xscale="log", yscale="log", title="Roofline: products that the algorithm leaves")
+    axes.set(xlabel="multiply-adds a byte", ylabel="multiply-adds a second")
+
+
+def _errors(axes, found: dict) -> None:
+    """Largest error of an update against float64: ours in deviation form, the plain loop in belief form."""
+    chosen = {case: rows for case, rows in cases(found).items() if rows[0]["method"] == "strict"}
+    for place, rows in enumerate(chosen.values()):
+        plain = next((r for r in rows if r["contender"] == "plain" and r.get("error") is not None), None)
+        axes.plot(tables.best_of_ours(rows)["error"], place, "o", color=_OURS)
+        if plain is not None:
+            axes.plot(plain["error"], place, "s", color=_SHOWN["plain_compiled"])
+    axes.plot([], [], "o", color=_OURS, label="pcfast: deviations")
+    axes.plot([], [], "s", color=_SHOWN["plain_compiled"], label="plain loop: beliefs")
+    axes.set_yticks(range(len(chosen)), [f"{name}\n{precision}" for name, precision in chosen])
+    axes.invert_yaxis()
+    axes.set(xscale="log", title="Largest relative error of an update (strict)")
+    axes.legend(fontsize="small", frameon=False)
+
+
+@click.command(help=__doc__.partition("\n")[0])
+@click.option(
+    "--record", "path", type=click.Path(exists=True, path_type=Path), help="First keep this run's record."
+)
+def main(path: Path | None) -> None:
+    if path is not None:
+        click.echo(record(path))
+    records = newest()
+    readme = with_tables(README.read_text(), records)
+    write_atomically(README, lambda file: file.write(readme.encode()))
+    picture(records)
 
 
 if __name__ == "__main__":

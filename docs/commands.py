@@ -32,7 +32,7 @@ def reference(command: click.Command) -> str:
 def _row(parameter: click.Parameter, context: click.Context) -> tuple[str, str, str, str] | None:
     values = _values(parameter, context)
     if isinstance(parameter, click.Argument):
-        return f"`{parameter.human_readable_name}`", values, "", ""
+        return f"`{parameter.make_metavar(context)}`", values, "", ""
     text, _, default = (parameter.help or "").partition("  [default: ")
     default = default.removesuffix("]")
     if parameter.show_default:

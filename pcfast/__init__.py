@@ -7,7 +7,7 @@ optimizer.step()
 
 from . import _checkout  # isort: skip (before anything that needs torch)
 
-_checkout.find_kernels(__path__)
+_checkout.find_folders(__path__)
 
 from ._version import __version__
 from .autograd import PredictiveCoding, pc_loss

@@ -1,14 +1,15 @@
-"""Finding pcfast.kernels where the package is imported from its source folder.
+"""Finding pcfast.kernels and pcfast.bench where the package is imported from its source folder.
 
-Installing maps the top-level folder kernels/ to pcfast.kernels. A checkout on the module path has pcfast/ without it.
+Installing maps the top-level folders kernels/ and bench/ into pcfast. A checkout on the module path has pcfast/
+without them.
 """
 
 from importlib.util import find_spec
 from pathlib import Path
 
 
-def find_kernels(package_path: list[str]) -> None:
-    """Make pcfast.kernels importable, or raise.
+def find_folders(package_path: list[str]) -> None:
+    """Make pcfast.kernels and pcfast.bench importable, or raise.
 
     Args:
         package_path: ``__path__`` of pcfast.
@@ -26,5 +27,5 @@ def find_kernels(package_path: list[str]) -> None:
         raise ImportError(
             "pcfast is not installed, only its source was found: run `pip install -e .` in its folder"
         ) from None
-    # Installed, but this checkout comes first on the path (python -c in the repository): take its own kernels.
+    # Installed, but this checkout comes first on the path (python -c in the repository): take its own.
     package_path.append(str(Path(__file__).resolve().parent.parent))

@@ -189,7 +189,7 @@ def read(path: str | os.PathLike) -> dict:
     """A measured file, checked: device, date, and values and reasons by name (and by cluster size, as int)."""
 
     def refuse(what: str) -> ArgumentError:
-        remedy = "Write the file anew with bench/constants/measure.py."
+        remedy = "Write the file anew: python -m pcfast.bench.constants.measure."
         return ArgumentError("path", f"{path}: {what}", "measured constants as JSON", remedy)
 
     try:

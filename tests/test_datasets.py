@@ -934,7 +934,7 @@ def test_what_openml_sends_is_checked(openml):
         *((with_value(value), not_whole) for value in (-1, 256, 0.5, 1e300, np.nan, np.inf, -np.inf)),
     ]:
         openml.answer = x, LABELS
-        refused(lambda: load("mnist"), said, "folder=", argument="data")
+        refused(lambda: load("mnist"), said, "folder that holds", argument="data")
     for y, said in [
         (LABELS[:8], "its labels came as an array (8,)"),
         (LABELS[:, None], "its labels came as an array (9, 1)"),

@@ -15,7 +15,7 @@ import pytest
 import pcfast
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("pcfast", "kernels", "setup.py", "pyproject.toml", "LICENSE")
+SOURCES = ("pcfast", "kernels", "bench", "setup.py", "pyproject.toml", "LICENSE")
 # No network, no build environment of its own, nothing but pcfast itself.
 PIP_OPTIONS = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
 
@@ -106,7 +106,9 @@ def test_the_wheel_holds_pcfast_and_its_kernels_and_nothing_else(wheel):
     metadata = f"pcfast-{pcfast.__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"pcfast", metadata}
     expected = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("pcfast/**/*.py")} | {
-        f"pcfast/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("kernels/**/*.py")
+        f"pcfast/{path.relative_to(ROOT).as_posix()}"
+        for folder in ("kernels", "bench")
+        for path in ROOT.glob(f"{folder}/**/*.py")
     }
     assert {name for name in names if name.endswith(".py")} == expected
     assert any(name.startswith(metadata) and name.endswith("LICENSE") for name in names)

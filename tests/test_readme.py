@@ -1,7 +1,6 @@
 """README says what the records and the code say."""
 
 import csv
-import importlib.util
 import re
 from pathlib import Path
 from statistics import median
@@ -9,20 +8,14 @@ from statistics import median
 import pytest
 import torch
 
+from pcfast.bench import report
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def load_report():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "bench" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_table_is_made_from_the_newest_record():
-    report = load_report()
-    assert report.with_table(README, report.newest()) == README
+def test_the_tables_are_made_from_the_newest_records():
+    assert report.with_tables(README, report.newest()) == README
 
 
 def test_every_file_that_readme_names_exists():

@@ -13,6 +13,7 @@ import click
 
 from .._version import __version__
 from ..errors import ArgumentError, PcfastError, RelaxationDiverged
+from .bench import bench
 from .check import check
 from .compare import compare
 from .completion import completion
@@ -40,7 +41,7 @@ def pcfast(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, compare, check, info, completion):
+for command in (train, compare, check, bench, info, completion):
     pcfast.add_command(command)
 
 

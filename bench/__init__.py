@@ -1,0 +1,1 @@
+"""Benchmarks: ``pcfast bench``. Installed as pcfast.bench; results/ holds recorded runs."""

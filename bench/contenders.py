@@ -1,0 +1,260 @@
+"""Who takes part: pcfast's backends, and what a user would otherwise run.
+
+A contender prepares a step, a call without arguments that does one whole training step but for the optimiser, and
+reads the updates that its last step computed. Baselines compute in the same precision as what they are compared with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pcfast
+from pcfast.backends import BACKENDS
+from pcfast.network import describe
+from pcfast.precision import parameter_dtype, use_precision
+
+from .literal import literal_step
+from .loops import iterate, plain_step, unknown
+from .workloads import Workload
+
+
+@dataclass(frozen=True)
+class Step:
+    """A prepared contender.
+
+    Attributes:
+        run: one training step; on a GPU it may return before the device is done.
+        updates: those of the last run, in the order of ``model.parameters()``.
+        wait: until the device is done.
+    """
+
+    run: Callable[[], None]
+    updates: Callable[[], list[Tensor]]
+    wait: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time.
+
+    Attributes:
+        name: as on the command line.
+        ours: a backend of pcfast.
+        about: what it is, in a few words.
+        why_not: (workload, precision, device) -> why it cannot run there, "" where it can.
+        prepare: (workload, model, x, y, precision) -> :class:`Step`; runs inside the precision's switches.
+        passes: its arithmetic in forward passes an iteration, roughly; a guess before timing, never reported.
+        exact: it computes the gradient, whatever the workload's method; not a rival in predictive coding.
+        quick: also part of a quick run.
+    """
+
+    name: str
+    ours: bool
+    about: str
+    why_not: Callable[[Workload, str, torch.device], str]
+    prepare: Callable[[Workload, nn.Sequential, Tensor, Tensor, str], Step]
+    passes: float
+    exact: bool = False
+    quick: bool = True
+
+
+def _waiting(device: torch.device) -> Callable[[], None]:
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+
+
+def _by_grad(model: nn.Sequential, device: torch.device, run: Callable[[], None]) -> Step:
+    """A step that leaves its updates in ``.grad``."""
+
+    def fresh() -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
+        run()
+
+    return Step(fresh, lambda: [p.grad for p in model.parameters()], _waiting(device))
+
+
+def _returning(device: torch.device, run: Callable[[], list[Tensor]]) -> Step:
+    """A step that returns its updates."""
+    last: list[list[Tensor]] = [[]]
+
+    def step() -> None:
+        last[0] = run()
+
+    return Step(step, lambda: last[0], _waiting(device))
+
+
+def _graphed(device: torch.device, run: Callable[[], list[Tensor]]) -> Step:
+    """``run`` recorded once in a CUDA graph, then replayed."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries set themselves up, the allocator finds its sizes
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    torch.clear_autocast_cache()  # casts made outside the graph would not be repeated in it
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        updates = run()
+    torch.clear_autocast_cache()
+    return Step(graph.replay, lambda: updates, _waiting(device))
+
+
+# pcfast's backends
+
+
+def _backend(name: str) -> Contender:
+    def why_not(workload: Workload, precision: str, device: torch.device) -> str:
+        with torch.device("meta"):
+            network = describe(workload.make())
+        return BACKENDS[name].supports(network, device, parameter_dtype(precision))[1]
+
+    def prepare(workload, model, x, y, precision) -> Step:
+        def run() -> None:
+            pcfast.pc_loss(
+                model, x, y, method=workload.method, step_size=workload.step_size, num_steps=workload.num_steps,
+                backend=name,
+            ).backward()  # fmt: skip
+
+        return _by_grad(model, x.device, run)
+
+    return Contender(name, True, f"pcfast, backend {name}", why_not, prepare, passes=2)
+
+
+# what others run
+
+
+def _literal(workload, model, x, y, precision) -> Step:
+    def run() -> None:
+        literal_step(model, F.cross_entropy, x, y, workload.method, workload.step_size, workload.num_steps)
+
+    return _by_grad(model, x.device, run)
+
+
+def _plain(workload, model, x, y, body=None) -> Callable[[], list[Tensor]]:
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        return plain_step(model, x, y, workload.method, workload.step_size, workload.num_steps, body)
+
+    return run
+
+
+def _plain_eager(workload, model, x, y, precision) -> Step:
+    return _returning(x.device, _plain(workload, model, x, y))
+
+
+def _plain_graph(workload, model, x, y, precision) -> Step:
+    return _graphed(x.device, _plain(workload, model, x, y))
+
+
+def _plain_compiled(workload, model, x, y, precision) -> Step:
+    torch.compiler.reset()  # nothing of another workload's shapes
+    run = _plain(workload, model, x, y, torch.compile(iterate, fullgraph=True, dynamic=False))
+    return _graphed(x.device, run) if x.is_cuda else _returning(x.device, run)
+
+
+def _backpropagation(workload, model, x, y, precision) -> Step:
+    def run() -> None:
+        F.cross_entropy(model(x), y).backward()
+
+    return _by_grad(model, x.device, run)
+
+
+def _backpropagation_graph(workload, model, x, y, precision) -> Step:
+    parameters = list(model.parameters())
+    return _graphed(x.device, lambda: list(torch.autograd.grad(F.cross_entropy(model(x), y), parameters)))
+
+
+def _jax(workload, model, x, y, precision) -> Step:
+    from . import jax_loop
+
+    step = jax_loop.prepare(model, x, y, workload.method, workload.step_size, workload.num_steps, precision)
+    last: list = [None]
+
+    def run() -> None:
+        last[0] = step()
+
+    def updates() -> list[Tensor]:
+        return [torch.from_numpy(array.copy()).to(x.device) for array in jax_loop.as_arrays(last[0])]
+
+    return Step(run, updates, lambda: jax_loop.wait(last[0]))
+
+
+def _a_loop(workload: Workload, precision: str, device: torch.device) -> str:
+    return "there is no loop in exact" if workload.method == "exact" else ""
+
+
+def _known_layers(workload: Workload, precision: str, device: torch.device) -> str:
+    with torch.device("meta"):
+        module = unknown(workload.make())
+    return f"it does not know {module}" if module else ""
+
+
+def _on_cuda(workload: Workload, precision: str, device: torch.device) -> str:
+    return "" if device.type == "cuda" else "CUDA graphs need a CUDA device"
+
+
+def _jax_here(workload: Workload, precision: str, device: torch.device) -> str:
+    if importlib.util.find_spec("jax") is None:
+        return "jax is not installed"
+    import jax
+
+    if precision == "fp64":
+        return "jax computes in float32 here"
+    platform = jax.default_backend()
+    wanted = "gpu" if device.type == "cuda" else "cpu"
+    if platform != wanted:
+        return f"jax runs on {platform} here, the others on {device.type}"
+    return "the CPU has no bfloat16 products in jax" if (wanted, precision) == ("cpu", "bf16") else ""
+
+
+def _all(*checks):
+    """The first reason that any of ``checks`` gives."""
+    return lambda *case: next((reason for check in checks if (reason := check(*case))), "")
+
+
+#: By name; pcfast's backends first.
+CONTENDERS: dict[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        *(_backend(name) for name, backend in BACKENDS.items() if not backend.literal),
+        Contender("literal", False, "per-layer vjp loop, as published", _a_loop, _literal, passes=5),
+        Contender(
+            "plain", False, "loop without autograd", _all(_a_loop, _known_layers), _plain_eager, passes=3
+        ),
+        Contender(
+            "plain_graph", False, "that loop in a CUDA graph", _all(_a_loop, _known_layers, _on_cuda),
+            _plain_graph, passes=3,
+        ),
+        Contender(
+            "plain_compiled", False, "that loop under torch.compile, in a CUDA graph on CUDA",
+            _all(_a_loop, _known_layers), _plain_compiled, passes=3, quick=False,
+        ),
+        Contender(
+            "jax", False, "one jitted fori_loop in JAX", _all(_known_layers, _jax_here), _jax, passes=3
+        ),
+        Contender(
+            "backpropagation", False, "model(x), loss.backward()", lambda *_: "", _backpropagation, passes=0,
+            exact=True,
+        ),
+        Contender(
+            "backpropagation_graph", False, "that in a CUDA graph", _on_cuda, _backpropagation_graph, passes=0,
+            exact=True,
+        ),
+    )
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def switches(precision: str, device: torch.device):
+    """The precision's switches for a contender's whole time: preparing, running, reading."""
+    torch.clear_autocast_cache()
+    with use_precision(precision, device):
+        yield
+    torch.clear_autocast_cache()

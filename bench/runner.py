@@ -1,0 +1,226 @@
+"""One benchmark run: gate, prepare, take turns, and a record of plain values of everything that was found."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import math
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import pcfast
+from pcfast.machine import describe_machine
+from pcfast.precision import parameter_dtype
+
+from .contenders import CONTENDERS, Contender, Step, switches
+from .floor import counts_of, floor_of
+from .gate import Gate
+from .measure import QUICK_ROUNDS, ROUNDS, ceilings, peak_memory, take_turns
+from .memory import in_a_process
+from .sources import digest
+from .workloads import WORKLOADS, Workload
+
+FORMAT = 2
+GATE_ROWS = {"cuda": None, "cpu": 16}  # None: the whole batch
+LONGEST_STEP = {"cuda": 20.0, "cpu": 4.0}  # seconds: what would take longer is not started
+GATE_PRODUCTS = 2e10  # multiply-adds of a float64 relaxation on a CPU that the gate may cost
+
+Progress = Callable[[int, int, str], None]
+
+
+def run(
+    workloads: Sequence[str],
+    contenders: Sequence[str],
+    precisions: Sequence[str],
+    device: torch.device,
+    *,
+    quick: bool = False,
+    seconds: float = math.inf,
+    progress: Progress = lambda done, total, what: None,
+) -> dict:
+    """Time ``contenders`` on ``workloads`` in ``precisions``.
+
+    Args:
+        quick: few rounds.
+        seconds: stop cleanly after about so long; what was not reached is in the record and says so.
+
+    Returns:
+        The record: plain values, see :func:`_row` for its rows. Times are in seconds.
+    """
+    deadline = time.monotonic() + seconds
+    record = {
+        "format": FORMAT,
+        "recorded": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "sources": digest(),
+        "device": device.type,
+        "machine": describe_machine(device),
+        "quick": quick,
+        "ceilings": {precision: ceilings(precision, device, quick) for precision in precisions},
+        "rows": [],
+    }
+    cases = [(WORKLOADS[name], precision) for name in workloads for precision in precisions]
+    for done, (workload, precision) in enumerate(cases):
+        taking_part = [CONTENDERS[name] for name in contenders]
+        if time.monotonic() >= deadline:
+            record["rows"] += [_row(workload, precision, c, reason="out of time") for c in taking_part]
+            continue
+
+        def say(what: str, done: int = done, case: str = f"{workload.name} in {precision}") -> None:
+            progress(done, len(cases), f"{case}: {what}")
+
+        record["rows"] += _case(workload, precision, taking_part, device, record, quick, deadline, say)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for precision in precisions:  # the machine may have been busy the first time
+        again = ceilings(precision, device, quick)
+        first = record["ceilings"][precision]
+        record["ceilings"][precision] = {name: max(first[name], again[name]) for name in first}
+    for row in record["rows"]:
+        if "multiply_adds" in row:
+            row.update(floor_of(row, record["ceilings"][row["precision"]]))
+    progress(len(cases), len(cases), "done")
+    return record
+
+
+def _case(
+    workload: Workload,
+    precision: str,
+    contenders: list[Contender],
+    device: torch.device,
+    record: dict,
+    quick: bool,
+    deadline: float,
+    say: Callable[[str], None],
+) -> list[dict]:
+    """The rows of one workload in one precision."""
+    model, x, y = workload.draw(device)
+    dtype = parameter_dtype(precision)
+    model, x = model.to(dtype), x.to(dtype)
+    limits = record["ceilings"][precision]
+    counts = counts_of(workload, model)
+    macs = _forward_macs(workload)
+    rows = {c.name: _row(workload, precision, c) for c in contenders}
+    able: list[Contender] = []
+    for contender in contenders:
+        seconds = _guess(contender, workload, macs, counts["multiply_adds"]) / limits["multiply_adds_per_s"]
+        reason = contender.why_not(workload, precision, device)
+        if not reason and seconds > LONGEST_STEP[device.type]:
+            reason = f"a step would take about {seconds:.0f} s"
+        rows[contender.name]["reason"] = reason
+        if not reason:
+            able.append(contender)
+    if not able:
+        return list(rows.values())
+
+    say("gate")
+    gate = Gate(workload, device, _gate_rows(workload, macs, device))
+    steps: list[tuple[str, Step]] = []
+    for contender in able:
+        row = rows[contender.name]
+        try:
+            say(f"gate of {contender.name}")
+            verdict = gate.judge(contender, precision)
+            row.update(error=verdict.error, bound=verdict.bound, gate_rows=gate.rows)
+            if verdict.reason:
+                row["reason"] = f"gate closed: {verdict.reason}"
+                continue
+            with switches(precision, device):
+                step = contender.prepare(workload, model, x, y, precision)
+                step.run()
+                step.wait()
+        except Exception as error:  # of a compiler, of memory, of a baseline: the others go on
+            row["reason"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        steps.append((contender.name, step))
+    say("timing")
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    times = take_turns(steps, precision, device, rounds, lambda: time.monotonic() >= deadline)
+    say("memory")
+    for name, step in steps:
+        found = times[name]
+        rows[name].update(
+            status="timed", seconds=found.median, p20=found.p20, p80=found.p80, host_seconds=found.host,
+            samples=found.samples,
+        )  # fmt: skip
+        if device.type == "cuda":
+            rows[name]["peak_bytes"] = peak_memory(step, precision, device)
+        elif not quick:
+            rows[name]["peak_bytes"] = in_a_process(workload.name, name, precision)
+    energy = _energy_drop(workload, gate) if workload.method == "strict" else None
+    for row in rows.values():
+        row.update(**counts, energy_drop=energy)
+    return list(rows.values())
+
+
+def _row(workload: Workload, precision: str, contender: Contender, reason: str = "") -> dict:
+    """One contender on one workload in one precision; ``status`` "timed" or "skipped" with a ``reason``."""
+    return {
+        "workload": workload.name,
+        "about": workload.about,
+        "batch": workload.batch,
+        "method": workload.method,
+        "step_size": workload.step_size,
+        "num_steps": workload.num_steps,
+        "precision": precision,
+        "contender": contender.name,
+        "ours": contender.ours,
+        "exact": contender.exact,
+        "status": "skipped",
+        "reason": reason,
+    }
+
+
+def _forward_macs(workload: Workload) -> int:
+    """Multiply-adds of the forward pass of one batch."""
+    with torch.device("meta"):
+        model = workload.make()
+    shape = (workload.batch, *workload.sample)
+    return pcfast.explain(model, shape, "cpu", method="exact").plan.work.forward
+
+
+def _guess(contender: Contender, workload: Workload, forward: int, ours: int) -> float:
+    """Multiply-adds of a step, roughly: only to leave out what would take minutes."""
+    if contender.ours:
+        return ours
+    steps = 0 if workload.method == "exact" else workload.num_steps
+    return forward * (3 + contender.passes * steps)
+
+
+def _gate_rows(workload: Workload, forward: int, device: torch.device) -> int:
+    rows = GATE_ROWS[device.type]
+    if rows is None:
+        return workload.batch
+    steps = 1 if workload.method == "exact" else workload.num_steps
+    affordable = int(GATE_PRODUCTS / (3 * steps * forward / workload.batch))
+    return max(1, min(rows, workload.batch, affordable))
+
+
+def _energy_drop(workload: Workload, gate: Gate) -> float:
+    """1 - E(last iteration) / E(first iteration): how far the relaxation got."""
+    energies = pcfast.relax(
+        gate.model, gate.x, gate.y, method="strict", step_size=workload.step_size, num_steps=workload.num_steps,
+        energies=True, check="sync",
+    ).energies.double()  # fmt: skip
+    return 1 - float(energies[-1].sum() / energies[0].sum())
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a "+" where its sources were changed since; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.check_output(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+        changed = subprocess.check_output(
+            ["git", "status", "--porcelain", "--", ".", "../pcfast", "../kernels", "../csrc", ":!results"],
+            cwd=here, text=True, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")

@@ -1,0 +1,55 @@
+"""Rows of a record in words: the columns that the command line and the README share."""
+
+from __future__ import annotations
+
+
+def headings() -> tuple[str, ...]:
+    """Column names; ">" means numbers, aligned right."""
+    return ("contender", ">time", ">p20 - p80", ">against literal", ">against best other", ">of floor", ">error",
+            ">memory", ">host", "")  # fmt: skip
+
+
+def cells(row: dict, rows: list[dict]) -> list[str]:
+    """One contender among the ``rows`` of its workload and precision."""
+    if row["status"] != "timed":
+        return [row["contender"], *[""] * 8, row["reason"]]
+    literal, other = seconds_of("literal", rows), best_other(rows)
+    return [
+        row["contender"] + (" (pcfast)" if row["ours"] else ""),
+        time(row["seconds"]),
+        f"{time(row['p20'])} - {time(row['p80'])}",
+        "" if literal is None else f"{literal / row['seconds']:.2f}x",
+        "" if other is None or not row["ours"] else f"{other['seconds'] / row['seconds']:.2f}x",
+        f"{row['floor_seconds'] / row['seconds']:.0%}",
+        f"{row['error']:.1e}",
+        "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 2**20:.1f} MiB",
+        "" if row.get("host_seconds") is None else time(row["host_seconds"]),
+        "the gradient, not predictive coding" if row["exact"] and row["method"] != "exact" else "",
+    ]
+
+
+def seconds_of(contender: str, rows: list[dict]) -> float | None:
+    """The median of ``contender``; None where it was not timed."""
+    return next((r["seconds"] for r in rows if r["contender"] == contender and r["status"] == "timed"), None)
+
+
+def best_other(rows: list[dict]) -> dict | None:
+    """The fastest contender that is not ours and computes the same; None where none was timed."""
+    exact = rows[0]["method"] == "exact"
+    others = [r for r in rows if r["status"] == "timed" and not r["ours"] and (exact or not r["exact"])]
+    return min(others, key=lambda r: r["seconds"], default=None)
+
+
+def best_of_ours(rows: list[dict]) -> dict | None:
+    """The fastest of pcfast's backends; None where none was timed."""
+    return min(
+        (r for r in rows if r["ours"] and r["status"] == "timed"), key=lambda r: r["seconds"], default=None
+    )
+
+
+def time(seconds: float) -> str:
+    """Three digits in a unit that fits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"

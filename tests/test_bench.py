@@ -1,0 +1,395 @@
+"""The benchmarks: the gate closes, floors are right, rows say what ran; records, tables, and the GPU script."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pcfast
+from pcfast import networks
+from pcfast.backends import BACKENDS, Eager
+from pcfast.bench import contenders, floor, gate, loops, measure, memory, report, runner, sources, tables
+from pcfast.bench.contenders import CONTENDERS
+from pcfast.bench.workloads import WORKLOADS, Workload
+from pcfast.cli import main
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = {
+    "mlp": Workload(
+        "small_mlp", lambda: networks.mlp([6, 9, 8, 4], nn.Tanh), (6,), 5, "small", 4, num_steps=7
+    ),
+    "cnn": Workload(
+        "small_cnn", lambda: networks.mnist_cnn((1, 10, 10)), (1, 10, 10), 3, "small", num_steps=6
+    ),
+}
+METHODS = ("strict", "fixed_prediction")
+
+
+def changed(workload: Workload, **values) -> Workload:
+    return Workload(**{**workload.__dict__, **values})
+
+
+# -------------------------------------------------------------------------------------------- contenders
+
+
+@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["literal", "plain", "jax"])
+def test_baselines_compute_predictive_coding(kind, method, name):
+    """Each, in float64 by the gate, against the reference backend; jax in float32 where it is installed."""
+    workload = changed(SMALL[kind], method=method)
+    why = CONTENDERS[name].why_not(workload, "ieee", CPU)
+    if why:
+        pytest.skip(why)
+    verdict = gate.Gate(workload, CPU, workload.batch).judge(CONTENDERS[name], "ieee")
+    assert verdict.reason == "" and 0 < verdict.error < 1  # in float32 belief form loses digits
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_backpropagation_is_judged_as_the_gradient(kind):
+    workload = SMALL[kind]  # strict: its updates are not the gradient
+    verdict = gate.Gate(workload, CPU, workload.batch).judge(CONTENDERS["backpropagation"], "ieee")
+    assert verdict.reason == "" and verdict.error < 1e-5
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_compiled_body_is_the_same_iteration(kind):
+    """Without code generation, which takes half a minute: ``iterate`` can be traced whole."""
+    model, x, y = SMALL[kind].draw(CPU)
+    with torch.no_grad():
+        graph = torch.compile(loops.iterate, fullgraph=True, backend="eager")
+        found = loops.plain_step(model, x, y, "strict", 0.1, 3, body=graph)
+        expected = loops.plain_step(model, x, y, "strict", 0.1, 3)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_every_workload_is_known_to_the_baselines():
+    for workload in WORKLOADS.values():
+        with torch.device("meta"):
+            model = workload.make()
+            assert model(torch.empty(1, *workload.sample)).shape == (1, workload.classes), workload.name
+        assert loops.unknown(model) == "", workload.name
+
+
+def test_what_cannot_run_says_why():
+    unknown = changed(SMALL["mlp"], make=lambda: nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.GELU())))
+    assert "GELU" in CONTENDERS["plain"].why_not(unknown, "ieee", CPU)
+    assert "CUDA" in CONTENDERS["plain_graph"].why_not(SMALL["mlp"], "ieee", CPU)
+    exact = changed(SMALL["mlp"], method="exact")
+    assert "no loop" in CONTENDERS["literal"].why_not(exact, "ieee", CPU)
+
+
+# -------------------------------------------------------------------------------------------------- gate
+
+
+class Wrong(Eager):
+    """Updates 0.1 % too large."""
+
+    def run(self, problem, plan):
+        outcome = super().run(problem, plan)
+        outcome.gradients = {p: g * 1.001 for p, g in outcome.gradients.items()}
+        return outcome
+
+
+@pytest.fixture
+def wrong_backend(monkeypatch):
+    backend = Wrong()
+    backend.name = "wrong"
+    monkeypatch.setitem(BACKENDS, "wrong", backend)
+    monkeypatch.setitem(CONTENDERS, "wrong", contenders._backend("wrong"))
+
+
+@pytest.fixture
+def small_workloads(monkeypatch):
+    for workload in SMALL.values():
+        monkeypatch.setitem(WORKLOADS, workload.name, workload)
+    monkeypatch.setattr(measure, "SHORTEST_SAMPLE", 1e-4)
+    monkeypatch.setattr(measure, "SECONDS_OF_A_CEILING", 0.01)
+
+
+def timed(record: dict, contender: str) -> dict:
+    return next(row for row in record["rows"] if row["contender"] == contender)
+
+
+def test_no_number_from_a_wrong_backend(wrong_backend, small_workloads):
+    record = runner.run(["small_mlp"], ["eager", "wrong"], ["ieee"], CPU, quick=True)
+    assert timed(record, "eager")["status"] == "timed"
+    row = timed(record, "wrong")
+    assert row["status"] == "skipped" and row["reason"].startswith("gate closed: layer")
+    assert "seconds" not in row and row["error"] > row["bound"]
+
+
+def test_a_wrong_baseline_is_not_timed(small_workloads, monkeypatch):
+    def prepare(workload, model, x, y, precision):
+        step = contenders._literal(workload, model, x, y, precision)
+        return contenders.Step(step.run, lambda: [1.001 * u for u in step.updates()], step.wait)
+
+    monkeypatch.setitem(
+        CONTENDERS, "literal", contenders.Contender("literal", False, "", lambda *_: "", prepare, 1)
+    )
+    row = timed(runner.run(["small_mlp"], ["literal"], ["ieee"], CPU, quick=True), "literal")
+    assert row["status"] == "skipped" and "off in float64" in row["reason"]
+
+
+def test_a_baseline_that_breaks_is_named_and_the_others_go_on(small_workloads, monkeypatch):
+    def prepare(*_):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setitem(CONTENDERS, "jax", contenders.Contender("jax", False, "", lambda *_: "", prepare, 1))
+    record = runner.run(["small_mlp"], ["jax", "eager"], ["ieee"], CPU, quick=True)
+    assert timed(record, "jax")["reason"] == "failed: RuntimeError: no compiler here"
+    assert timed(record, "eager")["status"] == "timed"
+
+
+# ------------------------------------------------------------------------------------------------ record
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16", "fp64"])
+def test_a_record_holds_what_was_found(small_workloads, precision):
+    seen = []
+    names = ["eager", "literal", "plain", "plain_graph", "backpropagation"]
+    record = runner.run(
+        ["small_mlp", "small_cnn"],
+        names,
+        [precision],
+        CPU,
+        quick=True,
+        progress=lambda *said: seen.append(said),
+    )
+    assert json.loads(json.dumps(record)) == record
+    assert record["machine"]["torch"] == str(torch.__version__) and record["sources"] == sources.digest()
+    assert [(row["workload"], row["contender"]) for row in record["rows"]] == [
+        (workload.name, name) for workload in SMALL.values() for name in names
+    ]
+    assert seen[-1] == (2, 2, "done") and any("gate of literal" in what for _, _, what in seen)
+    for row in record["rows"]:
+        if row["contender"] == "plain_graph":
+            assert row["status"] == "skipped" and "CUDA" in row["reason"]
+            continue
+        assert row["status"] == "timed" and row["reason"] == "" and row["precision"] == precision
+        assert 0 < row["p20"] <= row["seconds"] <= row["p80"]
+        assert row["samples"] == measure.QUICK_ROUNDS and row["host_seconds"] is None
+        limits = record["ceilings"][precision]
+        products = row["multiply_adds"] / limits["multiply_adds_per_s"]
+        assert row["floor_seconds"] == max(products, row["bytes"] / limits["copy_bytes_per_s"])
+        assert 0 < row["energy_drop"] < 1
+
+
+def test_counts_are_those_of_the_planner():
+    workload = WORKLOADS["mlp_600"]
+    model, x, _ = workload.draw(CPU, rows=300)
+    counts = floor.counts_of(workload, model)
+    assert counts["multiply_adds"] == pcfast.explain(model, x.shape).plan.work.total
+    assert counts["bytes"] == 4 * (2 * sum(p.numel() for p in model.parameters()) + x.numel())
+    limits = {"multiply_adds_per_s": counts["multiply_adds"] / 2.0, "copy_bytes_per_s": counts["bytes"] / 1.0}
+    assert floor.floor_of(counts, limits) == {"floor_seconds": 2.0, "binding": "products"}
+
+
+def test_a_run_out_of_time_says_so(small_workloads):
+    record = runner.run(["small_mlp"], ["eager"], ["ieee"], CPU, quick=True, seconds=0)
+    assert [row["reason"] for row in record["rows"]] == ["out of time"]
+
+
+def test_what_would_take_minutes_is_not_started(small_workloads, monkeypatch):
+    monkeypatch.setitem(runner.LONGEST_STEP, "cpu", 1e-9)
+    row = timed(runner.run(["small_mlp"], ["literal"], ["ieee"], CPU, quick=True), "literal")
+    assert "would take about" in row["reason"]
+
+
+def test_contenders_take_turns():
+    order = []
+
+    def step(name: str) -> contenders.Step:
+        return contenders.Step(lambda: order.append(name), list, lambda: None)
+
+    times = measure.take_turns([("a", step("a")), ("b", step("b"))], "ieee", CPU, 6, lambda: False)
+    assert times["a"].samples == times["b"].samples == 6
+    switches = sum(first != second for first, second in pairwise(order))
+    assert switches >= 6  # blocks, not all of one and then all of the other
+
+
+def test_peak_memory_is_that_of_the_step():
+    """mlp_600's literal loop holds a handful of (300, 600) tensors: megabytes, and not hundreds of them."""
+    found = memory.in_a_process("mlp_600", "plain", "ieee")
+    assert 1e6 < found < 3e8
+
+
+# ------------------------------------------------------------------------------------- tables and README
+
+
+def fake_rows() -> list[dict]:
+    def row(contender, seconds, ours=False, exact=False):
+        return {
+            "workload": "w", "precision": "ieee", "method": "strict", "contender": contender, "ours": ours,
+            "exact": exact, "status": "timed", "seconds": seconds, "p20": seconds, "p80": seconds, "error": 1e-7,
+            "floor_seconds": 0.5, "reason": "", "multiply_adds": 10, "bytes": 5,
+        }  # fmt: skip
+
+    skipped = {**row("jax", 0.0), "status": "skipped", "reason": "jax is not installed"}
+    return [
+        row("eager", 1.0, ours=True),
+        row("literal", 8.0),
+        row("plain", 4.0),
+        row("backpropagation", 0.2, exact=True),
+        skipped,
+    ]
+
+
+def test_tables_compare_with_the_best_rival_in_predictive_coding():
+    rows = fake_rows()
+    assert tables.best_other(rows)["contender"] == "plain"  # neither ours nor the gradient
+    cells = dict(zip(tables.headings(), tables.cells(rows[0], rows), strict=True))
+    assert cells[">against literal"] == "8.00x" and cells[">against best other"] == "4.00x"
+    assert cells[">of floor"] == "50%" and cells[">time"] == "1 s"
+    assert tables.cells(rows[4], rows)[-1] == "jax is not installed"
+    assert "gradient" in tables.cells(rows[3], rows)[-1]
+    assert tables.time(1.234e-5) == "12.3 us"
+
+
+def fake_record(device: str = "cpu", digest: str | None = None) -> dict:
+    return {
+        "format": runner.FORMAT, "recorded": "2026-01-02T03:04:05+00:00", "commit": "abc1234", "quick": False,
+        "sources": digest or sources.digest(), "device": device, "rows": fake_rows(),
+        "machine": {"processor": "A CPU", "threads": 2, "python": "3.11", "torch": "2.13"},
+        "ceilings": {"ieee": {"multiply_adds_per_s": 1e10, "copy_bytes_per_s": 1e10}},
+    }  # fmt: skip
+
+
+def test_readme_says_that_no_gpu_was_measured_and_marks_old_records():
+    assert report.text([fake_record()]).startswith(report.NOT_MEASURED)
+    assert report.NOT_MEASURED not in report.text([fake_record("cuda"), fake_record()])
+    assert "Older than the code" not in report.text([fake_record()])
+    assert "Older than the code" in report.text([fake_record(digest="0" * 16)])
+
+
+def test_the_digest_follows_the_sources(monkeypatch, tmp_path):
+    before = sources.digest()
+    (tmp_path / "pcfast" / "cli").mkdir(parents=True)
+    package = tmp_path / "pcfast"
+    (package / "__init__.py").write_text("")
+    (package / "cli" / "x.py").write_text("1")
+    monkeypatch.setattr(pcfast, "__file__", str(package / "__init__.py"))
+    found = sources.digest()
+    assert found != before
+    (package / "cli" / "x.py").write_text("2")  # no training step runs through it
+    assert sources.digest() == found
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "kernel.cu").write_text("")
+    assert sources.digest() != found
+
+
+def test_the_picture_is_drawn(tmp_path):
+    path = tmp_path / "speed.png"
+    report.picture([fake_record("cuda"), fake_record()], path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quick": True}, "no full run"),
+        ({"format": 1}, "no full run"),
+        ({"commit": "abc+"}, "not committed"),
+        ({}, None),
+    ],
+)
+def test_only_full_runs_of_committed_sources_are_recorded(change, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({**fake_record(), **change}))
+    if message is not None:
+        with pytest.raises(Exception, match=message):
+            report.record(path)
+        return
+    kept = report.record(path)
+    assert kept == tmp_path / "results" / "cpu" / "2026-01-02-abc1234.json"
+    with pytest.raises(Exception, match="never replaced"):
+        report.record(path)
+    assert [found["commit"] for found in report.newest()] == ["abc1234"]
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+
+def test_the_command(small_workloads, tmp_path, capsys):
+    path = tmp_path / "new" / "run.json"
+    arguments = [
+        "bench",
+        "tiny_exact",
+        "--contender",
+        "eager",
+        "--contender",
+        "literal",
+        "--quick",
+        "--device",
+        "cpu",
+    ]
+    assert main([*arguments, "--json", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert "tiny_exact in ieee" in output and "no loop in exact" in output and "1 timed, 1 left out" in output
+    assert json.loads(path.read_text())["quick"] is True
+
+
+def test_the_command_fails_where_the_gate_closed(wrong_backend, small_workloads, capsys, monkeypatch):
+    record = runner.run(["small_mlp"], ["wrong"], ["ieee"], CPU, quick=True)
+    monkeypatch.setattr(runner, "run", lambda *_, **__: record)
+    assert main(["bench", "--quick", "--device", "cpu"]) == 1
+    assert "1 of pcfast's refused" in capsys.readouterr().out
+
+
+def test_the_gpu_script_can_be_rehearsed(tmp_path):
+    """Every step without a GPU, as on the machine that has one."""
+    done = subprocess.run(
+        ["bash", ROOT / "bench" / "on_gpu.sh", tmp_path / "out", "--rehearse", "--minutes", "3"],
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True,
+        text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["bench.json", "bench.txt", "info.json", "log.txt", "summary.txt"]
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert done.stdout.rstrip().endswith(summary.rstrip())
+    for step in ("build", "tests", "constants", "bench", "sanitizer"):
+        assert step in summary
+    assert "FAILED" not in summary and "skipped" in summary
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["quick"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "usage"),
+        (["out", "--minutes", "x"], "--minutes"),
+        (["a", "b"], "one folder"),
+        (["out", "--fast"], "--fast"),
+    ],
+)
+def test_the_gpu_script_names_bad_arguments(arguments, words, tmp_path):
+    done = subprocess.run(
+        ["bash", ROOT / "bench" / "on_gpu.sh", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_relaxation_descends_in_every_strict_workload_that_is_small():
+    """Step size 0.1 is stable for the nets as they are drawn; otherwise times would be those of nonsense."""
+    for name in ("mlp_600", "mnist_cnn", "deep_mlp_8"):
+        workload = WORKLOADS[name]
+        model, x, y = workload.draw(CPU, rows=4)
+        energies = pcfast.relax(
+            model, x, y, step_size=workload.step_size, num_steps=workload.num_steps, energies=True
+        ).energies
+        total = energies.sum(1)
+        assert math.isfinite(float(total[-1])) and float(total[-1]) < float(total[0])
+        assert F.cross_entropy(model(x), y).item() == pytest.approx(float(total[0]), rel=1e-4)

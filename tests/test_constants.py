@@ -1,0 +1,428 @@
+"""Measured constants: the CUDA program compiles and keeps its work, and what it writes is read as it should be."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from pcfast import constants, log
+from pcfast.bench.constants import measure
+from pcfast.constants import BY_CLUSTER_SIZE, CLUSTER_SIZES, DEFAULTS, NAMES, Table, load
+from pcfast.errors import ArgumentError
+
+FOLDER = Path(__file__).resolve().parent.parent / "bench" / "constants"
+ARCHITECTURES = ("80", "90a", "100a")
+
+
+# ---- the program
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """Folder with the program, for three architectures, and its PTX; built once, also where xdist runs several."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "constants-build"
+    with FileLock(f"{folder}.lock"):
+        program = folder / "constants"
+        if not program.exists():
+            folder.mkdir(exist_ok=True)
+            measure.build(
+                program, ARCHITECTURES, "-Werror=all-warnings", "-keep", f"-keep-dir={folder}", "--threads=2"
+            )
+    return folder
+
+
+def kernels_of(ptx: str) -> dict[str, str]:
+    """Kernel (mangled name) -> its PTX."""
+    parts = re.split(r"\.entry\s+(\w+)", ptx)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def inside_loops(body: str) -> str:
+    """The lines of a kernel that lie between a label and a branch back to it."""
+    lines = body.splitlines()
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\$\w+):", line))}
+    inside: set[int] = set()
+    for i, line in enumerate(lines):
+        if "bra" in line and (target := re.search(r"(\$\w+);", line)):
+            inside.update(range(labels[target[1]], i + 1))
+    return "\n".join(lines[i] for i in sorted(inside))
+
+
+# Kernel -> instructions that must stand in its loop. Loads are volatile, relaxed or acquire: ptxas takes plain ones
+# out of the loop.
+ANYWHERE = {
+    "read_shared": ("ld.volatile.shared.v4.u32",) * 4,
+    "read_l2": ("ld.relaxed.gpu.global.v4.u32",) * 4,
+    "pass_token_round": ("ld.acquire.gpu.global.u32", "st.release.gpu.global.u32", "%clock64"),
+    "arrive_and_wait_for_all": ("ld.acquire.gpu.global.u32", "%clock64"),
+    "grid_barriers": ("atom.add.release.gpu", "ld.acquire.gpu", "barrier.sync"),
+    "stay_busy": ("fma.rn.f32", "%globaltimer", "%clock64"),
+    "hold_stream": ("%clock64",),
+}
+CLUSTERS = {
+    "read_neighbour": ("ld.relaxed.cluster.shared::cluster.v4.u32",) * 8,
+    "cluster_barriersILb0": (
+        "barrier.cluster.arrive.release.aligned",
+        "barrier.cluster.wait.acquire.aligned",
+    ),
+    "cluster_barriersILb1": ("barrier.cluster.arrive.relaxed.aligned", "barrier.cluster.wait.aligned"),
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_timed_loops_hold_what_is_measured(built, architecture):
+    kernels = kernels_of((built / f"constants.compute_{architecture}.ptx").read_text())
+    wanted = ANYWHERE if architecture == "80" else {**ANYWHERE, **CLUSTERS}
+    for name, instructions in wanted.items():
+        (body,) = (body for mangled, body in kernels.items() if name in mangled)
+        loop = inside_loops(body)
+        for instruction in set(instructions):
+            assert loop.count(instruction) >= instructions.count(instruction), (name, instruction)
+    for name in CLUSTERS:
+        (body,) = (body for mangled, body in kernels.items() if name in mangled)
+        assert ("trap;" in body) == (architecture == "80"), name
+    (neighbour,) = (body for mangled, body in kernels.items() if "read_neighbour" in mangled)
+    assert architecture == "80" or "mapa.shared::cluster.u32" in neighbour
+
+
+@needs_nvcc
+def test_machine_code_keeps_the_loads_in_their_loops(built):
+    """ptxas may move what PTX has in a loop; a disassembler of CUDA 13 or newer is needed to see it."""
+    tools = [shutil.which(name) for name in ("cuobjdump", "nvdisasm")]
+    if None in tools:
+        pytest.skip(
+            "cuobjdump and nvdisasm are not on PATH (pip: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm)"
+        )
+    cubin = built / "constants.compute_90a.cubin"
+    code = subprocess.run([tools[0], "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    kernels = dict(zip(*[iter(re.split(r"Function : (\w+)", code)[1:])] * 2, strict=True))
+    for name, instruction, count in (
+        ("read_shared", r"LDS\.128", 4),
+        ("read_l2", r"LDG\.E\.128\.STRONG\.GPU", 4),
+        ("read_neighbour", r"LD\.E\.128\.STRONG", 8),
+        ("cluster_barriersILb0", r"UCGABAR_ARV", 1),
+        ("pass_token_round", r"STG\.E\.STRONG\.GPU", 1),
+    ):
+        (body,) = (body for mangled, body in kernels.items() if name in mangled)
+        lines = [(int(address, 16), line) for address, line in re.findall(r"/\*([0-9a-f]{4})\*/(.*)", body)]
+        jumps = [
+            (int(m[1], 16), at) for at, line in lines if (m := re.search(r"BRA\S* .*?0x([0-9a-f]+)", line))
+        ]
+        inside = [line for at, line in lines if any(target <= at < end for target, end in jumps)]
+        assert sum(bool(re.search(instruction, line)) for line in inside) >= count, name
+
+
+@needs_nvcc
+def test_without_a_gpu_the_program_says_so(built):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([built / "constants"], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == measure.EXIT_NOTHING
+    assert "cudaGetDeviceCount" in json.loads(done.stdout)["error"]
+    assert done.stderr == ""
+
+
+@needs_nvcc
+def test_without_a_gpu_running_it_is_one_clear_line(built, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(measure.MeasuringError, match="constants measured nothing: cudaGetDeviceCount"):
+        measure.run(built / "constants")
+
+
+HANGING = r"""
+#include "report.h"
+int main() {
+    Report report;
+    report.describe("device", quoted("NVIDIA \"X\" \\ 1\n"));
+    report.measured("sm_count", 0, Value::exact(132));
+    report.measured("grid_barrier_us", 0, Value::median_of({3, 1, 2, 5, 4}, 0, 10));
+    report.measured("cluster_barrier_us", 2, Value::median_of({0.25}, 0, 10));
+    try {
+        report.measured("cluster_barrier_us", 4, Value::median_of({11}, 0, 10));
+    } catch (const Failure& failure) {
+        report.not_measured("cluster_barrier_us", 4, failure.what());
+    }
+    Watchdog watchdog(report);
+    watchdog.expect("copy_bandwidth_gbs", 0, 100);
+    watchdog.expect("dsmem_bandwidth_gbs", 8, 1);
+    std::this_thread::sleep_for(std::chrono::seconds(30));
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
+def test_a_measurement_that_hangs_is_stopped_and_named(tmp_path):
+    (tmp_path / "hanging.cpp").write_text(HANGING)
+    program = tmp_path / "hanging"
+    command = ["g++", "-std=c++17", "-pthread", "-Wall", "-Wextra", "-Werror", f"-I{FOLDER}", "-o", program]
+    subprocess.run([*command, tmp_path / "hanging.cpp"], check=True, timeout=60)
+    record = measure.run(program)
+    assert record["exit_status"] == 3
+    assert record["device"] == 'NVIDIA "X" \\ 1 '
+    assert record["stopped_at"] == "dsmem_bandwidth_gbs"
+    assert record["measured"]["sm_count"] == 132
+    assert record["measured"]["grid_barrier_us"] == {"median": 3, "p20": 2, "p80": 4, "samples": 5}
+    assert record["measured"]["cluster_barrier_us"]["2"]["median"] == 0.25
+    assert "outside what is plausible" in record["not_measured"]["cluster_barrier_us"]["4"]
+    assert "waited 1 s" in record["not_measured"]["dsmem_bandwidth_gbs"]["8"]
+    measure.save({**record, "date": "2026-11-24"}, tmp_path / "constants.json")
+    assert load(tmp_path / "constants.json").grid_barrier_us == 3
+
+
+# ---- building and running it
+
+
+def test_names_of_architectures():
+    assert [measure.architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == [
+        "80",
+        "89",
+        "90a",
+        "100a",
+        "120a",
+    ]
+
+
+def test_without_nvcc(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(measure.MeasuringError, match="nvcc is not on PATH"):
+        measure.build(tmp_path / "program", ["90a"])
+
+
+def script(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_compile_error_is_one_line(monkeypatch, tmp_path):
+    script(tmp_path, "nvcc", "echo 'x.cu(3): error: no such thing' >&2; echo '1 error detected' >&2; exit 2")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(
+        measure.MeasuringError, match=r"^nvcc refused .* for 90a: x\.cu\(3\): error: no such thing$"
+    ):
+        measure.build(tmp_path / "program", ["90a"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sleep 10", "did not end within 1 s"),
+        ("echo gone >&2; exit 9", "status 9 and no JSON; it said: gone"),
+        ("""echo '{"error": "no device"}'; exit 1""", "measured nothing: no device"),
+        ("""echo '{"measured": {}, "not_measured": {"opening": "30 s"}}'; exit 3""", "30 s"),
+    ],
+)
+def test_a_program_that_fails_is_one_line(text, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "RUN_SECONDS", 1)
+    with pytest.raises(measure.MeasuringError, match=message) as raised:
+        measure.run(script(tmp_path, "constants", text))
+    assert "\n" not in str(raised.value)
+
+
+def test_without_a_gpu_nothing_is_built(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["measure.py", "--out", str(tmp_path / "constants.json")])
+    assert measure.main() == 1
+    assert capsys.readouterr().err == "measure.py: no GPU: torch.cuda.is_available() is False\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_replaces_the_file_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "results" / "constants.json"
+    measure.save(SAMPLE, path)
+    with pytest.raises(TypeError):
+        measure.save({"device": object()}, path)
+    assert json.loads(path.read_text()) == SAMPLE
+    assert [file.name for file in path.parent.iterdir()] == ["constants.json"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_nvcc
+def test_everything_is_measured_on_a_gpu(tmp_path):
+    record = measure.measure()
+    assert record["exit_status"] == 0, record["not_measured"]
+    measure.save(record, tmp_path / "constants.json")
+    measured = load(tmp_path / "constants.json", device=torch.cuda.get_device_name(0))
+    clusters = torch.cuda.get_device_capability(0) >= (9, 0)
+    wanted = [n for n in NAMES if clusters or n not in BY_CLUSTER_SIZE]
+    assert [n for n in wanted if "measured" not in measured.source[n]] == []
+
+
+# ---- reading the result
+
+SAMPLE = {
+    "device": "NVIDIA H200",
+    "compute_capability": "9.0",
+    "cuda_driver": "13.0",
+    "cuda_runtime": "13.0",
+    "measured": {
+        "sm_count": 132,
+        "l2_bytes": 62914560,
+        "grid_barrier_us": {"median": 1.25, "p20": 1.2, "p80": 1.3, "samples": 20},
+        "cluster_barrier_us": {
+            "2": {"median": 0.5, "p20": 0.5, "p80": 0.5, "samples": 15},
+            "8": {"median": 0.6, "p20": 0.5, "p80": 0.7, "samples": 15},
+        },
+        "resident_clusters_200_kib": {"2": 66, "4": 32, "8": 15, "16": 0},
+        "resident_clusters_1_kib": {"2": 528, "4": 260, "8": 120},
+        "of_a_later_release_us": {"median": 1},
+    },
+    "not_measured": {
+        "copy_bandwidth_gbs": "less than 3 GiB of device memory are free",
+        "cluster_barrier_us": {"16": "not one cluster of 16 blocks is resident"},
+        "resident_clusters_1_kib": {"16": "block 3 waited a second for all"},
+    },
+    "exit_status": 2,
+    "torch": "2.11.0+cu130",
+    "date": "2026-11-24",
+}
+LABEL = "measured NVIDIA H200 2026-11-24"
+
+
+def written(tmp_path, record) -> Path:
+    path = tmp_path / "constants.json"
+    path.write_text(record if isinstance(record, str) else json.dumps(record))
+    return path
+
+
+def test_measured_values_stand_before_defaults(tmp_path):
+    found = load(written(tmp_path, SAMPLE))
+    assert found.device == "NVIDIA H200"
+    assert (found.sm_count, found.l2_bytes, found.grid_barrier_us) == (132, 62914560, 1.25)
+    assert found.source["grid_barrier_us"] == LABEL and found.is_measured("grid_barrier_us")
+    assert found.graph_node_gap_us == DEFAULTS["graph_node_gap_us"][0]
+    assert found.source["graph_node_gap_us"] == DEFAULTS["graph_node_gap_us"][1]
+    assert found.copy_bandwidth_gbs == 4300
+    assert found.source["copy_bandwidth_gbs"].endswith(
+        "not measured: less than 3 GiB of device memory are free"
+    )
+    assert not found.is_measured("copy_bandwidth_gbs")
+
+
+def test_tables_are_filled_size_by_size(tmp_path):
+    found = load(written(tmp_path, SAMPLE))
+    default, origin = DEFAULTS["cluster_barrier_us"]
+    assert dict(found.cluster_barrier_us) == {2: 0.5, 4: default[4], 8: 0.6, 16: default[16]}
+    why = "not measured: not one cluster of 16 blocks is resident"
+    assert found.source["cluster_barrier_us"] == f"2, 8: {LABEL} | 4: {origin} | 16: {origin}; {why}"
+    assert not found.is_measured("cluster_barrier_us")
+
+
+def test_clusters_that_could_not_be_counted_are_none(tmp_path):
+    """Any other number might deadlock."""
+    found = load(written(tmp_path, SAMPLE))
+    assert dict(found.resident_clusters_200_kib) == {2: 66, 4: 32, 8: 15, 16: 0}
+    assert found.is_measured("resident_clusters_200_kib")
+    assert found.resident_clusters_1_kib[16] == 0
+    assert "none, as it was not measured: block 3 waited" in found.source["resident_clusters_1_kib"]
+
+
+def test_without_a_file_all_are_defaults(monkeypatch, caplog):
+    monkeypatch.delenv(constants.PATH_VARIABLE, raising=False)
+    with caplog.at_level(logging.INFO, "pcfast"):
+        found = load()
+    assert {name: (getattr(found, name), found.source[name]) for name in NAMES} == DEFAULTS
+    assert caplog.messages == []
+    assert hash(found) == hash(load())
+
+
+def test_the_environment_names_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv(constants.PATH_VARIABLE, str(written(tmp_path, SAMPLE)))
+    assert load().grid_barrier_us == 1.25
+
+
+def test_every_default_names_where_it_is_from():
+    assert set(DEFAULTS) == set(NAMES)
+    for name, (value, source) in DEFAULTS.items():
+        assert source.startswith(("published: ", "estimate: ")), name
+        if name in BY_CLUSTER_SIZE:
+            assert isinstance(value, Table) and tuple(value) == CLUSTER_SIZES
+
+
+def test_an_unknown_device_gets_the_defaults_and_says_so(monkeypatch, caplog):
+    monkeypatch.delenv(constants.PATH_VARIABLE, raising=False)
+    monkeypatch.setattr(log, "_said", set())
+    with caplog.at_level(logging.INFO, "pcfast"):
+        found = load(device="NVIDIA A100-SXM4-80GB")
+    assert found.device == "NVIDIA A100-SXM4-80GB" and found.sm_count == 132
+    assert all("not of NVIDIA A100" in source for source in found.source.values())
+    assert caplog.messages == [
+        "constants: what was not measured on NVIDIA A100-SXM4-80GB is taken from an H100 or H200"
+    ]
+
+
+def test_a_file_of_another_device_is_not_used(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(log, "_said", set())
+    with caplog.at_level(logging.INFO, "pcfast"):
+        found = load(written(tmp_path, SAMPLE), device="NVIDIA H100 80GB HBM3")
+    assert not any(found.is_measured(name) for name in NAMES)
+    assert "was measured on NVIDIA H200, not on NVIDIA H100 80GB HBM3" in caplog.text
+
+
+def changed(**entries) -> dict:
+    record = copy.deepcopy(SAMPLE)
+    record["measured"].update(entries)
+    return record
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "it is no JSON object"),
+        ({"error": "no device"}, "it says 'no device'"),
+        ({**SAMPLE, "device": 3}, "it has no device"),
+        ({**SAMPLE, "date": ""}, "it has no date"),
+        ({**SAMPLE, "measured": []}, "it has no measured"),
+        (
+            {**SAMPLE, "not_measured": {"grid_barrier_us": 3}},
+            "the reason for not measuring grid_barrier_us is 3",
+        ),
+        (changed(grid_barrier_us="fast"), "grid_barrier_us is 'fast'"),
+        (changed(grid_barrier_us={"p20": 1}), "grid_barrier_us is"),
+        (changed(grid_barrier_us=0), "grid_barrier_us is 0"),
+        (changed(grid_barrier_us=True), "grid_barrier_us is True"),
+        (changed(grid_barrier_us=float("nan")), "grid_barrier_us is nan"),
+        (changed(sm_count=-1), "sm_count is -1"),
+        (changed(cluster_barrier_us=1.0), "cluster_barrier_us is not by cluster size"),
+        (changed(cluster_barrier_us={"two": 1.0}), "cluster_barrier_us is not by cluster size"),
+        (changed(cluster_barrier_us={"2": None}), "cluster_barrier_us of 2 is None"),
+    ],
+)
+def test_files_that_are_refused(record, message, tmp_path):
+    path = written(tmp_path, record)
+    with pytest.raises(ArgumentError, match=re.escape(message)) as raised:
+        load(path)
+    assert str(path) in str(raised.value) and "constants.measure" in str(raised.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ArgumentError, match="No such file"):
+        load(tmp_path / "none.json")
+
+
+def test_the_program_and_the_dataclass_name_the_same_constants():
+    source = (FOLDER / "constants.cu").read_text()
+    by_program = {
+        *re.findall(r'\{"(\w+)", (?:true|false), \w+\}', source),
+        *re.findall(r'report\.measured\("(\w+)"', source),
+    }
+    by_torch = set(re.findall(r'"(matmul_\w+)"', (FOLDER / "measure.py").read_text()))
+    assert by_program | by_torch == set(NAMES)
+    sized = set(re.findall(r'\{"(\w+)", true, \w+\}', source))
+    assert sized == set(BY_CLUSTER_SIZE)
