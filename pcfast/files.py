@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -43,25 +45,40 @@ def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Se
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def make_folder(path: str | os.PathLike) -> Path:
-    """The folder ``path`` for results, created if missing; found out now, before any work, whether it can be used.
+@contextlib.contextmanager
+def results_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """The folder ``path`` for results, created if missing and held against a second run for as long as the context.
+
+    Whether it can be used is found out now, before any work. Folders that were created and stayed empty are removed.
 
     Raises:
-        ArgumentError: it cannot be created, or no file can be written in it; nothing is left behind.
+        ArgumentError: it cannot be created or written, or another run is writing there.
     """
     path = Path(path)
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        for folder in missing:
-            if folder.is_dir():
-                folder.rmdir()
-        raise ArgumentError("out", str(path), "a folder in which files can be written", str(error)) from error
-    return path
+    lock = path / ".lock"
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, missing)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            held = stack.enter_context(open(lock, "a"))
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            needed = "a folder that no other run is writing to"
+            raise ArgumentError("out", str(path), needed, "Wait for it, or name another folder.") from error
+        except OSError as error:
+            needed = f"a folder in which files can be written ({error.strerror})"
+            raise ArgumentError("out", str(path), needed) from error
+        stack.callback(lock.unlink, missing_ok=True)
+        yield path
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # something was written, or it was never created
+            return
 
 
 def set_aside(folder: Path, names: Sequence[str]) -> Path | None:

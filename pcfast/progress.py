@@ -71,6 +71,11 @@ class Display:
         if self.bar is not None:
             self.bar.stop()
 
+    def say(self, message: str) -> None:
+        """One line between the epochs'; nothing where there is nothing to say."""
+        if self.bar is not None and message:
+            self.bar.console.print(message)
+
     def after_batch(self, samples: int) -> None:
         if self.bar is None or self.bar.disable:
             return

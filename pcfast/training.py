@@ -33,7 +33,7 @@ from . import plots
 from .checkpoints import FORMAT, load_checkpoint, loss_name, run_settings
 from .datasets import Data, checked_data
 from .errors import ArgumentError, ArgumentTypeError
-from .files import make_folder, set_aside, write_atomically, write_csv
+from .files import results_folder, set_aside, write_atomically, write_csv
 from .history import History
 from .losses import LossLike, describe_loss
 from .machine import describe_machine
@@ -169,20 +169,17 @@ def train(
         checkpoint = load_checkpoint(folder / CHECKPOINT, settings)
     if folder is not None:
         plots.require_matplotlib()
-        make_folder(folder)
-        aside = None if resume else set_aside(folder, FILES)
-        if aside is not None and progress:
-            print(f"an earlier run was moved to {aside}")
 
     was_training = model.training
+    held = contextlib.nullcontext() if folder is None else results_folder(folder)
     try:
-        with _switches(precision, device), seeded(seed, device):
+        with held, _switches(precision, device), seeded(seed, device):
             if resume:
                 run.restore(checkpoint)
                 if progress and len(run.history) >= epochs:
                     print(f"the run has {len(run.history)} epochs already; ask for more epochs to go on")
             with Display(progress, epochs, run) as display, Interrupt() as interrupt:
-                _train_epochs(run, epochs, folder, config, display, interrupt)
+                _train_epochs(run, epochs, folder, config, display, interrupt, aside=not resume)
     finally:
         model.train(was_training)
     return run.history
@@ -318,8 +315,19 @@ def _rehearse(run: Run) -> None:
 
 
 def _train_epochs(
-    run: Run, epochs: int, folder: Path | None, config: dict, display: Display, interrupt: Interrupt
+    run: Run,
+    epochs: int,
+    folder: Path | None,
+    config: dict,
+    display: Display,
+    interrupt: Interrupt,
+    *,
+    aside: bool,
 ) -> None:
+    """Train, and write the run folder after every epoch; with ``aside`` an earlier run is first moved away there.
+
+    That waits for the first epoch: a run that fails before leaves everything as it was.
+    """
     drawn = time.monotonic()
     while len(run.history) < epochs:
         run.train_epoch(lambda: interrupt.requested, display.after_batch)
@@ -328,9 +336,12 @@ def _train_epochs(
             run.finish_epoch()
             display.after_epoch()
         if folder is not None:
+            moved = set_aside(folder, FILES) if aside else None
+            aside = False
+            display.say(f"an earlier run was moved to {moved}" if moved else "")
             _save(run, folder, config)
-            last = len(run.history) == epochs
-            if finished and (last or time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS):
+            last = len(run.history) == epochs or interrupt.requested
+            if len(run.history) and (last or time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS):
                 title = f"{config['settings']['method']} predictive coding, {folder.name}"
                 plots.training_curves(run.history, folder / CURVES, title=title)
                 drawn = time.monotonic()

@@ -72,6 +72,11 @@ def checked_device(device: torch.device | str) -> torch.device:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ArgumentError("device", repr(device), needed) from error
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.zeros(1, device=device).cpu()
+        except Exception as error:  # each kind of device has its own
+            raise ArgumentError("device", str(device), f"{needed}, or another one that is here") from error
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if count == 0:

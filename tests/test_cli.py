@@ -60,6 +60,11 @@ def test_every_option_is_explained(command, capsys):
         (["train", "--epochs", "many"], ["--epochs", "many"]),
         (["train", "--seed", "-1"], ["--seed"]),
         (["train", "--lr", "0"], ["--lr"]),
+        (["train", "--lr", "nan"], ["--lr", "nan"]),
+        (["train", "--weight-decay", "inf"], ["--weight-decay", "inf"]),
+        (["train", "--out", ""], ["--out", "empty"]),
+        (["train", "--device", "meta"], ["--device", "meta"]),
+        (["train", "--device", "mps"], ["--device", "mps"]),
         (["train", "--unknown", "1"], ["--unknown"]),
         (["train", "--widths", "600,x"], ["--widths", "600,x", "600,600"]),
         (["train", "--widths", "600,0"], ["--widths", "600,0"]),
@@ -102,10 +107,22 @@ MODELS = {
     "make = 3": ("without a function", "make"),
     "def make(): raise SystemExit(3)": ("SystemExit", "make"),
     "def make(): return 3": ("a int", "make"),
+    "from torch import nn\nmake = nn.Sequential(nn.Linear(64, 10))": ("not a function", "make"),
+    "from torch import nn\ndef make(): return nn.Sequential(nn.LazyLinear(10))": ("uninitialised", "make"),
+    "from torch import nn\ndef make(): return nn.Sequential(nn.Linear(64, 10)).requires_grad_(False)": (
+        "to train",
+        "make",
+    ),
+    "def make():\n    import os\n    os.stat('no-such-file')": ("(line 3)", "make"),
+    "from torch import nn\nclass M(nn.Linear):\n"
+    "    def forward(self, x):\n        raise OSError('disk')\ndef make(): return nn.Sequential(M(1, 1))": (
+        "OSError: disk (line 4)",
+        "make",
+    ),
     "from torch import nn\ndef make(): return nn.Linear(64, 10)": ("a Linear", "make"),
     "from torch import nn\ndef make(): return nn.Sequential(nn.ReLU())": ("without parameters", "make"),
     "from torch import nn\ndef make(): return nn.Sequential(nn.Linear(63, 10))": ("64", "make"),
-    "from torch import nn\ndef make(): return nn.Sequential(nn.Linear(64, 3))": ("label", "make"),
+    "from torch import nn\ndef make(): return nn.Sequential(nn.Linear(64, 3))": ("(2, 3)", "make"),
 }
 
 

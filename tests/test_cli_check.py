@@ -193,7 +193,7 @@ def test_ones_own_network(own, capsys):
         (["--model", "OWN:images"], "--input-shape: got none"),
         (["--model", "OWN:images", "--input-shape", "3,5,5"], "(batch, 2, height, width)"),
         (["--model", "OWN:images", "--data", "digits"], "(batch, 2, height, width)"),
-        (["--model", "OWN:flat", "--net", "mlp"], "--net: got net beside --model"),
+        (["--model", "OWN:flat", "--net", "mlp"], "--net: got --net beside --model"),
         (["--input-shape", "3,5,5"], "--input-shape"),
         (["--model", "OWN:flat", "--data", "digits", "--input-shape", "6"], "--input-shape"),
         (["--input-shape", "3,x"], "--input-shape"),

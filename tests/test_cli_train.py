@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from pcfast import datasets, networks
+from pcfast import datasets, networks, training
 from pcfast.cli import main
+from pcfast.files import results_folder
 from pcfast.training import FILES, evaluate
 
 QUICK = ("--widths", "16", "--num-steps", "3", "--batch-size", "200")
@@ -85,8 +88,8 @@ def test_a_resumed_run_takes_its_options_from_its_folder(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("--widths", "17"), ["--resume", "17", "another run"]),
-        (("--net", "cnn"), ["--resume", "another run"]),
+        (("--widths", "17"), ["--resume", "--widths 16, not 17"]),
+        (("--net", "cnn"), ["--resume", "--net", "not cnn"]),
         (("--lr", "0.1"), ["--resume", "lr", "0.1"]),
         (("--precision", "bf16"), ["--resume", "precision", "bf16"]),
     ],
@@ -231,3 +234,63 @@ def test_divergence_is_status_1(tmp_path, capsys):
     assert run("--out", tmp_path / "run", *QUICK, "--step-size", 1e30, "--num-steps", 20, "--epochs", 1) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "diverged" in error and "step" in error
+
+
+def test_json_stays_alone_where_the_model_prints(tmp_path):
+    """At import, in the function, in forward, and past Python."""
+    (tmp_path / "mine.py").write_text(
+        "import os\nfrom torch import nn\nprint('import')\n"
+        "class Loud(nn.Module):\n    def forward(self, x):\n        print('forward'); return x\n"
+        "def make():\n    os.write(1, b'raw\\n')\n"
+        "    return nn.Sequential(nn.Sequential(nn.Linear(64, 8), Loud()), nn.Linear(8, 10))\n"
+    )
+    call = [
+        sys.executable,
+        "-m",
+        "pcfast",
+        "train",
+        "--model",
+        "mine.py:make",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "900",
+    ]
+    done = subprocess.run([*call, "--json"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["history"]["seconds"]) == 1
+    assert all(word in done.stderr for word in ("import", "forward", "raw"))
+
+
+def test_a_run_that_fails_first_leaves_an_earlier_run_alone(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("--out", out, "--epochs", 1, *QUICK) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert run("--out", out, "--epochs", 1, *QUICK, "--step-size", 1e30, "--num-steps", 20) == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run("--out", tmp_path / "new" / "run", *QUICK, "--step-size", 1e30, "--num-steps", 20) == 1
+    assert not (tmp_path / "new").exists()
+    error = capsys.readouterr().err
+    assert "--step-size" in error and "--method fixed-prediction" in error
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path, capsys):
+    with results_folder(tmp_path / "run"):
+        assert run("--out", tmp_path / "run", "--epochs", 1, *QUICK) == 2
+    assert "no other run" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()  # nothing was written: it is gone again
+    assert run("--out", tmp_path / "run", "--epochs", 1, *QUICK) == 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(FILES)
+
+
+def test_a_fault_of_our_own_is_one_line_too(tmp_path, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise KeyError("something")
+
+    monkeypatch.setattr(training, "train", broken)
+    assert run("--out", tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "KeyError" in error and "PCFAST_TRACEBACK" in error
+    monkeypatch.setenv("PCFAST_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        run("--out", tmp_path / "run")

@@ -6,6 +6,7 @@ diverged); 2 for input that cannot be used, with one line that names cause and r
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -55,20 +56,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return pcfast.main(arguments, prog_name="pcfast", standalone_mode=False) or 0
     except click.ClickException as error:
         return _fail(BAD_INPUT, error.format_message())
+    except click.Abort as error:
+        return _fail(INTERRUPTED, str(error.__cause__ or "") or "stopped; nothing half-written is left", "")
     except RelaxationDiverged as error:
-        return _fail(FAILED, str(error))
+        return _fail(FAILED, _in_options(str(error)))
     except ArgumentError as error:
         return _fail(BAD_INPUT, f"{_option_of(error.argument)}{str(error).removeprefix(error.argument)}")
     except (PcfastError, ImportError, OSError) as error:
         return _fail(BAD_INPUT, str(error))
-    except click.Abort as error:
-        return _fail(INTERRUPTED, str(error.__cause__ or "") or "stopped; nothing half-written is left", "")
+    except Exception as error:
+        if os.environ.get("PCFAST_TRACEBACK"):
+            raise
+        hint = "(PCFAST_TRACEBACK=1 shows where)"
+        return _fail(FAILED, f"{type(error).__name__}: {error} {hint}")
 
 
 def _fail(status: int, message: str, prefix: str = "error: ") -> int:
     """One line on standard error."""
     print(f"{prefix}{' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _in_options(message: str) -> str:
+    """A message of the library with the names of arguments as they are typed here."""
+    for argument, option in (
+        ("step_size", "--step-size"), ("num_steps", "--num-steps"),
+        ('method="fixed_prediction"', "--method fixed-prediction"),
+    ):  # fmt: skip
+        message = message.replace(argument, option)
+    return message
 
 
 def _option_of(argument: str) -> str:

@@ -16,9 +16,10 @@ from ..bench.contenders import CONTENDERS
 from ..bench.tables import cells, headings
 from ..bench.workloads import WORKLOADS
 from ..checking import default_precisions
-from ..files import make_folder, write_atomically
+from ..errors import ArgumentError
+from ..files import write_atomically
 from ..precision import PRECISIONS, check_precision
-from .options import device_of
+from .building import device_of
 from .output import console, table
 
 
@@ -70,7 +71,12 @@ def bench(workloads, contenders, precisions, device, quick, minutes, path) -> in
     for precision in precisions:
         check_precision(precision, device)
     if path is not None:
-        make_folder(path.parent)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError(
+                "json", str(path), f"a file that can be written ({error.strerror})"
+            ) from error
     names = workloads or tuple(name for name, w in WORKLOADS.items() if w.quick or not quick)
     contenders = contenders or tuple(name for name, c in CONTENDERS.items() if c.quick or not quick)
     seconds = math.inf if minutes is None else 60 * minutes

@@ -21,17 +21,9 @@ from ..errors import ArgumentError
 from ..network import describe
 from ..planning import METHODS
 from ..precision import PRECISIONS
+from .building import device_of, network_of, takes_flat_input
 from .defaults import DEFAULTS
-from .options import (
-    Numbers,
-    device_of,
-    json_option,
-    network_of,
-    network_options,
-    relaxation_options,
-    seed_option,
-    takes_flat_input,
-)
+from .options import Numbers, json_option, network_options, relaxation_options, seed_option
 from .output import console, print_json, table
 
 _DATA_OF_NET = {"cnn": "mnist", "cifar-cnn": "cifar10"}

@@ -21,7 +21,7 @@ from ..autograd import pc_loss
 from ..comparison import ITERATIONS, METHODS, STEP_SIZES, WHOLE, TrainingComparison
 from ..datasets import Data
 from ..errors import ArgumentError
-from ..files import make_folder, set_aside, write_atomically, write_csv
+from ..files import results_folder, set_aside, write_atomically, write_csv
 from ..machine import describe_machine
 from ..network import describe
 from ..planning import METHODS as ALL_METHODS
@@ -29,22 +29,19 @@ from ..plots import require_matplotlib
 from ..precision import check_precision, parameter_dtype, use_precision
 from ..training import CHECKPOINT, MakeOptimizer
 from ..validation import checked_step_size, checked_steps
+from .building import data_of, device_of, network_of, optimizer_of, with_defaults
 from .defaults import DEFAULTS
 from .options import (
+    Folder,
     Numbers,
     by_data,
-    data_of,
     data_options,
-    device_of,
     json_option,
     machine_options,
-    network_of,
     network_options,
-    optimizer_of,
     optimizer_options,
     relaxation_options,
     seed_option,
-    with_defaults,
 )
 from .output import console, print_json, table
 
@@ -111,9 +108,7 @@ _COUNTS = Numbers(int, lambda v: v >= 1, "whole numbers >= 1, e.g. 1,10,100")
 )
 @machine_options
 @seed_option
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder of the results.  [default: runs/compare-<data>]"
-)
+@click.option("--out", type=Folder(), help="Folder of the results.  [default: runs/compare-<data>]")
 @json_option
 def compare(as_json: bool, out: Path | None, **options) -> int:
     """Compare predictive coding with backpropagation, as in Rosenbaum (2022), figures 1 to 7.
@@ -139,29 +134,31 @@ def compare(as_json: bool, out: Path | None, **options) -> int:
     if (out / CHECKPOINT).exists():
         given = f"{out}, the folder of a training run"
         raise ArgumentError("out", given, "another folder", "Its config.json would be moved away.")
-    make_folder(out)
-
-    with use_precision(chosen["precision"], device):
+    say, aside, results = console(), None, _Results()
+    with results_folder(out), use_precision(chosen["precision"], device):
         if work.model is not None:
             work.data = data_of(
-                chosen["data"], chosen["data_dir"], work.model, seed=chosen["seed"], loss=chosen["loss"]
+                chosen["data"],
+                chosen["data_dir"],
+                work.model,
+                seed=chosen["seed"],
+                loss=chosen["loss"],
+                spec=chosen["model"],
             )
             _rehearse(work)
-        aside = set_aside(out, FILES)
-        say = console()
-        if aside is not None and not as_json:
-            say.print(f"earlier results were moved to {aside}")
-        config = json.dumps(_config(work, parts), indent=2) + "\n"
-        write_atomically(out / CONFIG, lambda file: file.write(config.encode()))
-
-        results = _Results()
         for part in parts:
             with _bar(part) as progress:
                 shown = _RUN[part](work, results, progress)
+            if part == parts[0]:  # a run that fails before leaves earlier results where they are
+                aside = set_aside(out, FILES)
+                config = json.dumps(_config(work, parts), indent=2) + "\n"
+                write_atomically(out / CONFIG, lambda file, text=config: file.write(text.encode()))
             _write(part, out, results, chosen)
             if not as_json:
                 for printed in shown:
                     say.print(printed)
+    if aside is not None and not as_json:
+        say.print(f"earlier results were moved to {aside}")
     ended = results.training.ended if results.training else {}
     files = [str(out / name) for name in FILES if (out / name).exists()]
     if as_json:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import sys
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -21,13 +25,41 @@ def table(title: str, *columns: str) -> Table:
     """An empty table; columns whose name starts with ">" hold numbers and are aligned right."""
     made = Table(title=title, title_justify="left", title_style="bold", show_header=any(columns))
     for column in columns:
-        made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+        if column.startswith(">"):
+            made.add_column(column.removeprefix(">"), justify="right", no_wrap=True)
+        else:
+            made.add_column(column, overflow="fold")
     return made
+
+
+_waiting: list[str] | None = None  # JSON to print once standard output is free again
+
+
+@contextlib.contextmanager
+def only_json() -> Iterator[None]:
+    """Whatever prints to standard output, a user's model too, prints to standard error; JSON comes last, alone."""
+    global _waiting
+    sys.stdout.flush()
+    kept, _waiting = os.dup(1), []
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        texts, _waiting = _waiting, None
+        for text in texts:
+            print(text)
 
 
 def print_json(value) -> None:
     """``value`` (dicts, lists, numbers, strings, None) as one JSON object; NaN and infinity become null."""
-    print(json.dumps(_finite(value), indent=1))
+    text = json.dumps(_finite(value), indent=1)
+    if _waiting is None:
+        print(text)
+    else:
+        _waiting.append(text)
 
 
 def _finite(value):

@@ -12,21 +12,18 @@ from click.core import ParameterSource
 
 from .. import training
 from ..errors import ArgumentError
+from .building import data_of, device_of, network_of, optimizer_of, with_defaults
 from .options import (
-    data_of,
+    Folder,
     data_options,
-    device_of,
     epochs_option,
     json_option,
     machine_options,
     method_option,
-    network_of,
     network_options,
-    optimizer_of,
     optimizer_options,
     relaxation_options,
     seed_option,
-    with_defaults,
 )
 from .output import print_json
 
@@ -42,7 +39,7 @@ _OF_THE_CALL = ("out", "resume", "as_json")  # options that say nothing about th
 @epochs_option
 @machine_options
 @seed_option
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/<data>]")
+@click.option("--out", type=Folder(), help="Run folder.  [default: runs/<data>]")
 @click.option(
     "--resume",
     is_flag=True,
@@ -66,7 +63,14 @@ def train(context: click.Context, **options) -> int:
     model = network_of(
         chosen["net"], chosen["widths"], chosen["model"], data=chosen["data"], precision=chosen["precision"]
     )
-    data = data_of(chosen["data"], chosen["data_dir"], model, seed=chosen["seed"], loss=chosen["loss"])
+    data = data_of(
+        chosen["data"],
+        chosen["data_dir"],
+        model,
+        seed=chosen["seed"],
+        loss=chosen["loss"],
+        spec=chosen["model"],
+    )
     passed_on = (
         "epochs",
         "batch_size",
@@ -78,17 +82,22 @@ def train(context: click.Context, **options) -> int:
         "precision",
         "seed",
     )
-    history = training.train(
-        model,
-        data,
-        **{name: chosen[name] for name in passed_on},
-        optimizer=optimizer_of(chosen),
-        device=device,
-        out=out,
-        resume=options["resume"],
-        progress=not options["as_json"],
-        kept=_kept(options),
-    )
+    try:
+        history = training.train(
+            model,
+            data,
+            **{name: chosen[name] for name in passed_on},
+            optimizer=optimizer_of(chosen),
+            device=device,
+            out=out,
+            resume=options["resume"],
+            progress=not options["as_json"],
+            kept=_kept(options),
+        )
+    except KeyboardInterrupt as interrupt:
+        if not str(interrupt):
+            raise
+        raise KeyboardInterrupt(f"{interrupt}; go on with: pcfast train --out {out} --resume") from None
     files = [out / name for name in training.FILES]
     if options["as_json"]:
         print_json({"history": asdict(history), "files": [str(file) for file in files]})
@@ -111,21 +120,44 @@ def _kept(options: dict) -> dict:
 
 
 def _options_of_run(out: Path, context: click.Context, options: dict) -> dict:
-    """``options``, where not given on the command line those of the run in ``out``."""
+    """``options``, where not given on the command line those of the run in ``out``.
+
+    Raises:
+        ArgumentError: no run there, or one with other options than those that were given.
+    """
     path = out / training.CONFIG
     try:
         kept = json.loads(path.read_text())["kept"]
     except FileNotFoundError:
-        raise ArgumentError(
-            "out", f"no run at {out}", "the folder of a run", "Start it without --resume."
-        ) from None
+        needed = f"the folder of a run, with its {training.CONFIG}"
+        raise ArgumentError("out", f"no run at {out}", needed, "Start it without --resume.") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
+        needed = f"a {training.CONFIG} of pcfast train"
         raise ArgumentError(
-            "out", f"{path}, which cannot be read ({error!r})", "a config.json of train"
+            "out", f"{path}, which is none", needed, "Start anew in another folder."
         ) from error
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
-    if given & {"net", "model"}:  # another network: nothing that described that of the run
-        given |= {"net", "model", "widths"}
+    now = {**options, "model": _kept(options)["model"]}
+    now["widths"] = None if now["widths"] is None else list(now["widths"])
+    others = [
+        f"{_option(name)} {_shown(kept[name])}, not {_shown(now[name])}"
+        for name in sorted(given - {"epochs", "backend", "device", "data_dir"})
+        if name in kept and kept[name] != now[name] and with_defaults(kept).get(name) != now[name]
+    ]
+    if others:
+        needed = "the options of that run, or none"
+        raise ArgumentError("resume", f"a run in {out} with {'; '.join(others)}", needed)
     return {
         name: value if name in given or name not in kept else kept[name] for name, value in options.items()
     }
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _shown(value) -> str:
+    """A value of an option as it is typed."""
+    if value is None:
+        return "by default"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

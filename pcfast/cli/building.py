@@ -1,0 +1,122 @@
+"""What the options ask for: device, network, data, optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import Optimizer
+
+from .. import datasets, networks
+from ..datasets import Data
+from ..errors import ArgumentError
+from ..network import Linear, describe
+from ..precision import parameter_dtype
+from ..validation import checked_device
+from .defaults import DEFAULTS
+from .options import OPTIMIZERS
+from .user_model import checked_fit, user_model
+
+
+def with_defaults(options: dict) -> dict:
+    """``options`` with what the data set's defaults say where nothing was given; the network has its own."""
+    defaults = {
+        name: value
+        for name, value in asdict(DEFAULTS[options["data"]]).items()
+        if name not in ("net", "widths")  # network_of has to know what was given
+    }
+    return {name: defaults.get(name) if value is None else value for name, value in options.items()}
+
+
+def optimizer_of(options: dict) -> Callable[[Iterable[nn.Parameter]], Optimizer]:
+    """What makes the optimiser of --optimizer, --lr, --weight-decay and --momentum from the parameters."""
+    name, momentum = options["optimizer"], options["momentum"]
+    settings = {"lr": options["lr"], "weight_decay": options["weight_decay"]}
+    if name == "sgd":
+        settings["momentum"] = momentum or 0.0
+    elif momentum is not None:
+        raise ArgumentError("momentum", f"{momentum} with --optimizer {name}", "--optimizer sgd")
+    return partial(OPTIMIZERS[name], **settings)
+
+
+def device_of(name: str) -> torch.device:
+    """``--device`` as a device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return checked_device(name)
+
+
+def network_of(
+    net: str | None,
+    widths: tuple[int, ...] | None,
+    model: str | None,
+    *,
+    data: str,
+    precision: str = "ieee",
+) -> nn.Sequential:
+    """The network that --net, --widths and --model ask for, for inputs and classes of the data set ``data``.
+
+    Draws its weights from torch's global random state: seed it first.
+    """
+    if model is not None:
+        for option, given in (("net", net), ("widths", widths)):
+            if given is not None:
+                raise ArgumentError(option, f"--{option} beside --model", "one of the two", "Leave one out.")
+        return user_model(model).to(parameter_dtype(precision))
+    net = net or DEFAULTS[data].net
+    if net != "mlp" and widths is not None:
+        raise ArgumentError(
+            "widths", f"widths with --net {net}", "--net mlp", "The other networks are fixed."
+        )
+    channels, height, width = datasets.SOURCES[data].image_shape
+    classes = datasets.SOURCES[data].classes
+    if net == "mlp":
+        made = networks.mlp([channels * height * width, *(widths or DEFAULTS[data].widths), classes])
+    elif net == "cnn":
+        made = networks.mnist_cnn((channels, height, width), classes)
+    else:
+        made = networks.cifar_cnn((channels, height, width), classes)
+    return made.to(parameter_dtype(precision))
+
+
+def data_of(
+    name: str,
+    folder: Path | None,
+    model: nn.Sequential,
+    *,
+    seed: int,
+    loss: str = "cross_entropy",
+    spec: str | None = None,
+) -> Data:
+    """The data set as ``model`` and ``loss`` need it: images or flat, in its dtype, one-hot targets for mse.
+
+    ``spec``: what --model said, where it did; that network is tried on a sample.
+    """
+    shape = "flat" if takes_flat_input(model) else "image"
+    try:
+        data = datasets.load(name, folder=folder, shape=shape, seed=seed)
+    except ArgumentError as error:
+        if error.argument != "data":
+            raise
+        needed = f"--data-dir FOLDER with {datasets.SOURCES[name].files}; or an undamaged download"
+        raise ArgumentError("data", error.given, needed) from error
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    data = data._replace(x_train=data.x_train.to(dtype), x_test=data.x_test.to(dtype))
+    if loss == "mse":
+        classes = datasets.SOURCES[name].classes
+        one_hot = {part: F.one_hot(getattr(data, part), classes).to(dtype) for part in ("y_train", "y_test")}
+        data = data._replace(**one_hot)
+    if spec is not None:
+        checked_fit(spec, model, data, datasets.SOURCES[name].classes)
+    return data
+
+
+def takes_flat_input(model: nn.Sequential) -> bool:
+    """Whether the first operation is a Linear; every other network is given images (N, C, H, W)."""
+    operations = [op for layer in describe(model).layers for op in layer.ops]
+    return bool(operations) and isinstance(operations[0], Linear)
