@@ -25,7 +25,7 @@ train: $(STAMP) ## train the default network on digits; results in runs/digits
 
 # One OpenMP thread a worker: with more, the workers fight for the cores and everything is slower.
 test: $(STAMP) ## run the whole test suite
-	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 -rs --benchmark-disable
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 -rs
 
 lint: $(STAMP) ## check the style
 	@$(VENV_PYTHON) -m ruff check .

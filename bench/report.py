@@ -132,7 +132,11 @@ def picture(records: list[dict], path: Path = PICTURE) -> None:
         _bars(bars, found)
         _roofline(roof, found)
         _errors(errors, found)
-        bars.set_title(f"{found['machine']['processor']}: times as fast as the literal loop")
+        bars.set_title(
+            f"{found['machine']['processor']}: times as fast as the literal loop", fontsize="medium"
+        )
+        roof.title.set_fontsize("medium")
+        errors.title.set_fontsize("medium")
     write_atomically(path, FigureCanvasAgg(figure).print_png)
 
 
@@ -196,7 +200,7 @@ def _errors(axes, found: dict) -> None:
     axes.plot([], [], "s", color=_SHOWN["plain_compiled"], label="plain loop: beliefs")
     axes.set_yticks(range(len(chosen)), [f"{name}\n{precision}" for name, precision in chosen])
     axes.invert_yaxis()
-    axes.set(xscale="log", title="Largest relative error of an update (strict)")
+    axes.set(xscale="log", title="Largest error of an update (strict)")
     axes.legend(fontsize="small", frameon=False)
 
 

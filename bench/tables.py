@@ -34,8 +34,13 @@ def seconds_of(contender: str, rows: list[dict]) -> float | None:
 
 
 def best_other(rows: list[dict]) -> dict | None:
-    """The fastest contender that is not ours and computes the same; None where none was timed."""
+    """The fastest contender that is not ours and computes the same; None where none was timed.
+
+    None too where the gate kept a rival out, as belief form does in deep networks: the best may be among those.
+    """
     exact = rows[0]["method"] == "exact"
+    if any(not r["ours"] and r["reason"].startswith("gate closed") for r in rows):
+        return None
     others = [r for r in rows if r["status"] == "timed" and not r["ours"] and (exact or not r["exact"])]
     return min(others, key=lambda r: r["seconds"], default=None)
 

@@ -257,6 +257,13 @@ def test_tables_compare_with_the_best_rival_in_predictive_coding():
     assert tables.time(1.234e-5) == "12.3 us"
 
 
+def test_no_best_rival_where_the_gate_kept_one_out():
+    rows = fake_rows()
+    rows[4]["reason"] = "gate closed: its updates are off"
+    assert tables.best_other(rows) is None
+    assert tables.cells(rows[0], rows)[4] == ""
+
+
 def fake_record(device: str = "cpu", digest: str | None = None) -> dict:
     return {
         "format": runner.FORMAT, "recorded": "2026-01-02T03:04:05+00:00", "commit": "abc1234", "quick": False,
