@@ -58,7 +58,7 @@ def run(
         "commit": _commit(),
         "sources": digest(),
         "device": device.type,
-        "machine": describe_machine(device),
+        "machine": {**describe_machine(device), **(_gpu_state(device) if device.type == "cuda" else {})},
         "quick": quick,
         "ceilings": {precision: ceilings(precision, device, quick) for precision in precisions},
         "rows": [],
@@ -208,6 +208,18 @@ def _energy_drop(workload: Workload, gate: Gate) -> float:
         energies=True, check="sync",
     ).energies.double()  # fmt: skip
     return 1 - float(energies[-1].sum() / energies[0].sum())
+
+
+def _gpu_state(device: torch.device) -> dict[str, str]:
+    """Driver and clocks as nvidia-smi tells them; empty where there is none."""
+    names = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+    try:
+        told = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(names, (value.strip() for value in told.split(",")), strict=False))
 
 
 def _commit() -> str | None:

@@ -119,10 +119,10 @@ def _print(record: dict) -> None:
         cases.setdefault((row["workload"], row["precision"]), []).append(row)
     for (name, precision), rows in cases.items():
         first = rows[0]
+        drop = first.get("energy_drop")
+        energy = "" if drop is None else f", energy falls by {drop:.2%}"
         relaxation = "" if first["method"] == "exact" else f", n = {first['num_steps']}"
-        title = (
-            f"{name} in {precision}: {first['about']}, batch {first['batch']}, {first['method']}{relaxation}"
-        )
+        title = f"{name} in {precision}: {first['about']}, batch {first['batch']}, {first['method']}{relaxation}{energy}"
         shown = table(title, *headings())
         for row in rows:
             shown.add_row(*cells(row, rows))
