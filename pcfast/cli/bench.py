@@ -122,7 +122,8 @@ def _print(record: dict) -> None:
         drop = first.get("energy_drop")
         energy = "" if drop is None else f", energy falls by {drop:.2%}"
         relaxation = "" if first["method"] == "exact" else f", n = {first['num_steps']}"
-        title = f"{name} in {precision}: {first['about']}, batch {first['batch']}, {first['method']}{relaxation}{energy}"
+        what = f"{first['about']}, batch {first['batch']}, {first['method']}"
+        title = f"{name} in {precision}: {what}{relaxation}{energy}"
         shown = table(title, *headings())
         for row in rows:
             shown.add_row(*cells(row, rows))
