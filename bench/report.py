@@ -70,10 +70,8 @@ def newest() -> list[dict]:
 
 def cases(found: dict) -> dict[tuple[str, str], list[dict]]:
     """(workload, precision) -> its rows, those where one of ours was timed."""
-    by_case: dict[tuple[str, str], list[dict]] = {}
-    for row in found["rows"]:
-        by_case.setdefault((row["workload"], row["precision"]), []).append(row)
-    return {case: rows for case, rows in by_case.items() if tables.best_of_ours(rows) is not None}
+    everything = tables.by_case(found["rows"])
+    return {case: rows for case, rows in everything.items() if tables.best_of_ours(rows) is not None}
 
 
 def text(records: Iterable[dict]) -> str:

@@ -28,6 +28,14 @@ def cells(row: dict, rows: list[dict]) -> list[str]:
     ]
 
 
+def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """(workload, precision) -> its rows, in order."""
+    cases: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        cases.setdefault((row["workload"], row["precision"]), []).append(row)
+    return cases
+
+
 def seconds_of(contender: str, rows: list[dict]) -> float | None:
     """The median of ``contender``; None where it was not timed."""
     return next((r["seconds"] for r in rows if r["contender"] == contender and r["status"] == "timed"), None)

@@ -204,8 +204,7 @@ def random_batches(
         raise ArgumentError(
             "loss", "a callable of your own with random data", "its targets", "Pass batches (x, y) as data."
         )
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise ArgumentError("draws", repr(draws), "an int >= 1")
+    validation.check_count("draws", draws)
     try:
         shape = tuple(int(size) for size in x_shape)
     except (TypeError, ValueError):

@@ -7,6 +7,7 @@ import csv
 import fcntl
 import io
 import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,12 @@ def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], None]
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value, indent: int = 1) -> None:
+    """Replace ``path`` by ``value`` (dicts, lists, numbers, strings, None) as JSON."""
+    text = json.dumps(value, indent=indent) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_csv(path: str | os.PathLike, columns: Sequence[str], rows: Iterable[Sequence]) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -33,7 +32,7 @@ from . import plots
 from .checkpoints import FORMAT, load_checkpoint, loss_name, run_settings
 from .datasets import Data, checked_data
 from .errors import ArgumentError, ArgumentTypeError
-from .files import results_folder, set_aside, write_atomically, write_csv
+from .files import results_folder, set_aside, write_atomically, write_csv, write_json
 from .history import History
 from .losses import LossLike, describe_loss
 from .machine import describe_machine
@@ -354,8 +353,7 @@ def _save(run: Run, folder: Path, config: dict) -> None:
     """Write checkpoint, configuration and log, each atomically."""
     checkpoint = run.checkpoint(config)
     write_atomically(folder / CHECKPOINT, lambda file: torch.save(checkpoint, file))
-    text = json.dumps(config, indent=2) + "\n"
-    write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
+    write_json(folder / CONFIG, config, indent=2)
     columns = asdict(run.history)
     rows = ([epoch, *row] for epoch, row in enumerate(zip(*columns.values(), strict=True), start=1))
     write_csv(folder / LOG, ["epoch", *columns], rows)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from pcfast.files import write_atomically
+from pcfast.files import write_json
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "constants.cu"
@@ -142,7 +142,7 @@ def measure() -> dict:
 
 def save(record: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+    write_json(path, record)
 
 
 def main() -> int:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from ..bench import runner
 from ..bench.contenders import CONTENDERS
-from ..bench.tables import cells, headings
+from ..bench.tables import by_case, cells, headings
 from ..bench.workloads import WORKLOADS
 from ..checking import default_precisions
 from ..errors import ArgumentError
-from ..files import write_atomically
+from ..files import write_json
 from ..precision import PRECISIONS, check_precision
 from .building import device_of
-from .output import console, table
+from .options import device_option
+from .output import console, progress_bar, table
 
 
 @click.command()
@@ -39,13 +37,7 @@ from .output import console, table
     multiple=True,
     help="May be repeated.  [default: ieee on a CPU; ieee, tf32, bf16 on a GPU]",
 )
-@click.option(
-    "--device",
-    metavar="NAME",
-    default="auto",
-    show_default=True,
-    help="cpu, cuda, cuda:1, ...; auto: a GPU if any.",
-)
+@device_option
 @click.option("--quick", is_flag=True, help="A few small workloads and few rounds: about a minute.")
 @click.option(
     "--minutes", type=click.FloatRange(min=0), metavar="X", help="Stop cleanly after about so long."
@@ -80,13 +72,17 @@ def bench(workloads, contenders, precisions, device, quick, minutes, path) -> in
     names = workloads or tuple(name for name, w in WORKLOADS.items() if w.quick or not quick)
     contenders = contenders or tuple(name for name, c in CONTENDERS.items() if c.quick or not quick)
     seconds = math.inf if minutes is None else 60 * minutes
-    with _progress() as progress:
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with progress_bar(*columns) as update:
+
+        def progress(done: int, total: int, what: str) -> None:
+            update(completed=done, total=total, description=what)
+
         record = runner.run(
             names, contenders, precisions, device, quick=quick, seconds=seconds, progress=progress
         )
     if path is not None:
-        text = json.dumps(record, indent=1) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_json(path, record)
     _print(record)
     return 1 if _failed(record) else 0
 
@@ -94,16 +90,6 @@ def bench(workloads, contenders, precisions, device, quick, minutes, path) -> in
 def _failed(record: dict) -> list[dict]:
     """Rows of pcfast's own that the gate stopped, or that broke."""
     return [r for r in record["rows"] if r["ours"] and r["reason"].startswith(("gate closed", "failed"))]
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on standard error, in a terminal."""
-    to = console(stderr=True)
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=to, transient=True, disable=not to.is_terminal) as bar:
-        task = bar.add_task("")
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
 
 
 def _print(record: dict) -> None:
@@ -114,10 +100,7 @@ def _print(record: dict) -> None:
         f"Whole training steps (forward pass, relaxation, weight gradients) on {machine['processor']}, "
         f"torch {machine['torch']}. Medians of contenders that took turns."
     )
-    cases: dict[tuple[str, str], list[dict]] = {}
-    for row in record["rows"]:
-        cases.setdefault((row["workload"], row["precision"]), []).append(row)
-    for (name, precision), rows in cases.items():
+    for (name, precision), rows in by_case(record["rows"]).items():
         first = rows[0]
         drop = first.get("energy_drop")
         energy = "" if drop is None else f", energy falls by {drop:.2%}"

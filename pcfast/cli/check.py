@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import click
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -23,8 +23,8 @@ from ..planning import METHODS
 from ..precision import PRECISIONS
 from .building import device_of, network_of, takes_flat_input
 from .defaults import DEFAULTS
-from .options import Numbers, json_option, network_options, relaxation_options, seed_option
-from .output import console, print_json, table
+from .options import Numbers, device_option, json_option, network_options, relaxation_options, seed_option
+from .output import console, print_json, progress_bar, table
 
 _DATA_OF_NET = {"cnn": "mnist", "cifar-cnn": "cifar10"}
 #: What a float64 reference of the data set's network can do in a minute or two on two CPU cores.
@@ -68,13 +68,7 @@ _RELATIVE_TO = {
     multiple=True,
     help="May be repeated: ieee is float32; tf32 needs a GPU; bf16 is autocast.  [default: all that the device has]",
 )
-@click.option(
-    "--device",
-    metavar="NAME",
-    default="auto",
-    show_default=True,
-    help="cpu, cuda, cuda:1, ...; auto: a GPU if any.",
-)
+@device_option
 @click.option(
     "--batch-size",
     metavar="N",
@@ -169,17 +163,13 @@ def _input_shape(model: nn.Sequential) -> tuple[int, ...]:
 @contextmanager
 def _progress(methods: Sequence[str]) -> Iterator[Callable]:
     """A progress bar on standard error, in a terminal; gives ``method -> progress(done, total, what)``."""
-    to = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=to, transient=True, disable=not to.is_terminal) as bar:
-        task = bar.add_task("")
+    with progress_bar(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as update:
 
         def progress_of(method: str) -> Callable[[int, int, str], None]:
             before = methods.index(method)
 
             def progress(done: int, total: int, what: str) -> None:
-                bar.update(
-                    task,
+                update(
                     completed=before * total + done,
                     total=len(methods) * total,
                     description=f"{method}: {what}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
@@ -13,7 +12,7 @@ from pathlib import Path
 import click
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from .. import comparison, comparison_plots, networks
@@ -21,7 +20,7 @@ from ..autograd import pc_loss
 from ..comparison import ITERATIONS, METHODS, STEP_SIZES, WHOLE, TrainingComparison
 from ..datasets import Data
 from ..errors import ArgumentError
-from ..files import results_folder, set_aside, write_atomically, write_csv
+from ..files import results_folder, set_aside, write_csv, write_json
 from ..machine import describe_machine
 from ..network import describe
 from ..planning import METHODS as ALL_METHODS
@@ -43,7 +42,7 @@ from .options import (
     relaxation_options,
     seed_option,
 )
-from .output import console, print_json, table
+from .output import console, print_json, progress_bar, table
 
 PARTS = ("training", "iterations", "errors")
 CONFIG, OVERVIEW = "config.json", "compare.png"
@@ -151,8 +150,7 @@ def compare(as_json: bool, out: Path | None, **options) -> int:
                 shown = _RUN[part](work, results, progress)
             if part == parts[0]:  # a run that fails before leaves earlier results where they are
                 aside = set_aside(out, FILES)
-                config = json.dumps(_config(work, parts), indent=2) + "\n"
-                write_atomically(out / CONFIG, lambda file, text=config: file.write(text.encode()))
+                write_json(out / CONFIG, _config(work, parts), indent=2)
             _write(part, out, results, chosen)
             if not as_json:
                 for printed in shown:
@@ -381,13 +379,9 @@ def _config(work: _Work, parts: list[str]) -> dict:
 @contextlib.contextmanager
 def _bar(part: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error, in a terminal; Ctrl-C says that finished parts stay."""
-    to = console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=to, transient=True, disable=not to.is_terminal)
-    task = bar.add_task(part)
     try:
-        with bar:
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        with progress_bar(TextColumn(part), BarColumn(), TimeRemainingColumn()) as update:
+            yield lambda done, total: update(completed=done, total=total)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped in part {part}; the parts finished before are written") from None
 

@@ -170,6 +170,13 @@ optimizer_options = _together(
         help="Samples an update." + by_data("batch_size"),
     ),
 )
+device_option = click.option(
+    "--device",
+    metavar="NAME",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, ...; auto: a GPU if any.",
+)
 machine_options = _together(
     click.option(
         "--backend",
@@ -185,13 +192,7 @@ machine_options = _together(
         show_default=True,
         help="Of matrix products: ieee is float32; tf32 needs a GPU; bf16 is autocast; fp64 is float64 throughout.",
     ),
-    click.option(
-        "--device",
-        metavar="NAME",
-        default="auto",
-        show_default=True,
-        help="cpu, cuda, cuda:1, ...; auto: a GPU if any.",
-    ),
+    device_option,
 )
 seed_option = click.option(
     "--seed",

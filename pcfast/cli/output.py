@@ -7,9 +7,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from rich.console import Console
+from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 
 
@@ -19,6 +21,14 @@ def console(*, stderr: bool = False) -> Console:
     if not made.is_terminal:
         made.width = 200
     return made
+
+
+@contextlib.contextmanager
+def progress_bar(*columns: ProgressColumn) -> Iterator[Callable]:
+    """A progress bar on standard error, in a terminal; gives rich's ``update`` of its one task."""
+    to = console(stderr=True)
+    with Progress(*columns, console=to, transient=True, disable=not to.is_terminal) as bar:
+        yield partial(bar.update, bar.add_task(""))
 
 
 def table(title: str, *columns: str) -> Table:
