@@ -33,11 +33,13 @@ class Step:
         run: one training step; on a GPU it may return before the device is done.
         updates: those of the last run, in the order of ``model.parameters()``.
         wait: until the device is done.
+        off_stream: its work on a GPU is not on torch's current stream, so that torch's events do not see it.
     """
 
     run: Callable[[], None]
     updates: Callable[[], list[Tensor]]
     wait: Callable[[], None]
+    off_stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _jax(workload, model, x, y, precision) -> Step:
     def updates() -> list[Tensor]:
         return [torch.from_numpy(array.copy()).to(x.device) for array in jax_loop.as_arrays(last[0])]
 
-    return Step(run, updates, lambda: jax_loop.wait(last[0]))
+    return Step(run, updates, lambda: jax_loop.wait(last[0]), off_stream=True)
 
 
 def _a_loop(workload: Workload, precision: str, device: torch.device) -> str:

@@ -20,13 +20,58 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a call: median, 20th and 80th percentile; ``host`` is when the call returned (None on a CPU)."""
+    """Seconds of a call: median, 20th and 80th percentile; ``host`` is when the call returned (None on a CPU).
+
+    ``clock`` names what measured them.
+    """
 
     median: float
     p20: float
     p80: float
     host: float | None
     samples: int
+    clock: str
+
+
+class WallClock:
+    """The host's time, until the device is done."""
+
+    name = "wall"
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait = wait
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def stop(self) -> float:
+        """Seconds since the start; waits."""
+        self.wait()
+        return time.perf_counter() - self.started
+
+
+class EventClock:
+    """A GPU's time between two events on torch's current stream: the host's wait for the device is not in it."""
+
+    name = "events"
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.current_stream(device)
+        self.first, self.last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def start(self) -> None:
+        self.first.record(self.stream)
+
+    def stop(self) -> float:
+        """Seconds since the start; waits."""
+        self.last.record(self.stream)
+        self.last.synchronize()
+        return self.first.elapsed_time(self.last) / 1e3  # it tells milliseconds
+
+
+def clock_of(step: Step, device: torch.device) -> WallClock | EventClock:
+    """Events wherever they see the step's work."""
+    return EventClock(device) if device.type == "cuda" and not step.off_stream else WallClock(step.wait)
 
 
 def take_turns(
@@ -40,17 +85,18 @@ def take_turns(
 
     ``enough()`` stops after a round; at least three are run.
     """
-    order, clock = list(steps), random.Random(0)
+    order, dice = list(steps), random.Random(0)
     with switches(precision, device):
         calls = {name: _calls_a_sample(step) for name, step in steps}
+        clocks = {name: clock_of(step, device) for name, step in steps}
         samples: dict[str, list[tuple[float, float]]] = {name: [] for name, _ in steps}
         for done in range(rounds):
-            clock.shuffle(order)
+            dice.shuffle(order)
             for name, step in order:
-                samples[name].append(_sample(step, calls[name], device))
+                samples[name].append(_sample(step, calls[name], clocks[name]))
             if done >= 2 and enough():
                 break
-    return {name: _times(found, device) for name, found in samples.items()}
+    return {name: _times(found, device, clocks[name].name) for name, found in samples.items()}
 
 
 def _calls_a_sample(step: Step) -> int:
@@ -63,28 +109,28 @@ def _calls_a_sample(step: Step) -> int:
     return max(1, round(SHORTEST_SAMPLE / max(time.perf_counter() - start, 1e-7)))
 
 
-def _sample(step: Step, calls: int, device: torch.device) -> tuple[float, float]:
+def _sample(step: Step, calls: int, clock: WallClock | EventClock) -> tuple[float, float]:
     """(seconds a call, seconds until the call returned)."""
     step.wait()
     collecting = gc.isenabled()
     gc.disable()
     try:
-        start = time.perf_counter()
+        clock.start()
+        called = time.perf_counter()
         for _ in range(calls):
             step.run()
         returned = time.perf_counter()
-        step.wait()
-        return (time.perf_counter() - start) / calls, (returned - start) / calls
+        return clock.stop() / calls, (returned - called) / calls
     finally:
         if collecting:
             gc.enable()
 
 
-def _times(samples: list[tuple[float, float]], device: torch.device) -> Times:
+def _times(samples: list[tuple[float, float]], device: torch.device, clock: str) -> Times:
     whole = torch.tensor([s for s, _ in samples], dtype=torch.float64)
     p20, median, p80 = (float(whole.quantile(q)) for q in (0.2, 0.5, 0.8))
     host = float(torch.tensor([h for _, h in samples]).median()) if device.type == "cuda" else None
-    return Times(median, p20, p80, host, len(samples))
+    return Times(median, p20, p80, host, len(samples), clock)
 
 
 def peak_memory(step: Step, precision: str, device: torch.device) -> int:

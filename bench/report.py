@@ -1,8 +1,8 @@
-"""Recorded benchmark results, and the README's tables and the picture made from the newest of them.
+"""Recorded benchmark results, and the README's tables and the pictures made from the newest of them.
 
     pcfast bench --json .benchmarks/latest.json
     python -m pcfast.bench.report --record .benchmarks/latest.json    # keep it under bench/results/
-    python -m pcfast.bench.report                                     # README's tables, docs/speed.png
+    python -m pcfast.bench.report                                     # README's tables, the pictures in docs/
 
 Records are append-only: bench/results/<device>/<date>-<commit>.json. Numbers in README come from nowhere else; a test
 compares them. A record whose sources differ from today's is marked so.
@@ -25,7 +25,8 @@ from . import sources, tables
 from .runner import FORMAT
 
 HERE = Path(__file__).resolve().parent
-RESULTS, README, PICTURE = HERE / "results", HERE.parent / "README.md", HERE.parent / "docs" / "speed.png"
+RESULTS, README = HERE / "results", HERE.parent / "README.md"
+PICTURE, DEPTH_PICTURE = HERE.parent / "docs" / "speed.png", HERE.parent / "docs" / "depth.png"
 BEGIN, END = "<!-- bench/report.py: begin -->", "<!-- bench/report.py: end -->"
 NOT_MEASURED = "Not yet measured on a GPU."
 
@@ -80,7 +81,10 @@ def text(records: Iterable[dict]) -> str:
     parts = [_table(found) for found in records]
     if all(found["device"] == "cpu" for found in records):
         parts.insert(0, NOT_MEASURED)
-    return "\n\n".join(parts)
+    shown = "As pictures: [speed, roofline, errors](docs/speed.png)"
+    if any(depth_lines(found) for found in records):
+        shown += ", [time of an iteration against depth](docs/depth.png)"
+    return "\n\n".join([*parts, f"{shown}."])
 
 
 def _table(found: dict) -> str:
@@ -118,6 +122,26 @@ def with_tables(readme: str, records: Iterable[dict]) -> str:
     return f"{before}{BEGIN}\n{text(records)}\n{END}{rest.split(END)[1]}"
 
 
+def depth_lines(found: dict) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Precision -> contender -> (hidden layers, seconds an iteration) of the deep_mlp workloads, by depth.
+
+    Whole training steps, divided by their iterations. Only precisions with two depths and more.
+    """
+    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for (name, precision), rows in cases(found).items():
+        depth = re.fullmatch(r"deep_mlp_(\d+)", name)
+        for contender in _COLOURS if depth else ():
+            seconds = _seconds(contender, rows)
+            if seconds is not None:
+                points = lines.setdefault(precision, {}).setdefault(contender, [])
+                points.append((int(depth[1]), seconds / rows[0]["num_steps"]))
+    return {
+        precision: {contender: sorted(points) for contender, points in contenders.items()}
+        for precision, contenders in lines.items()
+        if len(contenders["pcfast"]) >= 2
+    }
+
+
 def picture(records: list[dict], path: Path = PICTURE) -> None:
     """Per record: times against the literal loop; a roofline; and errors of belief and deviation form. A PNG."""
     require_matplotlib()
@@ -138,13 +162,37 @@ def picture(records: list[dict], path: Path = PICTURE) -> None:
     write_atomically(path, FigureCanvasAgg(figure).print_png)
 
 
-_SHOWN = {
+def depth_picture(records: list[dict], path: Path = DEPTH_PICTURE) -> None:
+    """Time of an iteration against depth, a panel a precision, as a PNG; none where no record has two depths."""
+    panels = [(found, *panel) for found in records for panel in depth_lines(found).items()]
+    if not panels:
+        return
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(panels), 4), dpi=130, layout="constrained")
+    for axes, (found, precision, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        _depth(axes, lines)
+        axes.set_title(f"{found['machine']['processor']}, {precision}", fontsize="medium")
+    write_atomically(path, FigureCanvasAgg(figure).print_png)
+
+
+_COLOURS = {
+    "pcfast": "#0072B2",
+    "literal": "#000000",
     "plain": "#999999",
     "plain_graph": "#666666",
     "plain_compiled": "#E69F00",
     "jax": "#009E73",
 }  # Okabe and Ito
-_OURS = "#0072B2"
+
+
+def _seconds(name: str, rows: list[dict]) -> float | None:
+    """The median of a contender, of the fastest of ours for "pcfast"; None where it was not timed."""
+    return tables.best_of_ours(rows)["seconds"] if name == "pcfast" else tables.seconds_of(name, rows)
 
 
 def _bars(axes, found: dict) -> None:
@@ -152,17 +200,15 @@ def _bars(axes, found: dict) -> None:
     chosen = {
         case: rows for case, rows in cases(found).items() if tables.seconds_of("literal", rows) is not None
     }
-    names = ["pcfast", *_SHOWN]
+    names = [name for name in _COLOURS if name != "literal"]
     height = 0.8 / len(names)
     for index, name in enumerate(names):
         for place, rows in enumerate(chosen.values()):
-            seconds = (
-                tables.best_of_ours(rows)["seconds"] if name == "pcfast" else tables.seconds_of(name, rows)
-            )
+            seconds = _seconds(name, rows)
             if seconds is not None:
                 ratio = tables.seconds_of("literal", rows) / seconds
-                axes.barh(place + (index - 2) * height, ratio, height, color=_SHOWN.get(name, _OURS))
-        axes.barh(0, 0, color=_SHOWN.get(name, _OURS), label=name)
+                axes.barh(place + (index - 2) * height, ratio, height, color=_COLOURS[name])
+        axes.barh(0, 0, color=_COLOURS[name], label=name)
     axes.set_yticks(range(len(chosen)), [f"{name}\n{precision}" for name, precision in chosen])
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -180,7 +226,7 @@ def _roofline(axes, found: dict) -> None:
     for (name, precision), rows in cases(found).items():
         ours = tables.best_of_ours(rows)
         point = ours["multiply_adds"] / ours["bytes"], ours["multiply_adds"] / ours["seconds"]
-        axes.plot(*point, "o", color=_OURS, markersize=4)
+        axes.plot(*point, "o", color=_COLOURS["pcfast"], markersize=4)
         axes.annotate(f" {name} {precision}", point, fontsize="x-small")
     axes.set(xscale="log", yscale="log", title="Roofline: products that the algorithm leaves")
     axes.set(xlabel="multiply-adds a byte", ylabel="multiply-adds a second")
@@ -191,14 +237,33 @@ def _errors(axes, found: dict) -> None:
     chosen = {case: rows for case, rows in cases(found).items() if rows[0]["method"] == "strict"}
     for place, rows in enumerate(chosen.values()):
         plain = next((r for r in rows if r["contender"] == "plain" and r.get("error") is not None), None)
-        axes.plot(tables.best_of_ours(rows)["error"], place, "o", color=_OURS)
+        axes.plot(tables.best_of_ours(rows)["error"], place, "o", color=_COLOURS["pcfast"])
         if plain is not None:
-            axes.plot(plain["error"], place, "s", color=_SHOWN["plain_compiled"])
-    axes.plot([], [], "o", color=_OURS, label="pcfast: deviations")
-    axes.plot([], [], "s", color=_SHOWN["plain_compiled"], label="plain loop: beliefs")
+            axes.plot(plain["error"], place, "s", color=_COLOURS["plain_compiled"])
+    axes.plot([], [], "o", color=_COLOURS["pcfast"], label="pcfast: deviations")
+    axes.plot([], [], "s", color=_COLOURS["plain_compiled"], label="plain loop: beliefs")
     axes.set_yticks(range(len(chosen)), [f"{name}\n{precision}" for name, precision in chosen])
     axes.invert_yaxis()
     axes.set(xscale="log", title="Largest error of an update (strict)")
+    axes.legend(fontsize="small", frameon=False)
+
+
+def _depth(axes, lines: dict[str, list[tuple[int, float]]]) -> None:
+    """Lines: seconds an iteration against hidden layers, by contender; a point where there is one depth."""
+    from matplotlib.ticker import LogLocator
+
+    markers = dict(zip(_COLOURS, "osD^vP", strict=True))
+    for name, points in lines.items():
+        look = {"marker": markers[name], "fillstyle": "none", "color": _COLOURS[name]}
+        axes.plot(*zip(*points, strict=True), label=name, **look)
+    depths = sorted({depth for points in lines.values() for depth, _ in points})
+    axes.set(xscale="log", yscale="log", xlabel="hidden layers of 128 tanh units")
+    axes.set_ylabel("time of a training step / iterations")
+    axes.set_xticks(depths, map(str, depths))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda seconds, _: tables.time(seconds))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     axes.legend(fontsize="small", frameon=False)
 
 
@@ -213,6 +278,7 @@ def main(path: Path | None) -> None:
     readme = with_tables(README.read_text(), records)
     write_atomically(README, lambda file: file.write(readme.encode()))
     picture(records)
+    depth_picture(records)
 
 
 if __name__ == "__main__":

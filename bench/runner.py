@@ -146,7 +146,7 @@ def _case(
         found = times[name]
         rows[name].update(
             status="timed", seconds=found.median, p20=found.p20, p80=found.p80, host_seconds=found.host,
-            samples=found.samples,
+            samples=found.samples, clock=found.clock,
         )  # fmt: skip
         if device.type == "cuda":
             rows[name]["peak_bytes"] = peak_memory(step, precision, device)

@@ -44,7 +44,7 @@ def seconds_of(contender: str, rows: list[dict]) -> float | None:
 def best_other(rows: list[dict]) -> dict | None:
     """The fastest contender that is not ours and computes the same; None where none was timed.
 
-    None too where the gate kept a rival out, as belief form does in deep networks: the best may be among those.
+    None too where the gate kept a rival out: the best may be among those.
     """
     exact = rows[0]["method"] == "exact"
     if any(not r["ours"] and r["reason"].startswith("gate closed") for r in rows):

@@ -1,4 +1,4 @@
-"""The benchmarks: the gate closes, floors are right, rows say what ran; records, tables, and the GPU script."""
+"""The benchmarks: the gate closes, clocks and floors are right, rows say what ran; records, README, GPU script."""
 
 from __future__ import annotations
 
@@ -154,6 +154,130 @@ def test_a_baseline_that_breaks_is_named_and_the_others_go_on(small_workloads, m
     assert timed(record, "eager")["status"] == "timed"
 
 
+@pytest.fixture(scope="module")
+def deep_gate():
+    """Of a network so deep that float64 loses the first layers' updates: there bounds are widest."""
+    return gate.Gate(WORKLOADS["deep_mlp_32"], CPU, runner.GATE_ROWS["cpu"])
+
+
+@pytest.mark.parametrize("name", ["literal", "plain", "jax"])
+def test_the_right_algorithm_may_lose_what_float64_loses(deep_gate, name):
+    why = CONTENDERS[name].why_not(deep_gate.workload, "ieee", CPU)
+    if why:
+        pytest.skip(why)
+    verdict = deep_gate.judge(CONTENDERS[name], "ieee")
+    assert verdict.reason == "" and verdict.error > 0.1  # in float32 it loses them where float64 does not
+
+
+def test_no_error_is_told_of_what_float64_does_not_know(deep_gate):
+    """A shift far below what float64 may lose, and far above the first layers' updates."""
+
+    def prepare(*case):
+        step = contenders._plain_eager(*case)
+        return contenders.Step(step.run, lambda: [update + 1e-13 for update in step.updates()], step.wait)
+
+    verdict = deep_gate.judge(another(prepare), "fp64")
+    assert verdict.reason == "" and 0 < verdict.error < 0.1
+
+
+def another(prepare) -> contenders.Contender:
+    return contenders.Contender("another", False, "", lambda *_: "", prepare, 1)
+
+
+def other_steps(more: int):
+    """The plain loop with so many more iterations than asked for."""
+
+    def prepare(workload, *rest):
+        return contenders._plain_eager(changed(workload, num_steps=workload.num_steps + more), *rest)
+
+    return prepare
+
+
+def stale_jacobians(workload, model, x, y, precision):
+    """The plain loop in which Jacobians stay at the forward pass."""
+    kept, v = [], x
+    for layer in model:
+        v, saved = loops._forward(layer, v)
+        kept.append(saved)
+
+    def body(model, v, mu_1, y, step_size):
+        _, errors = loops.iterate(model, v, mu_1, y, step_size)
+        moved = [
+            v[l] + step_size * (errors[l - 1] - loops._backward(model[l], kept[l], errors[l]))
+            for l in range(1, len(model))
+        ]
+        return [v[0], *moved, v[-1]], errors
+
+    return contenders._returning(x.device, contenders._plain(workload, model, x, y, body))
+
+
+@pytest.mark.parametrize("prepare", [other_steps(-1), other_steps(1), stale_jacobians])
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_loop_that_is_nearly_right_is_refused(prepare, deep, deep_gate):
+    small_gate = gate.Gate(SMALL["mlp"], CPU, SMALL["mlp"].batch)
+    verdict = (deep_gate if deep else small_gate).judge(another(prepare), "ieee")
+    assert "off in float64" in verdict.reason
+
+
+# ---------------------------------------------------------------------------------------------- clocks
+
+
+class FakeGpu:
+    """torch.cuda's events and stream, with a device time that only ``work`` moves."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0  # seconds
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+                self.reached = False
+
+            def record(self, stream):
+                assert stream == "current stream"
+                self.at = gpu.now
+
+            def synchronize(self):
+                self.reached = True
+
+            def elapsed_time(self, later):
+                assert later.reached
+                return 1e3 * (later.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current stream")
+
+    def work(self) -> None:
+        self.now += 1000.0
+
+
+def test_a_gpu_is_timed_by_its_events_and_what_they_do_not_see_by_the_host(monkeypatch):
+    monkeypatch.setattr(measure, "SHORTEST_SAMPLE", 1e-5)  # some calls a sample
+    gpu, waits = FakeGpu(monkeypatch), []
+    steps = [
+        ("on the stream", contenders.Step(gpu.work, list, lambda: None)),
+        ("off it", contenders.Step(gpu.work, list, lambda: waits.append(0), off_stream=True)),
+    ]
+    times = measure.take_turns(steps, "ieee", torch.device("cuda"), 4, lambda: False)
+    seen, unseen = times["on the stream"], times["off it"]
+    assert seen.clock == "events" and seen.p20 == seen.median == seen.p80 == pytest.approx(1000)
+    assert unseen.clock == "wall" and 0 < unseen.host <= unseen.median < 100
+    assert 0 < seen.host < 100
+    assert len(waits) == 2 + 2 * 4  # warming up, then before and after every sample
+
+
+def test_jax_alone_works_off_torchs_stream():
+    workload = SMALL["mlp"]
+    able = {
+        name: contender
+        for name, contender in CONTENDERS.items()
+        if name != "plain_compiled" and not contender.why_not(workload, "ieee", CPU)
+    }
+    steps = {name: c.prepare(workload, *workload.draw(CPU), "ieee") for name, c in able.items()}
+    assert {name for name, step in steps.items() if step.off_stream} == {"jax"} & set(steps)
+
+
 # ------------------------------------------------------------------------------------------------ record
 
 
@@ -182,6 +306,7 @@ def test_a_record_holds_what_was_found(small_workloads, precision):
         assert row["status"] == "timed" and row["reason"] == "" and row["precision"] == precision
         assert 0 < row["p20"] <= row["seconds"] <= row["p80"]
         assert row["samples"] == measure.QUICK_ROUNDS and row["host_seconds"] is None
+        assert row["clock"] == "wall"
         limits = record["ceilings"][precision]
         products = row["multiply_adds"] / limits["multiply_adds_per_s"]
         assert row["floor_seconds"] == max(products, row["bytes"] / limits["copy_bytes_per_s"])
@@ -302,6 +427,36 @@ def test_the_picture_is_drawn(tmp_path):
     path = tmp_path / "speed.png"
     report.picture([fake_record("cuda"), fake_record()], path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def deep_record(*depths: int) -> dict:
+    """:func:`fake_record` of deep networks, in which the plain loop was refused from 32 layers on."""
+    rows = [
+        {**row, "workload": f"deep_mlp_{depth}", "num_steps": 4, "seconds": depth * row["seconds"]}
+        for depth in depths
+        for row in fake_rows()
+        if depth < 32 or row["contender"] != "plain"
+    ]
+    return {**fake_record(), "rows": rows}
+
+
+def test_time_against_depth_is_that_of_an_iteration(tmp_path):
+    record = deep_record(32, 8)
+    assert report.depth_lines(record) == {
+        "ieee": {"pcfast": [(8, 2.0), (32, 8.0)], "literal": [(8, 16.0), (32, 64.0)], "plain": [(8, 8.0)]}
+    }
+    path = tmp_path / "depth.png"
+    report.depth_picture([fake_record(), record], path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert "docs/depth.png" in report.text([fake_record(), record])
+
+
+def test_one_depth_makes_no_line(tmp_path):
+    for record in (fake_record(), deep_record(32)):
+        assert report.depth_lines(record) == {}
+        assert "docs/depth.png" not in report.text([record])
+        report.depth_picture([record], tmp_path / "depth.png")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
