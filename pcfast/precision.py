@@ -69,24 +69,26 @@ def numerics(device: torch.device, precision: Precision):
 
 
 _switch_lock = threading.Lock()
-_switch_users: dict[str, tuple[int, object]] = {}  # name -> (how many rely on it now, value before the first)
+# (owner's id, name) -> (how many rely on it now, value before the first)
+_switch_users: dict[tuple[int, str], tuple[int, object]] = {}
 
 
 @contextlib.contextmanager
 def switched(owner, name: str, value):
     """Set one of torch's process-wide switches; the last thread to leave puts it back."""
+    key = (id(owner), name)
     with _switch_lock:
-        users, before = _switch_users.get(name, (0, getattr(owner, name)))
-        _switch_users[name] = (users + 1, before)
+        users, before = _switch_users.get(key, (0, getattr(owner, name)))
+        _switch_users[key] = (users + 1, before)
         setattr(owner, name, value)
     try:
         yield
     finally:
         with _switch_lock:
-            users, before = _switch_users[name]
-            _switch_users[name] = (users - 1, before)
+            users, before = _switch_users[key]
+            _switch_users[key] = (users - 1, before)
             if users == 1:
-                del _switch_users[name]
+                del _switch_users[key]
                 setattr(owner, name, before)
 
 
