@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,20 @@ from .losses import LossLike, describe_loss
 from .network import describe
 from .problem import Wanted
 from .relaxation import prepare, solve
+
+
+def scaled(updates: Sequence[Tensor], grad_output: Tensor) -> list[Tensor]:
+    """What a backward pass gives the parameters: their updates times the gradient that reaches the loss.
+
+    Raises:
+        RuntimeError: the backward pass itself is to be differentiated.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "pc_loss cannot be differentiated twice: predictive-coding updates are not the gradient of a "
+            "scalar function. Call backward() without create_graph=True."
+        )
+    return torch._foreach_mul(updates, grad_output)
 
 
 class _Updates(torch.autograd.Function):
@@ -22,12 +38,7 @@ class _Updates(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "pc_loss cannot be differentiated twice: predictive-coding updates are not the gradient of a "
-                "scalar function. Call backward() without create_graph=True."
-            )
-        return None, None, *torch._foreach_mul(ctx.saved_tensors, grad_output)
+        return None, None, *scaled(ctx.saved_tensors, grad_output)
 
 
 def pc_loss(
@@ -70,22 +81,31 @@ def pc_loss(
     """
     settings = dict(
         loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend, vinit=vinit,
-        normalizer=normalizer, check=check, wanted=Wanted(),
+        normalizer=normalizer, check=check,
     )  # fmt: skip
+    if torch.compiler.is_dynamo_compiling():
+        from . import compiled  # here: it needs torch's compiler, which takes long to import
+
+        return compiled.pc_loss(model, x, y, return_output=return_output, **settings)
     if not torch.is_grad_enabled():
-        described = prepare(model, x, y, **settings).problem.loss
-        output = model(x.clone())  # a clone, so that in-place modules leave x alone
-        described.check_target(tuple(output.shape), y)
-        if described.known and not x.is_cuda:
-            described.prepare(output, y, raise_now=True)  # labels in range?
-        value = described.value(output, y)
+        value, output = forward_loss(model, x, y, **settings)
         return (value, output) if return_output else value
     validation.check_trainable(model)
-    outcome, _ = solve(model, x, y, **settings)
+    outcome, _ = solve(model, x, y, wanted=Wanted(), **settings)
     value = outcome.loss
     if outcome.gradients:
         value = _Updates.apply(value, list(outcome.gradients.values()), *outcome.gradients)
     return (value, outcome.output) if return_output else value
+
+
+def forward_loss(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> tuple[Tensor, Tensor]:
+    """Loss and output of the forward pass alone; arguments as in :func:`pc_loss`. Call it under no_grad."""
+    described = prepare(model, x, y, wanted=Wanted(), **settings).problem.loss
+    output = model(x.clone())  # a clone, so that in-place modules leave x alone
+    described.check_target(tuple(output.shape), y)
+    if described.known and not x.is_cuda:
+        described.prepare(output, y, raise_now=True)  # labels in range?
+    return described.value(output, y), output
 
 
 class PredictiveCoding(nn.Module):
