@@ -12,12 +12,12 @@ STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
 PIP_INSTALL := $(VENV_PYTHON) -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench clean
+.PHONY: help train test compile-all lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
 	@echo "make TARGET, with TARGET one of:"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH)'
 
 train: $(STAMP) ## train the default network on digits; results in runs/digits
@@ -26,6 +26,10 @@ train: $(STAMP) ## train the default network on digits; results in runs/digits
 # One OpenMP thread a worker: with more, the workers fight for the cores and everything is slower.
 test: $(STAMP) ## run the whole test suite
 	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 -rs
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 -rs tests/kernels
+
+compile-all: $(STAMP) ## compile every kernel for every chip
+	@$(VENV_PYTHON) tests/kernels/compilation.py --full
 
 lint: $(STAMP) ## check the style
 	@$(VENV_PYTHON) -m ruff check .

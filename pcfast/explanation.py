@@ -23,11 +23,13 @@ class Explanation:
         network: the model as pcfast reads it.
         plan: backend, Gram form, precision, exact work.
         refused: backend -> why it does not run.
+        kernels: what the backend says about the layers, where it has kernels of its own.
     """
 
     network: Network
     plan: Plan
     refused: dict[str, str]
+    kernels: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         plan = self.plan
@@ -57,6 +59,7 @@ class Explanation:
             size = "shape not known" if shapes is None else f"{shapes[0]} -> {shapes[-1]}"
             lines.append(f"{layer.label}: {size}")
         lines += [f"  {op.name} runs through torch autograd: {op.why}" for op in self.network.opaque]
+        lines += self.kernels
         return "\n".join(lines)
 
 
@@ -103,4 +106,4 @@ def explain(
                 f'backend="{backend}" was asked for' if backend != "auto" else f"{chosen.name} comes first"
             )
             refused[name] = wanted
-    return Explanation(network, planned, refused)
+    return Explanation(network, planned, refused, tuple(chosen.describe(planned, network, where)))

@@ -83,6 +83,7 @@ class Outcome:
         errors: eps_l of the last iteration.
         energies: (n, L): 0.5 |eps_l|^2 for l < L and the loss at mu_L, as each iteration found them.
         status: for deferred checks (see status.py), or None.
+        resources: what a recorded graph reads and nothing else keeps alive, or None.
     """
 
     loss: Tensor | None
@@ -94,6 +95,7 @@ class Outcome:
     errors: list[Tensor | None] | None = None
     energies: Tensor | None = None
     status: Status | None = None
+    resources: object | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Outcome:
         """A copy with ``change`` applied to every tensor."""

@@ -99,6 +99,17 @@ class StatusBuilder:
         if states:
             self._note([_diverged(iteration, l) for l in states], list(states.values()))
 
+    def observe_first(self, first_bad: Tensor, num_steps: int) -> None:
+        """Note a loop's own record: ``first_bad`` (L-1,), the iteration that first found layer l's state not
+        finite, larger than ``num_steps`` where none did.
+        """
+        iterations = torch.arange(1, num_steps + 1, device=first_bad.device)
+        bad = first_bad.unsqueeze(0) <= iterations.unsqueeze(1)
+        self._causes += [
+            _diverged(t, l) for t in range(1, num_steps + 1) for l in range(1, len(first_bad) + 1)
+        ]
+        self._norms.append(torch.where(bad, float("inf"), 0.0).to(torch.float64).flatten())
+
     def build(self, label_flaw: Tensor | None, results: Sequence[tuple[int, Tensor]]) -> Status:
         """The status, with ``results`` noted last: (layer, tensor) for what the relaxation gave in the end."""
         by_layer = sorted(results, key=lambda result: result[0])

@@ -49,7 +49,8 @@ def found_in(report, backend="faulty") -> set:
 @pytest.mark.parametrize("method", ["exact", "fixed_prediction", "strict"])
 def test_a_right_backend_passes(method):
     report = check(net(), SHAPE, method=method, draws=3)
-    assert report.ok and not report.failures and not report.refused
+    assert report.ok and not report.failures
+    assert {(r.backend, r.reason) for r in report.refused} == {("triton", "it needs a CUDA device")}
     assert {(row.backend, row.precision) for row in report.rows} == {
         ("eager", "ieee"), ("eager", "bf16"), ("eager", "fp64"),
     }  # fmt: skip
@@ -209,6 +210,7 @@ def test_what_cannot_run_is_listed(monkeypatch):
     report = check(net(), SHAPE, draws=1)
     assert report.ok and {row.backend for row in report.rows} == {"eager"}
     assert {(r.backend, r.precision, r.reason) for r in report.refused} == {
+        *(("triton", precision, "it needs a CUDA device") for precision in ("ieee", "bf16", "fp64")),
         ("unable", "ieee", "float64 only"),
         ("unable", "bf16", "float64 only"),
         ("unable", "fp64", "no such kernel"),

@@ -10,9 +10,10 @@ from ..network import Network
 from .base import Backend
 from .eager import Eager
 from .reference import Reference
+from .triton import Triton
 
 #: In the order in which "auto" tries them.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Eager(), Reference())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Triton(), Eager(), Reference())}
 
 
 def choose_backend(
@@ -34,6 +35,8 @@ def choose_backend(
     refusals = []
     for backend in BACKENDS.values():
         ok, reason = backend.supports(network, device, dtype)
+        if ok:
+            ok, reason = backend.automatic(device)
         if ok:
             if refusals:
                 say_once(

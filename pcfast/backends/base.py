@@ -24,6 +24,14 @@ class Backend(ABC):
     def supports(self, network: Network, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
         """``(ok, reason)``: whether this backend can run such a network; the reason is "" where it can."""
 
+    def automatic(self, device: torch.device) -> tuple[bool, str]:
+        """``(ok, reason)``: whether ``backend="auto"`` may choose this backend on a device."""
+        return True, ""
+
+    def describe(self, plan: Plan, network: Network, device: torch.device) -> list[str]:
+        """Lines for :func:`pcfast.explain`: what runs each layer, and why."""
+        return []
+
     def replays(self, problem: Problem, plan: Plan) -> tuple[bool, str]:
         """``(ok, reason)``: whether :meth:`run` may be captured in a CUDA graph."""
         return False, f"the {self.name} backend is not captured"

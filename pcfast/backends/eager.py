@@ -43,7 +43,7 @@ class Eager(Backend):
 
     def run(self, problem, plan):
         with numerics(problem.x.device, plan.precision):
-            return _Run(problem, plan).outcome()
+            return Run(problem, plan).outcome()
 
     def updates(self, model, network, precision, x, beliefs, errors):
         outcome = Outcome(None, None)
@@ -56,8 +56,8 @@ class Eager(Backend):
         return outcome.gradients
 
 
-class _Run:
-    """One relaxation."""
+class Run:
+    """One relaxation. Subclasses run the loop of strict relaxation elsewhere (:meth:`_relax`)."""
 
     def __init__(self, problem: Problem, plan) -> None:
         self.problem, self.plan, self.precision = problem, plan, plan.precision
@@ -113,9 +113,10 @@ class _Run:
             self.loss, self.output_gradient = None, self.precision.to_state(problem.output_gradient)
             return
         loss, y = problem.loss, problem.y
+        self.target = None
         loss.check_target(tuple(output.shape), y)
         if loss.known:
-            target = loss.prepare(output, y, raise_now=problem.raise_now)
+            target = self.target = loss.prepare(output, y, raise_now=problem.raise_now)
             self.flaw = target.flaw
             self.loss_at: Callable[[Tensor], Tensor] = lambda mu: loss.value_prepared(target, mu)
             self.gradient_at: Callable[[Tensor], Tensor] = lambda mu: loss.gradient(target, mu)

@@ -30,6 +30,10 @@ class Link:
         self.d = None if self._start is None else self._start - self.vhat
         self.chain.deviate(torch.zeros_like(self.vhat))
 
+    def adopt(self, d: Tensor) -> None:
+        """Take d from a loop that ran elsewhere."""
+        self.d = d
+
     def predict(self) -> Tensor:
         """mu_{l+1}(v_l) - vhat_{l+1}."""
         return self.chain.deviate(self.d)
@@ -84,6 +88,10 @@ class GramLink(Link):
     def rewind(self):
         super().rewind()
         self._s = self._sum = self._sum_before = None
+
+    def adopt(self, s: Tensor, sum: Tensor, sum_before: Tensor) -> None:
+        """Take s and the sum from a loop that ran elsewhere; ``sum_before``: before the last iteration."""
+        self._s, self._sum, self._sum_before = s, sum, sum_before
 
     def predict(self):
         return self._tail.deviate(self._s)

@@ -102,9 +102,12 @@ class Conv2dStep(_AffineStep):
         u = self._convolve(self._input_operand)
         return u if self.bias is None else u.add_(self.bias.view(1, -1, 1, 1))
 
+    def product(self, a: Tensor) -> Tensor:
+        """a * K in the operand dtype."""
+        return F.conv2d(self._as_operand(a), self.weight, None, *self._geometry, self.spec.groups)
+
     def _convolve(self, a: Tensor) -> Tensor:
-        product = F.conv2d(self._as_operand(a), self.weight, None, *self._geometry, self.spec.groups)
-        return self.precision.to_state(product)
+        return self.precision.to_state(self.product(a))
 
     def deviate(self, d):
         self._deviation = d
@@ -115,10 +118,13 @@ class Conv2dStep(_AffineStep):
             e, inputs, self.weight, None, *self._geometry, False, [0, 0], self.spec.groups, mask
         )
 
-    def pullback(self, e):
+    def product_pulled_back(self, e: Tensor) -> Tensor:
+        """The transposed convolution of e, in the operand dtype."""
         # only shape and layout of the input count for its gradient
-        found = self._backward(self._as_operand(e), self._input_operand, [True, False, False])
-        return self.precision.to_state(found[0])
+        return self._backward(self._as_operand(e), self._input_operand, [True, False, False])[0]
+
+    def pullback(self, e):
+        return self.precision.to_state(self.product_pulled_back(e))
 
     def gradients(self, e):
         found: Gradients = []

@@ -28,7 +28,7 @@ _STEPS: dict[type[specs.Op], type[Step]] = {
 }
 
 
-def _pool_first(ops: tuple[specs.Op, ...]) -> list[specs.Op]:
+def pool_first(ops: tuple[specs.Op, ...]) -> list[specs.Op]:
     """Max-pooling before a monotone activation gives the same numbers on fewer elements."""
     ordered = list(ops)
     for i in range(len(ordered) - 1):
@@ -45,7 +45,7 @@ def _pool_first(ops: tuple[specs.Op, ...]) -> list[specs.Op]:
 def layer_chain(spec: specs.LayerSpec, model: nn.Module, precision: Precision) -> Chain:
     """The chain that one PC layer f_l of ``model`` is."""
     return Chain(
-        [_STEPS[type(op)](op, model.get_submodule(op.path), precision) for op in _pool_first(spec.ops)]
+        [_STEPS[type(op)](op, model.get_submodule(op.path), precision) for op in pool_first(spec.ops)]
     )
 
 

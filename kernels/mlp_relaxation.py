@@ -1,0 +1,104 @@
+"""A whole relaxation of linear layers in one launch: each program relaxes its own samples, all iterations long.
+
+For t = first..last: the predict stage of every live layer, then the feedback stage (linear_predict.py and
+linear_feedback.py have the equations and do the tiles). Samples never interact (docs/method.md fact 4), so programs
+never wait for each other; within a program a barrier separates the stages. Worth it where one program streams the
+weights through its multiprocessor faster than the stages of all programs start and end.
+
+    program p:   [ samples p*ROWS ... p*ROWS+ROWS-1 ]  x  all layers  x  all iterations
+    weights, state:  global memory, close by in L1 and L2
+
+Arguments of the kernel, beside those of the two stages:
+
+    predict_table   (2 * layers, WIDTH) int64   rows with a product, highest layer first, then the same layers without
+    feedback_table  (layers, WIDTH) int64       highest layer first
+    layers          int32                       rows of one kind
+    first, last     int32                       iterations to run, 1-based
+    fresh           int32                       1: from the forward pass, so that only the active front works
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .linear_feedback import feedback_tile
+from .linear_predict import MAX_REGISTERS, predict_tile
+from .linear_rows import WIDTH
+
+
+@triton.jit(do_not_specialize=["layers", "first", "last", "fresh"])
+def mlp_relaxation(
+    state,
+    operand,
+    predict_table,
+    feedback_table,
+    first_bad,
+    layers,
+    first,
+    last,
+    fresh,
+    eta,
+    loss_scale,
+    ACT: tl.constexpr,
+    NEGATIVE_SLOPE: tl.constexpr,
+    TOP_ACT: tl.constexpr,
+    TOP_NEGATIVE_SLOPE: tl.constexpr,
+    LOSS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    tile_row = tl.program_id(0)
+    for iteration in range(first, last + 1):
+        # the active front (docs/method.md fact 3): iteration t multiplies through t-1 layers, and one more has an
+        # error whose prediction has not moved yet
+        products = tl.where(fresh != 0, tl.minimum(iteration - 1, layers), layers)
+        front = tl.where(fresh != 0, tl.where(iteration <= layers, 1, 0), 0)
+        for index in range(products + front):
+            row = predict_table + tl.where(index < products, index, layers + iteration - 1) * WIDTH
+            tile_columns = tl.cdiv(tl.load(row + 2).to(tl.int32), COLUMNS)
+            for tile_column in range(tile_columns):
+                predict_tile(
+                    state, operand, row, tile_row, tile_column, loss_scale, ACT, NEGATIVE_SLOPE, TOP_ACT,
+                    TOP_NEGATIVE_SLOPE, LOSS, ROWS, COLUMNS, REDUCTION, INPUT_PRECISION, ALIGNED,
+                )  # fmt: skip
+        tl.debug_barrier()  # errors and deltas are written before other threads of the program read them
+        moving = tl.where(fresh != 0, tl.minimum(iteration, layers), layers)
+        for index in range(moving):
+            row = feedback_table + index * WIDTH
+            tile_columns = tl.cdiv(tl.load(row + 2).to(tl.int32), COLUMNS)
+            for tile_column in range(tile_columns):
+                feedback_tile(
+                    state, operand, first_bad, row, tile_row, tile_column, iteration, eta, ROWS, COLUMNS,
+                    REDUCTION, INPUT_PRECISION, ALIGNED,
+                )  # fmt: skip
+        tl.debug_barrier()  # beliefs are written before the next iteration reads them
+
+
+def launch_mlp_relaxation(
+    state: Tensor,
+    operand: Tensor,
+    predict_table: Tensor,
+    feedback_table: Tensor,
+    first_bad: Tensor,
+    *,
+    layers: int,
+    first: int,
+    last: int,
+    fresh: bool,
+    eta: float,
+    loss_scale: float,
+    programs: int,
+    constants: dict,
+    warps: int,
+    stages: int,
+) -> None:
+    """Launch on the current stream: iterations ``first`` to ``last``; ``programs`` = batch / ROWS, rounded up."""
+    mlp_relaxation[(programs,)](
+        state, operand, predict_table, feedback_table, first_bad, layers, first, last, int(fresh), eta, loss_scale,
+        **constants, num_warps=warps, num_stages=stages, maxnreg=MAX_REGISTERS,
+    )  # fmt: skip

@@ -1,0 +1,131 @@
+"""A layer's beliefs move: one launch after the product that pulls the error above back to them.
+
+With d = v - vhat, eps of this layer and r, the error above pulled back to this layer (docs/method.md):
+
+    d <- d + eta (eps - r)
+
+CLAMPED is layer 1, whose prediction never moves (fact 2): eps = -d at the d before the update, written here.
+
+What lives where: a program holds one tile of d, BLOCK_POSITIONS places (sample, row, column) by BLOCK_CHANNELS
+channels, in registers, and writes it in place; besides, rounded, as the operand of the next product.
+
+Arguments of the kernel, channels-last views (B, H, W, C) whose last stride is 1; the three other strides follow each
+other in the argument list as NAME_batch, NAME_row, NAME_column; features are (B, 1, 1, N).
+
+    deviation   (B, H, W, C)  fp32          d, in place
+    error       (B, H, W, C)  fp32          eps; written where CLAMPED, else read
+    pulled      (B, H, W, C)  fp32, bf16    r
+    operand     (B, H, W, C)  float         the new d, rounded; None: not wanted
+    first_bad   (layers,)     int32         by layer the first iteration that left NaN or infinity in d; starts large
+    layer, iteration          int32         the element of first_bad, what is written there
+    positions, rows, columns, channels      B H W, H, W, C
+    step_size   fp32                        eta
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .pointwise_error import places, strides, tile
+
+
+@triton.jit(do_not_specialize=["positions", "rows", "columns", "layer", "iteration"])
+def pointwise_update_kernel(
+    deviation,
+    deviation_batch,
+    deviation_row,
+    deviation_column,
+    error,
+    error_batch,
+    error_row,
+    error_column,
+    pulled,
+    pulled_batch,
+    pulled_row,
+    pulled_column,
+    operand,
+    operand_batch,
+    operand_row,
+    operand_column,
+    first_bad,
+    positions,
+    rows,
+    columns,
+    channels,
+    layer,
+    iteration,
+    step_size,
+    CLAMPED: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    sample, row, column, channel, inside = places(
+        positions, rows, columns, channels, BLOCK_POSITIONS, BLOCK_CHANNELS
+    )
+    d_at = sample * deviation_batch + row * deviation_row + column * deviation_column + channel
+    e_at = sample * error_batch + row * error_row + column * error_column + channel
+    r_at = sample * pulled_batch + row * pulled_row + column * pulled_column + channel
+    d = tl.load(deviation + d_at, mask=inside, other=0.0)
+    r = tl.load(pulled + r_at, mask=inside, other=0.0).to(tl.float32)
+    if CLAMPED:
+        e = -d
+        tl.store(error + e_at, e, mask=inside)
+    else:
+        e = tl.load(error + e_at, mask=inside, other=0.0)
+    d += step_size * (e - r)
+    tl.store(deviation + d_at, d, mask=inside)
+    if operand is not None:
+        operand_at = sample * operand_batch + row * operand_row + column * operand_column + channel
+        tl.store(operand + operand_at, d.to(operand.dtype.element_ty), mask=inside)
+
+    # written so that NaN counts as bad: it compares false
+    bad = tl.where(tl.abs(d) < float("inf"), 0, 1)
+    any_bad = tl.max(tl.max(bad, 1), 0) > 0
+    tl.atomic_min(first_bad + layer, iteration, mask=any_bad, sem="relaxed")
+
+
+def update(
+    *,
+    deviation: Tensor,
+    error: Tensor,
+    pulled: Tensor,
+    step_size: float,
+    first_bad: Tensor,
+    layer: int,
+    iteration: int,
+    operand: Tensor | None = None,
+    clamped: bool = False,
+) -> None:
+    """Move ``deviation`` in place, copy it to ``operand``, and note the iteration where it is no longer finite.
+
+    With ``clamped`` the ``error`` is written too: minus the old deviation.
+    """
+    batch, rows, columns, channels = deviation.shape
+    positions = batch * rows * columns
+    if positions == 0 or channels == 0:
+        return
+    block_positions, block_channels = tile(positions, channels)
+    grid = (triton.cdiv(positions, block_positions), triton.cdiv(channels, block_channels))
+    pointwise_update_kernel[grid](
+        deviation,
+        *strides(deviation),
+        error,
+        *strides(error),
+        pulled,
+        *strides(pulled),
+        operand,
+        *strides(operand),
+        first_bad,
+        positions,
+        rows,
+        columns,
+        channels,
+        layer,
+        iteration,
+        float(step_size),
+        CLAMPED=clamped,
+        BLOCK_POSITIONS=block_positions,
+        BLOCK_CHANNELS=block_channels,
+    )

@@ -1,0 +1,183 @@
+"""The streamed tier: strict relaxation by fused Triton kernels (kernels/, streamed/), the rest as in eager.
+
+exact and fixed_prediction have no loop: they are a forward and a backward pass through cuBLAS and cuDNN, as in eager.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+
+from .. import constants
+from ..deviation.affine import Conv2dStep, LinearStep
+from ..errors import RelaxationDiverged
+from ..precision import numerics
+from ..problem import check_start, energy_row
+from .eager import Eager, Run
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
+
+
+class Triton(Eager):
+    name = "triton"
+
+    def automatic(self, device):
+        return False, "it has not been measured on a GPU yet: ask for it by name"
+
+    def supports(self, network, device, dtype):
+        reason = _unavailable(device.type, device.index)
+        if reason:
+            return False, reason
+        if dtype not in _DTYPES:
+            return False, f"its kernels compute in float32, not {dtype}: use eager"
+        if network.opaque:
+            op = network.opaque[0]
+            layer = next(layer for layer in network.layers if op in layer.ops)
+            return False, f"{layer.label}: {op.why}"
+        return True, ""
+
+    def run(self, problem, plan):
+        if problem.method != "strict" or problem.network.depth == 1:
+            return super().run(problem, plan)
+        with numerics(problem.x.device, plan.precision):
+            return _Run(problem, plan).outcome()
+
+    def describe(self, plan, network, device):
+        if plan.method != "strict" or network.depth == 1:
+            return ["no loop: one forward and one backward pass through torch"]
+        from ..streamed.words import describe
+
+        with numerics(device, plan.precision):
+            target = _target(device, plan.precision)
+        return describe(network, _design(network, plan, "cross_entropy", target))
+
+
+@functools.lru_cache(maxsize=16)
+def _unavailable(device_type: str, index: int | None) -> str:
+    """Why the kernels cannot run on a device; "" where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type == "cpu" and not interpreted:
+        return "it needs a CUDA device"
+    if device_type not in ("cpu", "cuda"):
+        return f"it needs a CUDA device, not {device_type}"
+    if device_type == "cuda":
+        if torch.version.hip:
+            return "it needs an NVIDIA GPU"
+        capability = torch.cuda.get_device_capability(index)
+        if capability < _LEAST_CAPABILITY:
+            return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+    try:
+        importlib.import_module("pcfast.streamed.loop")
+    except Exception as failure:  # triton breaks in many ways where its parts do not fit together
+        return f"its kernels cannot be imported: {type(failure).__name__}: {failure}"
+    return ""
+
+
+def _product_precision(precision) -> str:
+    """What the matrix unit reads: see :func:`pcfast.streamed.tiles.linear_tiles`."""
+    if precision.operand == torch.bfloat16:
+        return "bf16"
+    # three TF32 products make one of float32's accuracy
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def _target(device: torch.device, precision):
+    from ..streamed.design import Target
+
+    known = constants.load()
+    sm_count = known.sm_count
+    if device.type == "cuda":
+        sm_count = torch.cuda.get_device_properties(device).multi_processor_count
+    return Target(
+        _product_precision(precision),
+        sm_count,
+        known.shared_memory_per_sm_bytes,
+        interpreted=device.type == "cpu",
+    )
+
+
+def _design(network, plan, loss: str | None, target):
+    from ..streamed.design import design
+
+    return design(network, plan.shapes, plan.gram, loss, plan.fresh, target)
+
+
+class _Run(Run):
+    """One strict relaxation."""
+
+    def _forward(self):
+        """The forward pass, keeping what comes out of each layer's first product."""
+        vhat = [self.precision.to_state(self.problem.x)]
+        self.pre_activations = [None]
+        for chain in self.chains[1:]:
+            value, pre_activation = vhat[-1], None
+            for step in chain.steps:
+                value = step.forward(value)
+                if pre_activation is None and isinstance(step, LinearStep | Conv2dStep):
+                    pre_activation = value
+            vhat.append(value)
+            self.pre_activations.append(pre_activation)
+        return vhat
+
+    def _relax(self, observe):
+        from ..streamed.loop import Inputs, Loop
+
+        problem, plan, depth = self.problem, self.plan, self.depth
+        steps = problem.num_steps
+        fused = problem.loss.known and self.vhat[-1].dim() == 2 and not problem.wanted.energies
+        target = _target(problem.x.device, self.precision)
+        planned = _design(problem.network, plan, problem.loss.kind if fused else None, target)
+        starts = None
+        if problem.start is not None:
+            found = check_start(problem.start, self.vhat)
+            starts = [self.precision.to_state(v) - vhat for v, vhat in zip(found, self.vhat, strict=True)]
+        torch_gram = plan.gram and not planned.gram
+        inputs = Inputs(
+            self.chains, self.vhat, self.pre_activations, starts, self.target if fused else None, self.gradient_at,
+            self.links[1] if torch_gram else None,
+        )  # fmt: skip
+        loop = Loop(planned, inputs, problem.step_size, self.precision.operand)
+        errors = [None] * (depth + 1)
+        front = loop.front(max(steps, 1))
+
+        def record(t: int) -> None:
+            lowest = loop.front(t)
+            found = [None if l < max(lowest, 1) else self._error(loop, l) for l in range(depth + 1)]
+            self.energies.append(energy_row(found, self.loss_at(loop.output)))
+
+        loop.run(steps, record if problem.wanted.energies else None)
+        for l in range(1, depth):
+            if plan.fresh and l < depth - steps:
+                continue
+            if l == 1 and plan.gram:
+                if planned.gram:
+                    self.links[1].adopt(*loop.gram_state())
+            else:
+                self.links[l].adopt(loop.deviation(l))
+        for l in range(max(front, 1), depth + 1):
+            if not (l == 1 and plan.gram):
+                error = loop.error(l) if steps or l > 1 else loop.deviation(1).neg()
+                # a caller's errors do not keep the arena alive
+                errors[l] = error.clone() if problem.wanted.states else error
+        self.first_bad = loop.first_bad[1:]
+        if self.builder is not None:
+            self.builder.observe_first(self.first_bad, steps)
+        self.result.resources = loop.resources
+        return errors
+
+    def _error(self, loop, l: int):
+        """eps_l between the stages, where layer 1's has not been written yet."""
+        return loop.deviation(1).neg() if l == 1 else loop.error(l)
+
+    def _locate(self):
+        first = self.first_bad.tolist()
+        found = min((t, l) for l, t in enumerate(first, start=1))
+        if found[0] <= self.problem.num_steps:
+            raise RelaxationDiverged(found[0], found[1], self.problem.step_size)

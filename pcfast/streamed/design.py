@@ -1,0 +1,366 @@
+"""From shapes alone: what becomes of each layer, where everything lies, which rows each launch works on.
+
+Pure Python on plain values, so that designs are cached and tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+
+from .. import network as specs
+from ..activations import Activation
+from ..kernels.linear_rows import (
+    CLAMPED,
+    GRAM_UPDATE,
+    HIDDEN,
+    PRODUCT,
+    TOP,
+    UPDATE,
+    FeedbackRow,
+    PredictRow,
+)
+from .boundary import ROW_MULTIPLE, Boundary, boundaries, padded
+from .layers import Form, LinearForm, PointwiseForm, TorchForm, layer_form
+from .layout import Layout, LayoutBuilder, Matrix
+from .tiles import LOSS_COLUMNS, LinearTiles, Product, linear_tiles, whole_tiles
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the design depends on beside the network.
+
+    Attributes:
+        precision: of products in linear layers: "bf16", "tf32" or "tf32x3".
+        sm_count: multiprocessors. close_bytes: memory that a program has close by, of one multiprocessor.
+        interpreted: triton interprets the kernels on the CPU.
+    """
+
+    precision: str
+    sm_count: int
+    close_bytes: int
+    interpreted: bool
+
+    @property
+    def separate_operands(self) -> bool:
+        """bfloat16 operands need memory of their own; fp32 ones are the state."""
+        return self.precision == "bf16"
+
+
+@dataclass(frozen=True)
+class PredictLaunch:
+    """Layers with one activation, in one launch of linear_predict.
+
+    Attributes:
+        activation: of the hidden ones. top_activation: of the output layer, where ``loss`` is not None.
+        loss: "cross_entropy" or "mse" where the output layer takes part with its loss.
+        layers: l, highest first. rows: with their product, then, in the same order, without.
+        tiles, aligned: configuration; whether all rows start at multiples of 16 elements.
+    """
+
+    activation: Activation | None
+    top_activation: Activation | None
+    loss: str | None
+    layers: tuple[int, ...]
+    rows: tuple
+    tiles: LinearTiles
+    aligned: bool
+    programs: int
+
+
+@dataclass(frozen=True)
+class FeedbackLaunch:
+    """Couplings through linear layers, in one launch of linear_feedback. links: l, highest first."""
+
+    links: tuple[int, ...]
+    rows: tuple
+    tiles: LinearTiles
+    aligned: bool
+    programs: int
+
+
+@dataclass(frozen=True)
+class Design:
+    """Everything that shapes decide.
+
+    Attributes:
+        boundaries: of v_0..v_L.
+        forms: per layer, from index 2 on (0 and 1 are None: the input is clamped).
+        layout: of the arenas.
+        gram: layer 1's beliefs are out of the loop, and a row of the launches stands for them.
+        predicts, feedback: the launches of linear layers.
+        wide_top: the output layer's product and its loss are two launches.
+        whole: mlp_relaxation does all; whole_reason: why, or why not.
+    """
+
+    boundaries: tuple[Boundary, ...]
+    forms: tuple[Form | None, ...]
+    layout: Layout
+    gram: bool
+    predicts: tuple[PredictLaunch, ...]
+    feedback: FeedbackLaunch | None
+    wide_top: bool
+    whole: bool
+    whole_reason: str
+    fresh: bool
+    target: Target = field(repr=False)
+
+    @property
+    def depth(self) -> int:
+        return len(self.boundaries) - 1
+
+
+@functools.lru_cache(maxsize=256)
+def design(
+    network: specs.Network, shapes: tuple, gram: bool, loss: str | None, fresh: bool, target: Target
+) -> Design:
+    """Design one problem of at least two layers.
+
+    Args:
+        shapes: as :meth:`pcfast.network.Network.shapes` gives them, none hidden.
+        gram: layer 1's beliefs leave the loop (docs/method.md fact 7).
+        loss: "cross_entropy" or "mse" where kernels may evaluate it; None where torch does.
+    """
+    batch, depth = shapes[0][0][0], network.depth
+    bounds = boundaries(network, shapes)
+    forms = _forms(network, shapes, bounds, gram, loss)
+    linear = [l for l in range(depth, 1, -1) if isinstance(forms[l], LinearForm)]
+    gram_rows = gram and 2 in linear
+    builder = LayoutBuilder(target.separate_operands)
+    _place_beliefs(builder, batch, bounds, forms, gram, target)
+    for l in range(2, depth + 1):
+        if isinstance(forms[l], PointwiseForm):
+            _place_pointwise(builder, l, batch, bounds, forms[l])
+    for l in linear:
+        _place_linear(builder, l, batch, bounds[l], forms[l], depth, gram_rows and l == 2)
+
+    feedback = _feedback(linear, batch, bounds, builder.matrices, gram_rows, target)
+    wide_top = depth in linear and forms[depth].out_features > _loss_columns(target)
+    whole, reason = _whether_whole(linear, depth, forms, builder.matrices, target, gram_rows)
+    predicts = _predicts(
+        linear, batch, depth, bounds, forms, builder.matrices, gram_rows, loss, wide_top, target
+    )
+    if whole:
+        tiles = whole_tiles(target.precision, target.interpreted)
+        programs = -(-batch // tiles.rows)
+        predicts = tuple(replace(launch, tiles=tiles, programs=programs) for launch in predicts)
+        feedback = replace(feedback, tiles=tiles, programs=programs)
+    return Design(
+        bounds, forms, builder.layout(), gram_rows, predicts, feedback, wide_top, whole, reason, fresh, target
+    )
+
+
+def _forms(network: specs.Network, shapes: tuple, bounds: tuple[Boundary, ...], gram: bool, loss: str | None):
+    """Per layer from index 2 on, what runs it."""
+    forms: list[Form | None] = [None, None]
+    for layer in network.layers[1:]:
+        form = layer_form(layer, shapes[layer.index - 1], bounds[layer.index - 1])
+        if layer.index == network.depth and not isinstance(form, LinearForm):
+            form = TorchForm("the output layer is not a linear one")
+        elif layer.index == network.depth and loss is None:
+            form = TorchForm("torch evaluates the loss")
+        elif gram and layer.index == 2 and not isinstance(form, LinearForm):
+            form = TorchForm("torch does the Gram form of a convolution")
+        forms.append(form)
+    return tuple(forms)
+
+
+# where everything lies
+
+
+def _place_beliefs(builder, batch, bounds, forms, gram, target) -> None:
+    for l in range(2 if gram else 1, len(bounds) - 1):
+        bound, above = bounds[l], forms[l + 1]
+        d = builder.add(f"d{l}", batch, bound.size, bound.stride)
+        builder.add(f"error{l}", batch, bound.size, bound.stride)
+        multiplied = isinstance(above, LinearForm) or getattr(above, "convolution", None) is not None
+        if multiplied and target.separate_operands:
+            builder.add(f"d_operand{l}", batch, bound.size, bound.stride, operand=True)
+        elif multiplied:
+            builder.matrices[f"d_operand{l}"] = d
+
+
+def _place_pointwise(builder, l, batch, bounds, form: PointwiseForm) -> None:
+    height, width, channels = form.inner
+    size = height * width * channels
+    if form.convolution is None:  # the error is added to the beliefs below as it is: state, in their layout
+        builder.add(f"delta{l}", batch, size, bounds[l - 1].stride)
+    else:
+        builder.add(f"delta{l}", batch, size, operand=True)
+
+
+def _place_linear(builder, l, batch, bound: Boundary, form: LinearForm, depth, in_gram_form: bool) -> None:
+    names = ["uhat"]
+    if in_gram_form:
+        names += ["s", "sum"]
+    if l == depth:
+        names += ["error", "vhat", "dense"] + ([] if in_gram_form else ["s"])
+        builder.add("mass", 1, batch)
+    for name in names:
+        builder.add(f"{name}{l}", batch, bound.size, bound.stride)
+    builder.add(f"delta{l}", batch, bound.size, bound.stride, operand=True)
+    rows = padded(form.out_features)  # zero rows at the end: products run over the padding of delta
+    builder.add(f"weight{l}", rows, form.in_features, padded(form.in_features), operand=True)
+    if in_gram_form:
+        builder.add("gram", rows, form.out_features, rows, operand=True)
+
+
+# launches of linear layers
+
+
+def _tiles(products: list[Product], target: Target) -> LinearTiles:
+    return linear_tiles(products, target.precision, target.sm_count, target.interpreted)
+
+
+def _loss_columns(target: Target) -> int:
+    """The widest output whose loss a tile can do."""
+    return min(LOSS_COLUMNS, whole_tiles(target.precision, target.interpreted).columns)
+
+
+def _programs(tiles: LinearTiles, products: list[Product], target: Target) -> int:
+    """One program a multiprocessor shares out the tiles; the interpreter gets few, to see that they share."""
+    return min(tiles.count(products), 3 if target.interpreted else target.sm_count)
+
+
+def _aligned(strides: list[int]) -> bool:
+    return all(stride % ROW_MULTIPLE == 0 for stride in strides)
+
+
+def _first(matrices: dict[str, Matrix], name: str) -> int:
+    return matrices[name].first if name in matrices else 0
+
+
+def _predict_row(l, kind, batch, bounds, form: LinearForm, matrices, multiplied: bool, s_given: bool):
+    def first(name: str) -> int:
+        return _first(matrices, f"{name}{l}")
+
+    below, weight = bounds[l - 1], matrices[f"weight{l}"]
+    return PredictRow(
+        kind=kind,
+        batch=batch,
+        width=form.out_features,
+        reduction=below.stride if multiplied and not s_given else 0,
+        d_below=_first(matrices, f"d_operand{l - 1}"),
+        d_below_stride=below.stride,
+        weight=weight.first,
+        weight_stride=weight.stride,
+        stride=bounds[l].stride,
+        uhat=first("uhat"),
+        d=first("d"),
+        error=first("error"),
+        delta=first("delta"),
+        s=first("s"),
+        vhat=first("vhat"),
+        dense=first("dense"),
+        mass=_first(matrices, "mass"),
+        s_given=s_given,
+    )
+
+
+def _predicts(linear, batch, depth, bounds, forms, matrices, gram_rows, loss, wide_top, target):
+    """Launches of the predict stage: one for each activation, one more for a wide output layer."""
+
+    def product(l: int) -> Product:
+        return batch, forms[l].out_features, forms[l].in_features
+
+    groups: dict[Activation | None, list[int]] = {}
+    for l in linear:
+        if l != depth:
+            groups.setdefault(forms[l].activation, []).append(l)
+    launches_of = list(groups.items())
+    if depth in linear:
+        first = launches_of[0][1] if launches_of else []
+        # the loss wants whole rows of the output in one narrow tile: with large tiles the output layer goes alone
+        joins = (
+            first
+            and not wide_top
+            and _tiles([product(l) for l in [depth, *first]], target).columns <= (_loss_columns(target))
+        )
+        if joins:
+            first.insert(0, depth)
+        else:
+            launches_of.append((None, [depth]))
+    launches = []
+    for activation, layers in launches_of:
+        kinds = {l: HIDDEN.value for l in layers}
+        if layers[0] == depth:
+            kinds[depth] = PRODUCT.value if wide_top else TOP.value
+        rows = [
+            _predict_row(l, kinds[l], batch, bounds, forms[l], matrices, multiplied, gram_rows and l == 2)
+            for multiplied in (True, False)
+            for l in layers
+        ]
+        products = [product(l) for l in layers]
+        tiles = _tiles(products, target)
+        with_loss = TOP.value in kinds.values()
+        launches.append(
+            PredictLaunch(
+                activation=activation,
+                top_activation=forms[depth].activation if with_loss else None,
+                loss=loss if with_loss else None,
+                layers=tuple(layers),
+                rows=tuple(rows),
+                tiles=tiles,
+                aligned=_aligned([bounds[m].stride for l in layers for m in (l - 1, l)]),
+                programs=_programs(tiles, products, target),
+            )
+        )
+    return tuple(launches)
+
+
+def _feedback(linear, batch, bounds, matrices, gram_rows, target) -> FeedbackLaunch | None:
+    if not linear:
+        return None
+    rows, products = [], []
+    for l in linear:
+        link, delta = l - 1, matrices[f"delta{l}"]
+        in_gram_form = gram_rows and l == 2
+        weight = matrices["gram" if in_gram_form else f"weight{l}"]
+        kind = GRAM_UPDATE if in_gram_form else CLAMPED if link == 1 else UPDATE
+        rows.append(
+            FeedbackRow(
+                kind=kind.value,
+                batch=batch,
+                width=weight.columns,
+                reduction=delta.stride,
+                delta=delta.first,
+                delta_stride=delta.stride,
+                weight=weight.first,
+                weight_stride=weight.stride,
+                stride=bounds[l if in_gram_form else link].stride,
+                d=_first(matrices, f"d{link}"),
+                d_operand=_first(matrices, f"d_operand{link}"),
+                error=_first(matrices, f"error{link}"),
+                s=_first(matrices, "s2"),
+                sum=_first(matrices, "sum2"),
+                layer=link,
+            )
+        )
+        products.append((batch, weight.columns, delta.columns))
+    tiles = _tiles(products, target)
+    return FeedbackLaunch(
+        links=tuple(l - 1 for l in linear),
+        rows=tuple(rows),
+        tiles=tiles,
+        aligned=_aligned([row.stride for row in rows] + [row.weight_stride for row in rows]),
+        programs=_programs(tiles, products, target),
+    )
+
+
+def _whether_whole(linear, depth, forms, matrices, target, gram_rows) -> tuple[bool, str]:
+    """Whether mlp_relaxation runs the loop: one program must have all loop weights close by.
+
+    The batch has no say, so that a sample's result does not depend on it.
+    """
+    if len(linear) < depth - 1:
+        return False, "not every layer of the loop is a linear one"
+    if forms[depth].out_features > _loss_columns(target):
+        return False, "the output is wider than a tile"
+    if len({forms[l].activation for l in linear if l != depth}) > 1:
+        return False, "the hidden layers have several activations"
+    size = 2 if target.separate_operands else 4
+    names = ["gram" if gram_rows and l == 2 else f"weight{l}" for l in linear]
+    weights = size * sum(matrices[name].elements for name in names)
+    fits = weights <= target.close_bytes
+    comparison = f"{weights:,} bytes of loop weights, {target.close_bytes:,} close to one program"
+    return fits, comparison

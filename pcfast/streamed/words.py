@@ -1,0 +1,52 @@
+"""A design in words, for pcfast.explain."""
+
+from __future__ import annotations
+
+from .. import network as specs
+from .design import Design
+from .layers import LinearForm, PointwiseForm
+
+
+def describe(network: specs.Network, design: Design) -> list[str]:
+    """The tier, how the loop runs, and per layer its kernels."""
+    depth, precision = design.depth, design.target.precision
+    lines = [f"tier streamed: weights and state in device memory, products of linear layers in {precision}"]
+    if design.whole:
+        tiles = design.predicts[0].tiles
+        lines.append(
+            f"one launch for all iterations, mlp_relaxation, {tiles.rows} samples a program ({design.whole_reason})"
+        )
+    else:
+        lines.append(f"two stages an iteration, no single launch for all of them: {design.whole_reason}")
+        for launch in design.predicts:
+            lines.append(
+                f"linear_predict for {_layers(launch.layers)}: tiles of {launch.tiles.rows} x "
+                f"{launch.tiles.columns} x {launch.tiles.reduction} ({launch.tiles.reason})"
+            )
+        if design.feedback is not None:
+            tiles = design.feedback.tiles
+            lines.append(
+                f"linear_feedback into {_layers(design.feedback.links)}: tiles of {tiles.rows} x {tiles.columns} x "
+                f"{tiles.reduction} ({tiles.reason})"
+            )
+    for l in range(1, depth + 1):
+        lines.append(f"{network.layers[l - 1].label}: {_how(design, l)}")
+    return lines
+
+
+def _layers(indices: tuple[int, ...]) -> str:
+    return ("layer " if len(indices) == 1 else "layers ") + ", ".join(map(str, sorted(indices)))
+
+
+def _how(design: Design, l: int) -> str:
+    if l == 1:
+        return "its input is clamped: evaluated once, outside the loop"
+    form = design.forms[l]
+    if isinstance(form, LinearForm):
+        wide = ", loss in output_error" if l == design.depth and design.wide_top else ""
+        gram = ", Gram form" if l == 2 and design.gram else ""
+        return ("mlp_relaxation" if design.whole else "linear_predict, linear_feedback") + wide + gram
+    if isinstance(form, PointwiseForm):
+        product = "" if form.convolution is None else "cuDNN's convolution, "
+        return product + "pointwise_error, pointwise_update"
+    return f"torch ({form.reason})"

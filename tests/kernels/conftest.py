@@ -1,0 +1,32 @@
+"""The kernels' tests: triton interprets them on the CPU, in a process of their own (``make test``).
+
+Triton reads TRITON_INTERPRET when it is imported, and every test here needs it.
+"""
+
+import os
+
+import pytest
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if _INTERPRETED else ["test_*.py"]
+
+
+def pytest_report_header():
+    return (
+        [] if _INTERPRETED else ["tests/kernels: not collected; make test runs them with TRITON_INTERPRET=1"]
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _repaired_interpreter():
+    import interpreter
+
+    interpreter.repair()
+
+
+@pytest.fixture(autouse=True)
+def _no_extents_left():
+    yield
+    import interpreter
+
+    interpreter.clear_extents()

@@ -1,0 +1,268 @@
+"""Which kernels are compiled: CASES in every test run, against recorded limits; FULL by `compilation.py --full`.
+
+Configurations come from the functions that choose them at run time, so what is compiled here is what runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from compilation import Case, matrix_instruction
+
+from pcfast import activations
+from pcfast.kernels import conv_feedback, conv_predict, pointwise_error
+from pcfast.kernels.activations import code
+from pcfast.kernels.conv_geometry import ConvGeometry
+from pcfast.kernels.linear_predict import MAX_REGISTERS, NO_TOP
+from pcfast.kernels.output_error import CROSS_ENTROPY, output_tile
+from pcfast.streamed.tiles import LinearTiles, linear_tiles, whole_tiles
+
+CHIPS = (80, 90, 100)
+ALL_CHIPS = (80, 86, 90, 100, 120)
+PRECISIONS = ("bf16", "tf32", "tf32x3")
+SM_COUNT = 132
+# one launch for each shape of tile: (batch, out, in)
+SIZES = {"wide": (4096, 4096, 4096), "middle": (2048, 1024, 1024), "small": (128, 128, 128)}
+
+
+def _operand(precision: str) -> str:
+    return "*bf16" if precision == "bf16" else "*fp32"
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _tile_constants(tiles: LinearTiles, precision: str, aligned: bool = True) -> dict:
+    return {
+        "ROWS": tiles.rows,
+        "COLUMNS": tiles.columns,
+        "REDUCTION": tiles.reduction,
+        "INPUT_PRECISION": "ieee" if precision == "bf16" else precision,
+        "ALIGNED": 16 if aligned else 1,
+    }
+
+
+def _predict_constants(tiles: LinearTiles, precision: str, activation, aligned: bool = True) -> dict:
+    act, negative_slope = code(activation)
+    # the loss is in launches of small tiles only
+    top = dict(TOP_ACT=0, TOP_NEGATIVE_SLOPE=0.0, LOSS=CROSS_ENTROPY.value) if tiles.columns <= 64 else NO_TOP
+    return dict(ACT=act, NEGATIVE_SLOPE=negative_slope, **top, **_tile_constants(tiles, precision, aligned))
+
+
+def _linear(
+    kernel: str, name: str, tiles: LinearTiles, precision: str, capability: int, constexprs: dict
+) -> Case:
+    types = {"state": "*fp32", "operand": _operand(precision)}
+    if kernel == "linear_predict":
+        types |= {"table": "*i64", "products": "i32", "front": "i32", "loss_scale": "fp32"}
+    elif kernel == "linear_feedback":
+        types |= {"table": "*i64", "first_bad": "*i32", "count": "i32", "iteration": "i32", "eta": "fp32"}
+    else:
+        types |= {"predict_table": "*i64", "feedback_table": "*i64", "first_bad": "*i32"}
+        types |= dict.fromkeys(("layers", "first", "last", "fresh"), "i32")
+        types |= {"eta": "fp32", "loss_scale": "fp32"}
+    return Case(
+        name=name,
+        kernel=f"pcfast.kernels.{kernel}:{kernel}",
+        signature=types,
+        constexprs=constexprs,
+        capability=capability,
+        divisible=tuple(argument for argument, kind in types.items() if kind.startswith("*")),
+        warps=tiles.warps,
+        stages=tiles.stages,
+        max_registers=MAX_REGISTERS,
+        instruction=matrix_instruction(capability, tiles.rows, tiles.warps),
+    )
+
+
+def linear_cases(chips, sizes, acts) -> list[Case]:
+    cases = []
+    for capability, precision, size in itertools.product(chips, PRECISIONS, sizes):
+        tiles = linear_tiles([SIZES[size]], precision, SM_COUNT)
+        for act in acts:
+            constexprs = _predict_constants(tiles, precision, act)
+            name = f"linear_predict, {size}, {precision}, {type(act).__name__}"
+            cases.append(_linear("linear_predict", name, tiles, precision, capability, constexprs))
+        constexprs = _tile_constants(tiles, precision)
+        name = f"linear_feedback, {size}, {precision}"
+        cases.append(_linear("linear_feedback", name, tiles, precision, capability, constexprs))
+    for capability, precision, act in itertools.product(chips, PRECISIONS, acts):
+        tiles = whole_tiles(precision)
+        constexprs = _predict_constants(tiles, precision, act)
+        name = f"mlp_relaxation, {precision}, {type(act).__name__}"
+        cases.append(_linear("mlp_relaxation", name, tiles, precision, capability, constexprs))
+    return cases
+
+
+CONVOLUTIONS = {
+    "vgg": ConvGeometry(16, 16, 128, 256, (3, 3), (1, 1), (1, 1), "max", (2, 2)),
+    "unpooled": ConvGeometry(32, 32, 64, 128, (3, 3), (1, 1), (1, 1)),
+    "mnist": ConvGeometry(13, 13, 10, 5, (3, 3)),
+}
+
+
+def conv_cases(chips, names) -> list[Case]:
+    cases = []
+    relu = activations.Relu()
+    for capability, precision, name in itertools.product(chips, PRECISIONS, names):
+        geometry, dtype = CONVOLUTIONS[name], _dtype(precision)
+        pooled = geometry.pool is not None
+        missing = {} if pooled else {"winner": None}
+        operand = _operand(precision)
+        tiles = conv_predict.predict_tiles(geometry, precision, None, relu)
+        constants = conv_predict.predict_constants(
+            geometry, before=None, after=relu, precision=precision, operand=dtype, tiles=tiles, wide=False
+        )
+        types = dict(
+            d=operand, weight=operand, uhat="*fp32", d_out="*fp32", error="*fp32", delta=operand,
+            **({"winner": "*u8"} if pooled else {}), batch="i32",
+        )  # fmt: skip
+        cases.append(
+            _conv("conv_predict", f"conv_predict, {name}, {precision}", types, {**constants, **missing}, tiles,
+                  capability)
+        )  # fmt: skip
+        tiles = conv_feedback.feedback_tiles(geometry, precision)
+        constants = conv_feedback.feedback_constants(
+            geometry, clamped=False, precision=precision, operand=dtype, tiles=tiles, wide=False
+        )
+        copied = precision == "bf16"
+        types = dict(
+            delta=operand, **({"winner": "*u8"} if pooled else {}), weight=operand, d="*fp32", error="*fp32",
+            **({"copy": operand} if copied else {}), first_bad="*i32", batch="i32", layer="i32", iteration="i32",
+            eta="fp32",
+        )  # fmt: skip
+        missing |= {} if copied else {"copy": None}
+        cases.append(
+            _conv("conv_feedback", f"conv_feedback, {name}, {precision}", types, {**constants, **missing}, tiles,
+                  capability)
+        )  # fmt: skip
+    return cases
+
+
+def _conv(kernel: str, name: str, types: dict, constexprs: dict, tiles, capability: int) -> Case:
+    return Case(
+        name=name,
+        kernel=f"pcfast.kernels.{kernel}:{kernel}",
+        signature=types,
+        constexprs=constexprs,
+        capability=capability,
+        divisible=tuple(argument for argument, kind in types.items() if kind.startswith("*")),
+        warps=tiles.warps,
+        stages=tiles.stages,
+        instruction=matrix_instruction(capability, tiles.rows, tiles.warps),
+    )
+
+
+_PLACE = ("batch", "row", "column")
+
+
+def pointwise_cases(chips) -> list[Case]:
+    cases = []
+    views = ("product", "uhat", "deviation", "error", "delta")
+    for capability, (name, pool, window) in itertools.product(
+        chips, (("plain", "average", (1, 1)), ("max 2x2", "max", (2, 2)))
+    ):
+        block = pointwise_error.tile(10**6, 256, window[0] * window[1])
+        strides = {f"{view}_{axis}": "i32" for view in views for axis in _PLACE}
+        kinds = {"product": "*bf16", "delta": "*bf16"}
+        sizes = dict.fromkeys(("positions", "pooled_rows", "pooled_columns", "channels"), "i32")
+        act, negative_slope = code(activations.Relu())
+        pools = {"max": pointwise_error.MAX_POOL, "average": pointwise_error.AVERAGE_POOL}
+        cases.append(
+            Case(
+                name=f"pointwise_error, {name}",
+                kernel="pcfast.kernels.pointwise_error:pointwise_error_kernel",
+                signature={**{view: kinds.get(view, "*fp32") for view in views}, **strides, **sizes},
+                constexprs=dict(
+                    ERROR_GIVEN=False, BEFORE=0, BEFORE_NEGATIVE_SLOPE=0.0, POOL=pools[pool].value,
+                    WINDOW_ROWS=window[0], WINDOW_COLUMNS=window[1], AFTER=act, AFTER_NEGATIVE_SLOPE=negative_slope,
+                    BLOCK_POSITIONS=block[0], BLOCK_CHANNELS=block[1],
+                ),
+                capability=capability,
+                divisible=(*views, *strides, "channels"),
+            )
+        )  # fmt: skip
+    for capability in chips:
+        block = pointwise_error.tile(10**6, 256)
+        views = ("deviation", "error", "pulled", "operand")
+        strides = {f"{view}_{axis}": "i32" for view in views for axis in _PLACE}
+        kinds = {"pulled": "*bf16", "operand": "*bf16"}
+        sizes = dict.fromkeys(("positions", "rows", "columns", "channels", "layer", "iteration"), "i32")
+        cases.append(
+            Case(
+                name="pointwise_update",
+                kernel="pcfast.kernels.pointwise_update:pointwise_update_kernel",
+                signature={
+                    **{view: kinds.get(view, "*fp32") for view in views}, **strides, "first_bad": "*i32", **sizes,
+                    "step_size": "fp32",
+                },
+                constexprs=dict(CLAMPED=False, BLOCK_POSITIONS=block[0], BLOCK_CHANNELS=block[1]),
+                capability=capability,
+                divisible=(*views, *strides, "channels"),
+            )
+        )  # fmt: skip
+    return cases
+
+
+def output_cases(chips) -> list[Case]:
+    cases = []
+    matrices = ("product", "uhat", "vhat", "dense", "error", "delta", "mass")
+    types = {
+        argument: kind
+        for matrix in matrices
+        for argument, kind in ((matrix, "*fp32"), (f"{matrix}_row", "i32"))
+    }
+    for capability in chips:
+        block_rows, block_columns, warps = output_tile(256, 1000)
+        act = dict(ACT=0, NEGATIVE_SLOPE=0.0)
+        cases.append(
+            Case(
+                name="output_error",
+                kernel="pcfast.kernels.output_error:output_error_kernel",
+                signature={**types, "scale": "fp32", "rows": "i32", "columns": "i32"},
+                constexprs=dict(
+                    LOSS=CROSS_ENTROPY.value, **act, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns
+                ),
+                capability=capability,
+                divisible=matrices,
+                warps=warps,
+            )
+        )
+        _, block_columns, warps = output_tile(256, 4096)
+        cases.append(
+            Case(
+                name="wide_cross_entropy",
+                kernel="pcfast.kernels.output_error:wide_cross_entropy_kernel",
+                signature={**types, "columns": "i32"},
+                constexprs=dict(**act, BLOCK_COLUMNS=block_columns),
+                capability=capability,
+                divisible=matrices,
+                warps=warps,
+            )
+        )
+    return cases
+
+
+_TANH, _RELU = activations.Tanh(), activations.Relu()
+
+CASES = [
+    *linear_cases(CHIPS, ("small",), (_TANH,)),
+    *linear_cases((90,), ("wide", "middle"), (_RELU,)),
+    *conv_cases((90,), ("vgg", "mnist")),
+    *conv_cases((80, 100), ("vgg",)),
+    *pointwise_cases(CHIPS),
+    *output_cases(CHIPS),
+]
+
+_ALL_ACTIVATIONS = (
+    _RELU, activations.LeakyRelu(), _TANH, activations.Sigmoid(), activations.Silu(), activations.Gelu(),
+    activations.GeluTanh(), None,
+)  # fmt: skip
+FULL = [
+    *linear_cases(ALL_CHIPS, SIZES, _ALL_ACTIVATIONS),
+    *conv_cases(ALL_CHIPS, CONVOLUTIONS),
+    *pointwise_cases(ALL_CHIPS),
+    *output_cases(ALL_CHIPS),
+]

@@ -1,0 +1,461 @@
+"""Backend "triton", interpreted: the launch code, tables and kernels of the streamed tier against float64."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from itertools import pairwise
+
+import interpreter
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from networks_for_tests import LOSSES, loss_and_target
+from torch import nn
+
+import pcfast
+from pcfast import planning
+from pcfast.accuracy import relative_error
+from pcfast.backends import BACKENDS
+from pcfast.backends import triton as backend
+from pcfast.checking import check
+from pcfast.streamed import design as designs
+from pcfast.streamed import loop as loops
+from pcfast.streamed.layers import LinearForm, PointwiseForm, TorchForm
+from pcfast.streamed.layout import Arena
+
+BATCH = 9
+
+
+@pytest.fixture(autouse=True)
+def _gaps_between_matrices_are_out_of_bounds(monkeypatch):
+    """Each matrix of an arena is a range of its own for the sanitizer; so is its padding, which belongs to it."""
+    place = Arena.__init__
+
+    def guarded(self, layout, *arguments):
+        place(self, layout, *arguments)
+        for arena, operand in ((self.state, False), (self.operand, True)):
+            if arena is self.state and operand:
+                continue
+            matrices = {m for _, m in layout.matrices if m.operand == operand}
+            interpreter.extents(arena, sorted((m.first, m.elements) for m in matrices))
+
+    monkeypatch.setattr(Arena, "__init__", guarded)
+
+
+@pytest.fixture
+def staged(monkeypatch):
+    """No weights are close to a program: the loop runs stage by stage."""
+    find = backend._target
+    monkeypatch.setattr(backend, "_target", lambda *a: dataclasses.replace(find(*a), close_bytes=0))
+
+
+def mlp(*widths: int, activation=nn.Tanh, dtype=torch.float32) -> nn.Sequential:
+    hidden = [nn.Sequential(nn.Linear(a, b), activation()) for a, b in pairwise(widths[:-1])]
+    return nn.Sequential(*hidden, nn.Linear(*widths[-2:])).to(dtype)
+
+
+def conv_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh()),
+        nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten()),
+        nn.Sequential(nn.Linear(45, 13), nn.Sigmoid()),
+        nn.Linear(13, 5),
+    )
+
+
+#: name -> (network, shape of a sample, form of each layer from the second on)
+NETWORKS = {
+    "mlp": (lambda: mlp(12, 20, 33, 17, 10), (12,), "lll"),
+    "wide output": (lambda: mlp(12, 20, 33), (12,), "l"),
+    "one unit": (lambda: mlp(3, 1, 1, 2), (3,), "ll"),
+    "two activations": (
+        lambda: nn.Sequential(
+            *mlp(12, 20, 18), nn.Tanh(), nn.Sequential(nn.Linear(18, 6), nn.SiLU()), nn.Linear(6, 4)
+        ),
+        (12,),
+        "lpll",
+    ),
+    "bare": (
+        lambda: nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8), nn.GELU(), nn.Linear(8, 5)),
+        (12,),
+        "plpl",
+    ),
+    "conv": (conv_net, (2, 8, 8), "pll"),
+    "bare conv": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Sigmoid(),
+            nn.Linear(16, 5),
+        ),
+        (2, 8, 8),
+        "pppppl",
+    ),
+    "torch's layers": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh()),
+            nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh(), nn.MaxPool2d(3, 2, 1)),
+            nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh()),
+            nn.Linear(7, 4),
+        ),
+        (1, 8, 8),
+        "ttl",
+    ),
+    "conv on top": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh()), nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten())
+        ),
+        (1, 6, 6),
+        "t",
+    ),
+}  # fmt: skip
+_LETTERS = {LinearForm: "l", PointwiseForm: "p", TorchForm: "t"}
+networks = pytest.mark.parametrize("name", NETWORKS)
+
+
+def drawn(name: str):
+    torch.manual_seed(1)
+    make, shape, _ = NETWORKS[name]
+    model = make()
+    classes = model(torch.zeros(2, *shape)).shape[1]
+    return model, torch.randn(BATCH, *shape), torch.randint(0, classes, (BATCH,))
+
+
+def in_double(model, *tensors):
+    return copy.deepcopy(model).double(), *(t.double() if t.is_floating_point() else t for t in tensors)
+
+
+def updates(model, x, y, **arguments) -> list:
+    model.zero_grad(set_to_none=True)
+    pcfast.pc_loss(model, x, y, **arguments).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def assert_close_to_float64(model, x, y, bound=3e-6, **arguments) -> None:
+    """Errors, beliefs and updates of the triton backend against the literal loop in float64."""
+    double = in_double(model, x, y)
+    truth = pcfast.relax(*double, backend="reference", **arguments)
+    found = pcfast.relax(model, x, y, backend="triton", **arguments)
+    assert found.run.plan.backend == "triton"
+    for l in range(1, len(truth.beliefs)):
+        assert relative_error(found.errors[l], truth.errors[l]) <= bound, f"eps_{l}"
+        moved, really = (r.beliefs[l].double() - r.activations[l].double() for r in (found, truth))
+        # beliefs are returned as vhat + d in float32: their deviation keeps what that rounding leaves
+        rounding = 2**-23 * float(truth.beliefs[l].norm())
+        assert float((moved - really).norm()) <= bound * float(really.norm()) + 2 * rounding, f"v_{l}"
+    for p, q in zip(
+        updates(model, x, y, backend="triton", **arguments),
+        updates(*double, backend="reference", **arguments),
+        strict=True,
+    ):
+        assert relative_error(p, q) <= bound or float(q.norm()) < 1e-12
+
+
+# the same numbers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 7])
+@networks
+def test_against_the_reference(name, num_steps):
+    assert_close_to_float64(*drawn(name), num_steps=num_steps)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+@pytest.mark.parametrize("name", ["mlp", "wide output", "one unit"])
+def test_stage_by_stage(name, num_steps, staged):
+    assert_close_to_float64(*drawn(name), num_steps=num_steps)
+
+
+@networks
+def test_the_forms_that_the_layers_take(name, monkeypatch):
+    made = []
+    find = backend._design
+    monkeypatch.setattr(backend, "_design", lambda *a: made.append(find(*a)) or made[-1])
+    updates(*drawn(name), backend="triton")
+    assert "".join(_LETTERS[type(form)] for form in made[0].forms[2:]) == NETWORKS[name][2]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 6])
+def test_the_gram_form(num_steps, whole, request):
+    if not whole:
+        request.getfixturevalue("staged")
+    torch.manual_seed(2)
+    model, x, y = mlp(12, 60, 7, 5, 4), torch.randn(BATCH, 12), torch.randint(0, 4, (BATCH,))
+    found = pcfast.relax(model, x, y, num_steps=num_steps, backend="triton")
+    assert found.run.plan.gram == (num_steps > 2)
+    assert_close_to_float64(model, x, y, num_steps=num_steps)
+    two = mlp(12, 60, 4)
+    assert pcfast.relax(two, x, y, num_steps=num_steps, backend="triton").run.plan.gram == (num_steps > 1)
+    assert_close_to_float64(two, x, y, num_steps=num_steps)
+
+
+@pytest.mark.parametrize("loss_name", LOSSES)
+@pytest.mark.parametrize("width", [10, 40])
+def test_losses(loss_name, width):
+    torch.manual_seed(3)
+    model, x = mlp(8, 12, 9, width, dtype=torch.float64), torch.randn(BATCH, 8, dtype=torch.float64)
+    loss, y = loss_and_target(loss_name, BATCH, width)
+    truth = pcfast.relax(model, x, y, loss=loss, num_steps=4, backend="reference")
+    single = loss.float() if isinstance(loss, nn.Module) else loss
+    y = y.float() if y.is_floating_point() else y
+    found = pcfast.relax(
+        copy.deepcopy(model).float(), x.float(), y, loss=single, num_steps=4, backend="triton"
+    )
+    for eps, eps_true in zip(found.errors[1:], truth.errors[1:], strict=True):
+        assert relative_error(eps, eps_true) < 3e-6
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+def test_within_the_projects_bounds(precision, activation):
+    """pcfast check's rule, whose yardstick is backpropagation in the same precision."""
+    report = check(
+        mlp(20, 31, 17, 10, activation=activation), (16, 20), draws=9, num_steps=5, backends=["triton"],
+        precisions=[precision],
+    )  # fmt: skip
+    assert report.ok and {row.backend for row in report.rows} == {"triton"}, report.failures
+
+
+def test_the_cnn_within_the_projects_bounds():
+    report = check(
+        conv_net(), (8, 2, 8, 8), draws=3, num_steps=4, backends=["triton"], precisions=["ieee", "bf16"]
+    )
+    assert report.ok and {row.precision for row in report.rows} == {"ieee", "bf16"}, report.failures
+
+
+def test_tf32_where_torch_allows_it():
+    model, x, y = drawn("mlp")
+    truth = pcfast.relax(*in_double(model, x, y), num_steps=5, backend="reference").errors[2]
+    found = {}
+    before = torch.backends.cuda.matmul.fp32_precision
+    for precision in ("ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = precision
+        try:
+            found[precision] = relative_error(
+                pcfast.relax(model, x, y, num_steps=5, backend="triton").errors[2], truth
+            )
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+    assert found["ieee"] < 1e-6 < 1e-5 < found["tf32"] < 1e-2
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    widths=st.lists(st.sampled_from((1, 2, 7, 15, 16, 17, 31, 32, 33)), min_size=2, max_size=5),
+    activation=st.sampled_from((nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Identity)),
+    batch=st.sampled_from((1, 2, 15, 16, 17, 33)),
+    num_steps=st.integers(0, 6),
+    step_size=st.sampled_from((0.0, 0.1, 0.5, 1.0)),
+    close=st.booleans(),
+)
+def test_any_mlp(widths, activation, batch, num_steps, step_size, close):
+    torch.manual_seed(4)
+    model, x, y = (
+        mlp(*widths, 6, activation=activation),
+        torch.randn(batch, widths[0]),
+        torch.randint(0, 6, (batch,)),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        find = backend._target
+        patch.setattr(
+            backend, "_target", lambda *a: dataclasses.replace(find(*a), close_bytes=10**6 if close else 0)
+        )
+        assert_close_to_float64(model, x, y, bound=1e-5, num_steps=num_steps, step_size=step_size)
+
+
+def test_beliefs_to_start_from(staged):
+    model, x, y = drawn("mlp")
+    vinit = [None, torch.randn(BATCH, 20), None, torch.randn(BATCH, 17), None]
+    double, x2 = in_double(model, x)
+    wide = [v if v is None else v.double() for v in vinit]
+    for num_steps in (0, 1, 4):
+        truth = pcfast.relax(double, x2, y, vinit=wide, num_steps=num_steps, backend="reference")
+        found = pcfast.relax(model, x, y, vinit=vinit, num_steps=num_steps, backend="triton")
+        for l in range(1, 5):
+            assert relative_error(found.errors[l], truth.errors[l]) < 3e-6, (num_steps, l)
+            assert relative_error(found.beliefs[l], truth.beliefs[l]) < 3e-6, (num_steps, l)
+
+
+@networks
+def test_energies(name):
+    model, x, y = drawn(name)
+    truth = pcfast.relax(*in_double(model, x, y), num_steps=5, energies=True, backend="reference")
+    found = pcfast.relax(model, x, y, num_steps=5, energies=True, backend="triton")
+    torch.testing.assert_close(found.energies.double(), truth.energies, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["exact", "fixed_prediction"])
+def test_methods_without_a_loop(method):
+    model, x, y = drawn("conv")
+    found = updates(model, x, y, method=method, backend="triton")
+    assert pcfast.last_run().plan.backend == "triton"
+    for p, q in zip(found, updates(model, x, y, method=method, backend="eager"), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_one_layer_has_no_loop():
+    model, x, y = nn.Sequential(nn.Linear(5, 3)), torch.randn(4, 5), torch.tensor([0, 1, 2, 0])
+    assert_close_to_float64(model, x, y, num_steps=3)
+
+
+def test_inputs_in_any_layout():
+    model, x, y = drawn("conv")
+    expected = updates(model, x, y, backend="triton", num_steps=4)
+    strided = torch.empty(BATCH, 8, 8, 4)[..., ::2].permute(0, 3, 1, 2).copy_(x)
+    assert not strided.is_contiguous()
+    for p, q in zip(updates(model, strided, y, backend="triton", num_steps=4), expected, strict=True):
+        assert relative_error(p, q) < 1e-6
+
+
+def test_twice_the_same_bits_and_rows_do_not_depend_on_their_batch(staged):
+    model, x, y = drawn("mlp")
+    settings = dict(loss=nn.CrossEntropyLoss(reduction="sum"), num_steps=5, backend="triton")
+    whole = pcfast.relax(model, x, y, **settings)
+    again = pcfast.relax(model, x, y, **settings)
+    part = pcfast.relax(model, x[:3], y[:3], **settings)
+    for e, f, g in zip(whole.errors[2:], again.errors[2:], part.errors[2:], strict=True):
+        assert torch.equal(e, f)
+        assert relative_error(g, e[:3]) < 1e-6
+
+
+# what is launched -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched, with their arguments, in order."""
+    seen = []
+    names = (
+        "launch_linear_predict", "launch_linear_feedback", "launch_mlp_relaxation", "error_and_delta", "update",
+        "output_error",
+    )  # fmt: skip
+    for name in names:
+        run = getattr(loops, name)
+
+        def record(*arguments, _name=name, _run=run, **keywords):
+            seen.append((_name.removeprefix("launch_"), keywords))
+            return _run(*arguments, **keywords)
+
+        monkeypatch.setattr(loops, name, record)
+    return seen
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 9])
+def test_two_dependent_launches_an_iteration_however_deep(num_steps, launches, staged):
+    model, x, y = mlp(8, 20, 20, 20, 20, 20, 5), torch.randn(4, 8), torch.zeros(4, dtype=torch.long)
+    updates(model, x, y, num_steps=num_steps, backend="triton")
+    assert [name for name, _ in launches] == ["linear_predict", "linear_feedback"] * num_steps
+
+
+def test_one_launch_for_all_iterations_where_the_weights_are_close(launches):
+    updates(*drawn("mlp"), num_steps=9, backend="triton")
+    assert [name for name, _ in launches] == ["mlp_relaxation"]
+
+
+def test_only_the_active_front_is_multiplied(launches, staged):
+    depth, num_steps = 6, 4
+    model, x, y = mlp(8, 20, 20, 20, 20, 20, 5), torch.randn(4, 8), torch.zeros(4, dtype=torch.long)
+    updates(model, x, y, num_steps=num_steps, backend="triton")
+    done = Counter()
+    for name, keywords in launches:
+        count = keywords["products"] if name == "linear_predict" else keywords["count"]
+        for place in range(count):
+            done[name, depth - place] += 1
+    for layer in range(2, depth + 1):
+        predictions, feedbacks = planning.strict_products(depth, num_steps, True, layer)
+        assert (done["linear_predict", layer], done["linear_feedback", layer]) == (predictions, feedbacks)
+
+
+def test_a_convolution_costs_one_elementwise_launch_a_stage(launches):
+    updates(*drawn("conv"), num_steps=8, backend="triton")
+    counted = Counter(name for name, _ in launches)
+    # layer 2 of 4 has an error from iteration 3 on and moves layer 1 from iteration 3 on
+    assert counted == {"linear_predict": 8, "linear_feedback": 8, "error_and_delta": 6, "update": 6}
+
+
+def test_the_design_gives_every_matrix_its_own_place():
+    model, x, _ = drawn("conv")
+    network = pcfast.network.describe(model)
+    for precision in ("bf16", "tf32"):
+        target = designs.Target(precision, 132, 0, False)
+        made = designs.design(network, network.shapes(tuple(x.shape)), False, "cross_entropy", True, target)
+        for operand in (False, True):
+            places = sorted(
+                {m for _, m in made.layout.matrices if m.operand == operand}, key=lambda m: m.first
+            )
+            assert all(a.first + a.elements <= b.first for a, b in pairwise(places))
+        assert all(m.first % 64 == 0 for _, m in made.layout.matrices)
+
+
+# what goes wrong ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_divergence_names_the_iteration_and_the_layer(name):
+    model, x, y = drawn(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(40)
+    model = nn.Sequential(
+        *[m if i == len(model) - 1 else nn.Sequential(m[0], *m[2:]) for i, m in enumerate(model)]
+    )
+    arguments = dict(step_size=1e4, num_steps=60)
+    found = {}
+    for tried in ("eager", "triton"):
+        with pytest.raises(pcfast.RelaxationDiverged) as caught:
+            pcfast.relax(model, x, y, backend=tried, check="sync", **arguments)
+        found[tried] = caught.value
+    assert found["triton"].iteration is not None
+    assert abs(found["triton"].iteration - found["eager"].iteration) <= 1
+
+
+def test_divergence_is_reported_later_where_checks_are_deferred():
+    model, x, y = drawn("mlp")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(40)
+    linear = nn.Sequential(*(m[0] if isinstance(m, nn.Sequential) else m for m in model))
+    pcfast.pc_loss(linear, x, y, step_size=1e4, num_steps=60, backend="triton", check="deferred").backward()
+    assert all(not p.grad.any() for p in linear.parameters())
+    with pytest.raises(pcfast.RelaxationDiverged, match="iteration"):
+        pcfast.synchronize()
+
+
+def test_what_it_cannot_run_is_refused_by_name():
+    class Mystery(nn.Module):
+        def forward(self, a):
+            return a * 2
+
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 3), Mystery()), nn.Linear(3, 2))
+    with pytest.raises(pcfast.BackendError, match=r"layer 1 .*Mystery.*backend=\"auto\""):
+        pcfast.relax(model, torch.randn(2, 4), torch.tensor([0, 1]), backend="triton")
+    with pytest.raises(pcfast.BackendError, match=r"float32, not torch\.float64"):
+        pcfast.relax(
+            mlp(4, 3, 2).double(), torch.randn(2, 4).double(), torch.tensor([0, 1]), backend="triton"
+        )
+
+
+def test_auto_does_not_choose_it_unmeasured():
+    model, x, y = drawn("mlp")
+    assert pcfast.relax(model, x, y).run.plan.backend == "eager"
+    assert dict(pcfast.explain(model, tuple(x.shape)).plan.refusals)["triton"].startswith(
+        "it has not been measured"
+    )
+    assert BACKENDS["triton"].supports(pcfast.network.describe(model), x.device, x.dtype) == (True, "")
+
+
+def test_explain_names_tier_kernels_and_tiles(staged):
+    model, x, _ = drawn("conv")
+    text = str(pcfast.explain(model, tuple(x.shape), backend="triton"))
+    assert "tier streamed" in text and "tiles of 16 x 16 x 16" in text
+    assert "layer 2 (Conv2d - Tanh - MaxPool2d - Flatten): cuDNN's convolution, pointwise_error" in text
+    assert "layer 4 (Linear): linear_predict, linear_feedback" in text
+    model, x, _ = drawn("mlp")
+    assert "bytes of loop weights" in str(pcfast.explain(model, tuple(x.shape), backend="triton"))
