@@ -66,6 +66,16 @@ def _op_macs(network: specs.Network, shapes: tuple) -> list[list[int]]:
     ]
 
 
+def layer_macs(network: specs.Network, shapes: tuple) -> list[int]:
+    """Multiply-adds of one product through each layer."""
+    return [sum(macs) for macs in _op_macs(network, shapes)]
+
+
+def gram_macs(network: specs.Network, shapes: tuple) -> int:
+    """Multiply-adds of one product with the Gram matrix of layer 2, which must have one."""
+    return _gram_cost(network, shapes)[1]
+
+
 def _above_lowest_weights(macs: list[int]) -> int:
     """Products that an error passes on its way down to the layer's lowest weights."""
     lowest = next((i for i, cost in enumerate(macs) if cost), len(macs))

@@ -34,9 +34,9 @@ def choose_backend(
         return BACKENDS[name], ()
     refusals = []
     for backend in BACKENDS.values():
-        ok, reason = backend.supports(network, device, dtype)
+        ok, reason = backend.automatic(device)  # before supports, which may import a compiler
         if ok:
-            ok, reason = backend.automatic(device)
+            ok, reason = backend.supports(network, device, dtype)
         if ok:
             if refusals:
                 say_once(

@@ -5,10 +5,12 @@ exact and fixed_prediction have no loop: they are a forward and a backward pass 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
+import traceback
 
 import torch
 
@@ -27,7 +29,11 @@ class Triton(Eager):
     name = "triton"
 
     def automatic(self, device):
-        return False, "it has not been measured on a GPU yet: ask for it by name"
+        if device.type == "cuda":
+            return False, "it has not been measured on a GPU yet: ask for it by name"
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return False, "interpreted kernels are for tests: ask for it by name"
+        return True, ""
 
     def supports(self, network, device, dtype):
         reason = _unavailable(device.type, device.index)
@@ -44,7 +50,9 @@ class Triton(Eager):
     def run(self, problem, plan):
         if problem.method != "strict" or problem.network.depth == 1:
             return super().run(problem, plan)
-        with numerics(problem.x.device, plan.precision):
+        device = problem.x.device
+        # triton launches on the current device, whatever device the tensors are on
+        with numerics(device, plan.precision), _current(device):
             return _Run(problem, plan).outcome()
 
     def describe(self, plan, network, device):
@@ -54,7 +62,8 @@ class Triton(Eager):
 
         with numerics(device, plan.precision):
             target = _target(device, plan.precision)
-        return describe(network, _design(network, plan, "cross_entropy", target))
+        planned = _design(network, plan, "cross_entropy", target)
+        return describe(network, plan.shapes, planned, constants.load())
 
 
 @functools.lru_cache(maxsize=16)
@@ -109,6 +118,45 @@ def _design(network, plan, loss: str | None, target):
     return design(network, plan.shapes, plan.gram, loss, plan.fresh, target)
 
 
+# Elements between samples, and samples times pixels, that 32-bit offsets inside a tile reach.
+_LONGEST_ROW = 2**24
+_MOST_PIXELS = 2**31
+
+
+def _check_sizes(network, planned, batch: int) -> None:
+    """Raise BackendError, naming the layer, where an offset would not fit its integer."""
+    for layer, bound in zip(network.layers, planned.boundaries[1:], strict=True):
+        pixels = batch * (bound.map[1] * bound.map[2] if bound.map else 1)
+        if bound.stride >= _LONGEST_ROW or pixels >= _MOST_PIXELS:
+            raise BackendError(
+                f'backend "triton" cannot run this: {layer.label} has {bound.size:,} outputs a sample for {batch:,} '
+                f"samples; its kernels take fewer than {_LONGEST_ROW:,} a sample and {_MOST_PIXELS:,} pixels in all. "
+                'Use backend="eager" or smaller batches.'
+            )
+
+
+def _current(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _compiling(device: torch.device):
+    """Kernels are compiled at their first launch: say so where triton fails at it."""
+    try:
+        yield
+    except Exception as failure:
+        frames = (
+            frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(failure.__traceback__)
+        )
+        if device.type == "cpu" or not any(name.split(".")[0] == "triton" for name in frames):
+            raise
+        raise BackendError(
+            f"triton could not compile or launch a kernel: {type(failure).__name__}: {failure}. Check that triton "
+            "fits torch and the driver (pcfast info) and that a C compiler is installed, or use "
+            'backend="eager".'
+        ) from failure
+
+
 class _Run(Run):
     """One strict relaxation."""
 
@@ -143,6 +191,7 @@ class _Run(Run):
             self.chains, self.vhat, self.pre_activations, starts, self.target if fused else None, self.gradient_at,
             self.links[1] if torch_gram else None,
         )  # fmt: skip
+        _check_sizes(problem.network, planned, problem.x.shape[0])
         loop = Loop(planned, inputs, problem.step_size, self.precision.operand)
         errors = [None] * (depth + 1)
         front = loop.front(max(steps, 1))
@@ -152,7 +201,8 @@ class _Run(Run):
             found = [None if l < max(lowest, 1) else self._error(loop, l) for l in range(depth + 1)]
             self.energies.append(energy_row(found, self.loss_at(loop.output)))
 
-        loop.run(steps, record if problem.wanted.energies else None)
+        with _compiling(problem.x.device):
+            loop.run(steps, record if problem.wanted.energies else None)
         for l in range(1, depth):
             if plan.fresh and l < depth - steps:
                 continue

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from .. import network as specs
+from ..constants import Constants
 from .design import Design
+from .floor import floors, matrix_rate
 from .layers import LinearForm, PointwiseForm
 
 
-def describe(network: specs.Network, design: Design) -> list[str]:
-    """The tier, how the loop runs, and per layer its kernels."""
+def describe(network: specs.Network, shapes: tuple, design: Design, constants: Constants) -> list[str]:
+    """The tier, how the loop runs, and per layer its kernels and its floor."""
     depth, precision = design.depth, design.target.precision
     lines = [f"tier streamed: weights and state in device memory, products of linear layers in {precision}"]
     if design.whole:
@@ -29,8 +31,15 @@ def describe(network: specs.Network, design: Design) -> list[str]:
                 f"linear_feedback into {_layers(design.feedback.links)}: tiles of {tiles.rows} x {tiles.columns} x "
                 f"{tiles.reduction} ({tiles.reason})"
             )
+    least = floors(network, shapes, design, constants)
     for l in range(1, depth + 1):
-        lines.append(f"{network.layers[l - 1].label}: {_how(design, l)}")
+        line = f"{network.layers[l - 1].label}: {_how(design, l)}"
+        if l in least:
+            line += f"; floor {1e6 * least[l].seconds:.3g} us an iteration ({least[l].binding})"
+        lines.append(line)
+    _, rate = matrix_rate(precision, constants)
+    sources = {name: constants.source[name] for name in (rate, "copy_bandwidth_gbs")}
+    lines.append("floors from " + ", ".join(f"{name} ({source})" for name, source in sources.items()))
     return lines
 
 

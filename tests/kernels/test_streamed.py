@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections import Counter
 from itertools import pairwise
 
@@ -16,11 +17,12 @@ from networks_for_tests import LOSSES, loss_and_target
 from torch import nn
 
 import pcfast
-from pcfast import planning
+from pcfast import planning, training
 from pcfast.accuracy import relative_error
 from pcfast.backends import BACKENDS
 from pcfast.backends import triton as backend
 from pcfast.checking import check
+from pcfast.cli import main
 from pcfast.streamed import design as designs
 from pcfast.streamed import loop as loops
 from pcfast.streamed.layers import LinearForm, PointwiseForm, TorchForm
@@ -442,13 +444,14 @@ def test_what_it_cannot_run_is_refused_by_name():
         )
 
 
-def test_auto_does_not_choose_it_unmeasured():
+def test_auto_does_not_choose_it():
     model, x, y = drawn("mlp")
     assert pcfast.relax(model, x, y).run.plan.backend == "eager"
-    assert dict(pcfast.explain(model, tuple(x.shape)).plan.refusals)["triton"].startswith(
-        "it has not been measured"
-    )
+    refusals = dict(pcfast.explain(model, tuple(x.shape)).plan.refusals)
+    assert refusals["triton"] == "interpreted kernels are for tests: ask for it by name"
     assert BACKENDS["triton"].supports(pcfast.network.describe(model), x.device, x.dtype) == (True, "")
+    on_a_gpu = BACKENDS["triton"].automatic(torch.device("cuda"))
+    assert on_a_gpu == (False, "it has not been measured on a GPU yet: ask for it by name")
 
 
 def test_explain_names_tier_kernels_and_tiles(staged):
@@ -459,3 +462,28 @@ def test_explain_names_tier_kernels_and_tiles(staged):
     assert "layer 4 (Linear): linear_predict, linear_feedback" in text
     model, x, _ = drawn("mlp")
     assert "bytes of loop weights" in str(pcfast.explain(model, tuple(x.shape), backend="triton"))
+
+
+def test_training_runs_on_it(tmp_path):
+    torch.manual_seed(5)
+    x = torch.randn(40, 6)
+    data = (x, (x[:, 0] > 0).long(), x, (x[:, 0] > 0).long())
+    ran = {}
+    for tried in ("eager", "triton"):
+        model = mlp(6, 8, 5, 2)
+        torch.manual_seed(6)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        history = training.train(
+            model, data, epochs=2, batch_size=16, backend=tried, out=tmp_path / tried, progress=False
+        )
+        assert pcfast.last_run().plan.backend == tried
+        ran[tried] = history.train_loss
+    torch.testing.assert_close(torch.tensor(ran["triton"]), torch.tensor(ran["eager"]), rtol=1e-5, atol=0)
+
+
+def test_the_command_line_trains_on_it(tmp_path, capsys):
+    options = ["--net", "mlp", "--widths", "6", "--epochs", "1", "--num-steps", "2", "--batch-size", "512"]
+    assert main(["train", *options, "--backend", "triton", "--out", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+    assert pcfast.last_run().plan.backend == "triton"
