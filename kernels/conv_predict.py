@@ -25,12 +25,12 @@ to one thread, so that the reduction stays in registers.
 
 Arguments of the kernel:
 
-    d           (batch, H, W, Cin)      fp32 or bf16   read; channels-last, as all maps
-    weight      (Cout, KH, KW, Cin)     as d           read
+    d           (batch, H, W, Cin)      fp32 or bf16   read; channels-last, as all maps; None while it is zero: s is 0
+    weight      (Cout, KH, KW, Cin)     fp32 or bf16   read, with d and as d
     uhat        (batch, OH, OW, Cout)   fp32           read; the bias is in it
     d_out       (batch, PH, PW, Cout)   fp32           read; belief deviation of this layer's output
     error       (batch, PH, PW, Cout)   fp32           written
-    delta       (batch, PH, PW, Cout)   as d           written
+    delta       (batch, PH, PW, Cout)   as weight      written
     winner      (batch, PH, PW, Cout)   uint8          written: row-major index in the window; None unless max-pooled
     batch       int32
 
@@ -175,30 +175,31 @@ def conv_predict(
     place = (window % (POOLED_H * POOLED_W)).to(tl.int32)
     y = (place // POOLED_W) * WINDOW_H + element // WINDOW_W
     x = (place % POOLED_W) * WINDOW_W + element % WINDOW_W
-    top, left = y * STRIDE_H - PADDING_H, x * STRIDE_W - PADDING_W
-    corner = d + sample * (HEIGHT * WIDTH * CHANNELS) + (top * WIDTH + left) * CHANNELS
 
     s = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in range((TERMS + REDUCTION - 1) // REDUCTION):
-        tap, channel = tap_and_channel(step, CHANNELS, REDUCTION)
-        kh, kw = tap // KERNEL_W, tap % KERNEL_W
-        in_terms = tap < KERNEL_H * KERNEL_W
-        inside = in_rows[:, None] & in_terms[None, :]
-        if PADDING_H > 0:
-            h = top[:, None] + kh[None, :]
-            inside = inside & (h >= 0) & (h < HEIGHT)
-        if PADDING_W > 0:
-            w = left[:, None] + kw[None, :]
-            inside = inside & (w >= 0) & (w < WIDTH)
-        gathered = tl.load(
-            corner[:, None] + ((kh * WIDTH + kw) * CHANNELS + channel)[None, :], mask=inside, other=0.0
-        )
-        taps = tl.load(
-            weight + columns[None, :] * TERMS + (tap * CHANNELS + channel)[:, None],
-            mask=in_columns[None, :] & in_terms[:, None],
-            other=0.0,
-        )
-        s = tl.dot(gathered, taps, s, input_precision=INPUT_PRECISION)
+    if d is not None:
+        top, left = y * STRIDE_H - PADDING_H, x * STRIDE_W - PADDING_W
+        corner = d + sample * (HEIGHT * WIDTH * CHANNELS) + (top * WIDTH + left) * CHANNELS
+        for step in range((TERMS + REDUCTION - 1) // REDUCTION):
+            tap, channel = tap_and_channel(step, CHANNELS, REDUCTION)
+            kh, kw = tap // KERNEL_W, tap % KERNEL_W
+            in_terms = tap < KERNEL_H * KERNEL_W
+            inside = in_rows[:, None] & in_terms[None, :]
+            if PADDING_H > 0:
+                h = top[:, None] + kh[None, :]
+                inside = inside & (h >= 0) & (h < HEIGHT)
+            if PADDING_W > 0:
+                w = left[:, None] + kw[None, :]
+                inside = inside & (w >= 0) & (w < WIDTH)
+            gathered = tl.load(
+                corner[:, None] + ((kh * WIDTH + kw) * CHANNELS + channel)[None, :], mask=inside, other=0.0
+            )
+            taps = tl.load(
+                weight + columns[None, :] * TERMS + (tap * CHANNELS + channel)[:, None],
+                mask=in_columns[None, :] & in_terms[:, None],
+                other=0.0,
+            )
+            s = tl.dot(gathered, taps, s, input_precision=INPUT_PRECISION)
 
     base = tl.load(
         uhat
@@ -270,7 +271,7 @@ def predict_constants(
 def launch_conv_predict(
     geometry: ConvGeometry,
     *,
-    d: Tensor,
+    d: Tensor | None,
     weight: Tensor,
     uhat: Tensor,
     d_out: Tensor,
@@ -298,16 +299,18 @@ def launch_conv_predict(
         raise ValueError(f"conv_predict cannot run this layer: {reason}")
     if (winner is None) == (geometry.pool == "max"):
         raise ValueError("conv_predict writes winners exactly where the layer is max-pooled")
-    batch, pooled = d.shape[0], (d.shape[0], *geometry.pooled, geometry.out_channels)
-    winners = {} if winner is None else dict(winner=(winner, pooled, torch.uint8))
+    batch, operand = d_out.shape[0], weight.dtype
+    pooled = (batch, *geometry.pooled, geometry.out_channels)
+    optional = {} if winner is None else dict(winner=(winner, pooled, torch.uint8))
+    if d is not None:
+        optional["d"] = (d, (batch, geometry.height, geometry.width, geometry.channels), operand)
     check_tensors(
-        d=(d, (batch, geometry.height, geometry.width, geometry.channels), d.dtype),
-        weight=(weight, (geometry.out_channels, *geometry.kernel, geometry.channels), d.dtype),
+        weight=(weight, (geometry.out_channels, *geometry.kernel, geometry.channels), operand),
         uhat=(uhat, (batch, *geometry.out, geometry.out_channels), torch.float32),
         d_out=(d_out, pooled, torch.float32),
         error=(error, pooled, torch.float32),
-        delta=(delta, pooled, d.dtype),
-        **winners,
+        delta=(delta, pooled, operand),
+        **optional,
     )
     tiles = tiles or predict_tiles(geometry, precision, before, after)
     constants = predict_constants(
@@ -315,7 +318,7 @@ def launch_conv_predict(
         before=before,
         after=after,
         precision=precision,
-        operand=d.dtype,
+        operand=operand,
         tiles=tiles,
         wide=geometry.wide(batch),
     )

@@ -241,7 +241,7 @@ def output_shape(model: nn.Sequential, x_shape: Sequence[int]) -> tuple[int, ...
         return inner[-1]
     placement = common_placement(model)
     device = torch.device("cpu") if placement is None else placement[0]
-    runnable = _copied(model, device).float()
+    runnable = copied(model, device).float()
     with _forked(device):
         return tuple(_forward(runnable, torch.zeros(tuple(x_shape), device=device)).shape)
 
@@ -251,7 +251,7 @@ def _forked(device: torch.device):
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def _copied(model: nn.Sequential, device: torch.device) -> nn.Sequential:
+def copied(model: nn.Sequential, device: torch.device) -> nn.Sequential:
     """A copy on ``device``, dropout off.
 
     Raises:
@@ -317,19 +317,19 @@ def _is_shape(data) -> bool:
     return len(data) > 0 and all(isinstance(size, int) for size in data)
 
 
-def _in_dtype(value, device: torch.device, dtype: torch.dtype):
+def in_dtype(value, device: torch.device, dtype: torch.dtype):
     """``value`` on ``device``, in ``dtype`` where it is a floating tensor."""
     if not isinstance(value, Tensor):
         return value
     return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
 
-def _loss_in(loss: LossLike, device: torch.device, dtype: torch.dtype) -> LossLike:
+def loss_in(loss: LossLike, device: torch.device, dtype: torch.dtype) -> LossLike:
     """``loss`` with its own tensors (class weights) on ``device``, in ``dtype``."""
     if isinstance(loss, nn.Module):
         return copy.deepcopy(loss).to(device, dtype)
     if isinstance(loss, functools.partial):
-        keywords = {name: _in_dtype(value, device, dtype) for name, value in loss.keywords.items()}
+        keywords = {name: in_dtype(value, device, dtype) for name, value in loss.keywords.items()}
         return functools.partial(loss.func, *loss.args, **keywords)
     return loss
 
@@ -343,8 +343,8 @@ class _Side:
         """``model``: on the device where everything is to run; it becomes this side's own."""
         self.model = model.to(dtype)
         self.device = common_placement(model)[0]
-        self.batches = [tuple(_in_dtype(value, self.device, dtype) for value in batch) for batch in batches]
-        self.loss = _loss_in(loss, self.device, dtype)
+        self.batches = [tuple(in_dtype(value, self.device, dtype) for value in batch) for batch in batches]
+        self.loss = loss_in(loss, self.device, dtype)
         for x, _ in self.batches:
             validation.check_input(self.model, x)
 
@@ -498,7 +498,7 @@ class _Check:
                 )
         if not len(data):
             raise ArgumentError("data", "no batches", "at least one pair (x, y)")
-        self.single = _Side(_copied(model, self.device), data, loss, torch.float32)
+        self.single = _Side(copied(model, self.device), data, loss, torch.float32)
         self.double = _Side(copy.deepcopy(self.single.model), self.single.batches, loss, torch.float64)
         self.network: Network = describe(self.single.model)
         dropouts = len(_dropouts(model))

@@ -16,7 +16,7 @@ import torch
 
 from .. import constants
 from ..deviation.affine import Conv2dStep, LinearStep
-from ..errors import RelaxationDiverged
+from ..errors import BackendError, RelaxationDiverged
 from ..precision import numerics
 from ..problem import check_start, energy_row
 from .eager import Eager, Run

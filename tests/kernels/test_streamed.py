@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import types
 from collections import Counter
 from itertools import pairwise
 
@@ -442,6 +443,30 @@ def test_what_it_cannot_run_is_refused_by_name():
         pcfast.relax(
             mlp(4, 3, 2).double(), torch.randn(2, 4).double(), torch.tensor([0, 1]), backend="triton"
         )
+
+
+def test_sizes_beyond_the_kernels_integers_are_refused():
+    with torch.device("meta"):
+        model = mlp(4, 2**24, 3)
+    network = pcfast.network.describe(model)
+    target = designs.Target("bf16", 132, 0, False)
+    made = designs.design(network, network.shapes((2, 4)), False, "mse", True, target)
+    with pytest.raises(pcfast.BackendError, match=r"layer 1 .*16,777,216 outputs a sample .*smaller batches"):
+        backend._check_sizes(network, made, 2)
+
+
+def test_a_kernel_that_does_not_compile_is_an_error_of_the_backend():
+    def compile_it():
+        raise RuntimeError("PassManager::run failed")
+
+    in_triton = types.FunctionType(
+        compile_it.__code__, {"__name__": "triton.compiler", "RuntimeError": RuntimeError}
+    )
+    with pytest.raises(pcfast.BackendError, match=r"could not compile .*PassManager.*C compiler"):  # noqa: SIM117
+        with backend._compiling(torch.device("cuda")):
+            in_triton()
+    with pytest.raises(RuntimeError, match="^PassManager"), backend._compiling(torch.device("cuda")):
+        compile_it()
 
 
 def test_auto_does_not_choose_it():
