@@ -465,7 +465,7 @@ def test_a_kernel_that_does_not_compile_is_an_error_of_the_backend():
     with pytest.raises(pcfast.BackendError, match=r"could not compile .*PassManager.*C compiler"):  # noqa: SIM117
         with backend._compiling(torch.device("cuda")):
             in_triton()
-    with pytest.raises(RuntimeError, match="^PassManager"), backend._compiling(torch.device("cuda")):
+    with pytest.raises(RuntimeError, match=r"^PassManager"), backend._compiling(torch.device("cuda")):
         compile_it()
 
 
