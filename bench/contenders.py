@@ -92,7 +92,7 @@ def _returning(device: torch.device, run: Callable[[], list[Tensor]]) -> Step:
     return Step(step, lambda: last[0], _waiting(device))
 
 
-def _graphed(device: torch.device, run: Callable[[], list[Tensor]]) -> Step:
+def graphed(device: torch.device, run: Callable[[], list[Tensor]]) -> Step:
     """``run`` recorded once in a CUDA graph, then replayed."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -152,13 +152,13 @@ def _plain_eager(workload, model, x, y, precision) -> Step:
 
 
 def _plain_graph(workload, model, x, y, precision) -> Step:
-    return _graphed(x.device, _plain(workload, model, x, y))
+    return graphed(x.device, _plain(workload, model, x, y))
 
 
 def _plain_compiled(workload, model, x, y, precision) -> Step:
     torch.compiler.reset()  # nothing of another workload's shapes
     run = _plain(workload, model, x, y, torch.compile(iterate, fullgraph=True, dynamic=False))
-    return _graphed(x.device, run) if x.is_cuda else _returning(x.device, run)
+    return graphed(x.device, run) if x.is_cuda else _returning(x.device, run)
 
 
 def _backpropagation(workload, model, x, y, precision) -> Step:
@@ -170,7 +170,7 @@ def _backpropagation(workload, model, x, y, precision) -> Step:
 
 def _backpropagation_graph(workload, model, x, y, precision) -> Step:
     parameters = list(model.parameters())
-    return _graphed(x.device, lambda: list(torch.autograd.grad(F.cross_entropy(model(x), y), parameters)))
+    return graphed(x.device, lambda: list(torch.autograd.grad(F.cross_entropy(model(x), y), parameters)))
 
 
 def _jax(workload, model, x, y, precision) -> Step:

@@ -1,26 +1,34 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command on a machine without network:
 #
-#     bench/on_gpu.sh OUT [--minutes M] [--rehearse]
+#     bench/on_gpu.sh OUT [--minutes M] [--only STEP,STEP] [--rehearse]
 #
-# Builds the package in place with what is there, runs the GPU tests, compute-sanitizer where there is one, measures
-# the constants and the benchmarks, what matters most first, and stops cleanly within M minutes (default 9). OUT gets at
-# most 8 small files. --rehearse runs every step without a GPU, each as short as it can be. PYTHON names the
-# interpreter (default python3). Exit status 0 if every step ended well or was skipped with a reason.
+# Builds the package in place with what is there, runs the GPU tests, measures the constants, the kernels alone and
+# whole training steps, what matters most first, then runs compute-sanitizer where there is one, and stops cleanly
+# within M minutes (default 9). --only runs some of the steps tests, constants, kernels, bench, sanitizer: where one
+# command may not take long enough for all. OUT gets at most 8 small files. --rehearse runs every step without a GPU,
+# each as short as it can be. PYTHON names the interpreter (default python3). Exit status 0 if every step ended well
+# or was skipped with a reason.
 set -uo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-OUT='' MINUTES=9 REHEARSE=''
+USAGE="usage: bench/on_gpu.sh OUT [--minutes M] [--only STEP,STEP] [--rehearse]"
+STEPS="tests constants kernels bench sanitizer"
+OUT='' MINUTES=9 REHEARSE='' ONLY=${STEPS// /,}
 while [ $# -gt 0 ]; do
     case $1 in
         --minutes) MINUTES=${2:-}; shift 2 || fail "--minutes needs a number" ;;
+        --only) ONLY=${2:-}; shift 2 || fail "--only needs steps, some of: $STEPS" ;;
         --rehearse) REHEARSE=yes; shift ;;
-        -*) fail "unknown option $1; usage: bench/on_gpu.sh OUT [--minutes M] [--rehearse]" ;;
+        -*) fail "unknown option $1; $USAGE" ;;
         *) [ -z "$OUT" ] || fail "one folder OUT, got $OUT and $1"; OUT=$1; shift ;;
     esac
 done
-[ -n "$OUT" ] || fail "usage: bench/on_gpu.sh OUT [--minutes M] [--rehearse]"
+[ -n "$OUT" ] || fail "$USAGE"
+for name in ${ONLY//,/ }; do
+    [[ " $STEPS " == *" $name "* ]] || fail "--only: '$name' is no step; some of: $STEPS"
+done
 [[ $MINUTES =~ ^[0-9]+$ ]] && [ "$MINUTES" -ge 1 ] || fail "--minutes needs a whole number >= 1, got '$MINUTES'"
 mkdir -p "$OUT" || fail "$OUT: a folder that can be written is needed"
 OUT=$(cd "$OUT" && pwd)
@@ -36,6 +44,9 @@ STATUS=0
 
 left() { echo $((DEADLINE - SECONDS)); }
 
+# wanted STEP: whether --only names it
+wanted() { [[ ",$ONLY," == *",$1,"* ]]; }
+
 # say NAME VERDICT
 say() { printf '%-12s %s\n' "$1" "$2" | tee -a "$SUMMARY"; }
 
@@ -49,7 +60,7 @@ step() {
     timeout --kill-after=10 "$limit" "$@" > "$OUT/.step" 2>&1
     status=$?
     cat "$OUT/.step" >> "$LOG"
-    [ "$name" != bench ] || cp "$OUT/.step" "$OUT/bench.txt"
+    case $name in bench | kernels) cp "$OUT/.step" "$OUT/$name.txt" ;; esac
     verdict=$(grep -v '^[[:space:]]*$' "$OUT/.step" | tail -n 1 | cut -c1-160)
     rm -f "$OUT/.step"
     case $status in
@@ -62,10 +73,14 @@ step() {
 
 if [ -n "$REHEARSE" ]; then
     TESTS=(tests/gpu -q -rs) BENCH=(tiny_exact --contender eager --contender backpropagation --quick --device cpu)
+    # the kernels are interpreted, on sizes that say nothing of their speed
+    KERNELS=(--quick --precision ieee --precision bf16 --device cpu)
 else
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
         fail "torch sees no GPU here; --rehearse runs the steps without one"
-    TESTS=(tests -m gpu -q -rs) BENCH=(--minutes 0)
+    TESTS=(tests/gpu -q -rs)
+    # compiling kernels takes most of the time, and several processes compile side by side
+    "$PYTHON" -c 'import xdist' 2> /dev/null && TESTS+=(-n 4)
 fi
 
 # Built in place with what is there; an installation that is this checkout already is left as it is.
@@ -88,19 +103,46 @@ fi
 "$PYTHON" -m pcfast info > "$OUT/.info" 2>&1 && cat "$OUT/.info" >> "$LOG"
 rm -f "$OUT/.info"
 
-step tests 180 "$PYTHON" -m pytest "${TESTS[@]}" -p no:cacheprovider
+# half of the time at most: what is measured comes after
+wanted tests && step tests $((30 * MINUTES)) "$PYTHON" -m pytest "${TESTS[@]}" -p no:cacheprovider
 
-if [ -n "$REHEARSE" ]; then
+if ! wanted constants; then
+    :
+elif [ -n "$REHEARSE" ]; then
     say constants "rehearsed: needs a GPU"
 else
     step constants 150 "$PYTHON" -m pcfast.bench.constants.measure --out "$OUT/constants.json"
 fi
 
-if [ -n "$REHEARSE" ]; then
+# A process of its own: a kernel that breaks takes the context of its process with it.
+if ! wanted kernels; then
+    :
+elif [ -z "$REHEARSE" ]; then
+    # a fifth of the time; all of it where nothing else is wanted
+    seconds=$((12 * MINUTES))
+    [ "$ONLY" != kernels ] || seconds=$(($(left) - 20))
+    step kernels $((seconds + 60)) "$PYTHON" -m pcfast bench --kernels --json "$OUT/kernels.json" \
+        --minutes "$(awk "BEGIN { print $seconds / 60 }")"
+elif "$PYTHON" -c 'import triton' 2> /dev/null; then
+    step kernels 120 env TRITON_INTERPRET=1 PYTHONPATH=tests/kernels "$PYTHON" -c '
+import sys, interpreter
+interpreter.repair()
+from pcfast.cli import main
+sys.exit(main(sys.argv[1:]))' bench --kernels "${KERNELS[@]}" --json "$OUT/kernels.json"
+else
+    say kernels "not rehearsed: triton is not installed"
+fi
+
+if ! wanted bench; then
+    :
+elif [ -n "$REHEARSE" ]; then
     step bench 120 "$PYTHON" -m pcfast bench "${BENCH[@]}" --json "$OUT/bench.json"
 else
-    # two minutes stay for the sanitizers; the benchmark stops by itself, the step's limit is for what hangs
-    minutes=$((($(left) - 120) / 60))
+    # two minutes stay for the sanitizers, where there is time for both; the benchmark stops by itself, the step's
+    # limit is for what hangs
+    spared=0
+    if wanted sanitizer && [ "$(left)" -ge 300 ]; then spared=120; fi
+    minutes=$((($(left) - spared) / 60))
     if [ "$minutes" -ge 1 ]; then
         step bench $((60 * minutes + 90)) "$PYTHON" -m pcfast bench --minutes "$minutes" --json "$OUT/bench.json"
     else
@@ -108,7 +150,9 @@ else
     fi
 fi
 
-if ! command -v compute-sanitizer > /dev/null; then
+if ! wanted sanitizer; then
+    :
+elif ! command -v compute-sanitizer > /dev/null; then
     say sanitizer "not run: there is no compute-sanitizer"
 elif [ -n "$REHEARSE" ]; then
     say sanitizer "rehearsed: needs a GPU"
@@ -120,7 +164,7 @@ else
 fi
 
 echo
-[ ! -f "$OUT/bench.txt" ] || cat "$OUT/bench.txt"
+for name in kernels bench; do [ ! -f "$OUT/$name.txt" ] || cat "$OUT/$name.txt"; done
 echo
 cat "$SUMMARY"
 exit $STATUS

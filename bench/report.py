@@ -4,8 +4,9 @@
     python -m pcfast.bench.report --record .benchmarks/latest.json    # keep it under bench/results/
     python -m pcfast.bench.report                                     # README's tables, the pictures in docs/
 
-Records are append-only: bench/results/<device>/<date>-<commit>.json. Numbers in README come from nowhere else; a test
-compares them. A record whose sources differ from today's is marked so.
+Records are append-only: bench/results/<device>/<date>-<commit>.json, with -kernels in the name where they are of
+`pcfast bench --kernels`. Numbers in README come from nowhere else; a test compares them. A record whose sources
+differ from today's is marked so.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def record(path: Path) -> Path:
         raise click.ClickException(f"{path} is no full run of this version's `pcfast bench`")
     if found["commit"] is None or found["commit"].endswith("+"):
         raise click.ClickException("the run's sources were not committed: commit, then run again")
-    target = RESULTS / folder_of(found) / f"{found['recorded'][:10]}-{found['commit']}.json"
+    if found.get("kernels") and found["device"] == "cpu":
+        raise click.ClickException("the run's kernels were interpreted: their times say nothing")
+    kind = "-kernels" if found.get("kernels") else ""
+    target = RESULTS / folder_of(found) / f"{found['recorded'][:10]}-{found['commit']}{kind}.json"
     if target.exists():
         raise click.ClickException(f"{target} is there already: records are never replaced")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,12 +61,16 @@ def folder_of(found: dict) -> str:
     return re.sub(r"[^a-z0-9]+", "-", found["machine"]["processor"].lower()).strip("-")
 
 
-def newest() -> list[dict]:
-    """The newest record of every device, GPUs first; records of older formats are kept but not shown."""
+def newest(of: str = "rows") -> list[dict]:
+    """The newest record of every device, GPUs first; records of older formats are kept but not shown.
+
+    Args:
+        of: what a record has to have: "rows" of training steps, or "kernels".
+    """
     by_device: dict[str, dict] = {}
     for path in RESULTS.glob("*/*.json"):
         found = json.loads(path.read_text())
-        if found.get("format") == FORMAT:
+        if found.get("format") == FORMAT and found.get(of):
             known = by_device.get(path.parent.name)
             if known is None or found["recorded"] > known["recorded"]:
                 by_device[path.parent.name] = found
@@ -75,8 +83,8 @@ def cases(found: dict) -> dict[tuple[str, str], list[dict]]:
     return {case: rows for case, rows in everything.items() if tables.best_of_ours(rows) is not None}
 
 
-def text(records: Iterable[dict]) -> str:
-    """Markdown of all records."""
+def text(records: Iterable[dict], of_kernels: Iterable[dict] = ()) -> str:
+    """Markdown of all records, of training steps and of kernels."""
     records = list(records)
     parts = [_table(found) for found in records]
     if all(found["device"] == "cpu" for found in records):
@@ -84,7 +92,7 @@ def text(records: Iterable[dict]) -> str:
     shown = "As pictures: [speed, roofline, errors](docs/speed.png)"
     if any(depth_lines(found) for found in records):
         shown += ", [time of an iteration against depth](docs/depth.png)"
-    return "\n\n".join([*parts, f"{shown}."])
+    return "\n\n".join([*parts, f"{shown}.", *map(_kernel_table, of_kernels)])
 
 
 def _table(found: dict) -> str:
@@ -108,18 +116,48 @@ def _table(found: dict) -> str:
             f"{ours['error']:.0e}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    stale = "" if found["sources"] == sources.digest() else " **Older than the code.**"
     lines.append(
         f"\n{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, torch "
-        f"{machine['torch']}, {found['recorded'][:10]}, commit {found['commit']}.{stale}"
+        f"{machine['torch']}, {_when(found)}"
     )
     return "\n".join(lines)
 
 
-def with_tables(readme: str, records: Iterable[dict]) -> str:
+def _when(found: dict) -> str:
+    stale = "" if found["sources"] == sources.digest() else " **Older than the code.**"
+    return f"{found['recorded'][:10]}, commit {found['commit']}.{stale}"
+
+
+def _kernel_table(found: dict) -> str:
+    """Per kernel and precision its most important size: the fastest way, and what else does the same."""
+    machine = found["machine"]
+    lines = [
+        "| kernel, alone | fastest | time | of floor | next | against next | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    shown: set[tuple[str, str]] = set()
+    for (kernel, size, precision), (best, *others) in tables.fastest_ways(found["kernels"]).items():
+        if (kernel, precision) in shown:
+            continue
+        shown.add((kernel, precision))
+        cells = [
+            f"{kernel}, {size}, {precision}",
+            best["way"],
+            tables.time(best["seconds"]),
+            f"{best['floor_seconds'] / best['seconds']:.0%}",
+            others[0]["way"] if others else "",
+            f"{others[0]['seconds'] / best['seconds']:.2f}x" if others else "",
+            f"{best['error']:.0e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(f"\n{machine['processor']}, torch {machine['torch']}, {_when(found)}")
+    return "\n".join(lines)
+
+
+def with_tables(readme: str, records: Iterable[dict], of_kernels: Iterable[dict] = ()) -> str:
     """``readme`` with the text between the markers replaced."""
     before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{text(records)}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{text(records, of_kernels)}\n{END}{rest.split(END)[1]}"
 
 
 def depth_lines(found: dict) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -275,7 +313,7 @@ def main(path: Path | None) -> None:
     if path is not None:
         click.echo(record(path))
     records = newest()
-    readme = with_tables(README.read_text(), records)
+    readme = with_tables(README.read_text(), records, newest("kernels"))
     write_atomically(README, lambda file: file.write(readme.encode()))
     picture(records)
     depth_picture(records)

@@ -52,17 +52,8 @@ def run(
         The record: plain values, see :func:`_row` for its rows. Times are in seconds.
     """
     deadline = time.monotonic() + seconds
-    record = {
-        "format": FORMAT,
-        "recorded": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "sources": digest(),
-        "device": device.type,
-        "machine": {**describe_machine(device), **(_gpu_state(device) if device.type == "cuda" else {})},
-        "quick": quick,
-        "ceilings": {precision: ceilings(precision, device, quick) for precision in precisions},
-        "rows": [],
-    }
+    record = _record(device, quick)
+    record["ceilings"] = {precision: ceilings(precision, device, quick) for precision in precisions}
     cases = [(WORKLOADS[name], precision) for name in workloads for precision in precisions]
     for done, (workload, precision) in enumerate(cases):
         taking_part = [CONTENDERS[name] for name in contenders]
@@ -86,6 +77,48 @@ def run(
             row.update(floor_of(row, record["ceilings"][row["precision"]]))
     progress(len(cases), len(cases), "done")
     return record
+
+
+def run_kernels(
+    precisions: Sequence[str],
+    device: torch.device,
+    *,
+    quick: bool = False,
+    seconds: float = math.inf,
+    progress: Progress = lambda done, total, what: None,
+) -> dict:
+    """Time the triton backend's kernels, each alone; arguments and record as of :func:`run`.
+
+    Its rows are under ``kernels`` (:mod:`pcfast.bench.microbenchmarks.run`), and there are no others.
+
+    Raises:
+        BackendError: the kernels cannot run on ``device``.
+    """
+    from .microbenchmarks import run as microbenchmarks
+
+    interpreted = microbenchmarks.interpreted(device)
+    record = _record(device, quick)
+    cases = microbenchmarks.chosen_cases(precisions, interpreted, quick)
+    record["ceilings"], record["kernels"] = microbenchmarks.run(
+        cases, device, quick=quick, seconds=seconds, progress=progress
+    )
+    return record
+
+
+def _record(device: torch.device, quick: bool) -> dict:
+    """A record without results."""
+    return {
+        "format": FORMAT,
+        "recorded": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "sources": digest(),
+        "device": device.type,
+        "machine": {**describe_machine(device), **(_gpu_state(device) if device.type == "cuda" else {})},
+        "quick": quick,
+        "ceilings": {},
+        "rows": [],
+        "kernels": [],
+    }
 
 
 def _case(

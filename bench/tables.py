@@ -28,6 +28,47 @@ def cells(row: dict, rows: list[dict]) -> list[str]:
     ]
 
 
+def kernel_headings() -> tuple[str, ...]:
+    """As :func:`headings`, of the kernels' rows."""
+    return ("size", "precision", "way", ">time", ">p20 - p80", ">TFLOP/s", ">GB/s", ">of floor", ">error", "tiles",
+            "")  # fmt: skip
+
+
+def kernel_cells(row: dict) -> list[str]:
+    """One way of one kernel's case."""
+    first = [row["size"], row["precision"], row["way"]]
+    if row["status"] != "timed":
+        return [*first, *[""] * 6, row["tiles"], row["reason"]]
+    return [
+        *first,
+        time(row["seconds"]),
+        f"{time(row['p20'])} - {time(row['p80'])}",
+        f"{row['tflops']:.3g}" if row["multiply_adds"] else "",
+        f"{row['gbs']:.3g}",
+        f"{row['floor_seconds'] / row['seconds']:.0%} ({row['binding']})",
+        f"{row['error']:.1e}",
+        row["tiles"],
+        "",
+    ]
+
+
+def by_kernel(rows: list[dict]) -> dict[str, list[dict]]:
+    """Kernel -> its rows, in order."""
+    kernels: dict[str, list[dict]] = {}
+    for row in rows:
+        kernels.setdefault(row["kernel"], []).append(row)
+    return kernels
+
+
+def fastest_ways(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
+    """(kernel, size, precision) -> its timed ways, fastest first; cases without one are left out."""
+    found: dict[tuple[str, str, str], list[dict]] = {}
+    for row in rows:
+        if row["status"] == "timed":
+            found.setdefault((row["kernel"], row["size"], row["precision"]), []).append(row)
+    return {case: sorted(ways, key=lambda way: way["seconds"]) for case, ways in found.items()}
+
+
 def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
     """(workload, precision) -> its rows, in order."""
     cases: dict[tuple[str, str], list[dict]] = {}

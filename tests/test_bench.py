@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from pcfast import networks
 from pcfast.backends import BACKENDS, Eager
 from pcfast.bench import contenders, floor, gate, loops, measure, memory, report, runner, sources, tables
 from pcfast.bench.contenders import CONTENDERS
+from pcfast.bench.microbenchmarks import rounding
 from pcfast.bench.workloads import WORKLOADS, Workload
 from pcfast.cli import main
 
@@ -483,6 +485,145 @@ def test_only_full_runs_of_committed_sources_are_recorded(change, message, tmp_p
     assert [found["commit"] for found in report.newest()] == ["abc1234"]
 
 
+# ---------------------------------------------------------------------------------------------- kernels
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+def predicted(window: tuple[int, int], precision: str):
+    """What a predict stage may do: inputs, the truth and its bounds."""
+    s, uhat = torch.randn(3, 5, 6, 8).double() / 10, torch.randn(3, 5, 6, 8).double()
+    d = torch.randn(3, 5, 6 // window[0], 8 // window[1]).double() / 10
+    stored = torch.bfloat16 if precision == "bf16" else torch.float32
+    bound = rounding.product_bound(precision, 30, 5 * s.abs())
+    return s, uhat, d, rounding.predict_truth(s, bound, uhat, d, window, True, stored)
+
+
+@pytest.mark.parametrize("window", [(1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "tf32x3"])
+def test_the_kernels_gate_knows_rounding_from_mistakes(window, precision):
+    s, uhat, d, truth = predicted(window, precision)
+    lost = rounding.product_bound(precision, 30, s.abs())
+    moved = F.max_pool2d(uhat + s + lost, window).relu() - F.max_pool2d(uhat, window).relu() - d
+    fine = rounding.judged((moved.float(), truth.error, truth.error_bound))
+    assert fine.right and 0 < fine.error < 0.1
+    decided = truth.delta_bound.isfinite()
+    assert decided.double().mean() > 0.8
+    assert rounding.judged((truth.delta.float(), truth.delta, truth.delta_bound)).right
+    for wrong in (
+        truth.error + 0.1 * truth.error.abs().max(),
+        truth.error.flip(0),
+        truth.error * float("nan"),
+    ):
+        assert not rounding.judged((wrong, truth.error, truth.error_bound)).right
+    assert not rounding.judged((-truth.delta, truth.delta, truth.delta_bound)).right
+
+
+def test_one_bad_element_closes_the_kernels_gate():
+    _, _, _, truth = predicted((2, 2), "tf32x3")
+    found = truth.error.clone()
+    found[1, 2, 0, 1] += 1e-3
+    assert not rounding.judged((found, truth.error, truth.error_bound)).right
+    nothing = torch.full_like(truth.error_bound, float("inf"))
+    assert not rounding.judged((truth.error, truth.error, nothing)).right  # nothing was looked at
+
+
+@needs_triton
+def test_kernels_need_a_gpu(capsys, tmp_path):
+    assert main(["bench", "--kernels", "--device", "cpu", "--json", str(tmp_path / "kernels.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --kernels") and "CUDA device" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["mlp_600"], "mlp_600"),
+        (["--contender", "eager"], "--contender"),
+        (["--precision", "fp64"], "--precision"),
+    ],
+)
+def test_what_does_not_go_with_kernels_is_named(arguments, named, capsys):
+    assert main(["bench", "--kernels", *arguments]) == 2
+    assert named in capsys.readouterr().err
+
+
+@needs_triton
+def test_cases_of_all_kernels_take_turns():
+    from pcfast.bench.microbenchmarks import run
+
+    everything = run.chosen_cases(["ieee", "tf32", "bf16"], False, quick=False)
+    kernels = [case.kernel for case in everything]
+    assert len(set(kernels[:8])) == len(set(kernels)) == 8
+    keys = [(case.kernel, case.size, case.precision) for case in everything]
+    assert len(keys) == len(set(keys))
+    assert all(case.bytes > 0 for case in everything)
+    quick = run.chosen_cases(["bf16"], False, quick=True)
+    assert {case.precision for case in quick} == {"bf16"}
+    assert len(quick) == 16
+    assert {case.kernel for case in quick} == set(kernels)
+
+
+@needs_triton
+def test_work_of_a_kernel_is_counted():
+    from pcfast.bench.microbenchmarks import conv, linear
+
+    case = linear._predict(2, 300, 600, 10, "bf16", False)
+    assert case.multiply_adds == 2 * 300 * 600 * 10
+    assert case.bytes == 2 * (2 * (300 * 600 + 600 * 10) + 300 * 10 * 14)
+    layer = conv._layer(8, 3, 5, window=2)
+    case = conv._feedback(4, layer, "tf32")
+    assert case.multiply_adds == 4 * 64 * 5 * 27
+    assert case.bytes == 4 * 27 * 5 + 4 * 16 * 5 * 5 + 4 * 64 * 3 * 12
+
+
+def kernel_row(way: str, seconds: float, precision: str = "bf16", **values) -> dict:
+    return {
+        "kernel": "conv_predict", "size": "batch 2", "precision": precision, "way": way, "tiles": "64 x 64 x 64",
+        "status": "timed", "reason": "", "seconds": seconds, "p20": seconds, "p80": seconds, "error": 1e-3,
+        "multiply_adds": 10**6, "bytes": 10**3, "tflops": 2e-6 / seconds, "gbs": 1e-6 / seconds,
+        "floor_seconds": 1e-6, "binding": "products", **values,
+    }  # fmt: skip
+
+
+def test_kernels_are_shown_only_where_they_were_timed(tmp_path, monkeypatch):
+    assert report.text([fake_record()]) == report.text([fake_record()], [])
+    rows = [
+        kernel_row("triton", 4e-6),
+        kernel_row("cuDNN + pointwise_error", 2e-6),
+        kernel_row("triton", 1e-6, "tf32"),
+        kernel_row("triton", 3e-6, size="batch 9"),
+        kernel_row("triton", 1.0, "fp32", status="skipped", reason="out of time"),
+    ]
+    record = {**fake_record("cuda"), "rows": [], "kernels": rows}
+    lines = report.text([fake_record()], [record]).split("\n")
+    shown = [line for line in lines if line.startswith("| conv_predict")]
+    assert shown == [
+        "| conv_predict, batch 2, bf16 | cuDNN + pointwise_error | 2 us | 50% | triton | 2.00x | 1e-03 |",
+        "| conv_predict, batch 2, tf32 | triton | 1 us | 100% |  |  | 1e-03 |",
+    ]
+    assert tables.kernel_cells(rows[0])[3:8] == ["4 us", "4 us - 4 us", "0.5", "0.25", "25% (products)"]
+    assert tables.kernel_cells(rows[-1])[-1] == "out of time"
+
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps(record))
+    assert report.record(path).name == "2026-01-02-abc1234-kernels.json"
+    assert report.newest() == [] and report.newest("kernels") == [record]
+    path.write_text(json.dumps({**record, "device": "cpu"}))
+    with pytest.raises(Exception, match="interpreted"):
+        report.record(path)
+
+
+def test_the_triton_backend_is_a_contender_that_needs_a_gpu(small_workloads):
+    record = runner.run(["small_mlp"], ["triton", "eager"], ["ieee"], CPU, quick=True)
+    row = timed(record, "triton")
+    assert row["ours"] and row["status"] == "skipped" and "seconds" not in row
+    assert "CUDA device" in row["reason"] or "not installed" in row["reason"]
+    assert timed(record, "eager")["status"] == "timed"
+
+
 # ------------------------------------------------------------------------------------------- command line
 
 
@@ -521,19 +662,35 @@ def test_the_gpu_script_can_be_rehearsed(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["bench.json", "bench.txt", "info.json", "log.txt", "summary.txt"]
+    kernels = ["kernels.json", "kernels.txt"] if importlib.util.find_spec("triton") else []
+    assert files == ["bench.json", "bench.txt", "info.json", *kernels, "log.txt", "summary.txt"]
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert done.stdout.rstrip().endswith(summary.rstrip())
-    for step in ("build", "tests", "constants", "bench", "sanitizer"):
+    for step in ("build", "tests", "constants", "kernels", "bench", "sanitizer"):
         assert step in summary
+    if kernels:
+        record = json.loads((tmp_path / "out" / "kernels.json").read_text())
+        assert len({row["kernel"] for row in record["kernels"]}) == 8 and record["rows"] == []
+        assert {row["status"] for row in record["kernels"]} == {"timed"}
     assert "FAILED" not in summary and "skipped" in summary
     assert json.loads((tmp_path / "out" / "bench.json").read_text())["quick"] is True
+
+
+def test_the_gpu_script_runs_some_steps_alone(tmp_path):
+    done = subprocess.run(
+        ["bash", ROOT / "bench" / "on_gpu.sh", tmp_path / "out", "--rehearse", "--only", "constants,sanitizer"],
+        env={**os.environ, "PYTHON": sys.executable}, cwd=tmp_path, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = (tmp_path / "out" / "summary.txt").read_text().split("\n")
+    assert [line.split()[0] for line in summary if line] == ["build", "constants", "sanitizer"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([], "usage"),
+        (["out", "--only", "tests,nothing"], "'nothing' is no step"),
         (["out", "--minutes", "x"], "--minutes"),
         (["a", "b"], "one folder"),
         (["out", "--fast"], "--fast"),

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from ..bench import runner
 from ..bench.contenders import CONTENDERS
-from ..bench.tables import by_case, cells, headings
+from ..bench.tables import by_case, by_kernel, cells, headings, kernel_cells, kernel_headings
 from ..bench.workloads import WORKLOADS
 from ..checking import default_precisions
 from ..errors import ArgumentError
@@ -19,6 +19,9 @@ from ..precision import PRECISIONS, check_precision
 from .building import device_of
 from .options import device_option
 from .output import console, progress_bar, table
+
+#: What the kernels compute in: ieee by three TF32 products in the place of one.
+KERNEL_PRECISIONS = ("ieee", "tf32", "bf16")
 
 
 @click.command()
@@ -37,6 +40,11 @@ from .output import console, progress_bar, table
     multiple=True,
     help="May be repeated.  [default: ieee on a CPU; ieee, tf32, bf16 on a GPU]",
 )
+@click.option(
+    "--kernels",
+    is_flag=True,
+    help="Time the kernels of the triton backend instead, each alone. Needs a GPU.",
+)
 @device_option
 @click.option("--quick", is_flag=True, help="A few small workloads and few rounds: about a minute.")
 @click.option(
@@ -49,19 +57,23 @@ from .output import console, progress_bar, table
     metavar="FILE",
     help="Also write the record.",
 )
-def bench(workloads, contenders, precisions, device, quick, minutes, path) -> int:
+def bench(workloads, contenders, precisions, kernels, device, quick, minutes, path) -> int:
     """Time whole training steps of WORKLOADS (default: all) against what others run.
 
     Nothing is timed before it has computed the right updates. Contenders take turns; times are medians. Exit status 1
     where the gate was closed to one of pcfast's backends.
     """
     device = device_of(device)
+    if kernels:
+        _check_for_kernels(workloads, contenders, precisions)
+        precisions = precisions or KERNEL_PRECISIONS
     if not precisions:
         precisions = (
             ("ieee",) if device.type == "cpu" else tuple(p for p in default_precisions(device) if p != "fp64")
         )
-    for precision in precisions:
-        check_precision(precision, device)
+    if not kernels:
+        for precision in precisions:
+            check_precision(precision, device)
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,18 +90,58 @@ def bench(workloads, contenders, precisions, device, quick, minutes, path) -> in
         def progress(done: int, total: int, what: str) -> None:
             update(completed=done, total=total, description=what)
 
-        record = runner.run(
-            names, contenders, precisions, device, quick=quick, seconds=seconds, progress=progress
-        )
+        limits = dict(quick=quick, seconds=seconds, progress=progress)
+        if kernels:
+            record = runner.run_kernels(precisions, device, **limits)
+        else:
+            record = runner.run(names, contenders, precisions, device, **limits)
     if path is not None:
         write_json(path, record)
-    _print(record)
+    (_print_kernels if kernels else _print)(record)
     return 1 if _failed(record) else 0
 
 
+def _check_for_kernels(workloads, contenders, precisions) -> None:
+    """Raise ArgumentError for what does not go together with --kernels."""
+    for name, given in (("workloads", workloads), ("contender", contenders)):
+        if given:
+            raise ArgumentError(
+                name, f"{', '.join(given)} with --kernels", "one of the two", "Run them in turn."
+            )
+    for precision in precisions:
+        if precision not in KERNEL_PRECISIONS:
+            raise ArgumentError("precision", f"{precision} with --kernels", f"some of {KERNEL_PRECISIONS}")
+
+
 def _failed(record: dict) -> list[dict]:
-    """Rows of pcfast's own that the gate stopped, or that broke."""
-    return [r for r in record["rows"] if r["ours"] and r["reason"].startswith(("gate closed", "failed"))]
+    """Rows of pcfast's own that the gate stopped, or that broke; of the kernels all, which are few and known."""
+    ours = [row for row in record["rows"] if row["ours"]] + record["kernels"]
+    return [row for row in ours if row["reason"].startswith(("gate closed", "failed"))]
+
+
+def _print_kernels(record: dict) -> None:
+    """A table a kernel."""
+    out = console()
+    machine = record["machine"]
+    interpreted = "" if record["device"] == "cuda" else ", interpreted, which says nothing of their speed"
+    out.print(
+        f"Kernels on {machine['processor']}, torch {machine['torch']}{interpreted}. Medians of ways that took turns, "
+        "a launch or, where a loop is timed, an iteration."
+    )
+    for kernel, rows in by_kernel(record["kernels"]).items():
+        shown = table(kernel, *kernel_headings())
+        for row in rows:
+            shown.add_row(*kernel_cells(row))
+        out.print()
+        out.print(shown)
+    out.print(
+        "\nof floor: the share of the time that its multiply-adds, or its arrays moved once, need at the rates of "
+        "this machine, measured in this run; more than all where the arrays stay in L2. error: relative, against "
+        "float64. For what was not timed the last column says why."
+    )
+    timed = sum(row["status"] == "timed" for row in record["kernels"])
+    left_out = len(record["kernels"]) - timed
+    out.print(f"{timed} timed, {left_out} left out, {len(_failed(record))} refused or broken")
 
 
 def _print(record: dict) -> None:

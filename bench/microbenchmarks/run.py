@@ -1,0 +1,182 @@
+"""A run of microbenchmarks: gate, graphs, turns, and rows for the record."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+
+import torch
+from torch import nn
+
+from pcfast.backends import BACKENDS
+from pcfast.errors import BackendError
+from pcfast.network import describe
+from pcfast.precision import choose_precision, numerics
+
+from .. import measure
+from ..contenders import Step, graphed, switches
+from ..floor import floor_of
+from .case import TORCH_PRECISION, Case, Way, torch_precision
+
+#: Launches of one CUDA graph: what lies between two launches counts, as it does in a relaxation.
+LAUNCHES = 20
+#: Sizes of every kernel in a quick run.
+QUICK_SIZES = 2
+
+Progress = Callable[[int, int, str], None]
+
+
+def interpreted(device: torch.device) -> bool:
+    """Whether triton interprets the kernels, on a CPU: only small sizes then, and times that say nothing.
+
+    Raises:
+        BackendError: kernels cannot run on ``device``.
+    """
+    with torch.device("meta"):
+        network = describe(nn.Sequential(nn.Linear(1, 1)))
+    able, reason = BACKENDS["triton"].supports(network, device, torch.float32)
+    if not able:
+        raise BackendError(
+            f"--kernels times the triton backend's kernels, which cannot run on {device}: {reason}."
+        )
+    return device.type == "cpu"
+
+
+def chosen_cases(precisions: Sequence[str], interpreted: bool, quick: bool) -> list[Case]:
+    """Those that serve some of torch's ``precisions``, for each kernel what matters most first.
+
+    Kernels take turns: a run that has to stop early has what matters most of all.
+    """
+    from . import conv, linear, pointwise, relaxation
+
+    by_kernel: dict[str, list[Case]] = {}
+    for module in (conv, relaxation, linear, pointwise):
+        for case in module.cases(interpreted):
+            if TORCH_PRECISION[case.precision] in precisions:
+                by_kernel.setdefault(case.kernel, []).append(case)
+    if quick:
+        sizes = {kernel: list(dict.fromkeys(c.size for c in cases)) for kernel, cases in by_kernel.items()}
+        by_kernel = {
+            kernel: [case for case in cases if case.size in sizes[kernel][:QUICK_SIZES]]
+            for kernel, cases in by_kernel.items()
+        }
+    return [case for cases in zip_longest(*by_kernel.values()) for case in cases if case is not None]
+
+
+def run(
+    cases: Sequence[Case],
+    device: torch.device,
+    *,
+    quick: bool = False,
+    seconds: float = math.inf,
+    progress: Progress = lambda done, total, what: None,
+) -> tuple[dict[str, dict], list[dict]]:
+    """Time ``cases``; ``seconds``: stop cleanly after about so long.
+
+    Returns:
+        Ceilings by precision, and a row for each way of each case: see :func:`_row`. Times are in seconds.
+    """
+    deadline = time.monotonic() + seconds
+    ceilings = _ceilings({case.precision for case in cases}, device, quick)
+    rows: list[dict] = []
+    for done, case in enumerate(cases):
+        progress(done, len(cases), f"{case.kernel} in {case.precision}, {case.size}")
+        if time.monotonic() >= deadline:
+            rows.append(_row(case, ceilings, reason="out of time"))
+            continue
+        rows += _timed(case, ceilings, device, quick, deadline)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    progress(len(cases), len(cases), "done")
+    return ceilings, rows
+
+
+def _ceilings(precisions: set[str], device: torch.device, quick: bool) -> dict[str, dict]:
+    """Rates of this machine for each of the kernels' precisions."""
+    by_name = {}
+    for name in sorted({torch_precision(precision, device) for precision in precisions | {"tf32"}}):
+        by_name[name] = measure.ceilings(name, device, quick)
+    found = {precision: dict(by_name[torch_precision(precision, device)]) for precision in precisions}
+    if "tf32x3" in found:  # three TF32 products for one
+        tf32 = by_name[torch_precision("tf32", device)]["multiply_adds_per_s"]
+        found["tf32x3"]["multiply_adds_per_s"] = tf32 / 3
+    return found
+
+
+def _timed(case: Case, ceilings: dict, device: torch.device, quick: bool, deadline: float) -> list[dict]:
+    precision = torch_precision(case.precision, device)
+    launches = LAUNCHES if device.type == "cuda" else 1
+    steps: list[tuple[str, Step]] = []
+    try:
+        with switches(precision, device), torch.no_grad():
+            ways = case.ways(device)
+    except Exception as error:  # of memory, say: the other cases go on
+        return [_row(case, ceilings, reason=_failure(error))]
+    rows = {way.name: _row(case, ceilings, way) for way in ways}
+    for way in ways:
+        row = rows[way.name]
+        try:
+            with switches(precision, device), numerics(device, choose_precision(device.type, torch.float32)):
+                verdict = way.judge()
+                row.update(error=verdict.error, of_bound=verdict.excess)
+                if not verdict.right:
+                    row["reason"] = f"gate closed: {verdict.excess:.3g} times what rounding explains"
+                    continue
+                steps.append((way.name, _prepared(way, launches, device)))
+        except Exception as error:  # of a compiler: the other way goes on
+            row["reason"] = _failure(error)
+    rounds = measure.QUICK_ROUNDS if quick else measure.ROUNDS
+    # interpreted times say nothing: the fewest rounds will do
+    times = measure.take_turns(
+        steps, precision, device, rounds, lambda: device.type == "cpu" or time.monotonic() >= deadline
+    )
+    for way in ways:
+        if way.name in times:
+            _add_times(rows[way.name], times[way.name], launches * way.times, ceilings[case.precision])
+    return list(rows.values())
+
+
+def _prepared(way: Way, launches: int, device: torch.device) -> Step:
+    """``launches`` calls of a way; on a GPU from a graph."""
+
+    def repeated() -> list:
+        for _ in range(launches):
+            way.launch()
+        return []
+
+    return graphed(device, repeated) if device.type == "cuda" else Step(repeated, list, lambda: None)
+
+
+def _failure(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _row(case: Case, ceilings: dict, way: Way | None = None, reason: str = "") -> dict:
+    """One way of one case; ``status`` "timed", or "skipped" with a ``reason``."""
+    work = {"multiply_adds": case.multiply_adds, "bytes": case.bytes}
+    return {
+        "kernel": case.kernel,
+        "size": case.size,
+        "precision": case.precision,
+        "way": way.name if way else "",
+        "tiles": way.tiles if way else "",
+        "status": "skipped",
+        "reason": reason,
+        **work,
+        **floor_of(work, ceilings[case.precision]),
+    }
+
+
+def _add_times(row: dict, found: measure.Times, times: int, ceilings: dict) -> None:
+    """``times``: how often the row's work was done in one call."""
+    seconds = found.median / times
+    row.update(
+        status="timed", seconds=seconds, p20=found.p20 / times, p80=found.p80 / times, samples=found.samples,
+        clock=found.clock, tflops=2e-12 * row["multiply_adds"] / seconds, gbs=1e-9 * row["bytes"] / seconds,
+        of_products=row["multiply_adds"] / seconds / ceilings["multiply_adds_per_s"],
+        of_copy=row["bytes"] / seconds / ceilings["copy_bytes_per_s"],
+    )  # fmt: skip

@@ -1,0 +1,579 @@
+"""The triton backend on a CUDA device: its fused kernels within the project's bounds, replayed, and repeatable.
+
+The oracle is the literal reference in float64. Bounds are those of pcfast.checking where a whole network is judged,
+and those of test_eager_cuda.py where one step is. Rows are compared bit for bit in the loop alone: the forward pass
+before it is cuBLAS's, which picks its kernels by the batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from test_eager_cuda import (
+    CLASSES,
+    FIRST,
+    ROWS,
+    STEPS,
+    _clean,  # noqa: F401  (a fixture, and autouse here too)
+    allowed,
+    distance,
+    in_float64,
+    last,
+    no_waiting,
+    same_bits,
+    updates,
+)
+from torch import Tensor, nn
+
+import pcfast
+from pcfast import checking, networks
+from pcfast.backends import triton as backend
+from pcfast.precision import numerics, use_precision
+from pcfast.problem import Wanted
+from pcfast.relaxation import prepare
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DEVICE = torch.device("cuda")
+PRECISIONS = ("ieee", "tf32", "bf16")
+ONE_LAUNCH, TWO_STAGES = "one launch for all iterations, mlp_relaxation", "two stages an iteration"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network to check.
+
+    Attributes:
+        make: a fresh one. sample: shape of one input. batch: rows.
+        says: what explain has to say of it, in any precision.
+        loss, num_steps, precisions: of the check.
+    """
+
+    make: Callable[[], nn.Sequential]
+    sample: tuple[int, ...]
+    says: str
+    batch: int = ROWS
+    loss: str = "cross_entropy"
+    num_steps: int = 12
+    precisions: tuple[str, ...] = PRECISIONS
+
+
+def bare_layers() -> nn.Sequential:
+    """As Torch2PC has them: activations are PC layers of their own."""
+    return nn.Sequential(nn.Linear(30, 64), nn.Tanh(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, CLASSES))
+
+
+def mixed() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(37, 61), nn.GELU()),
+        nn.Sequential(nn.Linear(61, 53), nn.SiLU()),
+        nn.Sequential(nn.Linear(53, 70), nn.LeakyReLU(0.2)),
+        nn.Sequential(nn.Linear(70, 45), nn.Sigmoid()),
+        nn.Linear(45, CLASSES),
+    )
+
+
+def small_cifar_cnn() -> nn.Sequential:
+    """networks.cifar_cnn with few channels."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(12, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        nn.Sequential(nn.Linear(16 * 3 * 3, 32), nn.ReLU()),
+        nn.Sequential(nn.Linear(32, 32), nn.ReLU()),
+        nn.Linear(32, CLASSES),
+    )
+
+
+def smooth_cnn() -> nn.Sequential:
+    """No kinks but a max-pool's: one step of it can be judged without medians."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh()),
+        nn.Sequential(nn.Conv2d(8, 12, 3), nn.Tanh(), nn.AvgPool2d(2)),
+        nn.Sequential(nn.Conv2d(12, 16, 3, padding=1), nn.GELU(), nn.Flatten()),
+        nn.Linear(16 * 4 * 4, CLASSES),
+    )
+
+
+def smooth_mlp() -> nn.Sequential:
+    return networks.mlp([37, 64, 53, CLASSES], nn.Tanh)
+
+
+def smooth_staged() -> nn.Sequential:
+    """Its loop weights, 1.1 MB in bfloat16, are more than one multiprocessor has close by."""
+    return networks.mlp([64, 600, 600, 600, CLASSES], nn.Tanh)
+
+
+CASES = {
+    "fits": Case(lambda: networks.mlp([64, 128, 128, CLASSES]), (64,), ONE_LAUNCH),
+    "mlp_600": Case(networks.mlp_600, (784,), TWO_STAGES, batch=300),
+    "wide_cross_entropy": Case(
+        lambda: networks.mlp([48, 96, 1000]), (48,), "loss in output_error", precisions=("ieee", "bf16")
+    ),
+    "wider_than_a_row_tile": Case(
+        lambda: networks.mlp([48, 96, 1500]), (48,), "loss in output_error", precisions=("tf32",)
+    ),
+    "wide_mse": Case(
+        lambda: networks.mlp([48, 96, 200]),
+        (48,),
+        "loss in output_error",
+        loss="mse",
+        precisions=("ieee", "bf16"),
+    ),
+    "mse": Case(
+        lambda: networks.mlp([48, 64, 48, 20]), (48,), ONE_LAUNCH, loss="mse", precisions=("ieee", "bf16")
+    ),
+    "bare_layers": Case(bare_layers, (30,), "pointwise_error", precisions=("ieee", "bf16")),
+    "mnist_cnn": Case(lambda: networks.mnist_cnn((1, 14, 14)), (1, 14, 14), TWO_STAGES),
+    "cifar_cnn": Case(small_cifar_cnn, (3, 12, 12), TWO_STAGES),
+    "mixed": Case(mixed, (37,), "several activations", precisions=("ieee",)),
+    "odd_sizes": Case(lambda: networks.mlp([37, 61, 53, 7]), (37,), ONE_LAUNCH, precisions=("tf32", "bf16")),
+    "batch_of_one": Case(
+        lambda: networks.mlp([37, 64, 64, CLASSES]),
+        (37,),
+        ONE_LAUNCH,
+        batch=1,
+        precisions=("ieee", "bf16"),
+    ),
+    "one_hidden_layer": Case(
+        lambda: networks.mlp([64, 96, CLASSES]), (64,), ONE_LAUNCH, precisions=("bf16",)
+    ),
+    "deep": Case(lambda: networks.mlp([64, *[48] * 8, CLASSES], nn.Tanh), (64,), "", precisions=("bf16",)),
+    # from some thousand rows on launches have larger tiles, into which the output layer's loss does not fit
+    "large_batch_fits": Case(
+        networks.digits_mlp, (64,), ONE_LAUNCH, batch=5000, num_steps=5, precisions=("bf16",)
+    ),
+    "large_batch_staged": Case(
+        lambda: networks.mlp([64, 600, 600, CLASSES]),
+        (64,),
+        TWO_STAGES,
+        batch=9000,
+        num_steps=5,
+        precisions=("tf32", "bf16"),
+    ),
+}
+
+
+def problem(make: Callable[[], nn.Sequential] = smooth_mlp, sample: Sequence[int] = (37,), rows: int = ROWS):
+    """A network, x and y on the device, float32."""
+    x, y = torch.randn(rows, *sample), torch.randint(0, CLASSES, (rows,))
+    return make().to(DEVICE), x.to(DEVICE), y.to(DEVICE)
+
+
+SMOOTH = {
+    "one_launch": (smooth_mlp, (37,)),
+    "two_stages": (smooth_staged, (64,)),
+    "convolutions": (smooth_cnn, (3, 12, 12)),
+}
+
+
+def ours(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:
+    """Updates of the triton backend."""
+    found = updates(model, x, y, backend="triton", **settings)
+    assert last()[0] == "triton"
+    return found
+
+
+# Right ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(name, precision) for name, case in CASES.items() for precision in case.precisions],
+)
+def test_networks_are_within_the_projects_bounds(name, precision):
+    case = CASES[name]
+    model = case.make()
+    shape = (case.batch, *case.sample)
+    with use_precision(precision, DEVICE):
+        assert case.says in str(pcfast.explain(model, shape, DEVICE, backend="triton"))
+    report = checking.check(
+        model, shape, loss=case.loss, num_steps=case.num_steps, backends=["triton"], precisions=[precision],
+        device=DEVICE, draws=3 if case.batch > 1000 else 5,
+    )  # fmt: skip
+    assert report.ok, report.failures
+    assert {row.backend for row in report.rows} == {"triton"} and not report.refused
+    assert last() == ("triton", True, "")
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_one_step_agrees_plain_recorded_and_replayed(name):
+    model, _, _ = problem(*SMOOTH[name])
+    for now in (("triton", False, FIRST), ("triton", True, ""), ("triton", True, "")):
+        _, x, y = problem(*SMOOTH[name])
+        found = ours(model, x, y)
+        assert last() == now
+        truth = in_float64(model, x, y)
+        assert distance(found, truth) <= allowed(model, x, y, truth)
+
+
+@pytest.mark.parametrize("method", ["exact", "fixed_prediction"])
+def test_methods_without_a_loop_are_those_of_eager(method):
+    model, x, y = problem()
+    eager = updates(model, x, y, method=method, backend="eager")
+    assert distance(ours(model, x, y, method=method), eager) < 1e-6
+
+
+def test_energies_and_given_beliefs_take_the_stages_one_by_one():
+    model, x, y = problem()
+    wide, settings = copy.deepcopy(model).double(), {"loss": nn.CrossEntropyLoss(reduction="sum"), **STEPS}
+    truth = pcfast.relax(wide, x.double(), y, backend="reference", energies=True, **settings)
+    found = pcfast.relax(model, x, y, backend="triton", energies=True, **settings)
+    torch.testing.assert_close(found.energies.double(), truth.energies, rtol=1e-4, atol=1e-6)
+    start = [None, *(v + 0.1 for v in truth.beliefs[1:3]), None]
+    truth = pcfast.relax(wide, x.double(), y, backend="reference", vinit=start, **settings)
+    start = [None if v is None else v.float() for v in start]
+    found = pcfast.relax(model, x, y, backend="triton", vinit=start, **settings)
+    assert (
+        distance(found.beliefs, truth.beliefs) < 1e-5 and distance(found.errors[1:], truth.errors[1:]) < 1e-4
+    )
+
+
+# Repeatable ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("name", SMOOTH)
+def test_runs_are_bit_for_bit_equal(name, precision):
+    model, x, y = problem(*SMOOTH[name])
+    with use_precision(precision, DEVICE):
+        pcfast.use_cuda_graphs(False)
+        try:
+            plain = [ours(model, x, y) for _ in range(3)]
+        finally:
+            pcfast.use_cuda_graphs(True)
+        ours(model, x, y)
+        replayed = [ours(model, x, y) for _ in range(3)]
+    assert last()[1]
+    assert all(same_bits(run, plain[0]) for run in plain)
+    assert all(same_bits(run, replayed[0]) for run in replayed)
+
+
+class _OnGivenForwardPass(backend._Run):
+    """A relaxation of some rows from what another one's forward pass gave for them."""
+
+    def __init__(self, problem, plan, whole: backend._Run, rows: slice) -> None:
+        super().__init__(problem, plan)
+        self.whole, self.rows = whole, rows
+
+    def _forward(self):
+        super()._forward()
+        self.pre_activations = [u if u is None else u[self.rows] for u in self.whole.pre_activations]
+        return [value[self.rows] for value in self.whole.vhat]
+
+
+class Batch:
+    """A batch relaxed as a whole, and parts of it relaxed alone from the same forward pass."""
+
+    def __init__(self, make, sample, rows: int, gram: bool, num_steps: int = 8) -> None:
+        self.model, self.x, self.y = problem(make, sample, rows)
+        self.gram, self.num_steps, self.whole = gram, num_steps, None
+        self.run = self.relaxed(slice(0, rows))
+        self.whole = self.run
+
+    def relaxed(self, rows: slice) -> backend._Run:
+        # a sum: every row's loss is its own
+        ready = prepare(
+            self.model, self.x[rows], self.y[rows], loss=nn.CrossEntropyLoss(reduction="sum"), method="strict",
+            step_size=0.1, num_steps=self.num_steps, wanted=Wanted(gradients=False), backend="triton", check="off",
+        )  # fmt: skip
+        plan = replace(ready.plan, gram=self.gram)
+        with numerics(self.x.device, plan.precision):
+            if self.whole is None:
+                run = backend._Run(ready.problem, plan)
+            else:
+                run = _OnGivenForwardPass(ready.problem, plan, self.whole, rows)
+            run.outcome()
+        return run
+
+    def values(self, run: backend._Run) -> list[Tensor]:
+        """Deviations and errors that the loop left. Layer 1's in Gram form is a product of torch's."""
+        lowest = 2 if self.gram else 1
+        states = [link.d for link in run.links[lowest:]]
+        return states + [value for _, value in run.checked[-1:]]
+
+    def assert_alone_as_in_the_batch(self, rows: slice) -> None:
+        alone, together = self.values(self.relaxed(rows)), [value[rows] for value in self.values(self.run)]
+        assert all(bool(value.any()) for value in together)
+        assert same_bits(alone, together), rows
+
+
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["one_launch", "two_stages"])
+def test_a_row_does_not_depend_on_its_batch(name, precision, gram):
+    with use_precision(precision, DEVICE):
+        batch = Batch(*SMOOTH[name], 300, gram)
+        for rows in (slice(0, 1), slice(299, 300), slice(0, 37), slice(100, 137)):
+            batch.assert_alone_as_in_the_batch(rows)
+
+
+def test_a_row_does_not_depend_on_its_batch_where_tiles_grow():
+    with use_precision("bf16", DEVICE):
+        batch = Batch(*SMOOTH["two_stages"], 9000, gram=False, num_steps=5)
+        for rows in (slice(0, 40), slice(8963, 9000)):
+            batch.assert_alone_as_in_the_batch(rows)
+
+
+def test_a_matrix_of_more_than_two_to_the_31_elements():
+    needed, free = 110 * GIB, torch.cuda.mem_get_info()[0]
+    if free < needed:
+        pytest.skip(f"needs {needed / GIB:.0f} GiB of GPU memory, {free / GIB:.0f} are free")
+    width = 4096
+    rows = 2**31 // width + 130
+    with use_precision("bf16", DEVICE):
+        batch = Batch(
+            lambda: networks.mlp([16, 16, width, CLASSES], nn.Tanh), (16,), rows, gram=False, num_steps=4
+        )
+        assert batch.run.links[2].d.numel() > 2**31
+        for ends in (slice(0, 40), slice(rows - 40, rows)):
+            batch.assert_alone_as_in_the_batch(ends)
+    del batch
+    torch.cuda.empty_cache()
+
+
+# Replay and what the caller does -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_weights_updated_in_place_are_followed(name):
+    model, x, y = problem(*SMOOTH[name])
+    for _ in range(2):
+        ours(model, x, y)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        replayed = ours(model, x, y)
+        assert last()[1]
+        fresh = ours(copy.deepcopy(model), x, y)  # other addresses: a first call
+        assert not last()[1]
+        assert distance(replayed, fresh) < 1e-5
+        truth = in_float64(model, x, y)
+        assert distance(replayed, truth) <= allowed(model, x, y, truth)
+
+
+@pytest.mark.parametrize("name", ["one_launch", "two_stages"])
+def test_step_size_and_number_of_steps_may_change(name):
+    model, x, y = problem(*SMOOTH[name])
+    found = {}
+    for settings in [
+        (0.1, 8),
+        (0.1, 8),
+        (0.05, 8),
+        (0.05, 8),
+        (0.1, 3),
+        (0.1, 3),
+        (0.1, 1),
+        (0.1, 0),
+        (0.1, 8),
+    ]:
+        now = dict(zip(("step_size", "num_steps"), settings, strict=True))
+        truth = in_float64(model, x, y, **now)
+        reached = [
+            index for index, update in enumerate(truth) if update.any()
+        ]  # few steps: upper layers alone
+        got = ours(model, x, y, **now)
+        assert all(not update.any() for index, update in enumerate(got) if index not in reached)
+        bound = allowed(model, x, y, in_float64(model, x, y))
+        assert distance([got[i] for i in reached], [truth[i] for i in reached]) <= bound
+        found.setdefault(settings, []).append(got)
+    assert same_bits(found[0.1, 8][-1], found[0.1, 8][1])
+    assert not same_bits(found[0.1, 8][0], found[0.05, 8][0])
+
+
+def test_batches_of_several_sizes_take_turns():
+    """An epoch whose last batch is smaller, twice."""
+    model, _, _ = problem()
+    for rows in (ROWS, ROWS, 20, ROWS, ROWS, 20, 1):
+        _, x, y = problem(rows=rows)
+        truth = in_float64(model, x, y)
+        assert distance(ours(model, x, y), truth) <= allowed(model, x, y, truth)
+
+
+def test_inputs_that_are_views():
+    model, x, y = problem()
+    large = torch.randn(ROWS + 3, 2 * 37 + 5, device=DEVICE)
+    views = {
+        "sliced": large[:ROWS, 5:42],
+        "offset": large.flatten()[1 : 1 + ROWS * 37].view(ROWS, 37),
+        "strided": large[:ROWS, 1:75:2],
+        "transposed": torch.randn(37, ROWS, device=DEVICE).t(),
+        "expanded": x[:1].expand(ROWS, 37),
+    }
+    labels = torch.stack([y, y], 1)[:, 1]
+    for name, view in views.items():
+        truth = in_float64(model, view, y)
+        bound = allowed(model, view.contiguous(), y, truth)
+        for _ in range(2):
+            assert distance(ours(model, view, labels), truth) <= bound, name
+
+
+def test_channels_last_inputs_and_weights():
+    model, x, y = problem(*SMOOTH["convolutions"])
+    model = model.to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last)
+    truth = in_float64(model, x, y)
+    bound = allowed(model, x, y, truth)
+    for _ in range(3):
+        assert distance(ours(model, x, y), truth) <= bound
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_another_stream(name):
+    model, x, y = problem(*SMOOTH[name])
+    truth = in_float64(model, x, y)
+    bound = allowed(model, x, y, truth)
+    for _ in range(2):
+        ours(model, x, y)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for expected in (False, True, True):  # a graph of its own
+            found = ours(model, x, y)
+            assert last()[1] == expected
+    torch.cuda.current_stream().wait_stream(stream)
+    assert distance(found, truth) <= bound
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_inside_a_capture_of_the_callers(name):
+    model, x, y = problem(*SMOOTH[name])
+    other = torch.randn_like(x)
+    expected = updates(copy.deepcopy(model), other, y, backend="triton")
+
+    def step() -> list[Tensor]:
+        return ours(model, x, y)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # as torch asks for: warm up on a side stream
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    pcfast.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    assert last() == ("triton", False, "the caller is capturing a graph already")
+    x.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert distance(found, expected) < 1e-5
+    pcfast.synchronize()
+
+
+def test_threads_do_not_disturb_each_other():
+    cases = [(name, problem(*SMOOTH[name])) for name in SMOOTH for _ in range(2)]
+    alone = [ours(*case) for _, case in cases]
+    found: dict[int, list[list[Tensor]]] = {}
+    failures: list[Exception] = []
+
+    def work(index: int) -> None:
+        try:
+            model, x, y = cases[index][1]
+            found[index] = []
+            for _ in range(4):
+                loss = pcfast.pc_loss(model, x, y, backend="triton", **STEPS)
+                gradients = torch.autograd.grad(loss, list(model.parameters()))
+                found[index].append(list(gradients))
+            torch.cuda.current_stream().synchronize()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    for index, expected in enumerate(alone):
+        assert len(found[index]) == 4
+        assert all(distance(run, expected) < 1e-5 for run in found[index]), cases[index][0]
+    pcfast.synchronize()
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("check", ["auto", "off"])
+def test_a_step_never_waits_for_the_device(name, check):
+    model, x, y = problem(*SMOOTH[name])
+    ours(model, x, y, check=check)  # compiles kernels, uploads tables
+    pcfast.use_cuda_graphs(False)
+    try:
+        with no_waiting():
+            ours(model, x, y, check=check)
+    finally:
+        pcfast.use_cuda_graphs(True)
+    for _ in range(2):
+        ours(model, x, y, check=check)
+    with no_waiting():
+        ours(model, x, y, check=check)
+    assert last() == ("triton", True, "")
+
+
+# What goes wrong -----------------------------------------------------------------------------------------------
+
+TOO_FAST = {"loss": nn.MSELoss(reduction="sum"), "step_size": 1e3, "num_steps": 100}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_divergence_names_iteration_and_layer(name):
+    model, x, _ = problem(*SMOOTH[name])
+    target = 1e3 * torch.ones(ROWS, CLASSES, device=DEVICE)
+    with pytest.raises(pcfast.RelaxationDiverged) as truth:
+        updates(copy.deepcopy(model).cpu(), x.cpu(), target.cpu(), backend="eager", **TOO_FAST)
+    for _ in range(3):  # plain, recorded, replayed
+        with pytest.raises(pcfast.RelaxationDiverged) as found:
+            updates(model, x, target, backend="triton", check="sync", **TOO_FAST)
+        assert abs(found.value.iteration - truth.value.iteration) <= 1
+        assert 1 <= found.value.layer <= len(model)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_deferred_divergence_zeroes_the_updates_and_is_reported_once(name):
+    model, x, y = problem(*SMOOTH[name])
+    target = 1e3 * torch.ones(ROWS, CLASSES, device=DEVICE)
+    for _ in range(3):
+        found = updates(model, x, target, backend="triton", check="deferred", **TOO_FAST)
+        assert not any(update.any() for update in found)
+        with pytest.raises(pcfast.RelaxationDiverged) as failure:
+            pcfast.synchronize()
+        assert failure.value.iteration is not None and failure.value.step_size == TOO_FAST["step_size"]
+        pcfast.synchronize()
+        assert all(update.any() for update in ours(model, x, y))
+        pcfast.synchronize()
+
+
+def test_what_the_kernels_cannot_do_is_refused_by_name():
+    model, x, y = problem()
+    with pytest.raises(pcfast.BackendError, match="compute in float32, not"):
+        updates(model.double(), x.double(), y, backend="triton")
+    opaque = nn.Sequential(nn.Sequential(nn.Linear(37, 12), nn.Softmax(1)), nn.Linear(12, CLASSES)).to(DEVICE)
+    with pytest.raises(pcfast.BackendError, match="Softmax"):
+        updates(opaque, x, y, backend="triton")
+
+
+# In words ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "word"), [("ieee", "tf32x3"), ("tf32", "tf32"), ("bf16", "bf16")])
+def test_explain_names_the_kernels(precision, word):
+    model = networks.mnist_cnn()
+    with use_precision(precision, DEVICE):
+        text = str(pcfast.explain(model, (300, 1, 28, 28), DEVICE, backend="triton"))
+        whole = str(pcfast.explain(networks.digits_mlp(), (32, 64), DEVICE, backend="triton"))
+    assert "on backend triton" in text and 'eager refused: backend="triton" was asked for' in text
+    assert f"products of linear layers in {word}" in text
+    assert TWO_STAGES in text and "linear_predict for layer" in text
+    assert "linear_feedback into layers 2, 3, 4" in text
+    assert "its input is clamped: evaluated once, outside the loop" in text
+    assert ONE_LAUNCH in whole and f"in {word}" in whole
