@@ -36,6 +36,7 @@ from torch import Tensor
 
 from .linear_predict import MAX_REGISTERS, PART, halves, tile_position
 from .linear_rows import CLAMPED, GRAM_UPDATE, WIDTH
+from .tf32 import round_to_tf32
 
 
 @triton.jit
@@ -269,6 +270,8 @@ def feedback_tile(
             mask=in_reduction[:, None] & in_weight[None, :],
             other=0.0,
         )
+        if INPUT_PRECISION == "tf32":  # weights are rounded where they are stored
+            left = round_to_tf32(left)
         accumulator = tl.dot(left, right, accumulator, input_precision=INPUT_PRECISION)
     _finish_in_parts(
         accumulator,

@@ -34,6 +34,7 @@ from torch import Tensor
 from .activations import IDENTITY, bracket_and_slope
 from .linear_rows import PRODUCT, TOP, WIDTH
 from .output_error import output_error_tile
+from .tf32 import round_to_tf32
 
 # Tiles of so many rows of tiles are computed together: their operands stay in L2 in between.
 _SUPER_ROWS = tl.constexpr(8)
@@ -320,6 +321,8 @@ def predict_tile(
             mask=in_stride[None, :] & in_reduction[:, None],
             other=0.0,
         )
+        if INPUT_PRECISION == "tf32":  # weights are rounded where they are stored
+            left = round_to_tf32(left)
         accumulator = tl.dot(left, right, accumulator, input_precision=INPUT_PRECISION)
     _finish_in_parts(
         accumulator,

@@ -56,7 +56,7 @@ _SMALLEST_TILE = 128
 # A warp reads 512 bytes of a row of fp32: wider tiles only waste more of the last one.
 _WIDEST_BLOCK = 128
 # The loops over a window are unrolled: 49 elements took 250 registers and 15 s to compile.
-_LARGEST_WINDOW = 16
+LARGEST_WINDOW = 16
 
 
 @triton.jit
@@ -212,7 +212,7 @@ class Tail:
     def __post_init__(self):
         rows, columns = self.window
         known = self.pool in ("max", "average") or (self.pool is None and self.window == (1, 1))
-        if not known or not 1 <= rows * columns <= _LARGEST_WINDOW:
+        if not known or not 1 <= rows * columns <= LARGEST_WINDOW:
             raise ValueError(f"no kernel for pool={self.pool!r} with window={self.window}")
 
 

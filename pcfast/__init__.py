@@ -26,6 +26,7 @@ from .graphs import use_cuda_graphs
 from .grouping import group_layers
 from .relaxation import Relaxation, Run, last_run, relax
 from .status import synchronize
+from .streamed.tuning import TuningReport, tune
 from .torch2pc import PCInfer
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "RelaxationDiverged",
     "Run",
     "ShapeError",
+    "TuningReport",
     "__version__",
     "explain",
     "group_layers",
@@ -49,5 +51,6 @@ __all__ = [
     "pc_loss",
     "relax",
     "synchronize",
+    "tune",
     "use_cuda_graphs",
 ]

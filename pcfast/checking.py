@@ -173,7 +173,7 @@ def check(
     """
     check = _Check(model, data, loss, method, step_size, num_steps, device, draws, seed)
     check.choose(backends, default_precisions(check.device) if precisions is None else precisions)
-    with _forked(check.device), torch.autocast(check.device.type, enabled=False):
+    with forked(check.device), torch.autocast(check.device.type, enabled=False):
         return check.run(progress or (lambda done, total, what: None))
 
 
@@ -242,11 +242,11 @@ def output_shape(model: nn.Sequential, x_shape: Sequence[int]) -> tuple[int, ...
     placement = common_placement(model)
     device = torch.device("cpu") if placement is None else placement[0]
     runnable = copied(model, device).float()
-    with _forked(device):
+    with forked(device):
         return tuple(_forward(runnable, torch.zeros(tuple(x_shape), device=device)).shape)
 
 
-def _forked(device: torch.device):
+def forked(device: torch.device):
     """The caller's random state stays, whatever is drawn or seeded in between."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 

@@ -13,3 +13,10 @@ def say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         _log.info(message)
+
+
+def warn_once(message: str) -> None:
+    """Log ``message`` at WARNING the first time it comes up in this process."""
+    if message not in _said:
+        _said.add(message)
+        _log.warning(message)

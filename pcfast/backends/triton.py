@@ -97,7 +97,15 @@ def _product_precision(precision) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
+def _convolution_precision(device: torch.device, precision) -> str:
+    """As :func:`_product_precision`, by cuDNN's switch; "" where there is no cuDNN, or one precision for all."""
+    if device.type != "cuda" or precision.operand == torch.bfloat16:
+        return ""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
+
+
 def _target(device: torch.device, precision):
+    from ..streamed.choice_cache import active
     from ..streamed.design import Target
 
     known = constants.load()
@@ -109,6 +117,8 @@ def _target(device: torch.device, precision):
         sm_count,
         known.shared_memory_per_sm_bytes,
         interpreted=device.type == "cpu",
+        choices=active(device),
+        convolution_precision=_convolution_precision(device, precision),
     )
 
 
@@ -116,6 +126,17 @@ def _design(network, plan, loss: str | None, target):
     from ..streamed.design import design
 
     return design(network, plan.shapes, plan.gram, loss, plan.fresh, target)
+
+
+def _fuses_loss(problem, plan) -> bool:
+    """Whether kernels may evaluate the loss."""
+    return problem.loss.known and len(plan.shapes[-1][-1]) == 2 and not problem.wanted.energies
+
+
+def design_of(problem, plan):
+    """The design of a strict relaxation, as it runs; call it inside the relaxation's numerics."""
+    target = _target(problem.x.device, plan.precision)
+    return _design(problem.network, plan, problem.loss.kind if _fuses_loss(problem, plan) else None, target)
 
 
 # Elements between samples, and samples times pixels, that 32-bit offsets inside a tile reach.
@@ -179,9 +200,8 @@ class _Run(Run):
 
         problem, plan, depth = self.problem, self.plan, self.depth
         steps = problem.num_steps
-        fused = problem.loss.known and self.vhat[-1].dim() == 2 and not problem.wanted.energies
-        target = _target(problem.x.device, self.precision)
-        planned = _design(problem.network, plan, problem.loss.kind if fused else None, target)
+        planned = design_of(problem, plan)
+        fused = _fuses_loss(problem, plan)
         starts = None
         if problem.start is not None:
             found = check_start(problem.start, self.vhat)

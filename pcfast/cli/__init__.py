@@ -20,6 +20,7 @@ from .compare import compare
 from .completion import completion
 from .info import info
 from .train import train
+from .tune import tune
 
 _OPTIONS = {"folder": "--data-dir"}  # arguments of functions whose option has another name
 
@@ -42,7 +43,7 @@ def pcfast(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, compare, check, bench, info, completion):
+for command in (train, compare, check, tune, bench, info, completion):
     pcfast.add_command(command)
 
 

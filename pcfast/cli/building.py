@@ -22,6 +22,8 @@ from .defaults import DEFAULTS
 from .options import OPTIMIZERS
 from .user_model import checked_fit, user_model
 
+_DATA_OF_NET = {"cnn": "mnist", "cifar-cnn": "cifar10"}
+
 
 def with_defaults(options: dict) -> dict:
     """``options`` with what the data set's defaults say where nothing was given; the network has its own."""
@@ -82,6 +84,41 @@ def network_of(
     else:
         made = networks.cifar_cnn((channels, height, width), classes)
     return made.to(parameter_dtype(precision))
+
+
+def network_and_sample_of(
+    net: str | None,
+    widths: tuple[int, ...] | None,
+    model: str | None,
+    data: str | None,
+    input_shape: tuple[int, ...] | None,
+) -> tuple[nn.Sequential, tuple[int, ...], str | None]:
+    """For random inputs: the network, the shape of one sample, and the data set whose shapes these are, or None.
+
+    Arguments as the options of those names; draws weights as :func:`network_of`.
+    """
+    if input_shape is not None and (model is None or data is not None):
+        raise ArgumentError(
+            "input_shape", "--input-shape with --net or --data", "--model", "They have shapes of their own."
+        )
+    source = data or _DATA_OF_NET.get(net, "digits")
+    network = network_of(net, widths, model, data=source)
+    if model is not None and data is None:
+        return network, input_shape or _input_shape(network), None
+    image = datasets.SOURCES[source].image_shape
+    sample = (torch.Size(image).numel(),) if takes_flat_input(network) else tuple(image)
+    return network, sample, source
+
+
+def _input_shape(model: nn.Sequential) -> tuple[int, ...]:
+    """The shape of one sample, where the network tells it."""
+    if not takes_flat_input(model):
+        raise ArgumentError(
+            "input_shape", "none, for a --model that does not begin with a Linear", "the shape of one sample",
+            "E.g. --input-shape 3,32,32.",
+        )  # fmt: skip
+    first = next(op for layer in describe(model).layers for op in layer.ops)
+    return (first.in_features,)
 
 
 def data_of(

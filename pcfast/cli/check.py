@@ -12,24 +12,26 @@ import torch
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
-from .. import checking, datasets
+from .. import checking
 from ..backends import BACKENDS
 from ..checking import Report, Row
-from ..errors import ArgumentError
-from ..network import describe
 from ..planning import METHODS
 from ..precision import PRECISIONS
-from .building import device_of, network_of, takes_flat_input
-from .defaults import DEFAULTS
-from .options import Numbers, device_option, json_option, network_options, relaxation_options, seed_option
+from .building import device_of, network_and_sample_of
+from .defaults import DEFAULTS, STEP_SIZE
+from .options import (
+    device_option,
+    json_option,
+    network_options,
+    relaxation_options,
+    seed_option,
+    shape_options,
+)
 from .output import console, print_json, progress_bar, table
 
-_DATA_OF_NET = {"cnn": "mnist", "cifar-cnn": "cifar10"}
 #: What a float64 reference of the data set's network can do in a minute or two on two CPU cores.
 _BATCH_SIZE, _BATCH_SIZE_OF_DATA = 64, {"cifar10": 4}
-_STEP_SIZE = 0.1  # for --model without --data
 _RELATIVE_TO = {
     "layer": ("~", "relative to the layer's whole update, since this update is nothing but rounding"),
     "nothing": ("=", "absolute, since the truth is zero, as where the relaxation has not reached the layer"),
@@ -38,18 +40,7 @@ _RELATIVE_TO = {
 
 @click.command()
 @network_options
-@click.option(
-    "--data",
-    type=click.Choice(list(DEFAULTS)),
-    help="Take the shape of this data set's samples; the inputs themselves are random.  [default: the data set of "
-    "--net; digits]",
-)
-@click.option(
-    "--input-shape",
-    type=Numbers(int, lambda size: size >= 1, "whole numbers >= 1, e.g. 3,32,32"),
-    metavar="N,N,...",
-    help="Shape of one sample for --model.  [default: from --data, or from a Linear that comes first]",
-)
+@shape_options
 @click.option(
     "--method", "methods", type=click.Choice(METHODS), multiple=True, help="May be repeated.  [default: all]"
 )
@@ -114,21 +105,11 @@ def check(
     docs/method.md: fp64 may lose what rounding costs, ieee (float32), tf32 and bf16 three times what
     backpropagation or a forward pass in that precision loses.
     """
-    if input_shape is not None and (model is None or data is not None):
-        raise ArgumentError(
-            "input_shape", "--input-shape with --net or --data", "--model", "They have shapes of their own."
-        )
-    source = data or _DATA_OF_NET.get(net, "digits")
     torch.manual_seed(seed)
-    network = network_of(net, widths, model, data=source)
-    if model is not None and data is None:
-        sample, source = input_shape or _input_shape(network), None
-    else:
-        image = datasets.SOURCES[source].image_shape
-        sample = (torch.Size(image).numel(),) if takes_flat_input(network) else tuple(image)
+    network, sample, source = network_and_sample_of(net, widths, model, data, input_shape)
     batch_size = batch_size or _BATCH_SIZE_OF_DATA.get(source, _BATCH_SIZE)
     if step_size is None:
-        step_size = DEFAULTS[source].step_size if source else _STEP_SIZE
+        step_size = DEFAULTS[source].step_size if source else STEP_SIZE
     batches = checking.random_batches(network, (batch_size, *sample), loss=loss, draws=draws, seed=seed)
     methods = methods or METHODS
     reports = []
@@ -147,17 +128,6 @@ def check(
     else:
         _print(reports, summary)
     return 0 if ok else 1
-
-
-def _input_shape(model: nn.Sequential) -> tuple[int, ...]:
-    """The shape of one sample, where the network tells it."""
-    if not takes_flat_input(model):
-        raise ArgumentError(
-            "input_shape", "none, for a --model that does not begin with a Linear", "the shape of one sample",
-            "E.g. --input-shape 3,32,32.",
-        )  # fmt: skip
-    first = next(op for layer in describe(model).layers for op in layer.ops)
-    return (first.in_features,)
 
 
 @contextmanager

@@ -42,3 +42,4 @@ DEFAULTS: dict[str, Defaults] = {
     ),
 }  # fmt: skip
 NUM_STEPS = 20
+STEP_SIZE = 0.1  # for --model without --data

@@ -107,6 +107,20 @@ network_options = _together(
         help="Your own network instead: FUNCTION() returns an nn.Sequential whose elements are the PC layers.",
     ),
 )
+shape_options = _together(
+    click.option(
+        "--data",
+        type=click.Choice(list(DEFAULTS)),
+        help="Take the shape of this data set's samples; the inputs themselves are random.  [default: the data set "
+        "of --net; digits]",
+    ),
+    click.option(
+        "--input-shape",
+        type=Numbers(int, lambda size: size >= 1, "whole numbers >= 1, e.g. 3,32,32"),
+        metavar="N,N,...",
+        help="Shape of one sample for --model.  [default: from --data, or from a Linear that comes first]",
+    ),
+)
 data_options = _together(
     click.option(
         "--data",

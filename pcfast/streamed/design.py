@@ -6,10 +6,11 @@ Pure Python on plain values, so that designs are cached and tested without a GPU
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 
 from .. import network as specs
 from ..activations import Activation
+from ..kernels.conv_geometry import ConvGeometry
 from ..kernels.linear_rows import (
     CLAMPED,
     GRAM_UPDATE,
@@ -21,9 +22,20 @@ from ..kernels.linear_rows import (
     PredictRow,
 )
 from .boundary import ROW_MULTIPLE, Boundary, boundaries, padded
-from .layers import Form, LinearForm, PointwiseForm, TorchForm, layer_form
+from .choices import (
+    COMPOSED,
+    IMPLICIT,
+    NONE,
+    REASON,
+    WHOLE,
+    Choices,
+    ConvolutionKey,
+    LaunchKey,
+    LoopKey,
+)
+from .layers import ConvForm, Form, LinearForm, PointwiseForm, TorchForm, conv_form, layer_form
 from .layout import Layout, LayoutBuilder, Matrix
-from .tiles import LOSS_COLUMNS, LinearTiles, Product, linear_tiles, whole_tiles
+from .tiles import LOSS_COLUMNS, LinearTiles, Product, is_heavy, linear_tiles, whole_tiles
 
 
 @dataclass(frozen=True)
@@ -34,12 +46,21 @@ class Target:
         precision: of products in linear layers: "bf16", "tf32" or "tf32x3".
         sm_count: multiprocessors. close_bytes: memory that a program has close by, of one multiprocessor.
         interpreted: triton interprets the kernels on the CPU.
+        choices: what replaces the rules here.
+        convolution_precision: in convolutions, whose switch in torch is another one; "": as ``precision``.
     """
 
     precision: str
     sm_count: int
     close_bytes: int
     interpreted: bool
+    choices: Choices = NONE
+    convolution_precision: str = ""
+
+    @property
+    def convolutions(self) -> str:
+        """Precision of products in convolutions."""
+        return self.convolution_precision or self.precision
 
     @property
     def separate_operands(self) -> bool:
@@ -56,6 +77,7 @@ class PredictLaunch:
         loss: "cross_entropy" or "mse" where the output layer takes part with its loss.
         layers: l, highest first. rows: with their product, then, in the same order, without.
         tiles, aligned: configuration; whether all rows start at multiples of 16 elements.
+        key: under which tuning may choose other tiles.
     """
 
     activation: Activation | None
@@ -66,6 +88,7 @@ class PredictLaunch:
     tiles: LinearTiles
     aligned: bool
     programs: int
+    key: LaunchKey
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,7 @@ class FeedbackLaunch:
     tiles: LinearTiles
     aligned: bool
     programs: int
+    key: LaunchKey
 
 
 @dataclass(frozen=True)
@@ -91,6 +115,7 @@ class Design:
         predicts, feedback: the launches of linear layers.
         wide_top: the output layer's product and its loss are two launches.
         whole: mlp_relaxation does all; whole_reason: why, or why not.
+        loop: under which tuning may choose otherwise; None where only stages are possible.
     """
 
     boundaries: tuple[Boundary, ...]
@@ -102,6 +127,7 @@ class Design:
     wide_top: bool
     whole: bool
     whole_reason: str
+    loop: LoopKey | None
     fresh: bool
     target: Target = field(repr=False)
 
@@ -123,7 +149,7 @@ def design(
     """
     batch, depth = shapes[0][0][0], network.depth
     bounds = boundaries(network, shapes)
-    forms = _forms(network, shapes, bounds, gram, loss)
+    forms = _forms(network, shapes, bounds, gram, loss, target)
     linear = [l for l in range(depth, 1, -1) if isinstance(forms[l], LinearForm)]
     gram_rows = gram and 2 in linear
     builder = LayoutBuilder(target.separate_operands)
@@ -131,26 +157,57 @@ def design(
     for l in range(2, depth + 1):
         if isinstance(forms[l], PointwiseForm):
             _place_pointwise(builder, l, batch, bounds, forms[l])
+        elif isinstance(forms[l], ConvForm):
+            _place_convolution(builder, l, batch, bounds[l], forms[l].geometry)
     for l in linear:
         _place_linear(builder, l, batch, bounds[l], forms[l], depth, gram_rows and l == 2)
 
     feedback = _feedback(linear, batch, bounds, builder.matrices, gram_rows, target)
     wide_top = depth in linear and forms[depth].out_features > _loss_columns(target)
-    whole, reason = _whether_whole(linear, depth, forms, builder.matrices, target, gram_rows)
+    whole, reason, loop = _whether_whole(linear, depth, forms, builder.matrices, target, gram_rows)
     predicts = _predicts(
-        linear, batch, depth, bounds, forms, builder.matrices, gram_rows, loss, wide_top, target
+        linear, batch, depth, bounds, forms, builder.matrices, gram_rows, loss, wide_top, whole, target
     )
     if whole:
-        tiles = whole_tiles(target.precision, target.interpreted)
-        programs = -(-batch // tiles.rows)
-        predicts = tuple(replace(launch, tiles=tiles, programs=programs) for launch in predicts)
-        feedback = replace(feedback, tiles=tiles, programs=programs)
+        # without the batch: tiles of other rows may run on another matrix instruction, with other bits
+        key = LaunchKey("mlp_relaxation", target.precision, True, None, loop.sizes)
+        tiles = _tuned(key, whole_tiles(target.precision, target.interpreted), target)
+        settings = dict(tiles=tiles, programs=-(-batch // tiles.rows), key=key)
+        predicts = tuple(replace(launch, **settings) for launch in predicts)
+        feedback = replace(feedback, **settings)
     return Design(
-        bounds, forms, builder.layout(), gram_rows, predicts, feedback, wide_top, whole, reason, fresh, target
+        bounds,
+        forms,
+        builder.layout(),
+        gram_rows,
+        predicts,
+        feedback,
+        wide_top,
+        whole,
+        reason,
+        loop,
+        fresh,
+        target,
     )
 
 
-def _forms(network: specs.Network, shapes: tuple, bounds: tuple[Boundary, ...], gram: bool, loss: str | None):
+def implicit(geometry: ConvGeometry, target: Target) -> bool:
+    """Whether conv_predict and conv_feedback run a convolution that they can run.
+
+    Unless the target's choices say so, cuDNN's convolution and an elementwise launch do: nothing has been measured.
+    """
+    key = ConvolutionKey(target.convolutions, astuple(geometry))
+    return target.choices.get(key, COMPOSED) == IMPLICIT
+
+
+def _forms(
+    network: specs.Network,
+    shapes: tuple,
+    bounds: tuple[Boundary, ...],
+    gram: bool,
+    loss: str | None,
+    target: Target,
+):
     """Per layer from index 2 on, what runs it."""
     forms: list[Form | None] = [None, None]
     for layer in network.layers[1:]:
@@ -161,7 +218,8 @@ def _forms(network: specs.Network, shapes: tuple, bounds: tuple[Boundary, ...], 
             form = TorchForm("torch evaluates the loss")
         elif gram and layer.index == 2 and not isinstance(form, LinearForm):
             form = TorchForm("torch does the Gram form of a convolution")
-        forms.append(form)
+        multiplied = conv_form(form, layer, bounds[layer.index - 1])
+        forms.append(multiplied if multiplied and implicit(multiplied.geometry, target) else form)
     return tuple(forms)
 
 
@@ -189,6 +247,11 @@ def _place_pointwise(builder, l, batch, bounds, form: PointwiseForm) -> None:
         builder.add(f"delta{l}", batch, size, operand=True)
 
 
+def _place_convolution(builder, l, batch, bound: Boundary, geometry: ConvGeometry) -> None:
+    builder.add(f"delta{l}", batch, bound.size, operand=True)  # pooled
+    builder.add(f"weight{l}", geometry.out_channels, geometry.taps * geometry.channels, operand=True)
+
+
 def _place_linear(builder, l, batch, bound: Boundary, form: LinearForm, depth, in_gram_form: bool) -> None:
     names = ["uhat"]
     if in_gram_form:
@@ -208,8 +271,27 @@ def _place_linear(builder, l, batch, bound: Boundary, form: LinearForm, depth, i
 # launches of linear layers
 
 
-def _tiles(products: list[Product], target: Target) -> LinearTiles:
-    return linear_tiles(products, target.precision, target.sm_count, target.interpreted)
+def _tiles(
+    products: list[Product], target: Target, activation: Activation | None = None, loss: bool = False
+) -> LinearTiles:
+    heavy = is_heavy(activation)
+    return linear_tiles(products, target.precision, target.sm_count, target.interpreted, heavy, loss)
+
+
+def _tuned(key: LaunchKey, by_rule: LinearTiles, target: Target) -> LinearTiles:
+    """The tiles that tuning chose for a launch, else those that the rules give.
+
+    The reduction stays theirs: it is the order of sums, on which a row's bits depend. So do the columns of a launch
+    with the loss, whose rows lie whole in one tile.
+    """
+    chosen = target.choices.get(key, by_rule)
+    same_sums = chosen.reduction == by_rule.reduction
+    return chosen if same_sums and (not key.loss or chosen.columns == by_rule.columns) else by_rule
+
+
+def _key(kernel: str, products: list[Product], target: Target, loss: bool = False) -> LaunchKey:
+    batch = products[0][0]
+    return LaunchKey(kernel, target.precision, loss, batch, tuple((n, k) for _, n, k in products))
 
 
 def _loss_columns(target: Target) -> int:
@@ -257,7 +339,7 @@ def _predict_row(l, kind, batch, bounds, form: LinearForm, matrices, multiplied:
     )
 
 
-def _predicts(linear, batch, depth, bounds, forms, matrices, gram_rows, loss, wide_top, target):
+def _predicts(linear, batch, depth, bounds, forms, matrices, gram_rows, loss, wide_top, whole, target):
     """Launches of the predict stage: one for each activation, one more for a wide output layer."""
 
     def product(l: int) -> Product:
@@ -270,13 +352,10 @@ def _predicts(linear, batch, depth, bounds, forms, matrices, gram_rows, loss, wi
     launches_of = list(groups.items())
     if depth in linear:
         first = launches_of[0][1] if launches_of else []
-        # the loss wants whole rows of the output in one narrow tile: with large tiles the output layer goes alone
-        joins = (
-            first
-            and not wide_top
-            and _tiles([product(l) for l in [depth, *first]], target).columns <= (_loss_columns(target))
-        )
-        if joins:
+        # the loss wants whole rows of the output in one narrow tile: with other tiles the output layer goes alone
+        together = _tiles([product(l) for l in [depth, *first]], target, launches_of[0][0] if first else None)
+        fits = forms[depth].out_features <= together.columns <= _loss_columns(target)
+        if first and not wide_top and (whole or fits):
             first.insert(0, depth)
         else:
             launches_of.append((None, [depth]))
@@ -291,8 +370,10 @@ def _predicts(linear, batch, depth, bounds, forms, matrices, gram_rows, loss, wi
             for l in layers
         ]
         products = [product(l) for l in layers]
-        tiles = _tiles(products, target)
         with_loss = TOP.value in kinds.values()
+        key = _key("linear_predict", products, target, with_loss)
+        alone = with_loss and len(layers) == 1
+        tiles = _tuned(key, _tiles(products, target, activation, loss=alone), target)
         launches.append(
             PredictLaunch(
                 activation=activation,
@@ -303,6 +384,7 @@ def _predicts(linear, batch, depth, bounds, forms, matrices, gram_rows, loss, wi
                 tiles=tiles,
                 aligned=_aligned([bounds[m].stride for l in layers for m in (l - 1, l)]),
                 programs=_programs(tiles, products, target),
+                key=key,
             )
         )
     return tuple(launches)
@@ -337,30 +419,38 @@ def _feedback(linear, batch, bounds, matrices, gram_rows, target) -> FeedbackLau
             )
         )
         products.append((batch, weight.columns, delta.columns))
-    tiles = _tiles(products, target)
+    key = _key("linear_feedback", products, target)
+    tiles = _tuned(key, _tiles(products, target), target)
     return FeedbackLaunch(
         links=tuple(l - 1 for l in linear),
         rows=tuple(rows),
         tiles=tiles,
         aligned=_aligned([row.stride for row in rows] + [row.weight_stride for row in rows]),
         programs=_programs(tiles, products, target),
+        key=key,
     )
 
 
-def _whether_whole(linear, depth, forms, matrices, target, gram_rows) -> tuple[bool, str]:
-    """Whether mlp_relaxation runs the loop: one program must have all loop weights close by.
+def _whether_whole(linear, depth, forms, matrices, target, gram_rows) -> tuple[bool, str, LoopKey | None]:
+    """Whether mlp_relaxation runs the loop, why, and what tuning may choose under; None where it cannot run it.
 
-    The batch has no say, so that a sample's result does not depend on it.
+    By rule one program must have all loop weights close by. The batch has no say, not in tuning either, so that a
+    sample's result does not depend on it.
     """
     if len(linear) < depth - 1:
-        return False, "not every layer of the loop is a linear one"
+        return False, "not every layer of the loop is a linear one", None
     if forms[depth].out_features > _loss_columns(target):
-        return False, "the output is wider than a tile"
+        return False, "the output is wider than a tile", None
     if len({forms[l].activation for l in linear if l != depth}) > 1:
-        return False, "the hidden layers have several activations"
+        return False, "the hidden layers have several activations", None
     size = 2 if target.separate_operands else 4
     names = ["gram" if gram_rows and l == 2 else f"weight{l}" for l in linear]
     weights = size * sum(matrices[name].elements for name in names)
     fits = weights <= target.close_bytes
-    comparison = f"{weights:,} bytes of loop weights, {target.close_bytes:,} close to one program"
-    return fits, comparison
+    key = LoopKey(
+        target.precision, tuple((forms[l].out_features, forms[l].in_features) for l in linear), gram_rows
+    )
+    chosen = target.choices.get(key)
+    if chosen is not None:
+        return chosen == WHOLE, REASON, key
+    return fits, f"{weights:,} bytes of loop weights, {target.close_bytes:,} close to one program", key

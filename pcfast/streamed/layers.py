@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .. import network as specs
 from ..activations import Activation
 from ..deviation.chain import pool_first
 from ..kernels.conv_geometry import ConvGeometry
+from ..kernels.pointwise_error import LARGEST_WINDOW
 from .boundary import Boundary, flattens
 
 
@@ -94,6 +96,8 @@ def _tail(ops: list[specs.Op], shapes: list[tuple[int, ...]]):
                 return "it pools twice"
             if not _fused_pool(op, shape):
                 return f"the windows of its {op.name} overlap or are padded or cut"
+            if math.prod(op.kernel) > LARGEST_WINDOW:
+                return f"the windows of its {op.name} have more than {LARGEST_WINDOW} elements"
             pool = op
         else:
             return f"no kernel of ours does {op.name}"

@@ -1,8 +1,8 @@
 """The loop of strict relaxation on fused kernels: what a design says, executed.
 
 An iteration is two stages (docs/method.md fact 5). Pieces of one stage do not depend on each other: one launch for
-all linear layers with the same activation, a product and one elementwise launch for each convolution, torch's
-operations for what has no kernel.
+all linear layers with the same activation, for each convolution an implicit product or torch's product and an
+elementwise launch, torch's operations for what has no kernel.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor
 from ..deviation import Chain
 from ..deviation.affine import Conv2dStep, LinearStep
 from ..kernels.activations import code
+from ..kernels.conv_feedback import launch_conv_feedback
+from ..kernels.conv_predict import launch_conv_predict
 from ..kernels.linear_feedback import launch_linear_feedback
 from ..kernels.linear_predict import NO_TOP, launch_linear_predict
 from ..kernels.linear_rows import as_numbers
@@ -24,11 +26,12 @@ from ..kernels.mlp_relaxation import launch_mlp_relaxation
 from ..kernels.output_error import CROSS_ENTROPY, MSE, output_error
 from ..kernels.pointwise_error import Tail, error_and_delta
 from ..kernels.pointwise_update import update
+from ..kernels.tf32 import rounded_to_tf32
 from ..losses import Target as LossTarget
 from ..network import MaxPool2d
 from .branches import Branches
 from .design import Design, FeedbackLaunch, PredictLaunch
-from .layers import LinearForm, PointwiseForm, TorchForm
+from .layers import ConvForm, LinearForm, PointwiseForm, TorchForm
 from .layout import Arena
 
 _LOSSES = {"cross_entropy": CROSS_ENTROPY.value, "mse": MSE.value}
@@ -90,7 +93,8 @@ class Loop:
         self.output = inputs.vhat[self.depth]
         self.output_error: Tensor | None = None
         self._branches = Branches(self.device)
-        self._images: dict[int, Tensor] = {}  # uhat of pointwise layers, channels-last
+        self._images: dict[int, Tensor] = {}  # uhat of convolutions and pointwise layers, channels-last
+        self._winners: dict[int, Tensor] = {}  # of max-pooled implicit convolutions
         self._tables = [table(launch.rows, self.device) for launch in design.predicts]
         self._feedback_table = design.feedback and table(design.feedback.rows, self.device)
         #: Device tables that the launches read.
@@ -106,12 +110,14 @@ class Loop:
             if isinstance(form, LinearForm):
                 step = next(s for s in inputs.chains[l].steps if isinstance(s, LinearStep))
                 weight = below.weight_in_memory(step.weight)
-                matrix(f"weight{l}")[: form.out_features].copy_(weight)
+                matrix(f"weight{l}")[: form.out_features].copy_(self._rounded(weight))
                 matrix(f"uhat{l}").copy_(inputs.pre_activations[l])
                 if design.gram and l == 2:
-                    matrix("gram")[: form.out_features].copy_(step.gram())
+                    matrix("gram")[: form.out_features].copy_(self._rounded(step.gram()))
             elif isinstance(form, PointwiseForm):
                 self._images[l] = self._image_of_uhat(l, form)
+            elif isinstance(form, ConvForm):
+                self._fill_convolution(l, form)
         if isinstance(design.forms[self.depth], LinearForm):
             matrix("vhat" + str(self.depth)).copy_(inputs.vhat[self.depth])
             matrix("dense" + str(self.depth)).copy_(inputs.target.dense)
@@ -124,7 +130,19 @@ class Loop:
                 if f"d_operand{l}" in self.arena:
                     matrix(f"d_operand{l}").copy_(moved)
 
-    def _image_of_uhat(self, l: int, form: PointwiseForm) -> Tensor:
+    def _fill_convolution(self, l: int, form: ConvForm) -> None:
+        self._weight_image(l, form).copy_(self._convolution(l, form).weight.permute(0, 2, 3, 1))
+        self._images[l] = self._image_of_uhat(l, form)
+        if form.geometry.pool == "max":
+            self._winners[l] = torch.empty(
+                self._image("delta", l).shape, dtype=torch.uint8, device=self.device
+            )
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        """As the matrix unit should read it: TF32 operands are rounded, it would truncate them."""
+        return rounded_to_tf32(weight) if self.design.target.precision == "tf32" else weight
+
+    def _image_of_uhat(self, l: int, form: PointwiseForm | ConvForm) -> Tensor:
         """uhat (batch, height, width, channels): after the convolution, or what the layer reads."""
         if form.convolution is not None:
             return self.inputs.pre_activations[l].permute(0, 2, 3, 1).contiguous()
@@ -168,6 +186,8 @@ class Loop:
             form = self.design.forms[l]
             if isinstance(form, PointwiseForm):
                 pieces.append(partial(self._predict_pointwise, l, form, self._moved(l - 1, t)))
+            elif isinstance(form, ConvForm):
+                pieces.append(partial(self._predict_convolution, l, form, self._moved(l - 1, t)))
             elif isinstance(form, TorchForm):
                 pieces.append(partial(self._predict_torch, l, self._moved(l - 1, t)))
         return pieces
@@ -184,6 +204,8 @@ class Loop:
             form = self.design.forms[link + 1]
             if isinstance(form, PointwiseForm):
                 pieces.append(partial(self._feedback_pointwise, link, form, t))
+            elif isinstance(form, ConvForm):
+                pieces.append(partial(self._feedback_convolution, link, form, t))
             elif isinstance(form, TorchForm):
                 pieces.append(partial(self._feedback_torch, link, t))
         return pieces
@@ -263,7 +285,32 @@ class Loop:
         self.sum_before = self.arena.matrix("sum2").clone()
         iterations(num_steps, num_steps)
 
-    # convolutions, and layers without a product
+    # convolutions as implicit products
+
+    def _weight_image(self, l: int, form: ConvForm) -> Tensor:
+        """(Cout, KH, KW, Cin)."""
+        geometry = form.geometry
+        return self.arena.matrix(f"weight{l}").view(
+            geometry.out_channels, *geometry.kernel, geometry.channels
+        )
+
+    def _predict_convolution(self, l: int, form: ConvForm, moved: bool) -> None:
+        launch_conv_predict(
+            form.geometry, d=self._image("d_operand", l - 1) if moved else None, weight=self._weight_image(l, form),
+            uhat=self._images[l], d_out=self._image("d", l), error=self._image("error", l),
+            delta=self._image("delta", l), winner=self._winners.get(l), before=form.before, after=form.after,
+            precision=self.design.target.convolutions,
+        )  # fmt: skip
+
+    def _feedback_convolution(self, link: int, form: ConvForm, t: int) -> None:
+        launch_conv_feedback(
+            form.geometry, delta=self._image("delta", link + 1), winner=self._winners.get(link + 1),
+            weight=self._weight_image(link + 1, form), d=self._image("d", link), error=self._image("error", link),
+            copy=self._operand_copy(link), first_bad=self.first_bad, layer=link, iteration=t, eta=self.eta,
+            clamped=link == 1, precision=self.design.target.convolutions,
+        )  # fmt: skip
+
+    # torch's convolutions, and layers without a product
 
     def _image(self, name: str, l: int) -> Tensor:
         """A matrix of belief l's size as (batch, height, width, channels)."""
@@ -278,7 +325,7 @@ class Loop:
             delta.storage_offset(),
         )
 
-    def _convolution(self, l: int, form: PointwiseForm) -> Conv2dStep:
+    def _convolution(self, l: int, form: PointwiseForm | ConvForm) -> Conv2dStep:
         return self.inputs.chains[l].steps[form.convolution]
 
     def _predict_pointwise(self, l: int, form: PointwiseForm, moved: bool) -> None:
@@ -306,7 +353,6 @@ class Loop:
 
     def _move(self, link: int, pulled: Tensor, t: int) -> None:
         """d += eta (error - pulled); ``pulled`` (batch, height, width, channels)."""
-        separate = self.design.target.separate_operands and f"d_operand{link}" in self.arena
         update(
             deviation=self._image("d", link),
             error=self._image("error", link),
@@ -315,9 +361,14 @@ class Loop:
             first_bad=self.first_bad,
             layer=link,
             iteration=t,
-            operand=self._image("d_operand", link) if separate else None,
+            operand=self._operand_copy(link),
             clamped=link == 1,
         )
+
+    def _operand_copy(self, link: int) -> Tensor | None:
+        """Where d_link is kept for the product above, in a dtype of its own; None where that reads d itself."""
+        separate = self.design.target.separate_operands and f"d_operand{link}" in self.arena
+        return self._image("d_operand", link) if separate else None
 
     # what torch does
 

@@ -6,7 +6,7 @@ from .. import network as specs
 from ..constants import Constants
 from .design import Design
 from .floor import floors, matrix_rate
-from .layers import LinearForm, PointwiseForm
+from .layers import ConvForm, LinearForm, PointwiseForm
 
 
 def describe(network: specs.Network, shapes: tuple, design: Design, constants: Constants) -> list[str]:
@@ -55,6 +55,8 @@ def _how(design: Design, l: int) -> str:
         wide = ", loss in output_error" if l == design.depth and design.wide_top else ""
         gram = ", Gram form" if l == 2 and design.gram else ""
         return ("mlp_relaxation" if design.whole else "linear_predict, linear_feedback") + wide + gram
+    if isinstance(form, ConvForm):
+        return "conv_predict, conv_feedback"
     if isinstance(form, PointwiseForm):
         product = "" if form.convolution is None else "cuDNN's convolution, "
         return product + "pointwise_error, pointwise_update"

@@ -6,6 +6,7 @@ Configurations come from the functions that choose them at run time, so what is 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from compilation import Case, matrix_instruction
@@ -16,7 +17,9 @@ from pcfast.kernels.activations import code
 from pcfast.kernels.conv_geometry import ConvGeometry
 from pcfast.kernels.linear_predict import MAX_REGISTERS, NO_TOP
 from pcfast.kernels.output_error import CROSS_ENTROPY, output_tile
-from pcfast.streamed.tiles import LinearTiles, linear_tiles, whole_tiles
+from pcfast.streamed.candidates import candidates
+from pcfast.streamed.choices import LaunchKey
+from pcfast.streamed.tiles import LinearTiles, is_heavy, linear_tiles, whole_tiles
 
 CHIPS = (80, 90, 100)
 ALL_CHIPS = (80, 86, 90, 100, 120)
@@ -80,11 +83,12 @@ def _linear(
 def linear_cases(chips, sizes, acts) -> list[Case]:
     cases = []
     for capability, precision, size in itertools.product(chips, PRECISIONS, sizes):
-        tiles = linear_tiles([SIZES[size]], precision, SM_COUNT)
         for act in acts:
+            tiles = linear_tiles([SIZES[size]], precision, SM_COUNT, heavy=is_heavy(act))
             constexprs = _predict_constants(tiles, precision, act)
             name = f"linear_predict, {size}, {precision}, {type(act).__name__}"
             cases.append(_linear("linear_predict", name, tiles, precision, capability, constexprs))
+        tiles = linear_tiles([SIZES[size]], precision, SM_COUNT)
         constexprs = _tile_constants(tiles, precision)
         name = f"linear_feedback, {size}, {precision}"
         cases.append(_linear("linear_feedback", name, tiles, precision, capability, constexprs))
@@ -93,6 +97,27 @@ def linear_cases(chips, sizes, acts) -> list[Case]:
         constexprs = _predict_constants(tiles, precision, act)
         name = f"mlp_relaxation, {precision}, {type(act).__name__}"
         cases.append(_linear("mlp_relaxation", name, tiles, precision, capability, constexprs))
+    return cases
+
+
+def candidate_cases(chips) -> list[Case]:
+    """What tuning tries for launches of linear layers, with the activation that takes most registers."""
+    cases = []
+    gelu = activations.Gelu()
+    for capability, precision, kernel in itertools.product(
+        chips, PRECISIONS, ("linear_predict", "linear_feedback", "mlp_relaxation")
+    ):
+        whole = kernel == "mlp_relaxation"
+        by_rule = whole_tiles(precision) if whole else linear_tiles([SIZES["small"]], precision, SM_COUNT)
+        for tiles in candidates(LaunchKey(kernel, precision, whole, 128, ((128, 128),)), by_rule, False):
+            constexprs = _tile_constants(tiles, precision)
+            if kernel != "linear_feedback":
+                constexprs = _predict_constants(tiles, precision, gelu)
+            if kernel == "linear_predict":
+                constexprs |= NO_TOP
+            shape = f"{tiles.rows} x {tiles.columns}, {tiles.warps} warps, {tiles.stages} stages"
+            name = f"{kernel}, {precision}, {shape}"
+            cases.append(_linear(kernel, name, tiles, precision, capability, constexprs))
     return cases
 
 
@@ -153,6 +178,22 @@ def _conv(kernel: str, name: str, types: dict, constexprs: dict, tiles, capabili
         stages=tiles.stages,
         instruction=matrix_instruction(capability, tiles.rows, tiles.warps),
     )
+
+
+def still_cases(chips, names) -> list[Case]:
+    """conv_predict while nothing below has moved: without d, and so without a product."""
+    return [
+        replace(
+            case,
+            name=f"{case.name}, no product",
+            signature={argument: kind for argument, kind in case.signature.items() if argument != "d"},
+            constexprs={**case.constexprs, "d": None},
+            divisible=tuple(argument for argument in case.divisible if argument != "d"),
+            instruction=None,
+        )
+        for case in conv_cases(chips, names)
+        if case.name.startswith("conv_predict")
+    ]
 
 
 _PLACE = ("batch", "row", "column")
@@ -252,6 +293,7 @@ CASES = [
     *linear_cases((90,), ("wide", "middle"), (_RELU,)),
     *conv_cases((90,), ("vgg", "mnist")),
     *conv_cases((80, 100), ("vgg",)),
+    *still_cases((90,), ("vgg",)),
     *pointwise_cases(CHIPS),
     *output_cases(CHIPS),
 ]
@@ -262,7 +304,9 @@ _ALL_ACTIVATIONS = (
 )  # fmt: skip
 FULL = [
     *linear_cases(ALL_CHIPS, SIZES, _ALL_ACTIVATIONS),
+    *candidate_cases(CHIPS),
     *conv_cases(ALL_CHIPS, CONVOLUTIONS),
+    *still_cases(ALL_CHIPS, CONVOLUTIONS),
     *pointwise_cases(ALL_CHIPS),
     *output_cases(ALL_CHIPS),
 ]

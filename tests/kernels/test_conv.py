@@ -130,7 +130,7 @@ def predict_inputs(case: Case, precision: str, scale: float = 1.0) -> dict[str, 
 
 def predict(case: Case, precision: str, inputs: dict[str, Tensor]) -> Predicted:
     g = case.geometry
-    shape = (inputs["d"].shape[0], *g.pooled, g.out_channels)
+    shape = inputs["d_out"].shape
     error, delta = Guarded(shape, torch.float32), Guarded(shape, operand_dtype(precision))
     winner = Guarded(shape, torch.uint8)
     launch_conv_predict(
@@ -244,6 +244,19 @@ def test_predict_keeps_the_digits_of_tiny_deviations(name):
     case = CASES[name]
     inputs = predict_inputs(case, "tf32x3", scale=1e-6)
     check_predict(case, "tf32x3", inputs, predict(case, "tf32x3", inputs))
+
+
+@pytest.mark.parametrize("name", ["3x3", "3x3-pad-max", "3x3-gelu-max", "2x2-stride-avg"])
+@pytest.mark.parametrize("precision", ["tf32x3", "bf16"])
+def test_predict_where_nothing_below_has_moved(name, precision):
+    """Without d nothing is multiplied; the numbers are those of a d of zeros."""
+    case = CASES[name]
+    inputs = predict_inputs(case, precision)
+    zero = predict(case, precision, {**inputs, "d": torch.zeros_like(inputs["d"])})
+    found = predict(case, precision, {**inputs, "d": None})
+    assert torch.equal(found.error, zero.error) and torch.equal(found.delta, zero.delta)
+    assert torch.equal(found.error, -inputs["d_out"])
+    assert found.winner is None or torch.equal(found.winner, zero.winner)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import types
 from collections import Counter
@@ -12,6 +13,8 @@ from itertools import pairwise
 import interpreter
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks_for_tests import LOSSES, loss_and_target
@@ -24,12 +27,21 @@ from pcfast.backends import BACKENDS
 from pcfast.backends import triton as backend
 from pcfast.checking import check
 from pcfast.cli import main
+from pcfast.kernels.linear_predict import PART
+from pcfast.kernels.tf32 import round_to_tf32, rounded_to_tf32
 from pcfast.streamed import design as designs
 from pcfast.streamed import loop as loops
 from pcfast.streamed.layers import LinearForm, PointwiseForm, TorchForm
 from pcfast.streamed.layout import Arena
+from pcfast.streamed.tiles import LOSS_COLUMNS
 
 BATCH = 9
+
+
+@triton.jit
+def rounding_kernel(x, out, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out + at, round_to_tf32(tl.load(x + at)))
 
 
 @pytest.fixture(autouse=True)
@@ -245,7 +257,7 @@ def test_tf32_where_torch_allows_it():
 
 
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -512,3 +524,40 @@ def test_the_command_line_trains_on_it(tmp_path, capsys):
     assert main(["train", *options, "--backend", "triton", "--out", str(tmp_path / "run"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)
     assert pcfast.last_run().plan.backend == "triton"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "tf32x3"])
+@pytest.mark.parametrize("batch", [1, 300, 20000])
+@pytest.mark.parametrize("close", [0, 10**6])
+def test_designs_for_a_gpu_hold_together(precision, batch, close):
+    """What the kernels assert at compile time, and what the loop takes for granted, for many sizes."""
+    for widths, activation in itertools.product(
+        ((784, 600, 600, 10), (64, 128, 128, 10), (8, 40, 64), (8, 40, 65), (4096,) * 5), (nn.ReLU, nn.GELU)
+    ):
+        with torch.device("meta"):
+            model = mlp(*widths, activation=activation)
+        network = pcfast.network.describe(model)
+        shapes = network.shapes((batch, widths[0]))
+        target = designs.Target(precision, 132, close, False)
+        made = designs.design(network, shapes, False, "cross_entropy", True, target)
+        assert len(made.predicts) == 1 or not made.whole
+        assert sorted(l for launch in made.predicts for l in launch.layers) == list(range(2, made.depth + 1))
+        for launch in made.predicts:
+            if launch.loss is not None:
+                rows = launch.tiles.rows * launch.tiles.columns
+                assert launch.tiles.columns <= LOSS_COLUMNS and rows <= PART.value
+                assert widths[-1] <= launch.tiles.columns
+        assert made.wide_top == (widths[-1] > LOSS_COLUMNS)
+
+
+def test_tf32_operands_are_rounded_and_not_truncated():
+    x = torch.randn(4096)
+    rounded = rounded_to_tf32(x)
+    assert float(((rounded - x) / x).abs().max()) <= 2**-11
+    assert abs(float(((rounded - x) / x).mean())) < 1e-5  # truncation would give -2^-11.5
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0])
+    special[0] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)[0]
+    torch.testing.assert_close(rounded_to_tf32(special), special, equal_nan=True, rtol=0, atol=0)
+    out = torch.empty(4096)
+    rounding_kernel[(1,)](x, out, 4096)
+    assert torch.equal(out, rounded)

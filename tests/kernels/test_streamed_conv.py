@@ -1,0 +1,431 @@
+"""Convolutions as implicit products in the loop of backend "triton", interpreted, against float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from test_streamed import (
+    _gaps_between_matrices_are_out_of_bounds,  # noqa: F401 - a fixture
+    assert_close_to_float64,
+    conv_net,
+    in_double,
+    updates,
+)
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pcfast
+from pcfast import planning
+from pcfast.accuracy import relative_error
+from pcfast.backends import triton as backend
+from pcfast.checking import check
+from pcfast.streamed import design as designs
+from pcfast.streamed import loop as loops
+from pcfast.streamed.choices import IMPLICIT, Choices, ConvolutionKey
+from pcfast.streamed.layers import ConvForm, LinearForm, PointwiseForm, TorchForm
+
+BATCH = 5
+
+
+class EveryConvolution(Choices):
+    """Implicit wherever it is possible."""
+
+    def get(self, key, default=None):
+        return IMPLICIT if isinstance(key, ConvolutionKey) else super().get(key, default)
+
+    def __eq__(self, other):
+        return isinstance(other, EveryConvolution)
+
+    __hash__ = Choices.__hash__
+
+
+@pytest.fixture
+def implicit(monkeypatch):
+    find = backend._target
+    monkeypatch.setattr(
+        backend, "_target", lambda *a: dataclasses.replace(find(*a), choices=EveryConvolution())
+    )
+
+
+def first(out_channels: int = 3) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(2, out_channels, 3, padding=1), nn.Tanh())
+
+
+def head(features: int) -> list[nn.Module]:
+    return [nn.Sequential(nn.Linear(features, 9), nn.Sigmoid()), nn.Linear(9, 4)]
+
+
+def with_layer(features: int, *ops: nn.Module) -> nn.Sequential:
+    """``ops`` as layer 2 of 4."""
+    return nn.Sequential(first(), nn.Sequential(*ops, nn.Flatten()), *head(features))
+
+
+#: name -> (network, shape of a sample, form of each layer from the second on, while its convolutions are implicit)
+NETWORKS = {
+    "3x3 relu max": (
+        lambda: with_layer(45, nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)), (2, 6, 6), "cll",
+    ),
+    "3x3 tanh max": (
+        lambda: with_layer(45, nn.Conv2d(3, 5, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)), (2, 6, 6), "cll",
+    ),
+    "max first": (
+        lambda: with_layer(30, nn.Conv2d(3, 5, 3, padding=1), nn.MaxPool2d((2, 3)), nn.SiLU()), (2, 6, 6), "cll",
+    ),
+    "stride": (lambda: with_layer(36, nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Tanh()), (2, 5, 6), "cll"),
+    "no pool": (lambda: with_layer(80, nn.Conv2d(3, 4, 3, padding=1), nn.LeakyReLU()), (2, 5, 4), "cll"),
+    "nothing behind it": (lambda: with_layer(80, nn.Conv2d(3, 4, 3, padding=1)), (2, 5, 4), "cll"),
+    "no bias": (
+        lambda: with_layer(80, nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Tanh()), (2, 5, 4), "cll",
+    ),
+    "5x5": (
+        lambda: with_layer(16, nn.Conv2d(3, 4, 5, padding=2), nn.Sigmoid(), nn.MaxPool2d(3)), (2, 6, 6), "cll",
+    ),
+    "1x1": (lambda: with_layer(36, nn.Conv2d(3, 4, 1, stride=2), nn.Tanh()), (2, 6, 6), "cll"),
+    "avg": (
+        lambda: with_layer(36, nn.Conv2d(3, 4, 3, padding=1), nn.AvgPool2d(2), nn.Tanh()), (2, 6, 6), "cll",
+    ),
+    "gelu before max": (
+        lambda: with_layer(36, nn.Conv2d(3, 4, 3, padding=1), nn.GELU(), nn.MaxPool2d(2)), (2, 6, 6), "cll",
+    ),
+    "rows that fill no window": (
+        lambda: with_layer(24, nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)), (2, 5, 7), "cll",
+    ),
+    "convolutions one after another": (
+        lambda: nn.Sequential(
+            first(4),
+            nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            nn.Sequential(nn.Conv2d(3, 5, 1), nn.Tanh()),
+            nn.Sequential(nn.Conv2d(5, 6, (2, 3)), nn.GELU(), nn.Flatten()),
+            *head(24),
+        ),
+        (2, 7, 8), "cccll",
+    ),
+    "bare": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(4, 5, 2), nn.Flatten(), nn.Linear(10, 4),
+        ),
+        (2, 8, 7), "pcppcpl",
+    ),
+    "features below": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Linear(7, 48), nn.Tanh(), nn.Unflatten(1, (3, 4, 4))),
+            nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Flatten()),
+            nn.Linear(64, 4),
+        ),
+        (7,), "cl",
+    ),
+    "torch's layers round it": (
+        lambda: nn.Sequential(
+            first(),
+            nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()),
+            nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)),
+            nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+            nn.Linear(12, 4),
+        ),
+        (2, 6, 6), "tctl",
+    ),
+    "a window too large": (
+        lambda: with_layer(4, nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.MaxPool2d(5)), (2, 6, 6), "tll",
+    ),
+    "what the kernels do not take": (
+        lambda: nn.Sequential(
+            first(4),
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.Tanh()),
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.Tanh()),
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()),
+            nn.Linear(36, 4),
+        ),
+        (2, 6, 6), "pppl",
+    ),
+}  # fmt: skip
+_LETTERS = {LinearForm: "l", PointwiseForm: "p", ConvForm: "c", TorchForm: "t"}
+networks = pytest.mark.parametrize("name", NETWORKS)
+
+
+def drawn(name: str, batch: int = BATCH):
+    torch.manual_seed(1)
+    make, shape, _ = NETWORKS[name]
+    model = make()
+    return model, torch.randn(batch, *shape), torch.randint(0, 4, (batch,))
+
+
+def letters(made: designs.Design) -> str:
+    return "".join(_LETTERS[type(form)] for form in made.forms[2:])
+
+
+# which convolutions ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The designs that the backend makes."""
+    found = []
+    find = backend._design
+    monkeypatch.setattr(backend, "_design", lambda *a: found.append(find(*a)) or found[-1])
+    return found
+
+
+@networks
+def test_the_forms_that_the_layers_take(name, made, implicit):
+    updates(*drawn(name), num_steps=2, backend="triton")
+    assert letters(made[0]) == NETWORKS[name][2]
+
+
+@networks
+def test_none_is_implicit_by_default(name, made):
+    updates(*drawn(name), num_steps=2, backend="triton")
+    assert letters(made[0]) == NETWORKS[name][2].replace("c", "p")
+
+
+def designed(name: str, precision: str, choices: Choices, gram: bool = False) -> designs.Design:
+    model, x, _ = drawn(name)
+    network = pcfast.network.describe(model)
+    target = designs.Target(precision, 132, 0, False, choices=choices)
+    return designs.design(network, network.shapes(tuple(x.shape)), gram, "cross_entropy", True, target)
+
+
+def test_each_geometry_and_precision_is_chosen_for_itself():
+    name = "convolutions one after another"
+    geometry = designed(name, "bf16", EveryConvolution()).forms[3].geometry
+    chosen = Choices({ConvolutionKey("bf16", dataclasses.astuple(geometry)): IMPLICIT})
+    assert letters(designed(name, "bf16", chosen)) == "pcpll"
+    assert letters(designed(name, "tf32", chosen)) == "pppll"
+
+
+def test_the_gram_form_of_a_convolution_is_torchs():
+    assert letters(designed("3x3 relu max", "tf32", EveryConvolution(), gram=True)) == "tll"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_the_design_gives_every_matrix_its_own_place(precision):
+    found = designed("convolutions one after another", precision, EveryConvolution())
+    for operand in (False, True):
+        places = sorted({m for _, m in found.layout.matrices if m.operand == operand}, key=lambda m: m.first)
+        assert all(a.first + a.elements <= b.first for a, b in pairwise(places))
+    pooled = dict(found.layout.matrices)["delta2"]
+    assert pooled.columns == 3 * 3 * 4 and pooled.operand == (precision == "bf16")
+
+
+# the same numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 6])
+@networks
+def test_against_the_reference(name, num_steps, implicit):
+    assert_close_to_float64(*drawn(name), num_steps=num_steps)
+
+
+@pytest.mark.parametrize("num_steps", [4, 5])
+@pytest.mark.parametrize("name", ["convolutions one after another", "bare"])
+def test_iterations_in_which_the_front_arrives(name, num_steps, implicit):
+    assert_close_to_float64(*drawn(name), num_steps=num_steps)
+
+
+@pytest.mark.parametrize("name", ["3x3 relu max", "stride", "convolutions one after another"])
+def test_one_sample(name, implicit):
+    assert_close_to_float64(*drawn(name, batch=1), num_steps=5)
+
+
+def test_maps_wider_than_a_tile(implicit):
+    """Several tiles of rows and columns, and a reduction that does not end with a step."""
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        first(20),
+        nn.Sequential(nn.Conv2d(20, 40, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten()),
+        nn.Linear(40 * 9, 4),
+    )
+    assert_close_to_float64(model, torch.randn(3, 2, 6, 6), torch.tensor([0, 3, 1]), num_steps=3)
+
+
+@settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    size=st.tuples(st.integers(3, 8), st.integers(3, 8)),
+    channels=st.tuples(st.sampled_from((1, 3, 16)), st.sampled_from((1, 5, 17))),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    activation=st.sampled_from((nn.Tanh, nn.Sigmoid, nn.SiLU, nn.Identity)),
+    pool=st.sampled_from((None, nn.MaxPool2d, nn.AvgPool2d)),
+    window=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    batch=st.sampled_from((1, 2, 5)),
+    num_steps=st.integers(0, 5),
+)
+def test_any_convolution(
+    size, channels, kernel, stride, padding, activation, pool, window, batch, num_steps, implicit
+):
+    torch.manual_seed(6)
+    out = [(s + 2 * p - k) // d + 1 for s, p, k, d in zip(size, padding, kernel, stride, strict=True)]
+    tail = [activation()]
+    if pool is not None:
+        out = [s // w for s, w in zip(out, window, strict=True)]
+        tail = [pool(window), activation()]
+    assume(min(out) >= 1)
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, channels[0], 1), nn.Tanh()),
+        nn.Sequential(nn.Conv2d(*channels, kernel, stride, padding), *tail, nn.Flatten()),
+        nn.Linear(channels[1] * out[0] * out[1], 3),
+    )
+    x, y = torch.randn(batch, 1, *size), torch.randint(0, 3, (batch,))
+    assert_close_to_float64(model, x, y, bound=1e-5, num_steps=num_steps)
+
+
+def test_within_the_projects_bounds(implicit):
+    report = check(
+        conv_net(), (8, 2, 8, 8), draws=3, num_steps=4, backends=["triton"], precisions=["ieee", "bf16"]
+    )
+    assert report.ok and {row.precision for row in report.rows} == {"ieee", "bf16"}, report.failures
+
+
+@pytest.mark.parametrize("name", ["gelu before max", "avg", "stride"])
+def test_bfloat16_within_the_projects_bounds(name, implicit):
+    model, x, _ = drawn(name)
+    report = check(model, tuple(x.shape), draws=3, num_steps=4, backends=["triton"], precisions=["bf16"])
+    assert report.ok and {row.backend for row in report.rows} == {"triton"}, report.failures
+
+
+def test_beliefs_to_start_from(implicit):
+    model, x, y = drawn("3x3 tanh max")
+    vinit = [None, torch.randn(BATCH, 3, 6, 6), torch.randn(BATCH, 45), None, None]
+    double, x2 = in_double(model, x)
+    wide = [v if v is None else v.double() for v in vinit]
+    for num_steps in (0, 1, 4):
+        truth = pcfast.relax(double, x2, y, vinit=wide, num_steps=num_steps, backend="reference")
+        found = pcfast.relax(model, x, y, vinit=vinit, num_steps=num_steps, backend="triton")
+        for l in range(1, 5):
+            assert relative_error(found.errors[l], truth.errors[l]) < 3e-6, (num_steps, l)
+            assert relative_error(found.beliefs[l], truth.beliefs[l]) < 3e-6, (num_steps, l)
+
+
+@pytest.mark.parametrize("name", ["3x3 relu max", "bare"])
+def test_energies(name, implicit):
+    model, x, y = drawn(name)
+    truth = pcfast.relax(*in_double(model, x, y), num_steps=5, energies=True, backend="reference")
+    found = pcfast.relax(model, x, y, num_steps=5, energies=True, backend="triton")
+    torch.testing.assert_close(found.energies.double(), truth.energies, rtol=1e-5, atol=1e-12)
+
+
+def test_weights_in_any_layout(implicit):
+    model, x, y = drawn("3x3 tanh max")
+    expected = updates(model, x, y, backend="triton", num_steps=4)
+    found = updates(model.to(memory_format=torch.channels_last), x, y, backend="triton", num_steps=4)
+    for p, q in zip(found, expected, strict=True):
+        assert relative_error(p, q) < 1e-6
+
+
+def test_rows_do_not_depend_on_their_batch(implicit):
+    model, x, y = drawn("3x3 relu max")
+    arguments = dict(loss=nn.CrossEntropyLoss(reduction="sum"), num_steps=5, backend="triton")
+    whole = pcfast.relax(model, x, y, **arguments)
+    again = pcfast.relax(model, x, y, **arguments)
+    part = pcfast.relax(model, x[:2], y[:2], **arguments)
+    for e, f, g in zip(whole.errors[2:], again.errors[2:], part.errors[2:], strict=True):
+        assert torch.equal(e, f)
+        assert relative_error(g, e[:2]) < 1e-6
+
+
+# what is launched ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched, with their keywords, in order."""
+    seen = []
+    names = (
+        "launch_conv_predict", "launch_conv_feedback", "launch_linear_predict", "launch_linear_feedback",
+        "error_and_delta", "update",
+    )  # fmt: skip
+    for name in names:
+        run = getattr(loops, name)
+
+        def record(*arguments, _name=name, _run=run, **keywords):
+            seen.append((_name.removeprefix("launch_"), keywords))
+            return _run(*arguments, **keywords)
+
+        monkeypatch.setattr(loops, name, record)
+    return seen
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts torch's convolutions."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "convolution" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def torchs(monkeypatch):
+    """torch's convolutions in the loop."""
+    mode, run = Convolutions(), loops.Loop.run
+
+    def watched(*arguments):
+        with mode:
+            run(*arguments)
+
+    monkeypatch.setattr(loops.Loop, "run", watched)
+    return mode
+
+
+def test_one_launch_a_stage_and_no_convolution_of_torchs(launches, torchs, implicit):
+    updates(*drawn("3x3 relu max"), num_steps=8, backend="triton")
+    # layer 2 of 4 has an error from iteration 3 on and moves layer 1 from iteration 3 on
+    expected = {"linear_predict": 8, "linear_feedback": 8, "conv_predict": 6, "conv_feedback": 6}
+    assert Counter(name for name, _ in launches) == expected
+    assert torchs.count == 0
+
+
+def test_torchs_convolutions_are_counted(torchs):
+    updates(*drawn("3x3 relu max"), num_steps=8, backend="triton")
+    assert torchs.count == 5 + 6
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 6])
+def test_only_the_active_front_is_multiplied(num_steps, launches, implicit):
+    updates(*drawn("convolutions one after another"), num_steps=num_steps, backend="triton")
+    done = Counter()
+    for name, keywords in launches:
+        # the layers' numbers of output channels tell them apart
+        if name == "conv_predict" and keywords["d"] is not None:
+            done["predict", len(keywords["weight"])] += 1
+        if name == "conv_feedback":
+            done["feedback", len(keywords["weight"])] += 1
+    for layer, out_channels in ((2, 3), (3, 5), (4, 6)):
+        predictions, feedbacks = planning.strict_products(6, num_steps, True, layer)
+        assert (done["predict", out_channels], done["feedback", out_channels]) == (predictions, feedbacks)
+
+
+# what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_divergence_names_the_iteration_and_the_layer(implicit):
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 3, 3, padding=1)),
+        nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.MaxPool2d(2), nn.Flatten()),
+        nn.Linear(45, 4),
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(40)
+    x, y = torch.randn(BATCH, 2, 6, 6), torch.randint(0, 4, (BATCH,))
+    found = {}
+    for tried in ("eager", "triton"):
+        with pytest.raises(pcfast.RelaxationDiverged) as caught:
+            pcfast.relax(model, x, y, backend=tried, check="sync", step_size=1e4, num_steps=60)
+        found[tried] = caught.value
+    assert found["triton"].layer == 1 or found["triton"].layer == found["eager"].layer
+    assert abs(found["triton"].iteration - found["eager"].iteration) <= 1
