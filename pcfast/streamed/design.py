@@ -35,7 +35,7 @@ from .choices import (
 )
 from .layers import ConvForm, Form, LinearForm, PointwiseForm, TorchForm, conv_form, layer_form
 from .layout import Layout, LayoutBuilder, Matrix
-from .tiles import LOSS_COLUMNS, LinearTiles, Product, is_heavy, linear_tiles, whole_tiles
+from .tiles import LOSS_COLUMNS, LinearTiles, Product, linear_tiles, whole_tiles
 
 
 @dataclass(frozen=True)
@@ -274,8 +274,7 @@ def _place_linear(builder, l, batch, bound: Boundary, form: LinearForm, depth, i
 def _tiles(
     products: list[Product], target: Target, activation: Activation | None = None, loss: bool = False
 ) -> LinearTiles:
-    heavy = is_heavy(activation)
-    return linear_tiles(products, target.precision, target.sm_count, target.interpreted, heavy, loss)
+    return linear_tiles(products, target.precision, target.sm_count, target.interpreted, activation, loss)
 
 
 def _tuned(key: LaunchKey, by_rule: LinearTiles, target: Target) -> LinearTiles:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..activations import Activation, Gelu, GeluTanh
+from ..activations import Activation, Gelu, GeluTanh, LeakyRelu, Relu
 
 #: (samples, columns, reduction) of one product.
 Product = tuple[int, int, int]
@@ -48,17 +48,12 @@ _INTERPRETED_LARGE = LinearTiles(64, 64, 64, 4, 1, "the interpreter pays by the 
 _INTERPRETED_EDGE = 96  # widest layer for which small tiles are interpreted
 
 
-def is_heavy(activation: Activation | None) -> bool:
-    """Whether what an activation needs of registers leaves little for the product."""
-    return isinstance(activation, Gelu | GeluTanh)
-
-
 def linear_tiles(
     products: Sequence[Product],
     precision: str,
     sm_count: int,
     interpreted: bool = False,
-    heavy: bool = False,
+    activation: Activation | None = None,
     loss: bool = False,
 ) -> LinearTiles:
     """The tiles for a launch over ``products``.
@@ -68,7 +63,7 @@ def linear_tiles(
         sm_count: multiprocessors of the GPU.
         interpreted: triton interprets the kernels on the CPU.
         loss: the output's loss follows, which wants its rows whole in LOSS_COLUMNS columns.
-        heavy: an activation follows that takes many registers (:func:`is_heavy`).
+        activation: that follows, or None.
     """
     if interpreted:
         widest = max(max(n, k) for _, n, k in products)
@@ -84,16 +79,19 @@ def linear_tiles(
     )
     if loss:
         return LinearTiles(64, LOSS_COLUMNS, reduction, 8, stages, "the loss wants whole rows in a tile")
-    # three products for one, or GELU, need the registers that a large accumulator would take
-    if precision != "tf32x3" and not heavy and large.count(products) >= 2 * sm_count:
+    # three products for one, or an activation with exponentials, need the registers of a large accumulator
+    cheap = activation is None or isinstance(activation, Relu | LeakyRelu)
+    if precision != "tf32x3" and cheap and large.count(products) >= 2 * sm_count:
         return large
     wide = LinearTiles(
-        64, 128, reduction, 8, stages, "64 x 128 fills every multiprocessor, 128 x 128 would not"
+        64, 128, reduction, 8, stages, "64 x 128: larger ones would leave multiprocessors idle, or spill"
     )
     if precision != "tf32x3" and wide.count(products) >= sm_count:
         return wide
-    if precision == "tf32x3" and heavy:
-        return LinearTiles(64, 32, reduction, 8, stages, "three products and GELU take the registers of more")
+    if precision != "bf16" and isinstance(activation, Gelu | GeluTanh):
+        return LinearTiles(
+            64, 32, reduction, 8, stages, "float32 operands and GELU take the registers of more"
+        )
     return LinearTiles(
         64, 64, reduction, 8, stages, "the smallest tiles: there are fewer than multiprocessors"
     )

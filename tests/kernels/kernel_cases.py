@@ -19,7 +19,7 @@ from pcfast.kernels.linear_predict import MAX_REGISTERS, NO_TOP
 from pcfast.kernels.output_error import CROSS_ENTROPY, output_tile
 from pcfast.streamed.candidates import candidates
 from pcfast.streamed.choices import LaunchKey
-from pcfast.streamed.tiles import LinearTiles, is_heavy, linear_tiles, whole_tiles
+from pcfast.streamed.tiles import LinearTiles, linear_tiles, whole_tiles
 
 CHIPS = (80, 90, 100)
 ALL_CHIPS = (80, 86, 90, 100, 120)
@@ -84,7 +84,7 @@ def linear_cases(chips, sizes, acts) -> list[Case]:
     cases = []
     for capability, precision, size in itertools.product(chips, PRECISIONS, sizes):
         for act in acts:
-            tiles = linear_tiles([SIZES[size]], precision, SM_COUNT, heavy=is_heavy(act))
+            tiles = linear_tiles([SIZES[size]], precision, SM_COUNT, activation=act)
             constexprs = _predict_constants(tiles, precision, act)
             name = f"linear_predict, {size}, {precision}, {type(act).__name__}"
             cases.append(_linear("linear_predict", name, tiles, precision, capability, constexprs))
