@@ -50,6 +50,7 @@ from .conv_geometry import (
     input_precision,
     tap_and_channel,
 )
+from .first_bad import note_bad
 
 
 def feedback_tiles(geometry: ConvGeometry, precision: str) -> Tiles:
@@ -160,9 +161,7 @@ def conv_feedback(
     tl.store(d + where, moved, mask=inside)
     if copy is not None:
         tl.store(copy + where, moved.to(copy.dtype.element_ty), mask=inside)
-    bad = inside & ((moved != moved) | (tl.abs(moved) == float("inf")))
-    found = tl.max(bad.to(tl.int32))
-    tl.atomic_min(first_bad + layer, iteration, mask=found > 0)
+    note_bad(first_bad, layer, iteration, moved, inside)
 
 
 def feedback_constants(

@@ -34,17 +34,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .first_bad import note_bad
 from .linear_predict import MAX_REGISTERS, PART, halves, tile_position
 from .linear_rows import CLAMPED, GRAM_UPDATE, WIDTH
 from .tf32 import round_to_tf32
-
-
-@triton.jit
-def note_bad(first_bad, layer, iteration, value, inside):
-    """Lower first_bad[layer] to ``iteration`` where a value of the tile is NaN or infinite."""
-    # written so that NaN counts as bad: it compares false
-    bad = tl.where(tl.abs(value) < float("inf"), 0, 1) & inside.to(tl.int32)
-    tl.atomic_min(first_bad + layer, iteration, mask=tl.max(bad) > 0, sem="relaxed")
 
 
 @triton.jit
@@ -98,69 +91,6 @@ def _finish(
 
 
 @triton.jit
-def _finish_half(
-    accumulator,
-    state,
-    operand,
-    first_bad,
-    row,
-    first_row,
-    first_column,
-    iteration,
-    eta,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """As _finish, by quarters of a tile where its halves are still too large."""
-    if ROWS * COLUMNS > PART:
-        left, right = halves(accumulator, ROWS, COLUMNS)
-        _finish(
-            left,
-            state,
-            operand,
-            first_bad,
-            row,
-            first_row,
-            first_column,
-            iteration,
-            eta,
-            ROWS,
-            COLUMNS // 2,
-            ALIGNED,
-        )
-        _finish(
-            right,
-            state,
-            operand,
-            first_bad,
-            row,
-            first_row,
-            first_column + COLUMNS // 2,
-            iteration,
-            eta,
-            ROWS,
-            COLUMNS // 2,
-            ALIGNED,
-        )
-    else:
-        _finish(
-            accumulator,
-            state,
-            operand,
-            first_bad,
-            row,
-            first_row,
-            first_column,
-            iteration,
-            eta,
-            ROWS,
-            COLUMNS,
-            ALIGNED,
-        )
-
-
-@triton.jit
 def _finish_in_parts(
     accumulator,
     state,
@@ -178,7 +108,7 @@ def _finish_in_parts(
     """As _finish, part by part where a tile is too large for the registers that it needs."""
     if ROWS * COLUMNS > PART:
         left, right = halves(accumulator, ROWS, COLUMNS)
-        _finish_half(
+        _finish_in_parts(
             left,
             state,
             operand,
@@ -192,7 +122,7 @@ def _finish_in_parts(
             COLUMNS // 2,
             ALIGNED,
         )
-        _finish_half(
+        _finish_in_parts(
             right,
             state,
             operand,

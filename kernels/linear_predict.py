@@ -120,81 +120,6 @@ def _finish(
 
 
 @triton.jit
-def _finish_half(
-    accumulator,
-    state,
-    operand,
-    row,
-    first_row,
-    first_column,
-    loss_scale,
-    ACT: tl.constexpr,
-    NEGATIVE_SLOPE: tl.constexpr,
-    TOP_ACT: tl.constexpr,
-    TOP_NEGATIVE_SLOPE: tl.constexpr,
-    LOSS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """As _finish, by quarters of a tile where its halves are still too large."""
-    if ROWS * COLUMNS > PART:
-        left, right = halves(accumulator, ROWS, COLUMNS)
-        _finish(
-            left,
-            state,
-            operand,
-            row,
-            first_row,
-            first_column,
-            loss_scale,
-            ACT,
-            NEGATIVE_SLOPE,
-            TOP_ACT,
-            TOP_NEGATIVE_SLOPE,
-            LOSS,
-            ROWS,
-            COLUMNS // 2,
-            ALIGNED,
-        )
-        _finish(
-            right,
-            state,
-            operand,
-            row,
-            first_row,
-            first_column + COLUMNS // 2,
-            loss_scale,
-            ACT,
-            NEGATIVE_SLOPE,
-            TOP_ACT,
-            TOP_NEGATIVE_SLOPE,
-            LOSS,
-            ROWS,
-            COLUMNS // 2,
-            ALIGNED,
-        )
-    else:
-        _finish(
-            accumulator,
-            state,
-            operand,
-            row,
-            first_row,
-            first_column,
-            loss_scale,
-            ACT,
-            NEGATIVE_SLOPE,
-            TOP_ACT,
-            TOP_NEGATIVE_SLOPE,
-            LOSS,
-            ROWS,
-            COLUMNS,
-            ALIGNED,
-        )
-
-
-@triton.jit
 def _finish_in_parts(
     accumulator,
     state,
@@ -216,7 +141,7 @@ def _finish_in_parts(
     if ROWS * COLUMNS > PART:
         tl.static_assert(LOSS < 0, "the loss needs whole rows of the output in one part")
         left, right = halves(accumulator, ROWS, COLUMNS)
-        _finish_half(
+        _finish_in_parts(
             left,
             state,
             operand,
@@ -233,7 +158,7 @@ def _finish_in_parts(
             COLUMNS // 2,
             ALIGNED,
         )
-        _finish_half(
+        _finish_in_parts(
             right,
             state,
             operand,

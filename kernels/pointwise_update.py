@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .first_bad import note_bad
 from .pointwise_error import places, strides, tile
 
 
@@ -79,11 +80,7 @@ def pointwise_update_kernel(
     if operand is not None:
         operand_at = sample * operand_batch + row * operand_row + column * operand_column + channel
         tl.store(operand + operand_at, d.to(operand.dtype.element_ty), mask=inside)
-
-    # written so that NaN counts as bad: it compares false
-    bad = tl.where(tl.abs(d) < float("inf"), 0, 1)
-    any_bad = tl.max(tl.max(bad, 1), 0) > 0
-    tl.atomic_min(first_bad + layer, iteration, mask=any_bad, sem="relaxed")
+    note_bad(first_bad, layer, iteration, d, inside)
 
 
 def update(

@@ -68,11 +68,16 @@ class Boundary:
     def image(self, matrix: Tensor) -> Tensor:
         """(batch, size) in memory order -> (batch, height, width, channels); features have one pixel."""
         channels, height, width = self.map or (self.size, 1, 1)
-        return matrix.as_strided(
-            (matrix.shape[0], height, width, channels),
-            (matrix.stride(0), width * channels, channels, 1),
-            matrix.storage_offset(),
-        )
+        return as_image(matrix, height, width, channels)
+
+
+def as_image(matrix: Tensor, height: int, width: int, channels: int) -> Tensor:
+    """(batch, height * width * channels), rows at any stride -> (batch, height, width, channels), a view."""
+    return matrix.as_strided(
+        (matrix.shape[0], height, width, channels),
+        (matrix.stride(0), width * channels, channels, 1),
+        matrix.storage_offset(),
+    )
 
 
 def flattens(op: specs.Op) -> bool:

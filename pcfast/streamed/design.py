@@ -263,9 +263,8 @@ def _place_linear(builder, l, batch, bound: Boundary, form: LinearForm, depth, i
         builder.add(f"{name}{l}", batch, bound.size, bound.stride)
     builder.add(f"delta{l}", batch, bound.size, bound.stride, operand=True)
     rows = padded(form.out_features)  # zero rows at the end: products run over the padding of delta
-    builder.add(f"weight{l}", rows, form.in_features, padded(form.in_features), operand=True)
-    if in_gram_form:
-        builder.add("gram", rows, form.out_features, rows, operand=True)
+    columns = form.out_features if in_gram_form else form.in_features  # G takes the place of W
+    builder.add(f"weight{l}", rows, columns, padded(columns), operand=True)
 
 
 # launches of linear layers
@@ -396,7 +395,7 @@ def _feedback(linear, batch, bounds, matrices, gram_rows, target) -> FeedbackLau
     for l in linear:
         link, delta = l - 1, matrices[f"delta{l}"]
         in_gram_form = gram_rows and l == 2
-        weight = matrices["gram" if in_gram_form else f"weight{l}"]
+        weight = matrices[f"weight{l}"]
         kind = GRAM_UPDATE if in_gram_form else CLAMPED if link == 1 else UPDATE
         rows.append(
             FeedbackRow(
@@ -443,8 +442,7 @@ def _whether_whole(linear, depth, forms, matrices, target, gram_rows) -> tuple[b
     if len({forms[l].activation for l in linear if l != depth}) > 1:
         return False, "the hidden layers have several activations", None
     size = 2 if target.separate_operands else 4
-    names = ["gram" if gram_rows and l == 2 else f"weight{l}" for l in linear]
-    weights = size * sum(matrices[name].elements for name in names)
+    weights = size * sum(matrices[f"weight{l}"].elements for l in linear)
     fits = weights <= target.close_bytes
     key = LoopKey(
         target.precision, tuple((forms[l].out_features, forms[l].in_features) for l in linear), gram_rows

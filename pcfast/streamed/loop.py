@@ -29,6 +29,7 @@ from ..kernels.pointwise_update import update
 from ..kernels.tf32 import rounded_to_tf32
 from ..losses import Target as LossTarget
 from ..network import MaxPool2d
+from .boundary import as_image
 from .branches import Branches
 from .design import Design, FeedbackLaunch, PredictLaunch
 from .layers import ConvForm, LinearForm, PointwiseForm, TorchForm
@@ -109,11 +110,10 @@ class Loop:
             form, below = design.forms[l], design.boundaries[l - 1]
             if isinstance(form, LinearForm):
                 step = next(s for s in inputs.chains[l].steps if isinstance(s, LinearStep))
-                weight = below.weight_in_memory(step.weight)
+                in_gram_form = design.gram and l == 2
+                weight = step.gram() if in_gram_form else below.weight_in_memory(step.weight)
                 matrix(f"weight{l}")[: form.out_features].copy_(self._rounded(weight))
                 matrix(f"uhat{l}").copy_(inputs.pre_activations[l])
-                if design.gram and l == 2:
-                    matrix("gram")[: form.out_features].copy_(self._rounded(step.gram()))
             elif isinstance(form, PointwiseForm):
                 self._images[l] = self._image_of_uhat(l, form)
             elif isinstance(form, ConvForm):
@@ -317,13 +317,7 @@ class Loop:
         return self.design.boundaries[l].image(self.arena.matrix(f"{name}{l}"))
 
     def _delta_image(self, l: int, form: PointwiseForm) -> Tensor:
-        delta = self.arena.matrix(f"delta{l}")
-        height, width, channels = form.inner
-        return delta.as_strided(
-            (delta.shape[0], height, width, channels),
-            (delta.stride(0), width * channels, channels, 1),
-            delta.storage_offset(),
-        )
+        return as_image(self.arena.matrix(f"delta{l}"), *form.inner)
 
     def _convolution(self, l: int, form: PointwiseForm | ConvForm) -> Conv2dStep:
         return self.inputs.chains[l].steps[form.convolution]

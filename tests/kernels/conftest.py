@@ -30,3 +30,24 @@ def _no_extents_left():
     import interpreter
 
     interpreter.clear_extents()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels that the streamed loop launched, with their keywords, in order."""
+    from pcfast.streamed import loop
+
+    seen = []
+    names = (
+        "launch_linear_predict", "launch_linear_feedback", "launch_mlp_relaxation", "launch_conv_predict",
+        "launch_conv_feedback", "error_and_delta", "update", "output_error",
+    )  # fmt: skip
+    for name in names:
+        run = getattr(loop, name)
+
+        def record(*arguments, _name=name, _run=run, **keywords):
+            seen.append((_name.removeprefix("launch_"), keywords))
+            return _run(*arguments, **keywords)
+
+        monkeypatch.setattr(loop, name, record)
+    return seen

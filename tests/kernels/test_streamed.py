@@ -30,7 +30,6 @@ from pcfast.cli import main
 from pcfast.kernels.linear_predict import PART
 from pcfast.kernels.tf32 import round_to_tf32, rounded_to_tf32
 from pcfast.streamed import design as designs
-from pcfast.streamed import loop as loops
 from pcfast.streamed.layers import LinearForm, PointwiseForm, TorchForm
 from pcfast.streamed.layout import Arena
 from pcfast.streamed.tiles import LOSS_COLUMNS
@@ -341,25 +340,6 @@ def test_twice_the_same_bits_and_rows_do_not_depend_on_their_batch(staged):
 
 
 # what is launched -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """Names of the kernels launched, with their arguments, in order."""
-    seen = []
-    names = (
-        "launch_linear_predict", "launch_linear_feedback", "launch_mlp_relaxation", "error_and_delta", "update",
-        "output_error",
-    )  # fmt: skip
-    for name in names:
-        run = getattr(loops, name)
-
-        def record(*arguments, _name=name, _run=run, **keywords):
-            seen.append((_name.removeprefix("launch_"), keywords))
-            return _run(*arguments, **keywords)
-
-        monkeypatch.setattr(loops, name, record)
-    return seen
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 9])

@@ -338,25 +338,6 @@ def test_rows_do_not_depend_on_their_batch(implicit):
 # what is launched ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """Names of the kernels launched, with their keywords, in order."""
-    seen = []
-    names = (
-        "launch_conv_predict", "launch_conv_feedback", "launch_linear_predict", "launch_linear_feedback",
-        "error_and_delta", "update",
-    )  # fmt: skip
-    for name in names:
-        run = getattr(loops, name)
-
-        def record(*arguments, _name=name, _run=run, **keywords):
-            seen.append((_name.removeprefix("launch_"), keywords))
-            return _run(*arguments, **keywords)
-
-        monkeypatch.setattr(loops, name, record)
-    return seen
-
-
 class Convolutions(TorchDispatchMode):
     """Counts torch's convolutions."""
 
