@@ -19,6 +19,7 @@ import pcfast
 from pcfast.backends import BACKENDS
 from pcfast.network import describe
 from pcfast.precision import parameter_dtype, use_precision
+from pcfast.problem import Request
 
 from .literal import literal_step
 from .loops import iterate, plain_step, unknown
@@ -115,7 +116,11 @@ def _backend(name: str) -> Contender:
     def why_not(workload: Workload, precision: str, device: torch.device) -> str:
         with torch.device("meta"):
             network = describe(workload.make())
-        return BACKENDS[name].supports(network, device, parameter_dtype(precision))[1]
+        x_shape = (workload.batch, *workload.sample)
+        request = Request(
+            network, device, parameter_dtype(precision), x_shape, workload.method, workload.num_steps
+        )
+        return BACKENDS[name].supports(request)[1]
 
     def prepare(workload, model, x, y, precision) -> Step:
         def run() -> None:

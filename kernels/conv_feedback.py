@@ -21,7 +21,7 @@ Arguments of the kernel:
 
     delta       (batch, PH, PW, Cout)   fp32 or bf16   read; channels-last, as all maps
     winner      (batch, PH, PW, Cout)   uint8          read; None unless max-pooled
-    weight      (Cout, KH, KW, Cin)     as delta       read
+    weight      (Cout, KH, KW, Cin)     as delta       read; "tf32": rounded to TF32
     d           (batch, H, W, Cin)      fp32           updated
     error       (batch, H, W, Cin)      fp32           read; CLAMPED: written, -d before the update
     copy        (batch, H, W, Cin)      as delta       written: d for the next product; None where that reads d itself
@@ -51,6 +51,7 @@ from .conv_geometry import (
     tap_and_channel,
 )
 from .first_bad import note_bad
+from .tf32 import round_to_tf32
 
 
 def feedback_tiles(geometry: ConvGeometry, precision: str) -> Tiles:
@@ -145,6 +146,8 @@ def conv_feedback(
             mask=in_terms[:, None] & in_columns[None, :],
             other=0.0,
         )
+        if INPUT_PRECISION == "tf32":  # weights are rounded where they are stored
+            gathered = round_to_tf32(gathered)
         r = tl.dot(gathered, taps, r, input_precision=INPUT_PRECISION)
     if POOL == AVG_POOL:
         r *= 1.0 / (WINDOW_H * WINDOW_W)

@@ -26,7 +26,8 @@ AVG_POOL = tl.constexpr(2)
 
 _POOLS = {None: NO_POOL.value, "max": MAX_POOL.value, "avg": AVG_POOL.value}
 # What tl.dot is asked for; bf16 operands have one way to be multiplied, and the word is ignored.
-_INPUT_PRECISION = {"tf32": "tf32", "tf32x3": "tf32x3", "bf16": "tf32"}
+# bfloat16 products are exact whatever is said
+_INPUT_PRECISION = {"tf32": "tf32", "tf32x3": "tf32x3", "bf16": "ieee"}
 _FEWEST_ROWS = 64  # of a tile: what wgmma and tcgen05 take
 _INT32_MAX = 2**31 - 1
 

@@ -26,7 +26,7 @@ to one thread, so that the reduction stays in registers.
 Arguments of the kernel:
 
     d           (batch, H, W, Cin)      fp32 or bf16   read; channels-last, as all maps; None while it is zero: s is 0
-    weight      (Cout, KH, KW, Cin)     fp32 or bf16   read, with d and as d
+    weight      (Cout, KH, KW, Cin)     fp32 or bf16   read, with d and as d; "tf32": rounded to TF32
     uhat        (batch, OH, OW, Cout)   fp32           read; the bias is in it
     d_out       (batch, PH, PW, Cout)   fp32           read; belief deviation of this layer's output
     error       (batch, PH, PW, Cout)   fp32           written
@@ -61,6 +61,7 @@ from .conv_geometry import (
     input_precision,
     tap_and_channel,
 )
+from .tf32 import round_to_tf32
 
 _ABOVE_ALL = tl.constexpr(0x7FFFFFFF)  # sort key of NaN, and what an int32 is masked with to drop its sign
 
@@ -199,6 +200,8 @@ def conv_predict(
                 mask=in_columns[None, :] & in_terms[:, None],
                 other=0.0,
             )
+            if INPUT_PRECISION == "tf32":  # weights are rounded where they are stored
+                gathered = round_to_tf32(gathered)
             s = tl.dot(gathered, taps, s, input_precision=INPUT_PRECISION)
 
     base = tl.load(

@@ -31,7 +31,7 @@ from .errors import ArgumentError, BackendError, ModelError, RelaxationDiverged,
 from .losses import LossLike, describe_loss
 from .network import Network, common_placement, describe
 from .precision import PRECISIONS, parameter_dtype, use_precision
-from .problem import Outcome, Wanted, layer_of_parameters
+from .problem import Outcome, Request, Wanted, layer_of_parameters
 from .relaxation import solve
 
 #: Where an error grows to this many times the gradient there, the relaxation is taken to run away.
@@ -531,9 +531,7 @@ class _Check:
         for name in dict.fromkeys(backends):
             for precision in precisions:
                 with use_precision(precision, self.device):
-                    ok, reason = BACKENDS[name].supports(
-                        self.network, self.device, parameter_dtype(precision)
-                    )
+                    ok, reason = BACKENDS[name].supports(self._request(parameter_dtype(precision)))
                 if ok and precision == "fp64" and BACKENDS[name].literal:
                     ok, reason = False, "it is the truth itself"
                 if ok:
@@ -541,6 +539,12 @@ class _Check:
                 else:
                     self.refused.append(Refusal(name, precision, reason))
         self._require_candidates()
+
+    def _request(self, dtype: torch.dtype) -> Request:
+        return Request(
+            self.network, self.device, dtype, tuple(self.double.batches[0][0].shape), self.method, self.num_steps,
+            loss=describe_loss(self.double.loss).kind,
+        )  # fmt: skip
 
     def _require_candidates(self) -> None:
         if not self.candidates:

@@ -13,6 +13,7 @@ from .errors import ArgumentTypeError, ShapeError
 from .network import Network, common_placement, describe
 from .planning import Plan, plan
 from .precision import choose_precision
+from .problem import Request
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,7 +95,7 @@ def explain(
         raise ShapeError("x_shape", str(shape), "(batch, ...) with positive sizes")
     where, dtype = common_placement(model) or (torch.device("cpu"), torch.get_default_dtype())
     where = where if device is None else validation.checked_device(device)
-    chosen, refusals = choose_backend(backend, network, where, dtype)
+    chosen, refusals = choose_backend(backend, Request(network, where, dtype, shape, method, num_steps))
     precision = choose_precision(where.type, dtype)
     planned = plan(
         network, shape, method, num_steps, True, False, precision, chosen.name, refusals, chosen.literal

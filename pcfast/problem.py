@@ -34,6 +34,30 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class Request:
+    """What is asked for, as far as it decides which backend can run it.
+
+    Attributes:
+        network, device, dtype: the model's.
+        x_shape: of the input, batch included; None where any shape is meant.
+        method, num_steps: as for :func:`pcfast.relax`.
+        fresh: from the forward pass on, not from given beliefs.
+        energies: of every iteration are wanted.
+        loss: "cross_entropy", "mse" or "callable"; None where the gradient at the output is given instead.
+    """
+
+    network: Network
+    device: torch.device
+    dtype: torch.dtype
+    x_shape: tuple[int, ...] | None = None
+    method: str = "strict"
+    num_steps: int = 20
+    fresh: bool = True
+    energies: bool = False
+    loss: str | None = "cross_entropy"
+
+
+@dataclass(frozen=True)
 class Problem:
     """One relaxation to run: validated, and described once.
 

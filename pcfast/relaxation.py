@@ -14,7 +14,7 @@ from .losses import LossLike, describe_loss
 from .network import describe
 from .planning import Plan, plan
 from .precision import choose_precision
-from .problem import Outcome, Problem, Wanted
+from .problem import Outcome, Problem, Request, Wanted
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,18 @@ def prepare(
             if index and belief is not None:
                 validation.check_finite(f"vinit[{index}]", belief)
 
-    chosen, refusals = choose_backend(backend, network, x.device, dtype)
+    request = Request(
+        network,
+        x.device,
+        dtype,
+        tuple(x.shape),
+        method,
+        num_steps,
+        start is None,
+        wanted.energies,
+        described and described.kind,
+    )
+    chosen, refusals = choose_backend(backend, request)
     precision = choose_precision(x.device.type, dtype)
     planned = plan(
         network,
@@ -245,5 +256,5 @@ def updates(
     network = describe(model)
     dtype = validation.check_input(model, x)
     network.shapes(tuple(x.shape))
-    chosen, _ = choose_backend(backend, network, x.device, dtype)
+    chosen, _ = choose_backend(backend, Request(network, x.device, dtype))
     return chosen.updates(model, network, choose_precision(x.device.type, dtype), x, beliefs, errors)

@@ -198,8 +198,8 @@ def test_an_update_that_is_missing_or_misshapen_is_found(monkeypatch, change):
 class Unable(Eager):
     name = "unable"
 
-    def supports(self, network, device, dtype):
-        return (True, "") if dtype == torch.float64 else (False, "float64 only")
+    def supports(self, request):
+        return (True, "") if request.dtype == torch.float64 else (False, "float64 only")
 
     def run(self, problem, plan):
         raise pcfast.BackendError("no such kernel")

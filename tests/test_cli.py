@@ -167,7 +167,7 @@ def test_info_as_json(capsys):
 
 def test_info_says_why_a_backend_does_not_run(capsys, monkeypatch):
     class Absent(Eager):
-        def supports(self, network, device, dtype):
+        def supports(self, request):
             return False, "its kernels need a newer driver"
 
     monkeypatch.setitem(BACKENDS, "absent", Absent())

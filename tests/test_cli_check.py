@@ -95,7 +95,7 @@ def test_backends_that_cannot_run_are_listed(monkeypatch, capsys):
     class Unable(Eager):
         name = "unable"
 
-        def supports(self, network, device, dtype):
+        def supports(self, request):
             return False, "no such layer"
 
     monkeypatch.setitem(BACKENDS, "unable", Unable())

@@ -15,6 +15,7 @@ from pcfast.kernels.conv_geometry import ConvGeometry
 from pcfast.kernels.conv_predict import launch_conv_predict, predict_tiles
 from pcfast.kernels.pointwise_error import Tail, error_and_delta
 from pcfast.kernels.pointwise_update import update
+from pcfast.kernels.tf32 import rounded_to_tf32
 
 from .case import BEFORE, ETA, PRODUCTS, Case, Way, described, ends, normal, operand_bytes, operand_dtype
 from .rounding import Judgement, copied, judged, predict_truth, product_bound, through_memory, update_bound
@@ -89,10 +90,11 @@ def _feedback(batch: int, g: ConvGeometry, precision: str) -> Case:
     return Case("conv_feedback", _size(batch, g), precision, _macs(batch, g), moved, ways)
 
 
-def _weights(g: ConvGeometry, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(Cout, KH, KW, Cin)"""
+def _weights(g: ConvGeometry, precision: str, device: torch.device) -> Tensor:
+    """(Cout, KH, KW, Cin), as the kernels find them."""
     scale = (g.taps * g.channels) ** -0.5
-    return normal((g.out_channels, *g.kernel, g.channels), device, scale).to(dtype)
+    weight = normal((g.out_channels, *g.kernel, g.channels), device, scale).to(operand_dtype(precision))
+    return rounded_to_tf32(weight) if precision == "tf32" else weight
 
 
 def _map(t: Tensor, samples: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ def _on_the_map(pooled: Tensor, winner: Tensor | None, g: ConvGeometry) -> Tenso
 def _predict_ways(batch: int, g: ConvGeometry, precision: str, device: torch.device) -> list[Way]:
     dtype = operand_dtype(precision)
     below = normal((batch, g.height, g.width, g.channels), device, 0.1).to(dtype)
-    weight = _weights(g, dtype, device)
+    weight = _weights(g, precision, device)
     uhat = normal((batch, *g.out, g.out_channels), device)
     d = normal((batch, *g.pooled, g.out_channels), device, 0.1)
     error = torch.empty_like(d)
@@ -168,7 +170,7 @@ def _predict_ways(batch: int, g: ConvGeometry, precision: str, device: torch.dev
 def _feedback_ways(batch: int, g: ConvGeometry, precision: str, device: torch.device) -> list[Way]:
     dtype, below = operand_dtype(precision), (batch, g.height, g.width, g.channels)
     start, error = normal(below, device, BEFORE, seed=1), normal(below, device, 0.1, seed=2)
-    d, weight = start.clone(), _weights(g, dtype, device)
+    d, weight = start.clone(), _weights(g, precision, device)
     delta = normal((batch, *g.pooled, g.out_channels), device, 0.1).to(dtype)
     winner = None
     if g.pool is not None:

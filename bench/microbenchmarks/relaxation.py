@@ -20,7 +20,7 @@ from pcfast.losses import describe_loss
 from pcfast.network import describe
 from pcfast.precision import Precision, choose_precision, numerics, use_precision
 from pcfast.streamed.design import Design, Target, design
-from pcfast.streamed.loop import Inputs, Loop
+from pcfast.streamed.loop import Inputs, Loop, arena_of
 
 from .case import PRODUCTS, Case, Way, described, normal, operand_bytes, torch_precision
 from .rounding import TF32, Judgement
@@ -91,17 +91,20 @@ class _Relaxations:
         with _as_the_backend(self.precision, self.device) as precision:
             chains = [None, *(layer_chain(spec, self.model, precision) for spec in self.network.layers)]
             vhat, products = [self.x], [None]
-            for chain in chains[1:]:
+            arena = arena_of(planned, self.device, precision.operand)
+            for l, chain in enumerate(chains[1:], start=1):
                 value, product = vhat[-1], None
                 for step in chain.steps:
                     value = step.forward(value)
                     product = value if isinstance(step, LinearStep) else product
+                if f"uhat{l}" in arena:
+                    product = arena.matrix(f"uhat{l}").copy_(product)
                 vhat.append(value)
                 products.append(product)
             loss = describe_loss(_LOSS)
             target = loss.prepare(vhat[-1], self.y, raise_now=True)
             inputs = Inputs(chains, vhat, products, None, target, lambda mu: loss.gradient(target, mu), None)
-            return Loop(planned, inputs, STEP_SIZE, precision.operand)
+            return Loop(planned, arena, inputs, STEP_SIZE)
 
     @cached_property
     def bound_and_truth(self) -> tuple[float, list[Tensor]]:

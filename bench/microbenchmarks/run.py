@@ -15,6 +15,7 @@ from pcfast.backends import BACKENDS
 from pcfast.errors import BackendError
 from pcfast.network import describe
 from pcfast.precision import choose_precision, numerics
+from pcfast.problem import Request
 
 from .. import measure
 from ..contenders import Step, graphed, switches
@@ -37,7 +38,7 @@ def interpreted(device: torch.device) -> bool:
     """
     with torch.device("meta"):
         network = describe(nn.Sequential(nn.Linear(1, 1)))
-    able, reason = BACKENDS["triton"].supports(network, device, torch.float32)
+    able, reason = BACKENDS["triton"].supports(Request(network, device, torch.float32))
     if not able:
         raise BackendError(
             f"--kernels times the triton backend's kernels, which cannot run on {device}: {reason}."

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from ..errors import ArgumentError, BackendError
 from ..log import say_once
-from ..network import Network
+from ..problem import Request
 from .base import Backend
 from .eager import Eager
 from .reference import Reference
@@ -16,27 +14,25 @@ from .triton import Triton
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Triton(), Eager(), Reference())}
 
 
-def choose_backend(
-    name: str, network: Network, device: torch.device, dtype: torch.dtype
-) -> tuple[Backend, tuple[tuple[str, str], ...]]:
+def choose_backend(name: str, request: Request) -> tuple[Backend, tuple[tuple[str, str], ...]]:
     """The backend that will run, and ``(backend, reason)`` for each that was passed over.
 
     Raises:
         ArgumentError: an unknown name.
-        BackendError: a backend asked for by name cannot run this network.
+        BackendError: a backend asked for by name cannot run this.
     """
     if name != "auto":
         if not isinstance(name, str) or name not in BACKENDS:
             raise ArgumentError("backend", repr(name), f"one of {['auto', *BACKENDS]}")
-        ok, reason = BACKENDS[name].supports(network, device, dtype)
+        ok, reason = BACKENDS[name].supports(request)
         if not ok:
             raise BackendError(f'backend "{name}" cannot run this: {reason}. Use backend="auto".')
         return BACKENDS[name], ()
     refusals = []
     for backend in BACKENDS.values():
-        ok, reason = backend.automatic(device)  # before supports, which may import a compiler
+        ok, reason = backend.automatic(request.device)  # before supports, which may import a compiler
         if ok:
-            ok, reason = backend.supports(network, device, dtype)
+            ok, reason = backend.supports(request)
         if ok:
             if refusals:
                 say_once(

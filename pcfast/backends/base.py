@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..network import Network
 from ..planning import Plan
 from ..precision import Precision
-from ..problem import Outcome, Problem
+from ..problem import Outcome, Problem, Request
 
 
 class Backend(ABC):
@@ -21,8 +21,8 @@ class Backend(ABC):
     literal = False
 
     @abstractmethod
-    def supports(self, network: Network, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-        """``(ok, reason)``: whether this backend can run such a network; the reason is "" where it can."""
+    def supports(self, request: Request) -> tuple[bool, str]:
+        """``(ok, reason)``: whether this backend can run what is asked for; the reason is "" where it can."""
 
     def automatic(self, device: torch.device) -> tuple[bool, str]:
         """``(ok, reason)``: whether ``backend="auto"`` may choose this backend on a device."""

@@ -28,9 +28,9 @@ from .links import GramLink, Link
 class Eager(Backend):
     name = "eager"
 
-    def supports(self, network, device, dtype):
-        if not dtype.is_floating_point:
-            return False, f"eager relaxes real floating dtypes, not {dtype}"
+    def supports(self, request):
+        if not request.dtype.is_floating_point:
+            return False, f"eager relaxes real floating dtypes, not {request.dtype}"
         return True, ""
 
     def replays(self, problem, plan):

@@ -77,7 +77,7 @@ class Reference(Backend):
     name = "reference"
     literal = True
 
-    def supports(self, network, device, dtype):
+    def supports(self, request):
         return True, ""
 
     @torch.no_grad()

@@ -35,17 +35,19 @@ class Triton(Eager):
             return False, "interpreted kernels are for tests: ask for it by name"
         return True, ""
 
-    def supports(self, network, device, dtype):
-        reason = _unavailable(device.type, device.index)
+    def supports(self, request):
+        reason = _unavailable(request.device.type, request.device.index)
         if reason:
             return False, reason
-        if dtype not in _DTYPES:
-            return False, f"its kernels compute in float32, not {dtype}: use eager"
+        if request.dtype not in _DTYPES:
+            return False, f"its kernels compute in float32, not {request.dtype}: use eager"
+        network = request.network
         if network.opaque:
             op = network.opaque[0]
             layer = next(layer for layer in network.layers if op in layer.ops)
             return False, f"{layer.label}: {op.why}"
-        return True, ""
+        reason = _too_large(network, request.x_shape) if request.x_shape else ""
+        return not reason, reason
 
     def run(self, problem, plan):
         if problem.method != "strict" or problem.network.depth == 1:
@@ -144,16 +146,20 @@ _LONGEST_ROW = 2**24
 _MOST_PIXELS = 2**31
 
 
-def _check_sizes(network, planned, batch: int) -> None:
-    """Raise BackendError, naming the layer, where an offset would not fit its integer."""
-    for layer, bound in zip(network.layers, planned.boundaries[1:], strict=True):
+@functools.lru_cache(maxsize=256)
+def _too_large(network, x_shape: tuple[int, ...]) -> str:
+    """Where an offset would not fit its integer, by layer; "" where all fit."""
+    from ..streamed.boundary import boundaries
+
+    batch = x_shape[0]
+    for layer, bound in zip(network.layers, boundaries(network, network.shapes(x_shape))[1:], strict=True):
         pixels = batch * (bound.map[1] * bound.map[2] if bound.map else 1)
         if bound.stride >= _LONGEST_ROW or pixels >= _MOST_PIXELS:
-            raise BackendError(
-                f'backend "triton" cannot run this: {layer.label} has {bound.size:,} outputs a sample for {batch:,} '
-                f"samples; its kernels take fewer than {_LONGEST_ROW:,} a sample and {_MOST_PIXELS:,} pixels in all. "
-                'Use backend="eager" or smaller batches.'
+            return (
+                f"{layer.label} has {bound.size:,} outputs a sample for {batch:,} samples; its kernels take fewer "
+                f"than {_LONGEST_ROW:,} a sample and {_MOST_PIXELS:,} pixels in all: use smaller batches or eager"
             )
+    return ""
 
 
 def _current(device: torch.device):
@@ -183,24 +189,36 @@ class _Run(Run):
 
     def _forward(self):
         """The forward pass, keeping what comes out of each layer's first product."""
+        from ..streamed.loop import arena_of
+
+        self.planned = design_of(self.problem, self.plan)
+        self.arena = arena_of(self.planned, self.problem.x.device, self.precision.operand)
         vhat = [self.precision.to_state(self.problem.x)]
         self.pre_activations = [None]
-        for chain in self.chains[1:]:
+        for l, chain in enumerate(self.chains[1:], start=1):
             value, pre_activation = vhat[-1], None
             for step in chain.steps:
                 value = step.forward(value)
                 if pre_activation is None and isinstance(step, LinearStep | Conv2dStep):
-                    pre_activation = value
-            vhat.append(value)
+                    value = pre_activation = self._placed(l, value)
+            # the arena is the loop's own
+            vhat.append(value.clone() if value is pre_activation else value)
             self.pre_activations.append(pre_activation)
         return vhat
+
+    def _placed(self, l: int, uhat: torch.Tensor) -> torch.Tensor:
+        """uhat where the loop reads it, so that no second copy lives."""
+        name = f"uhat{l}"
+        if name in self.arena:
+            return self.arena.matrix(name).copy_(uhat)
+        return uhat.contiguous(memory_format=torch.channels_last) if uhat.dim() == 4 else uhat
 
     def _relax(self, observe):
         from ..streamed.loop import Inputs, Loop
 
         problem, plan, depth = self.problem, self.plan, self.depth
         steps = problem.num_steps
-        planned = design_of(problem, plan)
+        planned = self.planned
         fused = _fuses_loss(problem, plan)
         starts = None
         if problem.start is not None:
@@ -211,8 +229,7 @@ class _Run(Run):
             self.chains, self.vhat, self.pre_activations, starts, self.target if fused else None, self.gradient_at,
             self.links[1] if torch_gram else None,
         )  # fmt: skip
-        _check_sizes(problem.network, planned, problem.x.shape[0])
-        loop = Loop(planned, inputs, problem.step_size, self.precision.operand)
+        loop = Loop(planned, self.arena, inputs, problem.step_size)
         errors = [None] * (depth + 1)
         front = loop.front(max(steps, 1))
 

@@ -15,6 +15,7 @@ from ..backends import BACKENDS
 from ..machine import cpu_name
 from ..network import describe
 from ..networks import mlp
+from ..problem import Request
 from .options import json_option
 from .output import console, print_json, table
 
@@ -99,7 +100,7 @@ def _backends(devices: list[dict]) -> list[dict]:
         for device in devices:
             if device["name"] is None:
                 continue
-            runs, reason = backend.supports(network, torch.device(device["device"]), torch.float32)
+            runs, reason = backend.supports(Request(network, torch.device(device["device"]), torch.float32))
             rows.append({"backend": name, "device": device["device"], "runs": runs, "reason": reason})
     return rows
 

@@ -57,7 +57,7 @@ class Inputs:
     Attributes:
         chains: of the layers, evaluated at the forward pass.
         vhat: activations.
-        pre_activations: of layers that begin with a product; None elsewhere.
+        pre_activations: of layers that begin with a product, linear ones' in the arena; None elsewhere.
         starts: beliefs to start from, as deviations; None from the forward pass.
         target: of the loss, where kernels evaluate it.
         gradient_at: dLoss/dmu at an output, where torch does.
@@ -73,6 +73,16 @@ class Inputs:
     gram_link: object | None
 
 
+def arena_of(design: Design, device: torch.device, operand: torch.dtype) -> Arena:
+    """Memory for one relaxation. operand: dtype of what products read."""
+    return Arena(design.layout, device, torch.float32, operand)
+
+
+def _rounded(weight: Tensor, precision: str) -> Tensor:
+    """As the matrix unit should read it: TF32 operands are rounded, it would truncate them."""
+    return rounded_to_tf32(weight) if precision == "tf32" else weight
+
+
 def _tail(form: PointwiseForm) -> Tail:
     if form.pool is None:
         return Tail(form.before, None, (1, 1), form.after)
@@ -83,11 +93,11 @@ def _tail(form: PointwiseForm) -> Tail:
 class Loop:
     """One relaxation under way."""
 
-    def __init__(self, design: Design, inputs: Inputs, step_size: float, operand: torch.dtype) -> None:
+    def __init__(self, design: Design, arena: Arena, inputs: Inputs, step_size: float) -> None:
         self.design, self.inputs, self.eta = design, inputs, step_size
         self.depth = design.depth
         self.device = inputs.vhat[0].device
-        self.arena = Arena(design.layout, self.device, torch.float32, operand)
+        self.arena = arena
         self.first_bad = torch.full((self.depth,), _NEVER, dtype=torch.int32, device=self.device)
         self.sum_before: Tensor | None = None
         #: mu_L and eps_L of the last iteration where torch evaluates the loss.
@@ -112,8 +122,7 @@ class Loop:
                 step = next(s for s in inputs.chains[l].steps if isinstance(s, LinearStep))
                 in_gram_form = design.gram and l == 2
                 weight = step.gram() if in_gram_form else below.weight_in_memory(step.weight)
-                matrix(f"weight{l}")[: form.out_features].copy_(self._rounded(weight))
-                matrix(f"uhat{l}").copy_(inputs.pre_activations[l])
+                matrix(f"weight{l}")[: form.out_features].copy_(_rounded(weight, design.target.precision))
             elif isinstance(form, PointwiseForm):
                 self._images[l] = self._image_of_uhat(l, form)
             elif isinstance(form, ConvForm):
@@ -131,16 +140,13 @@ class Loop:
                     matrix(f"d_operand{l}").copy_(moved)
 
     def _fill_convolution(self, l: int, form: ConvForm) -> None:
-        self._weight_image(l, form).copy_(self._convolution(l, form).weight.permute(0, 2, 3, 1))
+        weight = _rounded(self._convolution(l, form).weight, self.design.target.convolutions)
+        self._weight_image(l, form).copy_(weight.permute(0, 2, 3, 1))
         self._images[l] = self._image_of_uhat(l, form)
         if form.geometry.pool == "max":
             self._winners[l] = torch.empty(
                 self._image("delta", l).shape, dtype=torch.uint8, device=self.device
             )
-
-    def _rounded(self, weight: Tensor) -> Tensor:
-        """As the matrix unit should read it: TF32 operands are rounded, it would truncate them."""
-        return rounded_to_tf32(weight) if self.design.target.precision == "tf32" else weight
 
     def _image_of_uhat(self, l: int, form: PointwiseForm | ConvForm) -> Tensor:
         """uhat (batch, height, width, channels): after the convolution, or what the layer reads."""

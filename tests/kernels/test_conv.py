@@ -21,6 +21,7 @@ from pcfast.activations import Gelu, GeluTanh, LeakyRelu, Relu, Silu, Tanh
 from pcfast.kernels.conv_feedback import feedback_tiles, launch_conv_feedback
 from pcfast.kernels.conv_geometry import ConvGeometry, Tiles, input_precision
 from pcfast.kernels.conv_predict import _window_maximum, launch_conv_predict, predict_tiles
+from pcfast.kernels.tf32 import rounded_to_tf32
 
 EPS = 2.0**-23
 SMALL = Tiles(rows=16, columns=16, reduction=16, warps=4, stages=1)  # many tiles of a small problem
@@ -76,10 +77,18 @@ def operand_dtype(precision: str) -> torch.dtype:
 
 
 def as_read(operand: Tensor, precision: str) -> Tensor:
-    """An operand in float64 as the matrix unit reads it: TF32 ignores all but 10 bits of the mantissa."""
+    """An operand in float64 as the matrix unit reads it: TF32 keeps 11 significant bits."""
     if precision == "tf32":
-        operand = (operand.view(torch.int32) & ~0x1FFF).view(torch.float32)
+        mantissa, exponent = torch.frexp(operand.double())
+        nearest = mantissa.sign() * (mantissa.abs() * 2**11 + 0.5).floor() / 2**11
+        return torch.ldexp(nearest, exponent)
     return operand.double()
+
+
+def stored(weight: Tensor, precision: str) -> Tensor:
+    """A weight as the kernels find it."""
+    weight = weight.to(operand_dtype(precision))
+    return rounded_to_tf32(weight) if precision == "tf32" else weight
 
 
 def first(channels_last: Tensor) -> Tensor:
@@ -122,7 +131,7 @@ def predict_inputs(case: Case, precision: str, scale: float = 1.0) -> dict[str, 
     terms = g.taps * g.channels
     return dict(
         d=(scale * torch.randn(case.batch, g.height, g.width, g.channels)).to(dtype),
-        weight=(torch.randn(g.out_channels, *g.kernel, g.channels) / terms**0.5).to(dtype),
+        weight=stored(torch.randn(g.out_channels, *g.kernel, g.channels) / terms**0.5, precision),
         uhat=torch.randn(case.batch, *g.out, g.out_channels),
         d_out=scale * torch.randn(case.batch, *g.pooled, g.out_channels),
     )
@@ -343,7 +352,7 @@ def feedback_inputs(case: Case, precision: str) -> dict[str, Tensor]:
     below, above = (case.batch, g.height, g.width, g.channels), (case.batch, *g.pooled, g.out_channels)
     inputs = dict(
         delta=torch.randn(above).to(dtype),
-        weight=torch.randn(g.out_channels, *g.kernel, g.channels).to(dtype),
+        weight=stored(torch.randn(g.out_channels, *g.kernel, g.channels), precision),
         d=torch.randn(below),
         error=torch.randn(below),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import itertools
 import json
 import types
@@ -23,15 +24,17 @@ from torch import nn
 import pcfast
 from pcfast import planning, training
 from pcfast.accuracy import relative_error
-from pcfast.backends import BACKENDS
+from pcfast.backends import BACKENDS, choose_backend
 from pcfast.backends import triton as backend
 from pcfast.checking import check
 from pcfast.cli import main
 from pcfast.kernels.linear_predict import PART
 from pcfast.kernels.tf32 import round_to_tf32, rounded_to_tf32
+from pcfast.problem import Request
 from pcfast.streamed import design as designs
 from pcfast.streamed.layers import LinearForm, PointwiseForm, TorchForm
 from pcfast.streamed.layout import Arena
+from pcfast.streamed.loop import Loop
 from pcfast.streamed.tiles import LOSS_COLUMNS
 
 BATCH = 9
@@ -441,10 +444,12 @@ def test_sizes_beyond_the_kernels_integers_are_refused():
     with torch.device("meta"):
         model = mlp(4, 2**24, 3)
     network = pcfast.network.describe(model)
-    target = designs.Target("bf16", 132, 0, False)
-    made = designs.design(network, network.shapes((2, 4)), False, "mse", True, target)
+    request = Request(network, torch.device("cpu"), torch.float32, (2, 4))
     with pytest.raises(pcfast.BackendError, match=r"layer 1 .*16,777,216 outputs a sample .*smaller batches"):
-        backend._check_sizes(network, made, 2)
+        choose_backend("triton", request)
+    assert choose_backend("auto", request)[0].name == "eager"
+    fits = dataclasses.replace(request, network=pcfast.network.describe(mlp(4, 2**24 - 16, 3)))
+    assert choose_backend("triton", fits)[0].name == "triton"
 
 
 def test_a_kernel_that_does_not_compile_is_an_error_of_the_backend():
@@ -466,7 +471,10 @@ def test_auto_does_not_choose_it():
     assert pcfast.relax(model, x, y).run.plan.backend == "eager"
     refusals = dict(pcfast.explain(model, tuple(x.shape)).plan.refusals)
     assert refusals["triton"] == "interpreted kernels are for tests: ask for it by name"
-    assert BACKENDS["triton"].supports(pcfast.network.describe(model), x.device, x.dtype) == (True, "")
+    assert BACKENDS["triton"].supports(Request(pcfast.network.describe(model), x.device, x.dtype)) == (
+        True,
+        "",
+    )
     on_a_gpu = BACKENDS["triton"].automatic(torch.device("cuda"))
     assert on_a_gpu == (False, "it has not been measured on a GPU yet: ask for it by name")
 
@@ -541,3 +549,43 @@ def test_tf32_operands_are_rounded_and_not_truncated():
     out = torch.empty(4096)
     rounding_kernel[(1,)](x, out, 4096)
     assert torch.equal(out, rounded)
+
+
+# memory --------------------------------------------------------------------------------------------------------
+
+
+def live_bytes() -> dict[int, int]:
+    """Bytes of every storage that some tensor holds, by address."""
+    tensors = (t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter))
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_memory_above_the_parameters(kind, staged, monkeypatch):
+    batch = 64
+    if kind == "mlp":
+        model, x = mlp(16, 64, 64, 64, 16), torch.randn(batch, 16)
+    else:
+        model = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()) for _ in range(3)),
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 16)),
+        )
+        x = torch.randn(batch, 4, 4, 4)
+    y = torch.randint(0, 16, (batch,))
+    found = []
+    run = Loop.run
+
+    def watched(self, *arguments):
+        run(self, *arguments)
+        found.append(live_bytes())
+
+    monkeypatch.setattr(Loop, "run", watched)
+    before = live_bytes()
+    pcfast.pc_loss(model, x, y, backend="triton", num_steps=2)
+    (during,) = found
+    mine = sum(size for address, size in during.items() if address not in before)
+    # v_1 .. v_3 have 64 numbers a sample: d, eps, delta and uhat of the loop, vhat for the weight gradients
+    layers = 3 * 64
+    weights = 4 * sum(-(-p.shape[0] // 16) * 16 * p[0].numel() for p in model.parameters() if p.dim() > 1)
+    outputs = 10 * 16
+    assert mine <= 4 * batch * (5 * layers + outputs) + weights + 4096
