@@ -39,6 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pcfast.activations import Activation
+from pcfast.forms import LARGEST_WINDOW
 
 from .activations import act, bracket_and_slope, code
 
@@ -55,8 +56,6 @@ _MAP_TILE = 4 * _TILE
 _SMALLEST_TILE = 128
 # A warp reads 512 bytes of a row of fp32: wider tiles only waste more of the last one.
 _WIDEST_BLOCK = 128
-# The loops over a window are unrolled: 49 elements took 250 registers and 15 s to compile.
-LARGEST_WINDOW = 16
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import network as specs
+from ..forms import maps
 
 # Rows of feature matrices start at multiples of so many elements: products read whole vectors, and the padding, which
 # stays zero, may be multiplied.
@@ -80,21 +81,7 @@ def as_image(matrix: Tensor, height: int, width: int, channels: int) -> Tensor:
     )
 
 
-def flattens(op: specs.Op) -> bool:
-    """True for a Flatten that leaves one row a sample: nothing moves in memory."""
-    return isinstance(op, specs.Flatten) and op.start_dim == 1 and op.end_dim == -1
-
-
 def boundaries(network: specs.Network, shapes: tuple) -> tuple[Boundary, ...]:
     """Of v_0..v_L. ``shapes``: as :meth:`pcfast.network.Network.shapes` gives them, none hidden."""
-    first = shapes[0][0][1:]
-    found = [Boundary(first, first if len(first) == 3 else None)]
-    for layer, inner in zip(network.layers, shapes, strict=True):
-        map = found[-1].map
-        for op, shape in zip(layer.ops, inner[1:], strict=True):
-            if len(shape) == 4:
-                map = shape[1:]
-            elif not flattens(op) and not isinstance(op, specs.Elementwise):
-                map = None
-        found.append(Boundary(inner[-1][1:], map))
-    return tuple(found)
+    ends = [shapes[0][0], *(inner[-1] for inner in shapes)]
+    return tuple(Boundary(end[1:], map) for end, map in zip(ends, maps(network, shapes), strict=True))

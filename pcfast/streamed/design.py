@@ -10,6 +10,7 @@ from dataclasses import astuple, dataclass, field, replace
 
 from .. import network as specs
 from ..activations import Activation
+from ..forms import LinearForm, PointwiseForm, TorchForm, layer_form
 from ..kernels.conv_geometry import ConvGeometry
 from ..kernels.linear_rows import (
     CLAMPED,
@@ -33,7 +34,7 @@ from .choices import (
     LaunchKey,
     LoopKey,
 )
-from .layers import ConvForm, Form, LinearForm, PointwiseForm, TorchForm, conv_form, layer_form
+from .layers import ConvForm, Form, conv_form
 from .layout import Layout, LayoutBuilder, Matrix
 from .tiles import LOSS_COLUMNS, LinearTiles, Product, linear_tiles, whole_tiles
 
@@ -211,7 +212,7 @@ def _forms(
     """Per layer from index 2 on, what runs it."""
     forms: list[Form | None] = [None, None]
     for layer in network.layers[1:]:
-        form = layer_form(layer, shapes[layer.index - 1], bounds[layer.index - 1])
+        form = layer_form(layer, shapes[layer.index - 1], bounds[layer.index - 1].map)
         if layer.index == network.depth and not isinstance(form, LinearForm):
             form = TorchForm("the output layer is not a linear one")
         elif layer.index == network.depth and loss is None:

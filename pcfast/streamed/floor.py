@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from .. import network as specs
 from ..constants import Constants
+from ..forms import LinearForm
 from ..planning import gram_macs, layer_macs
 from .design import Design
-from .layers import LinearForm
 
 
 @dataclass(frozen=True)

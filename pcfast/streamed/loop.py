@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..deviation import Chain
 from ..deviation.affine import Conv2dStep, LinearStep
+from ..forms import LinearForm, PointwiseForm, TorchForm
 from ..kernels.activations import code
 from ..kernels.conv_feedback import launch_conv_feedback
 from ..kernels.conv_predict import launch_conv_predict
@@ -32,7 +33,7 @@ from ..network import MaxPool2d
 from .boundary import as_image
 from .branches import Branches
 from .design import Design, FeedbackLaunch, PredictLaunch
-from .layers import ConvForm, LinearForm, PointwiseForm, TorchForm
+from .layers import ConvForm
 from .layout import Arena
 
 _LOSSES = {"cross_entropy": CROSS_ENTROPY.value, "mse": MSE.value}

@@ -321,7 +321,8 @@ class _Tuner:
 
     def _convolutions(self, design) -> list[tuple[ConvolutionKey, str]]:
         """Convolutions that our kernels can run, each with what runs it in ``design``."""
-        from .layers import ConvForm, PointwiseForm, conv_form
+        from ..forms import PointwiseForm
+        from .layers import ConvForm, conv_form
 
         found = {}
         for layer in self.problem.network.layers[1:]:

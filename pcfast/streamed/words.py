@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from .. import network as specs
 from ..constants import Constants
+from ..forms import LinearForm, PointwiseForm
 from .design import Design
 from .floor import floors, matrix_rate
-from .layers import ConvForm, LinearForm, PointwiseForm
+from .layers import ConvForm
 
 
 def describe(network: specs.Network, shapes: tuple, design: Design, constants: Constants) -> list[str]:

@@ -28,11 +28,11 @@ from pcfast.backends import BACKENDS, choose_backend
 from pcfast.backends import triton as backend
 from pcfast.checking import check
 from pcfast.cli import main
+from pcfast.forms import LinearForm, PointwiseForm, TorchForm
 from pcfast.kernels.linear_predict import PART
 from pcfast.kernels.tf32 import round_to_tf32, rounded_to_tf32
 from pcfast.problem import Request
 from pcfast.streamed import design as designs
-from pcfast.streamed.layers import LinearForm, PointwiseForm, TorchForm
 from pcfast.streamed.layout import Arena
 from pcfast.streamed.loop import Loop
 from pcfast.streamed.tiles import LOSS_COLUMNS

@@ -25,10 +25,11 @@ from pcfast import planning
 from pcfast.accuracy import relative_error
 from pcfast.backends import triton as backend
 from pcfast.checking import check
+from pcfast.forms import LinearForm, PointwiseForm, TorchForm
 from pcfast.streamed import design as designs
 from pcfast.streamed import loop as loops
 from pcfast.streamed.choices import IMPLICIT, Choices, ConvolutionKey
-from pcfast.streamed.layers import ConvForm, LinearForm, PointwiseForm, TorchForm
+from pcfast.streamed.layers import ConvForm
 
 BATCH = 5
 
