@@ -7,12 +7,15 @@ TORCH  ?= torch==2.13.0
 VENV_PYTHON := $(VENV)/bin/python
 # One stamp per TORCH: asking for another release installs it.
 STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
+# Touched when the CUDA kernels were compiled, or left out where there is no nvcc.
+NATIVE := $(VENV)/.native
+NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc csrc/* csrc/*/*)
 
 # -qq: errors only; where wheels come from a local folder, pip prints hundreds of harmless warnings.
 PIP_INSTALL := $(VENV_PYTHON) -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train test compile-all lint bench clean
+.PHONY: help train test native compile-all lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -24,22 +27,24 @@ train: $(STAMP) ## train the default network on digits; results in runs/digits
 	@$(VENV)/bin/pcfast train
 
 # One OpenMP thread a worker: with more, the workers fight for the cores and everything is slower.
-test: $(STAMP) ## run the whole test suite
+test: $(NATIVE) ## run the whole test suite
 	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 -rs
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 -rs tests/kernels
 
-compile-all: $(STAMP) ## compile every kernel for every chip
+native: $(NATIVE) ## compile the CUDA kernels again where their sources have changed
+
+compile-all: $(STAMP) ## compile every Triton kernel for every chip
 	@$(VENV_PYTHON) tests/kernels/compilation.py --full
 
 lint: $(STAMP) ## check the style
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 
-bench: $(STAMP) ## run the benchmarks; record them with python -m pcfast.bench.report --record
+bench: $(NATIVE) ## run the benchmarks; record them with python -m pcfast.bench.report --record
 	@$(VENV)/bin/pcfast bench --json .benchmarks/latest.json
 
 clean: ## remove the environment, builds and caches (not runs/)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist *.egg-info pcfast/_native*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is touched last: a half-failed install leaves none and is repeated.
@@ -49,8 +54,13 @@ $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "error: $(PYTHON) has no venv module: install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@rm -f $(VENV)/.installed-*
-	@echo "creating $(VENV) with $(TORCH) (a minute or two)"
+	@echo "creating $(VENV) with $(TORCH) (a minute or two, and two more for the CUDA kernels where there is nvcc)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) "$(TORCH)"
 	@$(PIP_INSTALL) -e ".[train,test]"
+	@touch $@
+
+$(NATIVE): $(STAMP) $(NATIVE_SOURCES)
+	@echo "compiling the CUDA kernels"
+	@$(VENV_PYTHON) setup.py --quiet build_ext --inplace
 	@touch $@

@@ -1,8 +1,114 @@
-"""Package mapping of pcfast; everything else about the package stands in pyproject.toml."""
+"""Package mapping of pcfast, and its CUDA kernels; everything else about the package stands in pyproject.toml.
 
-from setuptools import find_packages, setup
+The kernels are compiled where nvcc is found: by the environment variables CUDACXX or CUDA_HOME, or on PATH.
+PCFAST_NATIVE=0 leaves them out; PCFAST_CUDA_ARCHITECTURES names the chips to compile for (CMakeLists.txt);
+CMAKE_ARGS has more options of cmake. In a checkout, `python setup.py build_ext --inplace` compiles what has changed.
+"""
 
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
 FOLDERS = ("kernels", "bench")
+TOOLS = "pip install 'cmake>=3.24' ninja pybind11"
+
+
+def find_nvcc() -> str | None:
+    if named := os.environ.get("CUDACXX"):
+        return named  # cmake says what is wrong with it
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if (folder := os.environ.get(variable)) and (found := shutil.which("nvcc", path=f"{folder}/bin")):
+            return found
+    return shutil.which("nvcc")
+
+
+def find_tool(name: str) -> str:
+    """Beside this Python, else on PATH, which begins with pip's build environment."""
+    found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if found is None:
+        raise CompileError(f"{name} is missing, which compiles the CUDA kernels: {TOOLS}")
+    return found
+
+
+def remove_after_another_compiler(folder: Path) -> None:
+    """cmake keeps what it found out about a compiler, and what was compiled with it."""
+    version = subprocess.run([NVCC, "--version"], check=True, capture_output=True, text=True).stdout
+    compiler, kept = f"{NVCC}\n{version}", folder / "compiler.txt"
+    if not kept.exists() or kept.read_text() != compiler:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        kept.write_text(compiler)
+
+
+NVCC = find_nvcc()
+if os.environ.get("PCFAST_NATIVE") == "0":
+    WITHOUT = "PCFAST_NATIVE=0"
+elif NVCC is None:
+    WITHOUT = "no nvcc on PATH, nor by CUDACXX or CUDA_HOME; install the CUDA toolkit to have them"
+else:
+    WITHOUT = ""
+
+
+class BuildPython(build_py):
+    """Says so where the kernels are left out: every installation builds the Python part once."""
+
+    def run(self) -> None:
+        if WITHOUT:
+            print(f"pcfast is installed without its CUDA kernels: {WITHOUT}", file=sys.stderr)
+        super().run()
+
+
+class BuildNative(build_ext):
+    """Compiles with cmake and ninja."""
+
+    def run(self) -> None:
+        if WITHOUT and self.inplace and not self.editable_mode:
+            print(f"nothing is compiled: {WITHOUT}", file=sys.stderr)
+        super().run()
+
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            import pybind11
+        except ImportError:
+            raise CompileError(f"pybind11 is missing, which compiles the CUDA kernels: {TOOLS}") from None
+        # Kept between builds, so that only what has changed is compiled again.
+        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
+        definitions = {
+            "CMAKE_CUDA_COMPILER": NVCC,
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "PCFAST_CUDA_ARCHITECTURES": os.environ.get("PCFAST_CUDA_ARCHITECTURES", ""),
+        }
+        options = [f"-D{name}={value}" for name, value in definitions.items()]
+        options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        try:
+            remove_after_another_compiler(folder)
+            subprocess.run([cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *options], check=True)
+            subprocess.run([cmake, "--build", folder], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = f"{error.cmd[0]} failed" if isinstance(error, subprocess.CalledProcessError) else error
+            raise CompileError(
+                f"the CUDA kernels were not compiled: {why}. PCFAST_NATIVE=0 installs pcfast without them."
+            ) from None
+        built = folder / Path(self.get_ext_filename(extension.name)).name
+        target = Path(self.get_ext_fullpath(extension.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(built, target)
+
 
 setup(
     license="MIT",
@@ -15,4 +121,7 @@ setup(
         *(f"pcfast.{folder}.{name}" for folder in FOLDERS for name in find_packages(folder)),
     ],
     package_data={"pcfast.bench": ["*.sh"], "pcfast.bench.constants": ["*.cu", "*.cuh", "*.h"]},
+    # Its sources are CMakeLists.txt's business.
+    ext_modules=[] if WITHOUT else [Extension("pcfast._native", sources=[])],
+    cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
 )

@@ -3,11 +3,11 @@
 #
 #     bench/on_gpu.sh OUT [--minutes M] [--only STEP,STEP] [--rehearse]
 #
-# Builds the package in place with what is there, runs the GPU tests, measures the constants, the kernels alone and
-# whole training steps, what matters most first, then runs compute-sanitizer where there is one, and stops cleanly
-# within M minutes (default 9). --only runs some of the steps tests, constants, kernels, bench, sanitizer: where one
-# command may not take long enough for all. OUT gets at most 8 small files. --rehearse runs every step without a GPU,
-# each as short as it can be. PYTHON names the interpreter (default python3). Exit status 0 if every step ended well
+# Builds the package and its CUDA kernels in place with what is there (cmake, ninja and pybind11 among it), runs the
+# GPU tests, measures the constants, the kernels alone and whole training steps, what matters most first, then runs
+# compute-sanitizer where there is one, and stops cleanly within M minutes (default 9). --only runs some of the steps
+# tests, constants, kernels, bench, sanitizer: where one command may not take long enough for all. OUT gets at most 8
+# small files. --rehearse runs every step without a GPU, each as short as it can be. PYTHON names the interpreter (default python3). Exit status 0 if every step ended well
 # or was skipped with a reason.
 set -uo pipefail
 
@@ -97,7 +97,16 @@ END
 if in_place 2> /dev/null; then
     say build "ok: this checkout is installed"
 else
-    step build 240 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . || exit 1
+    step build 240 env PCFAST_NATIVE=0 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-build-isolation \
+        --editable . || exit 1
+fi
+# Apart: what needs no CUDA kernels is run without them, too. Compiled for this GPU alone, which takes a minute.
+if [ -z "$REHEARSE" ]; then
+    [ -n "${PCFAST_CUDA_ARCHITECTURES:-}" ] || PCFAST_CUDA_ARCHITECTURES=$("$PYTHON" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(str(major) + str(minor) + "a" * (major >= 9))')
+    step native 240 env PCFAST_CUDA_ARCHITECTURES="$PCFAST_CUDA_ARCHITECTURES" "$PYTHON" setup.py build_ext --inplace
 fi
 "$PYTHON" -m pcfast info --json > "$OUT/info.json" 2>> "$LOG"
 "$PYTHON" -m pcfast info > "$OUT/.info" 2>&1 && cat "$OUT/.info" >> "$LOG"

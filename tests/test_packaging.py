@@ -2,106 +2,43 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
+from installing import ROOT, Installation, build_wheel, copy_sources, install, run_python
 
 import pcfast
 
-ROOT = Path(__file__).parent.parent
-SOURCES = ("pcfast", "kernels", "bench", "setup.py", "pyproject.toml", "LICENSE")
-# No network, no build environment of its own, nothing but pcfast itself.
-PIP_OPTIONS = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
-
-
-@dataclass(frozen=True)
-class Installation:
-    """A virtual environment with pcfast in it, and the copy of the sources that it was installed from."""
-
-    python: Path
-    source: Path
-
-    def run(self, code: str, folder: Path, *options: str) -> subprocess.CompletedProcess:
-        """``python -c code`` with ``folder`` as the working directory, which -c puts on the module path."""
-        return run_python(self.python, code, folder, *options)
-
-    def output(self, code: str, folder: Path, *options: str) -> list[str]:
-        done = self.run(code, folder, *options)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
-
-
-def run_python(python: str | Path, code: str, folder: Path, *options: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    command = [python, *options, "-c", code]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def copy_sources(folder: Path) -> Path:
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.pyc")
-            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-        else:
-            shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
-def install(folder: Path, *what: str) -> Path:
-    """A virtual environment in ``folder`` with pcfast in it; torch, pip and setuptools are this one's."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, capture_output=True)
-    python = folder / "bin" / "python"
-    (site,) = folder.glob("lib/python*/site-packages")
-    # A plain path line adds the folder, but not the .pth files in it: a pcfast that is installed editable
-    # here stays out of reach.
-    parents = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    (site / "parents.pth").write_text("\n".join(parents) + "\n")
-    pip = subprocess.run(
-        [python, "-m", "pip", "install", *PIP_OPTIONS, "--ignore-installed", *what],
-        capture_output=True,
-        text=True,
-    )
-    assert pip.returncode == 0, pip.stderr
-    return python
+# The CUDA kernels have tests of their own, tests/native/test_build.py.
+WITHOUT_KERNELS = {"PCFAST_NATIVE": "0"}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     source = copy_sources(tmp_path_factory.mktemp("wheel-source"))
-    target = tmp_path_factory.mktemp("wheel")
-    built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *PIP_OPTIONS, "--wheel-dir", target, source],
-        capture_output=True,
-        text=True,
-    )
-    assert built.returncode == 0, built.stderr
-    (wheel,) = target.glob("*.whl")
-    return wheel
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"), WITHOUT_KERNELS)
 
 
 @pytest.fixture(scope="module")
 def from_wheel(wheel, tmp_path_factory) -> Installation:
     source = copy_sources(tmp_path_factory.mktemp("checkout"))
-    return Installation(install(tmp_path_factory.mktemp("wheel-venv"), str(wheel)), source)
+    return install(tmp_path_factory.mktemp("wheel-venv"), source, str(wheel))
 
 
 @pytest.fixture(scope="module")
 def editable(tmp_path_factory) -> Installation:
     source = copy_sources(tmp_path_factory.mktemp("editable-checkout"))
-    return Installation(install(tmp_path_factory.mktemp("editable-venv"), "--editable", str(source)), source)
+    folder = tmp_path_factory.mktemp("editable-venv")
+    return install(folder, source, "--editable", str(source), environment=WITHOUT_KERNELS)
 
 
 WHERE = "import pcfast, pcfast.kernels; print(pcfast.__file__); print(pcfast.kernels.__file__)"
 
 
 def test_the_wheel_holds_pcfast_and_its_kernels_and_nothing_else(wheel):
-    with zipfile.ZipFile(wheel) as archive:
+    with ZipFile(wheel) as archive:
         names = archive.namelist()
     metadata = f"pcfast-{pcfast.__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"pcfast", metadata}
@@ -111,6 +48,7 @@ def test_the_wheel_holds_pcfast_and_its_kernels_and_nothing_else(wheel):
         for path in ROOT.glob(f"{folder}/**/*.py")
     }
     assert {name for name in names if name.endswith(".py")} == expected
+    assert not [name for name in names if name.endswith(".so")] and wheel.name.endswith("-py3-none-any.whl")
     assert any(name.startswith(metadata) and name.endswith("LICENSE") for name in names)
 
 

@@ -6,12 +6,13 @@ from ..errors import ArgumentError, BackendError
 from ..log import say_once
 from ..problem import Request
 from .base import Backend
+from .cuda import Cuda
 from .eager import Eager
 from .reference import Reference
 from .triton import Triton
 
 #: In the order in which "auto" tries them.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Triton(), Eager(), Reference())}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cuda(), Triton(), Eager(), Reference())}
 
 
 def choose_backend(name: str, request: Request) -> tuple[Backend, tuple[tuple[str, str], ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 
 import torch
@@ -11,6 +12,11 @@ from ..network import Network
 from ..planning import Plan
 from ..precision import Precision
 from ..problem import Outcome, Problem, Request
+
+
+def on_device(device: torch.device):
+    """Makes ``device`` CUDA's current one, where kernels start whatever device their tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Backend(ABC):

@@ -189,21 +189,29 @@ class Run:
             start = None if problem.start is None else self.precision.to_state(starts[l])
             self.links.append(kind(self.chains[l + 1], self.vhat[l], start))
         errors = self._relax(self.builder.observe if self.builder else None)
-        for link in self.links[1:]:
-            link.settle()
+        self._settle()
         if self.plan.gram:
             errors[1] = self.links[1].last_error()
         self.checked = [(l, link.d) for l, link in enumerate(self.links) if l and link.d is not None]
         self.checked.append((depth, errors[depth]))
         if problem.wanted.gradients:
             for l in range(1, depth + 1):
-                chain = self.chains[l]
-                out.add_gradients(chain.zero_gradients() if errors[l] is None else chain.gradients(errors[l]))
+                zero = errors[l] is None
+                out.add_gradients(self.chains[l].zero_gradients() if zero else self._gradients(l, errors[l]))
         if problem.wanted.states:
             top = self.vhat[depth] if problem.start is None else self.precision.to_state(starts[depth])
             out.beliefs = [self.vhat[0].clone(), *(link.beliefs() for link in self.links[1:]), top.clone()]
             found = zip(errors[1:], self.vhat[1:], strict=True)
             out.errors = [None, *(torch.zeros_like(v) if e is None else e for e, v in found)]
+
+    def _settle(self) -> None:
+        """Make the last beliefs the current point of every chain."""
+        for link in self.links[1:]:
+            link.settle()
+
+    def _gradients(self, l: int, error: Tensor):
+        """Updates of layer l's parameters for its last error, at the last beliefs."""
+        return self.chains[l].gradients(error)
 
     def _relax(self, observe) -> list[Tensor | None]:
         """Run the iterations; returns the last iteration's errors, None where they are zero."""

@@ -15,11 +15,12 @@ import traceback
 import torch
 
 from .. import constants
-from ..deviation.affine import Conv2dStep, LinearStep
-from ..errors import BackendError, RelaxationDiverged
+from ..errors import BackendError
 from ..precision import numerics
-from ..problem import check_start, energy_row
-from .eager import Eager, Run
+from ..problem import energy_row
+from .base import on_device
+from .eager import Eager
+from .kernel_run import KernelRun
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
@@ -54,7 +55,7 @@ class Triton(Eager):
             return super().run(problem, plan)
         device = problem.x.device
         # triton launches on the current device, whatever device the tensors are on
-        with numerics(device, plan.precision), _current(device):
+        with numerics(device, plan.precision), on_device(device):
             return _Run(problem, plan).outcome()
 
     def describe(self, plan, network, device):
@@ -162,10 +163,6 @@ def _too_large(network, x_shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _current(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 @contextlib.contextmanager
 def _compiling(device: torch.device):
     """Kernels are compiled at their first launch: say so where triton fails at it."""
@@ -184,27 +181,18 @@ def _compiling(device: torch.device):
         ) from failure
 
 
-class _Run(Run):
+class _Run(KernelRun):
     """One strict relaxation."""
 
     def _forward(self):
-        """The forward pass, keeping what comes out of each layer's first product."""
         from ..streamed.loop import arena_of
 
         self.planned = design_of(self.problem, self.plan)
         self.arena = arena_of(self.planned, self.problem.x.device, self.precision.operand)
-        vhat = [self.precision.to_state(self.problem.x)]
-        self.pre_activations = [None]
-        for l, chain in enumerate(self.chains[1:], start=1):
-            value, pre_activation = vhat[-1], None
-            for step in chain.steps:
-                value = step.forward(value)
-                if pre_activation is None and isinstance(step, LinearStep | Conv2dStep):
-                    value = pre_activation = self._placed(l, value)
-            # the arena is the loop's own
-            vhat.append(value.clone() if value is pre_activation else value)
-            self.pre_activations.append(pre_activation)
-        return vhat
+        vhat = super()._forward()
+        # the arena is the loop's own
+        around = zip(vhat, self.pre_activations, strict=True)
+        return [value.clone() if value is product else value for value, product in around]
 
     def _placed(self, l: int, uhat: torch.Tensor) -> torch.Tensor:
         """uhat where the loop reads it, so that no second copy lives."""
@@ -220,14 +208,10 @@ class _Run(Run):
         steps = problem.num_steps
         planned = self.planned
         fused = _fuses_loss(problem, plan)
-        starts = None
-        if problem.start is not None:
-            found = check_start(problem.start, self.vhat)
-            starts = [self.precision.to_state(v) - vhat for v, vhat in zip(found, self.vhat, strict=True)]
         torch_gram = plan.gram and not planned.gram
         inputs = Inputs(
-            self.chains, self.vhat, self.pre_activations, starts, self.target if fused else None, self.gradient_at,
-            self.links[1] if torch_gram else None,
+            self.chains, self.vhat, self.pre_activations, self._starts(), self.target if fused else None,
+            self.gradient_at, self.links[1] if torch_gram else None,
         )  # fmt: skip
         loop = Loop(planned, self.arena, inputs, problem.step_size)
         errors = [None] * (depth + 1)
@@ -262,9 +246,3 @@ class _Run(Run):
     def _error(self, loop, l: int):
         """eps_l between the stages, where layer 1's has not been written yet."""
         return loop.deviation(1).neg() if l == 1 else loop.error(l)
-
-    def _locate(self):
-        first = self.first_bad.tolist()
-        found = min((t, l) for l, t in enumerate(first, start=1))
-        if found[0] <= self.problem.num_steps:
-            raise RelaxationDiverged(found[0], found[1], self.problem.step_size)

@@ -9,7 +9,7 @@ import platform
 import click
 import torch
 
-from .. import graphs
+from .. import graphs, native
 from .._version import __version__
 from ..backends import BACKENDS
 from ..machine import cpu_name
@@ -28,7 +28,13 @@ _OPTIONAL = {"scikit-learn": "data sets", "matplotlib": "figures"}
 def info(as_json: bool) -> int:
     """Show versions, devices, and which backends run here and why the others do not."""
     devices = _devices()
-    found = {"versions": _versions(), "devices": devices, "backends": _backends(devices), "graphs": _graphs()}
+    found = {
+        "versions": _versions(),
+        "devices": devices,
+        "backends": _backends(devices),
+        "native": _native(),
+        "graphs": _graphs(),
+    }
     if as_json:
         print_json(found)
         return 0
@@ -47,6 +53,15 @@ def info(as_json: bool) -> int:
     for row in found["backends"]:
         backends.add_row(row["backend"], row["device"], "yes" if row["runs"] else "no", row["reason"])
     out.print(backends)
+    kernels = table("CUDA kernels", "", "")
+    compiled = found["native"]
+    if compiled["compiled"]:
+        kernels.add_row("compiled for", ", ".join(compiled["architectures"]) or "the CPU")
+        kernels.add_row("CUDA", compiled["runtime"] or "none")
+        kernels.add_row("CUDA of the driver", compiled["driver"] or "none")
+    if compiled["reason"]:
+        kernels.add_row("why no GPU runs them", compiled["reason"])
+    out.print(kernels)
     out.print(f"CUDA graphs: {found['graphs']}")
     return 0
 
@@ -103,6 +118,21 @@ def _backends(devices: list[dict]) -> list[dict]:
             runs, reason = backend.supports(Request(network, torch.device(device["device"]), torch.float32))
             rows.append({"backend": name, "device": device["device"], "runs": runs, "reason": reason})
     return rows
+
+
+def _native() -> dict:
+    """The native module: whether it is here, what for, and why none of its kernels can run; "" where they can."""
+    missing = native.why_missing()
+    if missing:
+        return {"compiled": False, "architectures": [], "driver": None, "runtime": None, "reason": missing}
+    probe = native.probe()
+    return {
+        "compiled": True,
+        "architectures": list(probe.architectures),
+        "driver": probe.driver_version,
+        "runtime": probe.runtime_version,
+        "reason": probe.reason,
+    }
 
 
 def _graphs() -> str:

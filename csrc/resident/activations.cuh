@@ -1,0 +1,170 @@
+// Activations of one number: value, difference and slope, free of cancellation.
+//
+// For a pre-activation u = uhat + s:  bracket = act(uhat + s) - act(uhat),  slope = act'(uhat + s), never by subtracting
+// two nearly equal numbers (docs/method.md fact 8). NaN in uhat or s comes out as NaN.
+#pragma once
+
+#include "../tile/platform.cuh"
+
+namespace pcfast::resident {
+
+enum Activation : int {
+  IDENTITY = 0,
+  RELU = 1,
+  LEAKY_RELU = 2,
+  TANH = 3,
+  SIGMOID = 4,
+  SILU = 5,
+  GELU = 6,
+  GELU_TANH = 7,
+};
+
+template <class Real>
+struct Moved {
+  Real bracket, slope;
+};
+
+namespace detail {
+
+template <class Real>
+__device__ Real relu_bracket(Real uhat, Real s) {
+  // max(s, -uhat) where uhat > 0, max(uhat + s, 0) elsewhere; comparisons are written so that NaN passes
+  Real floor = uhat > 0 ? -uhat : Real(0);
+  Real moved = uhat > 0 ? s : s + uhat;
+  return moved <= floor ? floor : moved;
+}
+
+template <class Real>
+__device__ Real gate(Real w, Real closed) {
+  return w > 0 ? Real(1) : w <= 0 ? closed : w;
+}
+
+template <class Real>
+struct Sigmoids {
+  Real p, q;  // of x and -x, both with full relative accuracy
+};
+
+template <class Real>
+__device__ Sigmoids<Real> sigmoids(Real x) {
+  Real e = exp(-fabs(x));
+  Real large = Real(1) / (Real(1) + e), small = e * large;
+  return x > 0 ? Sigmoids<Real>{large, small} : Sigmoids<Real>{small, large};
+}
+
+template <class Real>
+struct SigmoidDifference {
+  Real difference, p, q;  // sigmoid(x + dx) - sigmoid(x), and both sides at x + dx
+};
+
+template <class Real>
+__device__ SigmoidDifference<Real> sigmoid_difference(Real x, Real dx) {
+  // p' - p = tanh(dx / 2) (p q' + q p'), a sum of positive terms
+  Sigmoids<Real> at = sigmoids(x), moved = sigmoids(x + dx);
+  return {tanh(Real(0.5) * dx) * (at.p * moved.q + at.q * moved.p), moved.p, moved.q};
+}
+
+template <class Real>
+__device__ Real normal_density(Real u) {
+  return exp(Real(-0.5) * u * u) * Real(0.3989422804014326779);
+}
+
+// Gauss-Legendre with 3 points on the density has a relative error of 5e-7 s^6 He_6(u); beyond this |s| the difference of
+// the distribution function, taken in the tail where it is small, loses at most log2(1 / reach) + 1 bits.
+template <class Real>
+constexpr Real kQuadratureReach = sizeof(Real) == 4 ? Real(0.2) : Real(0.005);
+
+template <class Real>
+struct NormalDifference {
+  Real difference, moved;  // Phi(u + s) - Phi(u), Phi(u + s)
+};
+
+template <class Real>
+__device__ NormalDifference<Real> normal_difference(Real u, Real s) {
+  Real w = u + s;
+  bool upper = u + w > 0;
+  Real tail = upper ? Real(0.7071067811865475244) : Real(-0.7071067811865475244);
+  Real tail_w = Real(0.5) * erfc(tail * w), tail_u = Real(0.5) * erfc(tail * u);
+  Real difference = upper ? tail_u - tail_w : tail_w - tail_u;
+  if (fabs(s) < kQuadratureReach<Real>) {
+    Real middle = u + Real(0.5) * s, step = s * Real(0.3872983346207416885);
+    Real sides = normal_density(middle - step) + normal_density(middle + step);
+    difference = s * (normal_density(middle) * Real(4.0 / 9.0) + sides * Real(5.0 / 18.0));
+  }
+  return {difference, upper ? Real(1) - tail_w : tail_w};
+}
+
+// u (1 + tanh(k (u + c u^3))) / 2 with k = sqrt(2 / pi)
+template <class Real>
+constexpr Real kGeluK = Real(0.7978845608028653559);
+template <class Real>
+constexpr Real kGeluC = Real(0.044715);
+
+template <class Real>
+__device__ Real gelu_inner(Real u) {
+  return u * kGeluK<Real> * (Real(1) + u * u * kGeluC<Real>);
+}
+
+}  // namespace detail
+
+template <class Real>
+__device__ Real activate(Real u, int code, Real negative_slope) {
+  switch (code) {
+    case RELU:
+      return u <= 0 ? Real(0) : u;
+    case LEAKY_RELU:
+      return u > 0 ? u : u * negative_slope;
+    case TANH:
+      return tanh(u);
+    case SIGMOID:
+      return detail::sigmoids(u).p;
+    case SILU:
+      return u * detail::sigmoids(u).p;
+    case GELU:
+      return u * (Real(0.5) * erfc(u * Real(-0.7071067811865475244)));
+    case GELU_TANH:
+      return u * detail::sigmoids(Real(2) * detail::gelu_inner(u)).p;
+    default:
+      return u;
+  }
+}
+
+template <class Real>
+__device__ Moved<Real> bracket_and_slope(Real uhat, Real s, int code, Real negative_slope) {
+  using namespace detail;
+  Real w = uhat + s;
+  switch (code) {
+    case RELU:
+      return {relu_bracket(uhat, s), gate(w, Real(0))};
+    case LEAKY_RELU:
+      return {relu_bracket(uhat, s) * (Real(1) - negative_slope) + s * negative_slope, gate(w, negative_slope)};
+    case TANH: {
+      // tanh(u) = 2 sigmoid(2 u) - 1; 4 p q keeps its digits where 1 - tanh^2 has none left
+      SigmoidDifference<Real> found = sigmoid_difference(Real(2) * uhat, Real(2) * s);
+      return {Real(2) * found.difference, Real(4) * found.p * found.q};
+    }
+    case SIGMOID: {
+      SigmoidDifference<Real> found = sigmoid_difference(uhat, s);
+      return {found.difference, found.p * found.q};
+    }
+    case SILU: {
+      // (u + s) p' - u p = s p' + u (p' - p)
+      SigmoidDifference<Real> found = sigmoid_difference(uhat, s);
+      return {s * found.p + uhat * found.difference, found.p * (Real(1) + w * found.q)};
+    }
+    case GELU: {
+      NormalDifference<Real> found = normal_difference(uhat, s);
+      return {s * found.moved + uhat * found.difference, found.moved + w * normal_density(w)};
+    }
+    case GELU_TANH: {
+      // (1 + tanh(x)) / 2 = sigmoid(2 x); the difference of the inner cubic is a polynomial in s
+      Real step = s * kGeluK<Real> * (Real(1) + (Real(3) * uhat * w + s * s) * kGeluC<Real>);
+      SigmoidDifference<Real> found = sigmoid_difference(Real(2) * gelu_inner(uhat), Real(2) * step);
+      Real inner_slope = (Real(1) + Real(3) * w * w * kGeluC<Real>) * kGeluK<Real>;
+      return {s * found.p + uhat * found.difference, found.p + Real(2) * w * found.p * found.q * inner_slope};
+    }
+    default:
+      return {s, Real(1)};
+  }
+}
+
+}  // namespace pcfast::resident

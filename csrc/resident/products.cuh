@@ -1,0 +1,261 @@
+// Products of a stage: warps share them out as units, sums stay in registers, partial sums go to the scratch.
+//
+// A sum runs over its parts, and inside a part over lanes, in an order that depends on the layer alone: neither on the
+// batch nor on how many warps there are.
+#pragma once
+
+#include "../tile/platform.cuh"
+#include "../tile/shuffle.cuh"
+#include "program.h"
+
+namespace pcfast::resident {
+
+using tile::kWarpSize;
+constexpr int kQuad = 4;  // numbers of one vector access
+
+template <class Real>
+struct alignas(kQuad * sizeof(Real) < 16 ? kQuad * sizeof(Real) : 16) Quad {
+  Real x[kQuad];
+};
+
+template <class Real>
+__device__ Quad<Real> load_quad(const Real* from) {
+  return *reinterpret_cast<const Quad<Real>*>(from);
+}
+
+struct Warp {
+  int index, count, lane;
+};
+
+// Units of a product for a block of `samples`.
+__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// LINEAR: rows of A that a unit of the feedback covers, so many for each lane.
+constexpr int kFeedbackRowsALane = 4;
+// PIXELS: places that a lane covers.
+constexpr int kPixelsALane = 4;
+
+// LINEAR, prediction: s[n][m] = sum_k W[k][m] d[n][k]. A lane has four rows m and every sample of its group; lanes beyond
+// `product.lanes` take every so many-th quad of k.
+template <class Real, int SAMPLES>
+__device__ void linear_prediction(const Product& product, Real* memory, int unit, int first_sample, int samples, int lane) {
+  const int split = unit % product.splits, tile = unit / product.splits;
+  const int sharing = kWarpSize / product.lanes, share = lane / product.lanes;
+  const int row = (tile * product.lanes + lane % product.lanes) * kQuad;
+  const bool active = row < product.out;
+  const int begin = split * product.split;
+  const int end = min(begin + product.split, product.channels);
+
+  Real sum[kQuad][SAMPLES] = {};
+  if (active) {
+    const Real* weights = memory + product.weights + row;
+    const Real* input = memory + product.input.first + first_sample * product.input.samples;
+    for (int k = begin + share * kQuad; k < end; k += sharing * kQuad) {
+      Quad<Real> b[SAMPLES];
+  PCFAST_UNROLL
+      for (int n = 0; n < SAMPLES; ++n) b[n] = load_quad(input + n * product.input.samples + k);
+  PCFAST_UNROLL
+      for (int j = 0; j < kQuad; ++j) {
+        Quad<Real> a = load_quad(weights + (k + j) * product.weight_channel);
+  PCFAST_UNROLL
+        for (int i = 0; i < kQuad; ++i)
+  PCFAST_UNROLL
+          for (int n = 0; n < SAMPLES; ++n) sum[i][n] += a.x[i] * b[n].x[j];
+      }
+    }
+  }
+  for (int lanes = product.lanes; lanes < kWarpSize; lanes *= 2)
+  PCFAST_UNROLL
+    for (int i = 0; i < kQuad; ++i)
+  PCFAST_UNROLL
+      for (int n = 0; n < SAMPLES; ++n) sum[i][n] += tile::shuffle_xor(sum[i][n], lanes);
+  if (!active || share != 0) return;
+  Real* out = memory + product.scratch + split * product.scratch_split + first_sample * product.scratch_sample + row;
+  PCFAST_UNROLL
+  for (int i = 0; i < kQuad; ++i)
+  PCFAST_UNROLL
+    for (int n = 0; n < SAMPLES; ++n)
+      if (row + i < product.out && n < samples) out[n * product.scratch_sample + i] = sum[i][n];
+}
+
+// LINEAR, feedback: r[n][m] = sum_k W[m][k] delta[n][k]. A lane has rows m, m + 32, ... and every sample of its group.
+template <class Real, int SAMPLES>
+__device__ void linear_feedback(const Product& product, Real* memory, int unit, int first_sample, int samples, int lane) {
+  const int split = unit % product.splits, tile = unit / product.splits;
+  const int row = tile * kWarpSize * kFeedbackRowsALane + lane;
+  const int begin = split * product.split;
+  const int end = min(begin + product.split, product.channels);
+  const Real* input = memory + product.input.first + first_sample * product.input.samples;
+  const Real* weights[kFeedbackRowsALane];
+  PCFAST_UNROLL
+  for (int i = 0; i < kFeedbackRowsALane; ++i)
+    weights[i] = memory + product.weights + min(row + i * kWarpSize, product.out - 1) * product.weight_row;
+
+  Real sum[kFeedbackRowsALane][SAMPLES] = {};
+  for (int k = begin; k < end; k += kQuad) {
+    Quad<Real> b[SAMPLES];
+  PCFAST_UNROLL
+    for (int n = 0; n < SAMPLES; ++n) b[n] = load_quad(input + n * product.input.samples + k);
+  PCFAST_UNROLL
+    for (int i = 0; i < kFeedbackRowsALane; ++i) {
+      Quad<Real> a = load_quad(weights[i] + k);
+  PCFAST_UNROLL
+      for (int j = 0; j < kQuad; ++j)
+  PCFAST_UNROLL
+        for (int n = 0; n < SAMPLES; ++n) sum[i][n] += a.x[j] * b[n].x[j];
+    }
+  }
+  Real* out = memory + product.scratch + split * product.scratch_split + first_sample * product.scratch_sample;
+  PCFAST_UNROLL
+  for (int i = 0; i < kFeedbackRowsALane; ++i)
+  PCFAST_UNROLL
+    for (int n = 0; n < SAMPLES; ++n)
+      if (row + i * kWarpSize < product.out && n < samples) out[n * product.scratch_sample + row + i * kWarpSize] = sum[i][n];
+}
+
+// PIXELS: lanes run over (sample, y, x); a lane has ROWS rows of A at kPixelsALane places. Weights of a term are the
+// same number for all lanes.
+template <class Real, int ROWS>
+__device__ void pixels(const Product& product, Real* memory, int unit, int samples, int lane) {
+  const int split = unit % product.splits;
+  const int row_tiles = ceil_div(product.out, ROWS);
+  const int row = unit / product.splits % row_tiles * ROWS;
+  const int place = unit / product.splits / row_tiles * kWarpSize * kPixelsALane + lane;
+  const int begin = split * product.split;
+  const int end = min(begin + product.split, product.channels);
+  const int area = product.height * product.width, places = samples * area;
+
+  const Real* input[kPixelsALane];
+  PCFAST_UNROLL
+  for (int j = 0; j < kPixelsALane; ++j) {
+    const int p = min(place + j * kWarpSize, places - 1);
+    const int y = p % area / product.width, x = p % product.width;
+    input[j] = memory + product.input.first + p / area * product.input.samples + y * product.input.rows +
+               x * product.input.columns;
+  }
+  const Real* weights[ROWS];  // the last row again past the end: read, never written
+  PCFAST_UNROLL
+  for (int i = 0; i < ROWS; ++i)
+    weights[i] = memory + product.weights + min(row + i, product.out - 1) * product.weight_row;
+
+  Real sum[ROWS][kPixelsALane] = {};
+  for (int channel = begin; channel < end; ++channel)
+    for (int tap_y = 0; tap_y < product.taps_y; ++tap_y) {
+      int a_step = channel * product.weight_channel + tap_y * product.weight_tap_y;
+      int b_step = channel * product.input.channels + tap_y * product.input_tap_y;
+      for (int tap_x = 0; tap_x < product.taps_x; ++tap_x) {
+        Real a[ROWS], b[kPixelsALane];
+  PCFAST_UNROLL
+        for (int i = 0; i < ROWS; ++i) a[i] = weights[i][a_step];
+  PCFAST_UNROLL
+        for (int j = 0; j < kPixelsALane; ++j) b[j] = input[j][b_step];
+  PCFAST_UNROLL
+        for (int i = 0; i < ROWS; ++i)
+  PCFAST_UNROLL
+          for (int j = 0; j < kPixelsALane; ++j) sum[i][j] += a[i] * b[j];
+        a_step += product.weight_tap_x;
+        b_step += product.input_tap_x;
+      }
+    }
+  Real* out = memory + product.scratch + split * product.scratch_split;
+  PCFAST_UNROLL
+  for (int j = 0; j < kPixelsALane; ++j) {
+    const int p = place + j * kWarpSize;
+    if (p >= places) continue;
+    Real* at = out + p / area * product.scratch_sample + p % area;
+  PCFAST_UNROLL
+    for (int i = 0; i < ROWS; ++i)
+      if (row + i < product.out) at[(row + i) * area] = sum[i][j];
+  }
+}
+
+// COPY: one sample.
+template <class Real>
+__device__ void copy(const Product& product, Real* memory, int sample, int lane) {
+  const int area = product.height * product.width;
+  const Real* input = memory + product.input.first + sample * product.input.samples;
+  Real* out = memory + product.scratch + sample * product.scratch_sample;
+  for (int i = lane; i < product.out * area; i += kWarpSize)
+    out[i] = input[i / area * product.input.channels + i % area / product.width * product.input.rows +
+                   i % product.width * product.input.columns];
+}
+
+template <bool FEEDBACK>
+__device__ int units(const Product& product, int groups, int samples) {
+  switch (product.kind) {
+    case COPY:
+      return samples;
+    case LINEAR: {
+      const int rows = FEEDBACK ? kWarpSize * kFeedbackRowsALane : product.lanes * kQuad;
+      return ceil_div(product.out, rows) * product.splits * groups;
+    }
+    case PIXELS: {
+      const int places = samples * product.height * product.width;
+      return ceil_div(places, kWarpSize * kPixelsALane) * ceil_div(product.out, product.rows_a_thread) * product.splits;
+    }
+    default:
+      return 0;
+  }
+}
+
+// One unit of work for one warp. GROUP: samples that a lane of a linear product has.
+template <bool FEEDBACK, class Real, int GROUP>
+__device__ void run_unit(const Product& product, Real* memory, int unit, int groups, int samples, int lane) {
+  switch (product.kind) {
+    case COPY:
+      copy(product, memory, unit, lane);
+      return;
+    case LINEAR: {
+      const int first = unit % groups * GROUP;
+      if constexpr (FEEDBACK)
+        linear_feedback<Real, GROUP>(product, memory, unit / groups, first, samples - first, lane);
+      else
+        linear_prediction<Real, GROUP>(product, memory, unit / groups, first, samples - first, lane);
+      return;
+    }
+    case PIXELS:
+      switch (product.rows_a_thread) {
+        case 8:
+          pixels<Real, 8>(product, memory, unit, samples, lane);
+          return;
+        case 5:  // the paper's MNIST network has five channels
+          pixels<Real, 5>(product, memory, unit, samples, lane);
+          return;
+        case 4:
+          pixels<Real, 4>(product, memory, unit, samples, lane);
+          return;
+        default:
+          pixels<Real, 1>(product, memory, unit, samples, lane);
+          return;
+      }
+    default:
+      return;
+  }
+}
+
+// All products of a stage from layer `lowest` (counted from 1) on, shared out among the warps.
+template <bool FEEDBACK, class Real, int GROUP>
+__device__ void products(const Program& program, Real* memory, int lowest, int samples, const Warp& warp) {
+  const int groups = ceil_div(samples, GROUP);
+  int before = 0;
+  for (int l = program.depth; l >= lowest; --l) {
+    const Product& product = FEEDBACK ? program.layers[l - 1].feedback : program.layers[l - 1].predict;
+    const int count = units<FEEDBACK>(product, groups, samples);
+    // the first unit of this product that falls to this warp, counting on from the products before it
+    int unit = (warp.index - before % warp.count + warp.count) % warp.count;
+    for (; unit < count; unit += warp.count)
+      run_unit<FEEDBACK, Real, GROUP>(product, memory, unit, groups, samples, warp.lane);
+    before += count;
+  }
+}
+
+// The sum of the parts of one number.
+template <class Real>
+__device__ Real summed(const Product& product, const Real* memory, int sample, int index) {
+  const Real* at = memory + product.scratch + sample * product.scratch_sample + index;
+  Real sum = at[0];
+  for (int split = 1; split < product.splits; ++split) sum += at[split * product.scratch_split];
+  return product.sign < 0 ? -sum : sum;
+}
+
+}  // namespace pcfast::resident

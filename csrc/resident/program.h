@@ -1,0 +1,107 @@
+// What the resident kernel runs: a network's loop as plain numbers, made by pcfast/resident/program.py.
+//
+// One block keeps all of this in its shared memory, in elements of the state's scalar type, from offset 0 on:
+//
+//     weights   per layer  [input channel][tap y][tap x][padded output]     one copy, read by both stages
+//     d         per layer  beliefs as deviations, with the halo that the layer above reads
+//     delta     per layer  errors at the product's output, with the halo that the feedback reads
+//                          (Gram form of layer 2: its sum S instead; docs/method.md fact 7)
+//     uhat      per layer  pre-activations of the forward pass
+//     top       vhat, dense target and mass of the output layer
+//     scratch   partial sums of a stage's products
+//
+// An iteration is two stages (fact 5), each of them products into the scratch, then pointwise work from it:
+//
+//     products s = W d  | bar | s -> error, delta, d += eta error | bar | products r = W^T delta | bar | d -= eta r | bar
+//
+// Only the last one reads d and r of the same place, so no error is kept.
+#pragma once
+
+#include <cstdint>
+
+namespace pcfast::resident {
+
+constexpr int kMostLayers = 16;
+
+enum Product_kind : int32_t {
+  NO_PRODUCT = 0,
+  COPY = 1,    // a layer without weights: what it reads is copied
+  PIXELS = 2,  // lanes run over pixels of the map
+  LINEAR = 3,  // lanes run over output features, or over input features in the feedback
+};
+
+enum Pool_kind : int32_t { NO_POOL = 0, MAX_POOL = 1, AVG_POOL = 2 };
+
+enum Loss_kind : int32_t { CROSS_ENTROPY = 0, MSE = 1 };
+
+// Numbers of one sample in shared memory: (channel, y, x) lies at
+// first + sample * samples + channel * channels + y * rows + x * columns.
+struct Place {
+  int32_t first, samples, channels, rows, columns;
+};
+
+// C[row][y][x] = sum over (channel, tap_y, tap_x) of A[row][channel, tap_y, tap_x] B[channel, y, x, tap_y, tap_x],
+// for every sample. A starts at `weights`, B at `input.first`; steps of B with y and x are input.rows and input.columns,
+// with a channel input.channels.
+struct Product {
+  int32_t kind;
+  int32_t out, height, width;         // C
+  int32_t channels, taps_y, taps_x;   // summed over
+  int32_t weights, weight_row, weight_channel, weight_tap_y, weight_tap_x;
+  Place input;
+  int32_t input_tap_y, input_tap_x;   // steps of B with a tap
+  int32_t scratch, scratch_sample, scratch_split;
+  int32_t splits, split;              // parts of the sum; channels in each (linear: a multiple of 4)
+  int32_t lanes;                      // LINEAR, prediction: lanes over output features; the others share the sum
+  int32_t rows_a_thread;              // PIXELS
+  int32_t sign;                       // +1, -1
+};
+
+struct Layer {
+  Product predict;   // NO_PRODUCT: the layer below is clamped
+  Product feedback;  // into the beliefs below
+  int32_t channels, height, width;    // of the product's output
+  int32_t pooled_height, pooled_width;
+  int32_t pool, window_y, window_x;
+  int32_t before, after;              // activations in front of and behind the pool: codes of activations.cuh
+  double before_negative_slope, after_negative_slope;
+  int32_t uhat, uhat_sample;          // (channel, y, x) packed
+  int32_t weights, weight_inputs, weight_stride;  // as in shared memory; weight_inputs 0: none to load
+  int32_t gram;                       // delta holds S
+  Place delta;
+  Place d;                            // of the layer's own output; the output layer has none
+};
+
+// layers[0] is layer 1, of which only d and the output's sizes count.
+struct Program {
+  int32_t depth, samples, group;      // samples of a block, and of a lane in linear products: group divides samples
+  int32_t elements;                   // of shared memory
+  int32_t loss, classes;
+  int32_t vhat, dense, mass, classes_stride;
+  int32_t first_in_loop;              // 2 in Gram form, whose layer 1 has no d; else 1
+  Layer layers[kMostLayers];
+};
+
+// Device memory, dense and in torch's order, the batch outermost; scalars of the state's type. Entry l - 1 is layer l's.
+struct Tensors {
+  const void* weight[kMostLayers];    // (out, in, taps); Gram form: G takes the place of layer 2's
+  const void* uhat[kMostLayers];      // of layers with delta
+  const void* start[kMostLayers];     // d before the first iteration; null: zero
+  void* d[kMostLayers];               // written: after the last iteration
+  void* error[kMostLayers];           // written: of the last iteration
+  void* local_error[kMostLayers];     // written: error pulled back to the product at the last beliefs; may be null
+  const void* vhat;                   // of the output layer
+  const void* dense;
+  const void* mass;                   // cross-entropy
+  void* gram_sum;                     // written: S after the last iteration, packed like uhat of layer 2
+  void* gram_sum_before;              // written: S before the last iteration
+  int32_t* first_bad;                 // per layer, lowered to the iteration whose update left NaN or infinity
+};
+
+struct Run {
+  int32_t batch, iterations;
+  int32_t fresh;                      // from the forward pass on: the active front holds (fact 3)
+  double eta, loss_scale;
+};
+
+}  // namespace pcfast::resident

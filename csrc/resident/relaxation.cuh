@@ -1,0 +1,127 @@
+// n iterations of strict relaxation in one launch: a block has its samples to itself, and blocks never wait for each other.
+#pragma once
+
+#include "../tile/barrier.cuh"
+#include "../tile/platform.cuh"
+#include "pointwise.cuh"
+#include "products.cuh"
+#include "program.h"
+
+namespace pcfast::resident {
+
+// Most threads of a block; fewer are possible.
+constexpr int kMostThreads = 512;
+
+template <class Real>
+__device__ const Real* row_of(const void* tensor, int64_t row, int64_t size) {
+  return static_cast<const Real*>(tensor) + row * size;
+}
+
+// Everything that stays for the whole relaxation, into shared memory.
+template <class Real>
+__device__ void fill(const Moment<Real>& now, int thread, int threads) {
+  const Program& program = now.program;
+  Real* memory = now.memory;
+  for (int i = thread; i < program.elements; i += threads) memory[i] = Real(0);
+  tile::block_barrier();
+  for (int l = 1; l <= program.depth; ++l) {
+    const Layer& layer = program.layers[l - 1];
+    const Real* weight = static_cast<const Real*>(now.tensors.weight[l - 1]);
+    for (int i = thread; i < layer.weight_inputs * layer.channels; i += threads)
+      memory[layer.weights + i % layer.weight_inputs * layer.weight_stride + i / layer.weight_inputs] = weight[i];
+    if (layer.uhat_sample) {
+      const int inner = layer.channels * layer.height * layer.width;
+      const Real* uhat = row_of<Real>(now.tensors.uhat[l - 1], now.first_sample, inner);
+      for (int i = thread; i < now.samples * inner; i += threads)
+        memory[layer.uhat + i / inner * layer.uhat_sample + i % inner] = uhat[i];
+    }
+    if (now.tensors.start[l - 1]) {
+      const int size = layer.channels * layer.pooled_height * layer.pooled_width;
+      const Real* start = row_of<Real>(now.tensors.start[l - 1], now.first_sample, size);
+      for (int e = thread; e < now.samples * size; e += threads) {
+        const Element<Real> where = element<Real>(layer, e);
+        memory[at(layer.d, where.sample, where.channel, where.y, where.x)] = start[e];
+      }
+    }
+  }
+  const int classes = program.classes;
+  const Real* vhat = row_of<Real>(now.tensors.vhat, now.first_sample, classes);
+  const Real* dense = row_of<Real>(now.tensors.dense, now.first_sample, classes);
+  for (int i = thread; i < now.samples * classes; i += threads) {
+    const int place = i / classes * program.classes_stride + i % classes;
+    memory[program.vhat + place] = vhat[i];
+    memory[program.dense + place] = dense[i];
+  }
+  if (now.tensors.mass)
+    for (int n = thread; n < now.samples; n += threads)
+      memory[program.mass + n] = row_of<Real>(now.tensors.mass, now.first_sample, 1)[n];
+  tile::block_barrier();
+}
+
+// What the loop leaves, into device memory.
+template <class Real>
+__device__ void store(const Moment<Real>& now, int thread, int threads) {
+  const Program& program = now.program;
+  for (int l = program.first_in_loop; l < program.depth; ++l) {
+    const Layer& layer = program.layers[l - 1];
+    const int64_t size = int64_t(layer.channels) * layer.pooled_height * layer.pooled_width;
+    Real* d = static_cast<Real*>(now.tensors.d[l - 1]) + now.first_sample * size;
+    for (int e = thread; e < now.samples * size; e += threads) {
+      const Element<Real> where = element<Real>(layer, e);
+      d[e] = now.memory[at(layer.d, where.sample, where.channel, where.y, where.x)];
+    }
+  }
+  const Layer& gram = program.layers[1];
+  if (!gram.gram) return;
+  const int area = gram.height * gram.width, inner = gram.channels * area;
+  Real* sum = static_cast<Real*>(now.tensors.gram_sum) + int64_t(now.first_sample) * inner;
+  for (int i = thread; i < now.samples * inner; i += threads)
+    sum[i] = now.memory[at(gram.delta, i / inner, i % inner / area, i % area / gram.width, i % gram.width)];
+}
+
+template <class Real, int GROUP>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    relaxation(const __grid_constant__ Program program, const __grid_constant__ Tensors tensors,
+               const __grid_constant__ Run run) {
+  PCFAST_SHARED_MEMORY(bytes);
+  const int thread = threadIdx.x, threads = blockDim.x;
+  const Warp warp{thread / kWarpSize, threads / kWarpSize, thread % kWarpSize};
+  const int first_sample = blockIdx.x * program.samples;
+  Moment<Real> now{program, tensors, reinterpret_cast<Real*>(bytes), first_sample,
+                   min(program.samples, run.batch - first_sample), Real(run.eta), Real(run.loss_scale), 0, false,
+                   run.iterations > 0};
+  fill(now, thread, threads);
+
+  const int depth = program.depth;
+  const int iterations = max(run.iterations, 1);
+  for (int t = 1; t <= iterations; ++t) {
+    now.iteration = t;
+    now.last = t == iterations;
+    // the lowest layer with an error, and the lowest whose prediction has moved (fact 3)
+    const int front = run.fresh ? max(depth - t + 1, 2) : 2;
+    const int moved = run.fresh ? max(depth - t + 2, 2) : 2;
+    products<false, Real, GROUP>(program, now.memory, moved, now.samples, warp);
+    tile::block_barrier();
+    output_error(now, depth >= moved, warp);
+    for (int l = depth - 1; l >= front; --l) hidden_error(now, l, l >= moved, thread, threads);
+    tile::block_barrier();
+    if (run.iterations == 0) break;
+    // beliefs from front - 1 on move; in Gram form layer 1's have done so with S
+    const int lowest = max(run.fresh ? depth - t : 1, program.first_in_loop);
+    products<true, Real, GROUP>(program, now.memory, lowest + 1, now.samples, warp);
+    tile::block_barrier();
+    for (int l = depth - 1; l >= lowest; --l) update(now, l, thread, threads);
+    tile::block_barrier();
+  }
+  store(now, thread, threads);
+
+  if (!tensors.local_error[depth - 1]) return;
+  // beliefs that have not moved leave their layer's prediction where it was
+  const int front = run.fresh ? max(depth - iterations + 1, 2) : 2;
+  const int moved = run.fresh ? max(depth - run.iterations + 1, 2) : 2;
+  products<false, Real, GROUP>(program, now.memory, moved, now.samples, warp);
+  tile::block_barrier();
+  for (int l = depth; l >= front; --l) local_error(now, l, l >= moved, thread, threads);
+}
+
+}  // namespace pcfast::resident

@@ -1,0 +1,440 @@
+"""From shapes alone: which numbers lie where in a block's shared memory, or why a network does not fit."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+
+from .. import network as specs
+from ..deviation.chain import pool_first
+from ..forms import LinearForm, PointwiseForm, TorchForm, layer_form, maps
+from . import program as p
+
+# A vector access has so many numbers; rows that products read start at multiples of it.
+_QUAD = 4
+_WARP = 32
+#: Samples of a block that are tried, fewest first; in linear products a lane has up to four of them.
+SAMPLES = (1, 2, 3, 4, 8, 12, 16)
+_MOST_GROUP = 4
+# Warps of a block: the kernel's registers allow no more.
+_WARPS = 16
+# Of shared memory, for every block, which the driver keeps.
+_RESERVED_BYTES = 1024
+_THREADS_OF_AN_SM = 2048
+# A part of a sum is no shorter than so many quads a lane: a shorter one costs more in the scratch than it saves.
+_FEWEST_QUADS = 4
+# csrc/resident/products.cuh
+_FEEDBACK_ROWS_A_LANE = 4
+_PIXELS_A_LANE = 4
+_PIXEL_ROWS = (8, 5, 4, 1)
+
+
+@dataclass(frozen=True)
+class Array:
+    """One array of a block's shared memory. elements: all samples' together; home: layer l, or 0."""
+
+    name: str
+    home: int
+    first: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A network in shared memory.
+
+    Attributes:
+        arrays: what lies where, in elements. elements: in all. scalar_bytes: of one.
+        samples: of a block. group: of a lane in linear products. blocks, threads: of the launch.
+        blocks_per_sm, waves: how the blocks fit the GPU.
+        gram: layer 1's beliefs are out of the loop.
+        program: what the kernel reads.
+    """
+
+    arrays: tuple[Array, ...]
+    elements: int
+    scalar_bytes: int
+    samples: int
+    group: int
+    blocks: int
+    threads: int
+    blocks_per_sm: int
+    waves: int
+    gram: bool
+    program: bytes = field(repr=False)
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.scalar_bytes
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a placement has to fit. block_bytes, sm_bytes: shared memory of a block, with the opt-in, and of all."""
+
+    sm_count: int
+    block_bytes: int
+    sm_bytes: int
+
+
+def _padded(size: int, multiple: int = _QUAD) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _odd_quads(size: int) -> int:
+    """A row length whose quads are odd in number: lanes that read one row each hit different banks."""
+    quads = -(-size // _QUAD)
+    return _QUAD * (quads + 1 - quads % 2)
+
+
+class _Memory:
+    """Places arrays one after another."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples, self.arrays, self.elements = samples, [], 0
+
+    def add(self, name: str, home: int, a_sample: int = 0, *, once: int = 0) -> int:
+        """Place an array of so many elements for every sample, or once a block; returns where it begins."""
+        first, elements = self.elements, _padded(a_sample) * self.samples + _padded(once)
+        self.arrays.append(Array(name, home, first, elements))
+        self.elements += elements
+        return first
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """One layer above the first: its form and its sizes."""
+
+    form: LinearForm | PointwiseForm
+    convolution: specs.Conv2d | None
+    below: tuple[int, int, int]  # (channels, height, width) of what it reads; features have one pixel
+    inner: tuple[int, int, int]  # of what its tail reads
+    out: tuple[int, int, int]  # of its output, pooled
+
+    @property
+    def linear(self) -> bool:
+        return isinstance(self.form, LinearForm)
+
+
+def _as_map(shape: tuple[int, ...], map: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    return map if map is not None else (math.prod(shape[1:]), 1, 1)
+
+
+def _shapes(network: specs.Network, shapes: tuple) -> list[_Shape | None] | str:
+    """Per layer from index 2 on, or why the kernel cannot run one."""
+    around = maps(network, shapes)
+    found: list[_Shape | None] = [None, None]
+    for layer in network.layers[1:]:
+        l, inner = layer.index, shapes[layer.index - 1]
+        form = layer_form(layer, inner, around[l - 1])
+        if isinstance(form, TorchForm):
+            return f"{layer.label}: {form.reason}"
+        below, out = _as_map(inner[0], around[l - 1]), _as_map(inner[-1], around[l])
+        convolution = None
+        if isinstance(form, LinearForm):
+            below, within = (form.in_features, 1, 1), (form.out_features, 1, 1)
+            out = within
+        else:
+            height, width, channels = form.inner
+            within = (channels, height, width)
+            if form.convolution is not None:
+                convolution = pool_first(layer.ops)[form.convolution]
+                if convolution.groups != 1 or convolution.dilation != (1, 1):
+                    return f"{layer.label}: its convolution is grouped or dilated"
+        if l == network.depth and (len(inner[-1]) != 2 or getattr(form, "pool", None) is not None):
+            return f"{layer.label}: the output layer pools, or gives more than one row of classes a sample"
+        found.append(_Shape(form, convolution, below, within, out))
+    return found
+
+
+# products
+
+
+def _linear_splits(out_tiles: int, quads: int, sharing: int) -> tuple[int, int]:
+    """(parts of the sum, channels in each) so that a warp has about one unit, whatever the batch."""
+    splits = min(max(_WARPS // out_tiles, 1), max(quads // (sharing * _FEWEST_QUADS), 1))
+    split = -(-quads // splits)
+    return -(-quads // split), split * _QUAD
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def _linear_predict(
+    product: p.Product, out: int, channels: int, weights: int, stride: int, first: int, a_sample: int
+):
+    product.kind, product.out, product.height, product.width = p.LINEAR, out, 1, 1
+    product.channels, product.taps_y, product.taps_x = channels, 1, 1
+    product.weights, product.weight_channel = weights, stride
+    product.input = p.Place(first, a_sample, 1, 1, 1)
+    product.lanes = min(_WARP, _power_of_two(-(-out // _QUAD)))
+    tiles = -(-out // (product.lanes * _QUAD))
+    product.splits, product.split = _linear_splits(tiles, -(-channels // _QUAD), _WARP // product.lanes)
+
+
+def _linear_feedback(
+    product: p.Product, out: int, channels: int, weights: int, stride: int, first: int, a_sample: int
+):
+    product.kind, product.out, product.height, product.width = p.LINEAR, out, 1, 1
+    product.channels, product.taps_y, product.taps_x = channels, 1, 1
+    product.weights, product.weight_row = weights, stride
+    product.input = p.Place(first, a_sample, 1, 1, 1)
+    tiles = -(-out // (_WARP * _FEEDBACK_ROWS_A_LANE))
+    product.splits, product.split = _linear_splits(tiles, -(-channels // _QUAD), 1)
+
+
+def _pixels(product: p.Product, out, channels, taps, weights, row, channel, tap_y, tap_x, place, steps):
+    """out: (rows of A, height, width); taps: (y, x); place: of the input; steps: in it with a tap."""
+    product.kind = p.PIXELS
+    product.out, product.height, product.width = out
+    product.channels, product.taps_y, product.taps_x = channels, *taps
+    product.weights, product.weight_row, product.weight_channel = weights, row, channel
+    product.weight_tap_y, product.weight_tap_x = tap_y, tap_x
+    product.input, (product.input_tap_y, product.input_tap_x) = place, steps
+    rows = next(rows for rows in _PIXEL_ROWS if rows <= out[0])
+    if out[0] % rows and out[0] in (6, 7):
+        rows = 8
+    product.rows_a_thread = rows
+    units = -(-out[1] * out[2] // (_WARP * _PIXELS_A_LANE)) * -(-out[0] // rows)
+    splits = min(channels, max(_WARPS // 2 // units, 1))
+    product.split = -(-channels // splits)
+    product.splits = -(-channels // product.split)
+
+
+def _copy(product: p.Product, shape: tuple[int, int, int], place: p.Place) -> None:
+    product.kind, product.input, product.splits = p.COPY, place, 1
+    product.out, product.height, product.width = shape
+
+
+# arrays
+
+
+def _packed(first: int, a_sample: int, shape: tuple[int, int, int]) -> p.Place:
+    _, height, width = shape
+    return p.Place(first, _padded(a_sample), height * width, width, 1)
+
+
+def _place_beliefs(
+    memory: _Memory, l: int, shape: tuple[int, int, int], above: _Shape
+) -> tuple[p.Place, int, int]:
+    """d_l with the halo that the convolution above reads: its place, the array's start and its row length."""
+    channels, height, width = shape
+    top, left = (0, 0) if above.convolution is None else above.convolution.padding
+    rows, columns = height + 2 * top, width + 2 * left
+    a_sample = channels * rows * columns
+    first = memory.add("d", l, a_sample)
+    return (
+        p.Place(first + top * columns + left, _padded(a_sample), rows * columns, columns, 1),
+        first,
+        columns,
+    )
+
+
+def _dilated(size: int, out: int, kernel: int, stride: int, padding: int) -> tuple[int, int]:
+    """(elements before delta's first one, elements in all) along one axis, as the transposed convolution reads it."""
+    before = max(kernel - 1 - padding, 0)
+    last = max((out - 1) * stride, size - 1 + padding)
+    return before, before + last + 1
+
+
+def _place_convolution(
+    memory: _Memory, layer: p.Layer, l: int, shape: _Shape, d_first: int, d_columns: int
+) -> None:
+    """Products and errors of a convolution outside the Gram form."""
+    convolution, (channels, height, width), (out, out_height, out_width) = (
+        shape.convolution,
+        shape.below,
+        shape.inner,
+    )
+    (ky, kx), (sy, sx), (py, px) = convolution.kernel, convolution.stride, convolution.padding
+    stride, taps = _padded(out), ky * kx
+    layer.weight_inputs, layer.weight_stride = channels * taps, stride
+    layer.weights = memory.add("weights", l, once=channels * taps * stride)
+    below = p.Place(
+        d_first,
+        _padded(channels * (height + 2 * py) * d_columns),
+        (height + 2 * py) * d_columns,
+        sy * d_columns,
+        sx,
+    )
+    _pixels(
+        layer.predict, shape.inner, channels, (ky, kx), layer.weights, 1, taps * stride, kx * stride, stride,
+        below, (d_columns, 1),
+    )  # fmt: skip
+    top, rows = _dilated(height, out_height, ky, sy, py)
+    left, columns = _dilated(width, out_width, kx, sx, px)
+    a_sample = out * rows * columns
+    first = memory.add("delta", l, a_sample)
+    layer.delta = p.Place(first + top * columns + left, _padded(a_sample), rows * columns, sy * columns, sx)
+    errors = p.Place(first + (py + top) * columns + px + left, _padded(a_sample), rows * columns, columns, 1)
+    _pixels(
+        layer.feedback, shape.below, out, (ky, kx), layer.weights, taps * stride, 1, kx * stride, stride,
+        errors, (-columns, -1),
+    )  # fmt: skip
+
+
+def _place_gram(memory: _Memory, layer: p.Layer, l: int, shape: _Shape) -> None:
+    """s = -S G; S takes the place of delta, G that of the weights."""
+    out, height, width = shape.inner
+    layer.gram = 1
+    if shape.linear:
+        stride = _odd_quads(out)
+        layer.weight_inputs, layer.weight_stride = out, stride
+        layer.weights = memory.add("weights", l, once=_padded(out) * stride)
+        first = memory.add("sum", l, out)
+        layer.delta = _packed(first, out, shape.inner)
+        _linear_predict(layer.predict, out, out, layer.weights, stride, first, _padded(out))
+    else:
+        ky, kx = (2 * size - 1 for size in shape.convolution.kernel)
+        stride, taps = _padded(out), ky * kx
+        layer.weight_inputs, layer.weight_stride = out * taps, stride
+        layer.weights = memory.add("weights", l, once=out * taps * stride)
+        rows, columns = height + ky - 1, width + kx - 1
+        a_sample = out * rows * columns
+        first = memory.add("sum", l, a_sample)
+        layer.delta = p.Place(
+            first + ky // 2 * columns + kx // 2, _padded(a_sample), rows * columns, columns, 1
+        )
+        _pixels(
+            layer.predict, shape.inner, out, (ky, kx), layer.weights, 1, taps * stride, kx * stride, stride,
+            p.Place(first, _padded(a_sample), rows * columns, columns, 1), (columns, 1),
+        )  # fmt: skip
+    layer.predict.sign = -1
+
+
+def _place_layer(
+    memory: _Memory, layer: p.Layer, l: int, shape: _Shape, d_first: int, d_columns: int
+) -> None:
+    if shape.linear:
+        form, out = shape.form, shape.form.out_features
+        stride = _odd_quads(out)
+        layer.weight_inputs, layer.weight_stride = form.in_features, stride
+        layer.weights = memory.add("weights", l, once=_padded(form.in_features) * stride)
+        _linear_predict(
+            layer.predict, out, form.in_features, layer.weights, stride, d_first, _padded(form.in_features)
+        )
+        first = memory.add("delta", l, out)
+        layer.delta = _packed(first, out, shape.inner)
+        _linear_feedback(layer.feedback, form.in_features, out, layer.weights, stride, first, _padded(out))
+    elif shape.convolution is not None:
+        _place_convolution(memory, layer, l, shape, d_first, d_columns)
+    else:
+        size = math.prod(shape.inner)
+        _copy(layer.predict, shape.inner, _packed(d_first, size, shape.inner))
+        layer.delta = _packed(memory.add("delta", l, size), size, shape.inner)
+        _copy(layer.feedback, shape.below, layer.delta)
+
+
+def _describe_tail(layer: p.Layer, shape: _Shape) -> None:
+    layer.channels, layer.height, layer.width = shape.inner
+    layer.pooled_height, layer.pooled_width = layer.height, layer.width
+    layer.window_y = layer.window_x = 1
+    if shape.linear:
+        layer.after, layer.after_negative_slope = p.activation_code(shape.form.activation)
+        return
+    form = shape.form
+    if form.pool is None:
+        layer.after, layer.after_negative_slope = p.activation_code(form.before)
+        return
+    layer.pool = p.MAX_POOL if isinstance(form.pool, specs.MaxPool2d) else p.AVG_POOL
+    layer.window_y, layer.window_x = form.pool.kernel
+    layer.pooled_height, layer.pooled_width = (
+        size // window for size, window in zip(shape.inner[1:], form.pool.kernel, strict=True)
+    )
+    layer.before, layer.before_negative_slope = p.activation_code(form.before)
+    layer.after, layer.after_negative_slope = p.activation_code(form.after)
+
+
+def _place_scratch(memory: _Memory, what: p.Program) -> None:
+    """The stages take turns with the scratch; inside one, every product has its own part."""
+    ends = []
+    first = memory.elements
+    for stage in ("predict", "feedback"):
+        end = first
+        for l in range(2, what.depth + 1):
+            product = getattr(what.layers[l - 1], stage)
+            if product.kind == p.NO_PRODUCT:
+                continue
+            size = product.out * product.height * product.width
+            product.scratch, product.scratch_sample = end, size
+            product.scratch_split = size * memory.samples
+            product.sign = product.sign or 1
+            end += product.scratch_split * product.splits
+        ends.append(end)
+    memory.add("scratch", 0, once=max(ends) - first)
+
+
+def _program(
+    network: specs.Network, shapes: tuple, layers: list[_Shape | None], gram: bool, loss: str, samples: int
+) -> tuple[p.Program, _Memory]:
+    memory, what = _Memory(samples), p.Program()
+    what.depth, what.samples, what.group = network.depth, samples, min(samples, _MOST_GROUP)
+    what.loss, what.first_in_loop = p.LOSSES[loss], 2 if gram else 1
+    first = what.layers[0]
+    first.channels, first.pooled_height, first.pooled_width = layers[2].below
+    d_first = d_columns = 0
+    if not gram:
+        first.d, d_first, d_columns = _place_beliefs(memory, 1, layers[2].below, layers[2])
+    for l in range(2, network.depth + 1):
+        layer, shape = what.layers[l - 1], layers[l]
+        if gram and l == 2:
+            _place_gram(memory, layer, l, shape)
+        else:
+            _place_layer(memory, layer, l, shape, d_first, d_columns)
+        _describe_tail(layer, shape)
+        size = math.prod(shape.inner)
+        layer.uhat, layer.uhat_sample = memory.add("uhat", l, size), _padded(size)
+        if l < network.depth:
+            layer.d, d_first, d_columns = _place_beliefs(memory, l, shape.out, layers[l + 1])
+    what.classes = layers[network.depth].out[0]
+    what.classes_stride = _padded(what.classes)
+    what.vhat = memory.add("vhat", network.depth, what.classes)
+    what.dense = memory.add("target", network.depth, what.classes)
+    what.mass = memory.add("mass", network.depth, once=samples)
+    _place_scratch(memory, what)
+    what.elements = memory.elements
+    return what, memory
+
+
+@functools.lru_cache(maxsize=256)
+def place(
+    network: specs.Network, shapes: tuple, gram: bool, loss: str, scalar_bytes: int, chip: Chip
+) -> Placement | str:
+    """Place a network of at least two layers, or say why it cannot be.
+
+    Args:
+        shapes: as :meth:`pcfast.network.Network.shapes` gives them, none hidden.
+        gram: layer 1's beliefs leave the loop (docs/method.md fact 7).
+        loss: "cross_entropy" or "mse".
+        scalar_bytes: of a number of the state.
+    """
+    if network.depth > p.MOST_LAYERS:
+        return f"it has {network.depth} layers; the kernel's argument has room for {p.MOST_LAYERS}"
+    layers = _shapes(network, shapes)
+    if isinstance(layers, str):
+        return layers
+    batch, chosen = shapes[0][0][0], None
+    for samples in SAMPLES:
+        what, memory = _program(network, shapes, layers, gram, loss, samples)
+        needed = memory.elements * scalar_bytes
+        if needed > chip.block_bytes:
+            if chosen is None:
+                return (
+                    f"one sample and the loop's weights take {needed:,} bytes of shared memory, "
+                    f"a block has {chip.block_bytes:,}"
+                )
+            break
+        threads = _WARPS * _WARP
+        per_sm = max(min(chip.sm_bytes // (needed + _RESERVED_BYTES), _THREADS_OF_AN_SM // threads), 1)
+        blocks = -(-batch // samples)
+        waves = -(-blocks // (chip.sm_count * per_sm))
+        if chosen is None or waves < chosen.waves:
+            chosen = Placement(
+                tuple(memory.arrays), memory.elements, scalar_bytes, samples, what.group, blocks, threads, per_sm,
+                waves, gram, bytes(what),
+            )  # fmt: skip
+        if waves == 1:
+            break
+    return chosen

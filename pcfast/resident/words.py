@@ -1,0 +1,24 @@
+"""A placement in words, for pcfast.explain."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from .. import network as specs
+from .placement import Placement
+
+
+def describe(network: specs.Network, placed: Placement) -> list[str]:
+    """The tier, the launch, and per layer the bytes of shared memory of its arrays."""
+    lines = [
+        "tier resident: weights and state in one block's shared memory, all iterations in one launch",
+        f"{placed.samples} sample{'s' * (placed.samples > 1)} a block, {placed.blocks} blocks of {placed.threads} "
+        f"threads, {placed.blocks_per_sm} a multiprocessor, {placed.waves} wave{'s' * (placed.waves > 1)}",
+        f"{placed.bytes:,} bytes of shared memory a block",
+    ]
+    by_home = sorted(placed.arrays, key=lambda array: array.home)
+    for home, arrays in groupby(by_home, key=lambda array: array.home):
+        sizes = ", ".join(f"{array.name} {array.elements * placed.scalar_bytes:,}" for array in arrays)
+        lines.append(f"{network.layers[home - 1].label if home else 'all layers'}: {sizes} bytes")
+    lines.append("weight gradients by torch, from errors that the kernel has pulled back to the products")
+    return lines

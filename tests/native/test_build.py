@@ -1,0 +1,378 @@
+"""Compiling, packaging and loading the native module, and what is said where one of them fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+import torch
+from installing import ROOT, build_wheel, copy_sources, install, run_pip, run_python
+
+from pcfast import native
+from pcfast.cli import main
+from pcfast.errors import BackendError
+
+CSRC = ROOT / "csrc"
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+NVCC_VARIABLES = ("CUDACXX", "CUDA_HOME", "CUDA_PATH")
+
+needs_nvcc = pytest.mark.skipif(
+    os.environ.get("PCFAST_NATIVE") == "0"
+    or (shutil.which("nvcc") is None and not any(map(os.environ.get, NVCC_VARIABLES))),
+    reason="no nvcc, or PCFAST_NATIVE=0",
+)
+needs_gcc = pytest.mark.skipif(
+    shutil.which("g++") is None or platform.machine() != "x86_64", reason="no g++, or not x86-64"
+)
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_found_before(monkeypatch) -> Iterator[None]:
+    monkeypatch.delenv(native.ON_HOST, raising=False)
+    native._find.cache_clear()
+    yield
+    native._find.cache_clear()
+
+
+def output_of(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def tool(name: str) -> str:
+    """Of this environment, in which pcfast's test extra has it, else on PATH."""
+    found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    assert found is not None, f"{name} is missing: pip install -e '.[test]'"
+    return found
+
+
+def configure(folder: Path, *definitions: str) -> subprocess.CompletedProcess:
+    import pybind11
+
+    command = [
+        tool("cmake"),
+        "-G",
+        "Ninja",
+        "-S",
+        ROOT,
+        "-B",
+        folder,
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+    ]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    command += [f"-D{definition}" for definition in definitions]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+# ---- the module of this checkout
+
+
+@pytest.fixture
+def module():
+    assert native.why_missing() == "", "compile it: make native"
+    return native.load()
+
+
+@needs_nvcc
+@no_gpu
+def test_without_a_driver_the_module_loads_and_says_so(module):
+    found = native.probe()
+    assert (found.driver_version, found.device_count) == (None, 0)
+    assert re.fullmatch(r"\d+\.\d", found.runtime_version)
+    assert "sm_80" in found.architectures or os.environ.get("PCFAST_CUDA_ARCHITECTURES")
+    assert found.reason.startswith("no NVIDIA driver was found: install it")
+    status, _ = module.device_count()
+    assert module.error_text(status) == "CUDA driver version is insufficient for CUDA runtime version"
+
+
+@needs_nvcc
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_with_a_gpu_nothing_is_missing(module):
+    found = native.probe()
+    assert found.device_count == torch.cuda.device_count()
+    assert found.driver_version is not None and found.reason == ""
+
+
+@needs_nvcc
+def test_a_status_becomes_words_and_an_impossible_launch_a_status(module):
+    assert module.error_text(0) == "no error"
+    assert module.error_text(1) == "invalid argument"
+    arguments = [bytes(size) for size in module.resident_sizes()]
+    refused = module.resident(*arguments, 4, 31, 0)
+    assert refused == -1 and module.error_text(refused) == "an argument that the kernel cannot use"
+
+
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no binutils")
+def test_the_module_exports_its_entry_alone_and_brings_cudart(module):
+    exported = output_of("nm", "--dynamic", "--defined-only", module.__file__).splitlines()
+    assert [line.split()[-1] for line in exported] == ["PyInit__native"]
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output_of("readelf", "--dynamic", module.__file__))
+    assert needed and not [name for name in needed if re.match("lib(cuda|nv|torch|c10|python)", name)]
+
+
+def test_the_interface_has_one_version():
+    (written,) = re.findall(r"#define PCFAST_ABI_VERSION (\d+)", (CSRC / "abi.h").read_text())
+    assert int(written) == native.ABI_VERSION
+
+
+# ---- a module that cannot be used
+
+
+def reason() -> str:
+    """Why the module is missing; `load` raises the same."""
+    found = native.why_missing()
+    with pytest.raises(BackendError) as raised:
+        native.load()
+    assert str(raised.value) == found
+    assert len(found.splitlines()) == 1
+    return found
+
+
+def instead_of_the_module(monkeypatch, folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(native, "_MODULE", name.partition(".")[0])
+
+
+def test_a_missing_module(monkeypatch):
+    monkeypatch.setattr(native, "_MODULE", "pcfast._native_absent")
+    assert re.search("are not compiled: .*Install the CUDA toolkit.* install pcfast again", reason())
+
+
+def test_a_module_of_another_version(monkeypatch, tmp_path):
+    instead_of_the_module(monkeypatch, tmp_path, "of_tomorrow.py", "def abi_version(): return 1001\n")
+    versions = f"its interface has version 1001, this pcfast needs {native.ABI_VERSION}"
+    assert re.search(f"other sources: {versions}; install pcfast again", reason())
+
+
+def test_a_module_without_a_version(monkeypatch, tmp_path):
+    instead_of_the_module(monkeypatch, tmp_path, "of_yesterday.py", "")
+    assert "other sources: its interface has version none" in reason()
+
+
+def test_a_module_that_the_loader_refuses(monkeypatch, tmp_path):
+    instead_of_the_module(monkeypatch, tmp_path, f"broken{SUFFIX}", "no shared object")
+    assert re.search("cannot be loaded: .*broken.*; install pcfast again", reason())
+
+
+def test_a_module_whose_needs_are_missing(monkeypatch, tmp_path):
+    instead_of_the_module(monkeypatch, tmp_path, "needy.py", "import pcfast_no_such_module\n")
+    assert "cannot be loaded: No module named 'pcfast_no_such_module'" in reason()
+
+
+def test_a_module_for_the_cpu_that_is_not_there(monkeypatch, tmp_path):
+    path = tmp_path / f"_native_host{SUFFIX}"
+    monkeypatch.setenv(native.ON_HOST, str(path))
+    assert native.on_host()
+    assert reason().startswith(f"{native.ON_HOST}={path} cannot be loaded: there is no such file")
+    native._find.cache_clear()
+    path.write_text("no shared object")
+    assert re.search(
+        f"{path} cannot be loaded: (?!there is no such file).*; name a built _native_host", reason()
+    )
+
+
+def test_info_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(native, "_MODULE", "pcfast._native_absent")
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["native"]
+    assert found["compiled"] is False and found["reason"] == native.why_missing()
+    assert main(["info"]) == 0
+    assert "the CUDA kernels are not compiled" in capsys.readouterr().out
+
+
+def test_importing_pcfast_loads_no_module(tmp_path):
+    code = "import sys, pcfast, pcfast.native; assert 'pcfast._native' not in sys.modules"
+    done = run_python(sys.executable, code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- what a driver and GPUs say
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "words"),
+    [
+        (35, 0, "no NVIDIA driver was found: install it"),
+        (35, 12020, "the NVIDIA driver is too old: it supports CUDA 12.2, the kernels need 13.0; update it"),
+        (100, 13000, "the driver finds no GPU: CUDA_VISIBLE_DEVICES='7'"),
+        (999, 13000, "CUDA error 999: unknown error"),
+    ],
+)
+def test_errors_of_the_driver(status, driver, words, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert native._explain(status, "unknown error", driver, 13000).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        ("sm_80 sm_90a", (8, 0), True),
+        ("sm_80", (8, 9), True),
+        ("sm_86", (8, 0), False),
+        ("sm_80", (7, 5), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_90a sm_100a", (10, 3), False),
+        ("sm_100f", (10, 3), True),
+        ("sm_90a compute_90", (10, 3), True),
+        ("sm_90a compute_90", (12, 1), True),
+        ("compute_90", (8, 9), False),
+        ("compute_90a", (10, 0), False),
+        ("sm_120a", (12, 0), True),
+    ],
+)
+def test_which_gpus_run_what_is_compiled_in(architectures, capability, runs):
+    said = native._no_code(architectures.split(), [capability])
+    assert (said == "") is runs
+    if not runs:
+        assert f"the compute capability here is {capability[0]}.{capability[1]}" in said
+    assert native._no_code(architectures.split(), [capability, (1, 0)]) == "" or not runs
+
+
+# ---- compiling
+
+
+@needs_nvcc
+def test_chips(tmp_path, monkeypatch):
+    monkeypatch.delenv("PCFAST_CUDA_ARCHITECTURES", raising=False)
+    done = configure(tmp_path)
+    assert done.returncode == 0, done.stderr
+    every = re.search("kernels for (.*)", done.stdout)[1].split()
+    # nvcc 13 knows all of them, 12.0 the first ones
+    assert every == [
+        name
+        for name in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a", "compute_90")
+        if name in every
+    ]
+    assert {"sm_80", "sm_90a", "compute_90"} <= set(every)
+
+    done = configure(tmp_path, "PCFAST_CUDA_ARCHITECTURES=90a, 80-virtual")
+    assert "kernels for sm_90a compute_80\n" in done.stdout
+    flags = (tmp_path / "build.ninja").read_text().replace('"', "")
+    codes = {" ".join(re.findall(r"arch=\S+", line)) for line in flags.splitlines() if "-lineinfo" in line}
+    assert codes == {"arch=compute_90a,code=[sm_90a] arch=compute_80,code=[compute_80]"}
+
+    done = configure(tmp_path, "PCFAST_CUDA_ARCHITECTURES=80;999")
+    assert done.returncode != 0
+    assert re.search(r"PCFAST_CUDA_ARCHITECTURES: nvcc \S+ does\s+not\s+know\s+'999'", done.stderr)
+
+
+# The whole interface with a kernel that compiles in seconds.
+PLANTED = """
+#include "../abi.h"
+__global__ void planted(int* at) { *at = 1; }
+int pcfast_resident(const void*, const void*, const void*, int, int, void*) { return PCFAST_INVALID_ARGUMENT; }
+void pcfast_resident_sizes(int* program, int* tensors, int* run) { *program = *tensors = *run = 1; }
+"""
+
+
+@needs_nvcc
+def test_wheel_editable_and_a_failure(tmp_path):
+    """One test, in one folder, so that what does not change is compiled once."""
+    source = copy_sources(tmp_path / "source")
+    shutil.rmtree(source / "csrc" / "resident")
+    planted = source / "csrc" / "another" / "planted.cu"
+    planted.parent.mkdir()
+    planted.write_text(PLANTED)
+    scripts = sysconfig.get_path("scripts")
+    environment = {"PCFAST_CUDA_ARCHITECTURES": "80", "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    where = "from pcfast import native; print(native.load().__file__, *native.probe().architectures)"
+
+    wheel = build_wheel(source, tmp_path / "wheel", environment)
+    assert "linux" in wheel.name and not wheel.name.endswith("-none-any.whl")
+    with ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert [name for name in names if name.endswith(".so")] == [f"pcfast/_native{SUFFIX}"]
+    assert not [name for name in names if "csrc" in name or "CMake" in name]
+    assert not list(source.glob("pcfast/*.so"))
+    installed = install(tmp_path / "wheel-venv", source, str(wheel))
+    (line,) = installed.output(where, tmp_path)
+    path, *architectures = line.split()
+    assert Path(path).is_relative_to(tmp_path / "wheel-venv")
+    assert architectures == ["sm_80"]
+
+    installed = install(
+        tmp_path / "editable-venv", source, "--editable", str(source), environment=environment
+    )
+    assert installed.output(where, tmp_path) == [f"{source / 'pcfast' / f'_native{SUFFIX}'} sm_80"]
+
+    planted.write_text(PLANTED.replace("*at = 1", "*at = undeclared"))
+    failed = run_pip("wheel", "--wheel-dir", tmp_path / "none", source, environment=environment)
+    assert failed.returncode != 0 and not list((tmp_path / "none").glob("*"))
+    said = failed.stdout + failed.stderr
+    assert re.search(r'planted\.cu\(\d+\): error: identifier "undeclared" is undefined', said)
+    assert "PCFAST_NATIVE=0 installs pcfast without them" in said
+
+
+@pytest.mark.parametrize(
+    ("without", "why"), [("nvcc", "no nvcc on PATH"), ("PCFAST_NATIVE", "PCFAST_NATIVE=0")]
+)
+def test_a_wheel_without_the_kernels(without, why, tmp_path, monkeypatch):
+    if without == "nvcc":
+        monkeypatch.delenv("PCFAST_NATIVE", raising=False)
+        for name in NVCC_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        folders = os.environ["PATH"].split(os.pathsep)
+        kept = [folder for folder in folders if not (Path(folder) / "nvcc").exists()]
+        monkeypatch.setenv("PATH", os.pathsep.join(kept))
+    else:
+        monkeypatch.setenv("PCFAST_NATIVE", "0")
+    source = copy_sources(tmp_path / "source")
+    done = run_pip("wheel", "--verbose", "--wheel-dir", tmp_path, source)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "without its CUDA kernels" in line]
+    assert len(said) == 1 and why in said[0]
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_what_is_missing_to_compile_is_named(tmp_path):
+    """``sys.modules[name] = None`` makes importing it fail."""
+    source = copy_sources(tmp_path)
+    code = (
+        "import os, runpy, sys\n"
+        "sys.modules['pybind11'] = None\n"
+        "os.environ.update(CUDACXX='/some/nvcc', PCFAST_NATIVE='')\n"
+        "sys.argv = ['setup.py', 'build_ext', '--inplace']\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    done = run_python(sys.executable, code, source)
+    assert done.returncode != 0
+    assert "pybind11 is missing" in done.stderr and "pip install 'cmake>=3.24' ninja pybind11" in done.stderr
+
+
+# ---- for the CPU
+
+
+@needs_gcc
+def test_a_module_for_the_cpu(tmp_path, monkeypatch):
+    done = configure(tmp_path, "PCFAST_HOST=ON")
+    assert done.returncode == 0, done.stderr
+    built = subprocess.run([tool("ninja"), "-C", tmp_path], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout
+    path = tmp_path / f"_native_host{SUFFIX}"
+    monkeypatch.setenv(native.ON_HOST, str(path))
+    module = native.load()
+    assert Path(module.__file__) == path
+    assert module.resident_sizes() and module.error_text(9) == "invalid configuration argument"
+    assert native.probe() == native.Probe(None, None, 0, (), "the kernels are compiled for the CPU")
+
+
+@needs_gcc
+def test_a_sanitizer_is_for_executables(tmp_path):
+    done = configure(tmp_path, "PCFAST_HOST=ON", "PCFAST_HOST_SANITIZE=thread")
+    assert done.returncode == 0, done.stderr
+    commands = output_of(tool("ninja"), "-C", tmp_path, "-t", "commands")
+    assert "-fsanitize=thread" in commands and "_native_host" not in commands
