@@ -7,8 +7,8 @@
 # GPU tests, measures the constants, the kernels alone and whole training steps, what matters most first, then runs
 # compute-sanitizer where there is one, and stops cleanly within M minutes (default 9). --only runs some of the steps
 # tests, constants, kernels, bench, sanitizer: where one command may not take long enough for all. OUT gets at most 8
-# small files. --rehearse runs every step without a GPU, each as short as it can be. PYTHON names the interpreter (default python3). Exit status 0 if every step ended well
-# or was skipped with a reason.
+# small files. --rehearse runs every step without a GPU, each as short as it can be. PYTHON names the interpreter
+# (default python3). Exit status 0 if every step ended well or was skipped with a reason.
 set -uo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }

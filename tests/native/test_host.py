@@ -522,8 +522,8 @@ EITHER = [
 def test_nvcc_compiles_every_operation(chip, tmp_path):
     command = [
         "nvcc", "-std=c++17", f"-gencode=arch=compute_{chip},code=sm_{chip}", "-Werror", "all-warnings",
-        "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v", "--keep", "--keep-dir", str(tmp_path), f"-I{CSRC}", "-c", str(HERE / "every_operation.cu"),
-        "-o", str(tmp_path / "every_operation.o"),
+        "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "-v", "--keep", "--keep-dir", str(tmp_path),
+        f"-I{CSRC}", "-c", str(HERE / "every_operation.cu"), "-o", str(tmp_path / "every_operation.o"),
     ]  # fmt: skip
     outcome = subprocess.run(command, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stderr
