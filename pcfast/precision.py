@@ -39,6 +39,28 @@ class Precision:
         return tensor if tensor.dtype == self.state else tensor.to(self.state)
 
 
+@dataclass(frozen=True)
+class Operands:
+    """What kernels' matrix products read: "ieee" (float32 as it is), "tf32" or "bf16".
+
+    Attributes:
+        linear, convolution: in linear layers and in convolutions, for which torch has a switch each.
+    """
+
+    linear: str
+    convolution: str
+
+
+def kernel_operands(device: torch.device, precision: Precision) -> Operands:
+    """By ``precision`` and torch's switches; call it inside the relaxation's :func:`numerics`."""
+    if precision.operand == torch.bfloat16:
+        return Operands("bf16", "bf16")
+    linear = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    if device.type != "cuda":  # no cuDNN whose switch there is
+        return Operands(linear, linear)
+    return Operands(linear, "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee")
+
+
 def choose_precision(device_type: str, dtype: torch.dtype) -> Precision:
     """Dtypes for parameters of ``dtype`` under the ambient autocast (docs/behaviour.md)."""
     state = dtype if dtype == torch.float64 or dtype.is_complex else torch.float32

@@ -1,4 +1,5 @@
-// Products of a stage: warps share them out as units, sums stay in registers, partial sums go to the scratch.
+// Products of a stage: warps share them out as units, sums stay in registers, partial sums go to the scratch. Those in
+// IEEE arithmetic are here, those on matrix units in matrix_products.cuh.
 //
 // A sum runs over its parts, and inside a part over lanes, in an order that depends on the layer alone: neither on the
 // batch nor on how many warps there are.
@@ -6,6 +7,7 @@
 
 #include "../tile/platform.cuh"
 #include "../tile/shuffle.cuh"
+#include "matrix_products.cuh"
 #include "program.h"
 
 namespace pcfast::resident {
@@ -26,9 +28,6 @@ __device__ Quad<Real> load_quad(const Real* from) {
 struct Warp {
   int index, count, lane;
 };
-
-// Units of a product for a block of `samples`.
-__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // LINEAR: rows of A that a unit of the feedback covers, so many for each lane.
 constexpr int kFeedbackRowsALane = 4;
@@ -180,8 +179,10 @@ __device__ void copy(const Product& product, Real* memory, int sample, int lane)
                    i % product.width * product.input.columns];
 }
 
+// Units of a product for a block of `samples`.
 template <bool FEEDBACK>
-__device__ int units(const Product& product, int groups, int samples) {
+__device__ int units(const Product& product, int operand, int groups, int samples) {
+  if (operand != IEEE) return matrix_units(product, samples);
   switch (product.kind) {
     case COPY:
       return samples;
@@ -200,7 +201,12 @@ __device__ int units(const Product& product, int groups, int samples) {
 
 // One unit of work for one warp. GROUP: samples that a lane of a linear product has.
 template <bool FEEDBACK, class Real, int GROUP>
-__device__ void run_unit(const Product& product, Real* memory, int unit, int groups, int samples, int lane) {
+__device__ void run_unit(const Product& product, int operand, Real* memory, int unit, int groups, int samples,
+                         int lane) {
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    if (operand == TF32) return run_matrix_unit<Tf32, FEEDBACK>(product, memory, unit, samples, lane);
+    if (operand == BF16) return run_matrix_unit<Bf16, FEEDBACK>(product, memory, unit, samples, lane);
+  }
   switch (product.kind) {
     case COPY:
       copy(product, memory, unit, lane);
@@ -239,12 +245,13 @@ __device__ void products(const Program& program, Real* memory, int lowest, int s
   const int groups = ceil_div(samples, GROUP);
   int before = 0;
   for (int l = program.depth; l >= lowest; --l) {
-    const Product& product = FEEDBACK ? program.layers[l - 1].feedback : program.layers[l - 1].predict;
-    const int count = units<FEEDBACK>(product, groups, samples);
+    const Layer& layer = program.layers[l - 1];
+    const Product& product = FEEDBACK ? layer.feedback : layer.predict;
+    const int count = units<FEEDBACK>(product, layer.operand, groups, samples);
     // the first unit of this product that falls to this warp, counting on from the products before it
     int unit = (warp.index - before % warp.count + warp.count) % warp.count;
     for (; unit < count; unit += warp.count)
-      run_unit<FEEDBACK, Real, GROUP>(product, memory, unit, groups, samples, warp.lane);
+      run_unit<FEEDBACK, Real, GROUP>(product, layer.operand, memory, unit, groups, samples, warp.lane);
     before += count;
   }
 }

@@ -3,6 +3,7 @@
 // One block keeps all of this in its shared memory, in elements of the state's scalar type, from offset 0 on:
 //
 //     weights   per layer  [input channel][tap y][tap x][padded output]     one copy, read by both stages
+//     terms     per convolution on matrix units: where each term of a sum lies
 //     d         per layer  beliefs as deviations, with the halo that the layer above reads
 //     delta     per layer  errors at the product's output, with the halo that the feedback reads
 //                          (Gram form of layer 2: its sum S instead; docs/method.md fact 7)
@@ -30,6 +31,10 @@ enum Product_kind : int32_t {
   LINEAR = 3,  // lanes run over output features, or over input features in the feedback
 };
 
+// What products read: the state as it is, or rounded for matrix units. Weights of linear layers are kept in bfloat16 for
+// BF16; all other weights are kept in the state's type, rounded.
+enum Operand : int32_t { IEEE = 0, TF32 = 1, BF16 = 2 };
+
 enum Pool_kind : int32_t { NO_POOL = 0, MAX_POOL = 1, AVG_POOL = 2 };
 
 enum Loss_kind : int32_t { CROSS_ENTROPY = 0, MSE = 1 };
@@ -51,9 +56,13 @@ struct Product {
   Place input;
   int32_t input_tap_y, input_tap_x;   // steps of B with a tap
   int32_t scratch, scratch_sample, scratch_split;
-  int32_t splits, split;              // parts of the sum; channels in each (linear: a multiple of 4)
+  // Parts of the sum, and channels in each: in linear products a multiple of 4, on matrix units of a step's depth, and
+  // there PIXELS counts terms instead of channels.
+  int32_t splits, split;
   int32_t lanes;                      // LINEAR, prediction: lanes over output features; the others share the sum
   int32_t rows_a_thread;              // PIXELS
+  int32_t tiles;                      // on matrix units, of a unit: of 16 rows (LINEAR), of 8 rows of A (PIXELS)
+  int32_t terms, term_count;          // PIXELS on matrix units: the terms' table, padded to a step's depth
   int32_t sign;                       // +1, -1
 };
 
@@ -66,7 +75,9 @@ struct Layer {
   int32_t before, after;              // activations in front of and behind the pool: codes of activations.cuh
   double before_negative_slope, after_negative_slope;
   int32_t uhat, uhat_sample;          // (channel, y, x) packed
-  int32_t weights, weight_inputs, weight_stride;  // as in shared memory; weight_inputs 0: none to load
+  int32_t operand;                    // of both products
+  // As in shared memory, the stride in numbers of the kind that is kept there; weight_inputs 0: none to load.
+  int32_t weights, weight_inputs, weight_stride;
   int32_t gram;                       // delta holds S
   Place delta;
   Place d;                            // of the layer's own output; the output layer has none
@@ -84,7 +95,7 @@ struct Program {
 
 // Device memory, dense and in torch's order, the batch outermost; scalars of the state's type. Entry l - 1 is layer l's.
 struct Tensors {
-  const void* weight[kMostLayers];    // (out, in, taps); Gram form: G takes the place of layer 2's
+  const void* weight[kMostLayers];    // (out, in, taps), BF16: bfloat16; Gram form: G takes the place of layer 2's
   const void* uhat[kMostLayers];      // of layers with delta
   const void* start[kMostLayers];     // d before the first iteration; null: zero
   void* d[kMostLayers];               // written: after the last iteration

@@ -17,6 +17,34 @@ __device__ const Real* row_of(const void* tensor, int64_t row, int64_t size) {
   return static_cast<const Real*>(tensor) + row * size;
 }
 
+// One layer's weights, rounded as its products read them, into shared memory.
+template <class Real>
+__device__ void fill_weights(const Layer& layer, const void* from, Real* memory, int thread, int threads) {
+  const int inputs = layer.weight_inputs;
+  for (int i = thread; i < inputs * layer.channels; i += threads) {
+    const int place = i % inputs * layer.weight_stride + i / inputs;
+    if constexpr (sizeof(Real) == sizeof(float)) {
+      if (layer.operand == BF16) {
+        const tile::bf16 weight = static_cast<const tile::bf16*>(from)[i];
+        if (layer.predict.kind == LINEAR)
+          reinterpret_cast<tile::bf16*>(memory + layer.weights)[place] = weight;
+        else
+          memory[layer.weights + place] = tile::to_float(weight);
+        continue;
+      }
+      if (layer.operand == TF32) {
+        memory[layer.weights + place] = tile::as_float(tile::to_tf32(static_cast<const float*>(from)[i]));
+        continue;
+      }
+    }
+    memory[layer.weights + place] = static_cast<const Real*>(from)[i];
+  }
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    for (int k = thread; k < layer.predict.term_count; k += threads) write_term(layer.predict, memory, k);
+    for (int k = thread; k < layer.feedback.term_count; k += threads) write_term(layer.feedback, memory, k);
+  }
+}
+
 // Everything that stays for the whole relaxation, into shared memory.
 template <class Real>
 __device__ void fill(const Moment<Real>& now, int thread, int threads) {
@@ -26,9 +54,7 @@ __device__ void fill(const Moment<Real>& now, int thread, int threads) {
   tile::block_barrier();
   for (int l = 1; l <= program.depth; ++l) {
     const Layer& layer = program.layers[l - 1];
-    const Real* weight = static_cast<const Real*>(now.tensors.weight[l - 1]);
-    for (int i = thread; i < layer.weight_inputs * layer.channels; i += threads)
-      memory[layer.weights + i % layer.weight_inputs * layer.weight_stride + i / layer.weight_inputs] = weight[i];
+    fill_weights(layer, now.tensors.weight[l - 1], memory, thread, threads);
     if (layer.uhat_sample) {
       const int inner = layer.channels * layer.height * layer.width;
       const Real* uhat = row_of<Real>(now.tensors.uhat[l - 1], now.first_sample, inner);

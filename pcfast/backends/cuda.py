@@ -10,13 +10,14 @@ import torch
 from .. import constants, native
 from ..deviation import Chain
 from ..planning import choose_gram
-from ..precision import choose_precision, numerics
+from ..precision import Operands, choose_precision, kernel_operands, numerics
 from ..resident.placement import Chip, Placement, place
 from .base import on_device
 from .eager import Eager
 from .kernel_run import KernelRun
 
-_LEAST_CAPABILITY = (8, 0)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
 
 
 class Cuda(Eager):
@@ -31,11 +32,8 @@ class Cuda(Eager):
         reason = _unavailable(request.device)
         if reason:
             return False, reason
-        if request.dtype not in (torch.float32, torch.float64 if native.on_host() else torch.float32):
+        if request.dtype not in _DTYPES and not (native.on_host() and request.dtype == torch.float64):
             return False, f"its kernels compute in float32, not {request.dtype}: use eager"
-        precision = choose_precision(request.device.type, request.dtype)
-        if precision.operand != precision.state:
-            return False, f"its products read float32, not {precision.operand}: use triton or eager"
         network = request.network
         if network.opaque:
             op = network.opaque[0]
@@ -54,7 +52,9 @@ class Cuda(Eager):
         gram, _ = choose_gram(
             network, shapes, request.method, request.num_steps, request.fresh, request.energies
         )
-        found = _place(network, shapes, gram, request.loss, precision, request.device)
+        precision = choose_precision(request.device.type, request.dtype)
+        with numerics(request.device, precision):
+            found = _place(network, shapes, gram, request.loss, precision, request.device)
         return (False, found) if isinstance(found, str) else (True, "")
 
     def run(self, problem, plan):
@@ -69,7 +69,8 @@ class Cuda(Eager):
             return ["no loop: one forward and one backward pass through torch"]
         from ..resident.words import describe
 
-        placed = _place(network, plan.shapes, plan.gram, "cross_entropy", plan.precision, device)
+        with numerics(device, plan.precision):
+            placed = _place(network, plan.shapes, plan.gram, "cross_entropy", plan.precision, device)
         return describe(network, placed)
 
 
@@ -109,9 +110,11 @@ def _chip(device: torch.device, scalar_bytes: int) -> Chip:
 
 
 def _place(network, shapes, gram: bool, loss: str, precision, device: torch.device) -> Placement | str:
-    return place(
-        network, shapes, gram, loss, precision.state.itemsize, _chip(device, precision.state.itemsize)
-    )
+    """See :func:`pcfast.resident.placement.place`; call it inside the relaxation's numerics."""
+    scalar_bytes = precision.state.itemsize
+    # doubles, which only the CPU's build has, have no matrix unit
+    operands = kernel_operands(device, precision) if scalar_bytes == 4 else Operands("ieee", "ieee")
+    return place(network, shapes, gram, loss, operands, scalar_bytes, _chip(device, scalar_bytes))
 
 
 class _Run(KernelRun):

@@ -16,7 +16,7 @@ import torch
 
 from .. import constants
 from ..errors import BackendError
-from ..precision import numerics
+from ..precision import kernel_operands, numerics
 from ..problem import energy_row
 from .base import on_device
 from .eager import Eager
@@ -92,36 +92,25 @@ def _unavailable(device_type: str, index: int | None) -> str:
     return ""
 
 
-def _product_precision(precision) -> str:
-    """What the matrix unit reads: see :func:`pcfast.streamed.tiles.linear_tiles`."""
-    if precision.operand == torch.bfloat16:
-        return "bf16"
-    # three TF32 products make one of float32's accuracy
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-
-
-def _convolution_precision(device: torch.device, precision) -> str:
-    """As :func:`_product_precision`, by cuDNN's switch; "" where there is no cuDNN, or one precision for all."""
-    if device.type != "cuda" or precision.operand == torch.bfloat16:
-        return ""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
+# What the matrix unit reads, by operand: three TF32 products make one of float32's accuracy.
+_UNITS = {"ieee": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
 
 
 def _target(device: torch.device, precision):
     from ..streamed.choice_cache import active
     from ..streamed.design import Target
 
-    known = constants.load()
+    known, operands = constants.load(), kernel_operands(device, precision)
     sm_count = known.sm_count
     if device.type == "cuda":
         sm_count = torch.cuda.get_device_properties(device).multi_processor_count
     return Target(
-        _product_precision(precision),
+        _UNITS[operands.linear],
         sm_count,
         known.shared_memory_per_sm_bytes,
         interpreted=device.type == "cpu",
         choices=active(device),
-        convolution_precision=_convolution_precision(device, precision),
+        convolution_precision=_UNITS[operands.convolution],
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from .. import network as specs
 from ..deviation.chain import pool_first
 from ..forms import LinearForm, PointwiseForm, TorchForm, layer_form, maps
+from ..precision import Operands
 from . import program as p
 
 # A vector access has so many numbers; rows that products read start at multiples of it.
@@ -28,6 +29,13 @@ _FEWEST_QUADS = 4
 _FEEDBACK_ROWS_A_LANE = 4
 _PIXELS_A_LANE = 4
 _PIXEL_ROWS = (8, 5, 4, 1)
+# csrc/resident/matrix_products.cuh: channels of a step, and what a unit may cover
+_DEPTHS = {"tf32": 8, "bf16": 16}
+_TILE_ROWS, _TILE_COLUMNS = 16, 8
+_MOST_ROW_TILES = 4
+_PLACE_TILES = {1: 4, 2: 4, 4: 2}
+# As _FEWEST_QUADS, in steps.
+_FEWEST_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Placement:
 
     Attributes:
         arrays: what lies where, in elements. elements: in all. scalar_bytes: of one.
+        operands: what products read.
         samples: of a block. group: of a lane in linear products. blocks, threads: of the launch.
         blocks_per_sm, waves: how the blocks fit the GPU.
         gram: layer 1's beliefs are out of the loop.
@@ -55,6 +64,7 @@ class Placement:
     arrays: tuple[Array, ...]
     elements: int
     scalar_bytes: int
+    operands: Operands
     samples: int
     group: int
     blocks: int
@@ -89,14 +99,17 @@ def _odd_quads(size: int) -> int:
 
 
 class _Memory:
-    """Places arrays one after another."""
+    """Places arrays one after another. multiple: a sample's part of each is padded to, with zeros."""
 
-    def __init__(self, samples: int) -> None:
-        self.samples, self.arrays, self.elements = samples, [], 0
+    def __init__(self, samples: int, multiple: int) -> None:
+        self.samples, self.multiple, self.arrays, self.elements = samples, multiple, [], 0
+
+    def padded(self, a_sample: int) -> int:
+        return _padded(a_sample, self.multiple)
 
     def add(self, name: str, home: int, a_sample: int = 0, *, once: int = 0) -> int:
         """Place an array of so many elements for every sample, or once a block; returns where it begins."""
-        first, elements = self.elements, _padded(a_sample) * self.samples + _padded(once)
+        first, elements = self.elements, self.padded(a_sample) * self.samples + _padded(once)
         self.arrays.append(Array(name, home, first, elements))
         self.elements += elements
         return first
@@ -111,6 +124,7 @@ class _Shape:
     below: tuple[int, int, int]  # (channels, height, width) of what it reads; features have one pixel
     inner: tuple[int, int, int]  # of what its tail reads
     out: tuple[int, int, int]  # of its output, pooled
+    operand: str  # of its product: a word of Operands
 
     @property
     def linear(self) -> bool:
@@ -121,7 +135,7 @@ def _as_map(shape: tuple[int, ...], map: tuple[int, int, int] | None) -> tuple[i
     return map if map is not None else (math.prod(shape[1:]), 1, 1)
 
 
-def _shapes(network: specs.Network, shapes: tuple) -> list[_Shape | None] | str:
+def _shapes(network: specs.Network, shapes: tuple, operands: Operands) -> list[_Shape | None] | str:
     """Per layer from index 2 on, or why the kernel cannot run one."""
     around = maps(network, shapes)
     found: list[_Shape | None] = [None, None]
@@ -131,20 +145,20 @@ def _shapes(network: specs.Network, shapes: tuple) -> list[_Shape | None] | str:
         if isinstance(form, TorchForm):
             return f"{layer.label}: {form.reason}"
         below, out = _as_map(inner[0], around[l - 1]), _as_map(inner[-1], around[l])
-        convolution = None
+        convolution, operand = None, "ieee"
         if isinstance(form, LinearForm):
             below, within = (form.in_features, 1, 1), (form.out_features, 1, 1)
-            out = within
+            out, operand = within, operands.linear
         else:
             height, width, channels = form.inner
             within = (channels, height, width)
             if form.convolution is not None:
-                convolution = pool_first(layer.ops)[form.convolution]
+                convolution, operand = pool_first(layer.ops)[form.convolution], operands.convolution
                 if convolution.groups != 1 or convolution.dilation != (1, 1):
                     return f"{layer.label}: its convolution is grouped or dilated"
         if l == network.depth and (len(inner[-1]) != 2 or getattr(form, "pool", None) is not None):
             return f"{layer.label}: the output layer pools, or gives more than one row of classes a sample"
-        found.append(_Shape(form, convolution, below, within, out))
+        found.append(_Shape(form, convolution, below, within, out, operand))
     return found
 
 
@@ -162,27 +176,43 @@ def _power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def _linear_predict(
-    product: p.Product, out: int, channels: int, weights: int, stride: int, first: int, a_sample: int
-):
+def _linear(product: p.Product, out: int, channels: int, weights: int, input: p.Place) -> None:
     product.kind, product.out, product.height, product.width = p.LINEAR, out, 1, 1
     product.channels, product.taps_y, product.taps_x = channels, 1, 1
-    product.weights, product.weight_channel = weights, stride
-    product.input = p.Place(first, a_sample, 1, 1, 1)
+    product.weights, product.input = weights, input
+
+
+def _linear_predict(product: p.Product, operand: str, out: int, channels: int, weights, stride, input):
+    _linear(product, out, channels, weights, input)
+    product.weight_channel = stride
+    if operand != "ieee":
+        _row_tiles(product, operand)
+        return
     product.lanes = min(_WARP, _power_of_two(-(-out // _QUAD)))
     tiles = -(-out // (product.lanes * _QUAD))
     product.splits, product.split = _linear_splits(tiles, -(-channels // _QUAD), _WARP // product.lanes)
 
 
-def _linear_feedback(
-    product: p.Product, out: int, channels: int, weights: int, stride: int, first: int, a_sample: int
-):
-    product.kind, product.out, product.height, product.width = p.LINEAR, out, 1, 1
-    product.channels, product.taps_y, product.taps_x = channels, 1, 1
-    product.weights, product.weight_row = weights, stride
-    product.input = p.Place(first, a_sample, 1, 1, 1)
+def _linear_feedback(product: p.Product, operand: str, out: int, channels: int, weights, stride, input):
+    _linear(product, out, channels, weights, input)
+    product.weight_row = stride
+    if operand != "ieee":
+        _row_tiles(product, operand)
+        return
     tiles = -(-out // (_WARP * _FEEDBACK_ROWS_A_LANE))
     product.splits, product.split = _linear_splits(tiles, -(-channels // _QUAD), 1)
+
+
+def _row_tiles(product: p.Product, operand: str) -> None:
+    """A linear product on matrix units. Tiles of a unit share what they read of the samples."""
+    depth, tiles = _DEPTHS[operand], -(-product.out // _TILE_ROWS)
+    product.channels = _padded(product.channels, depth)
+    steps = product.channels // depth
+    most_splits = max(steps // _FEWEST_STEPS, 1)
+    product.tiles = max(min(-(-tiles * most_splits // _WARPS), tiles, _MOST_ROW_TILES), 1)
+    splits = min(max(_WARPS // -(-tiles // product.tiles), 1), most_splits)
+    split = -(-steps // splits)
+    product.splits, product.split = -(-steps // split), split * depth
 
 
 def _pixels(product: p.Product, out, channels, taps, weights, row, channel, tap_y, tap_x, place, steps):
@@ -193,14 +223,30 @@ def _pixels(product: p.Product, out, channels, taps, weights, row, channel, tap_
     product.weights, product.weight_row, product.weight_channel = weights, row, channel
     product.weight_tap_y, product.weight_tap_x = tap_y, tap_x
     product.input, (product.input_tap_y, product.input_tap_x) = place, steps
-    rows = next(rows for rows in _PIXEL_ROWS if rows <= out[0])
-    if out[0] % rows and out[0] in (6, 7):
-        rows = 8
-    product.rows_a_thread = rows
-    units = -(-out[1] * out[2] // (_WARP * _PIXELS_A_LANE)) * -(-out[0] // rows)
-    splits = min(channels, max(_WARPS // 2 // units, 1))
-    product.split = -(-channels // splits)
-    product.splits = -(-channels // product.split)
+
+
+def _share_pixels(memory: _Memory, product: p.Product, l: int, operand: str) -> None:
+    """Units, and parts of the sum where one sample has too few for the warps."""
+    area = product.height * product.width
+    if operand == "ieee":
+        rows = next(rows for rows in _PIXEL_ROWS if rows <= product.out)
+        if product.out % rows and product.out in (6, 7):
+            rows = 8
+        product.rows_a_thread = rows
+        units = -(-area // (_WARP * _PIXELS_A_LANE)) * -(-product.out // rows)
+        terms, depth, fewest = product.channels, 1, 1
+    else:
+        columns = -(-product.out // _TILE_COLUMNS)
+        product.tiles = min(_power_of_two(columns), max(_PLACE_TILES))
+        places = _PLACE_TILES[product.tiles] * _TILE_ROWS
+        units = -(-area // places) * -(-columns // product.tiles)
+        depth, fewest = _DEPTHS[operand], _FEWEST_STEPS
+        terms = _padded(product.channels * product.taps_y * product.taps_x, depth)
+        product.terms, product.term_count = memory.add("terms", l, once=2 * terms), terms
+    steps = terms // depth
+    splits = min(max(steps // fewest, 1), max(_WARPS // 2 // units, 1))
+    split = -(-steps // splits)
+    product.splits, product.split = -(-steps // split), split * depth
 
 
 def _copy(product: p.Product, shape: tuple[int, int, int], place: p.Place) -> None:
@@ -211,9 +257,9 @@ def _copy(product: p.Product, shape: tuple[int, int, int], place: p.Place) -> No
 # arrays
 
 
-def _packed(first: int, a_sample: int, shape: tuple[int, int, int]) -> p.Place:
+def _packed(memory: _Memory, first: int, shape: tuple[int, int, int]) -> p.Place:
     _, height, width = shape
-    return p.Place(first, _padded(a_sample), height * width, width, 1)
+    return p.Place(first, memory.padded(math.prod(shape)), height * width, width, 1)
 
 
 def _place_beliefs(
@@ -225,11 +271,35 @@ def _place_beliefs(
     rows, columns = height + 2 * top, width + 2 * left
     a_sample = channels * rows * columns
     first = memory.add("d", l, a_sample)
-    return (
-        p.Place(first + top * columns + left, _padded(a_sample), rows * columns, columns, 1),
-        first,
-        columns,
+    place = p.Place(first + top * columns + left, memory.padded(a_sample), rows * columns, columns, 1)
+    return place, first, columns
+
+
+def _place_linear_weights(
+    memory: _Memory, layer: p.Layer, l: int, operand: str, inputs: int, out: int
+) -> None:
+    """[input][padded output]. On matrix units steps run past the end of a row, and of the last one: into zeros."""
+    layer.weight_inputs = inputs
+    if operand == "bf16":
+        # rows of an odd number of 16 bytes: eight of them lie in different banks
+        layer.weight_stride = 8 * (-(-out // 8) | 1)
+        once = _padded(inputs, _DEPTHS[operand]) * layer.weight_stride // 2 + _DEPTHS[operand] // 2
+    else:
+        layer.weight_stride = _odd_quads(out)
+        depth = _DEPTHS.get(operand, _QUAD)
+        once = _padded(inputs, depth) * layer.weight_stride + (depth if operand in _DEPTHS else 0)
+    layer.weights = memory.add("weights", l, once=once)
+
+
+def _place_linear(memory: _Memory, layer: p.Layer, l: int, shape: _Shape, d_first: int) -> None:
+    inputs, out = shape.form.in_features, shape.form.out_features
+    _place_linear_weights(memory, layer, l, shape.operand, inputs, out)
+    weights = layer.weights, layer.weight_stride
+    _linear_predict(
+        layer.predict, shape.operand, out, inputs, *weights, _packed(memory, d_first, shape.below)
     )
+    layer.delta = _packed(memory, memory.add("delta", l, out), shape.inner)
+    _linear_feedback(layer.feedback, shape.operand, inputs, out, *weights, layer.delta)
 
 
 def _dilated(size: int, out: int, kernel: int, stride: int, padding: int) -> tuple[int, int]:
@@ -252,78 +322,62 @@ def _place_convolution(
     stride, taps = _padded(out), ky * kx
     layer.weight_inputs, layer.weight_stride = channels * taps, stride
     layer.weights = memory.add("weights", l, once=channels * taps * stride)
-    below = p.Place(
-        d_first,
-        _padded(channels * (height + 2 * py) * d_columns),
-        (height + 2 * py) * d_columns,
-        sy * d_columns,
-        sx,
-    )
+    d_area = (height + 2 * py) * d_columns
+    below = p.Place(d_first, memory.padded(channels * d_area), d_area, sy * d_columns, sx)
     _pixels(
         layer.predict, shape.inner, channels, (ky, kx), layer.weights, 1, taps * stride, kx * stride, stride,
         below, (d_columns, 1),
     )  # fmt: skip
     top, rows = _dilated(height, out_height, ky, sy, py)
     left, columns = _dilated(width, out_width, kx, sx, px)
-    a_sample = out * rows * columns
-    first = memory.add("delta", l, a_sample)
-    layer.delta = p.Place(first + top * columns + left, _padded(a_sample), rows * columns, sy * columns, sx)
-    errors = p.Place(first + (py + top) * columns + px + left, _padded(a_sample), rows * columns, columns, 1)
+    first = memory.add("delta", l, out * rows * columns)
+    a_sample = memory.padded(out * rows * columns)
+    layer.delta = p.Place(first + top * columns + left, a_sample, rows * columns, sy * columns, sx)
+    errors = p.Place(first + (py + top) * columns + px + left, a_sample, rows * columns, columns, 1)
     _pixels(
         layer.feedback, shape.below, out, (ky, kx), layer.weights, taps * stride, 1, kx * stride, stride,
         errors, (-columns, -1),
     )  # fmt: skip
+    for product in (layer.predict, layer.feedback):
+        _share_pixels(memory, product, l, shape.operand)
 
 
 def _place_gram(memory: _Memory, layer: p.Layer, l: int, shape: _Shape) -> None:
     """s = -S G; S takes the place of delta, G that of the weights."""
     out, height, width = shape.inner
-    layer.gram = 1
+    layer.gram, layer.predict.sign = 1, -1
     if shape.linear:
-        stride = _odd_quads(out)
-        layer.weight_inputs, layer.weight_stride = out, stride
-        layer.weights = memory.add("weights", l, once=_padded(out) * stride)
-        first = memory.add("sum", l, out)
-        layer.delta = _packed(first, out, shape.inner)
-        _linear_predict(layer.predict, out, out, layer.weights, stride, first, _padded(out))
-    else:
-        ky, kx = (2 * size - 1 for size in shape.convolution.kernel)
-        stride, taps = _padded(out), ky * kx
-        layer.weight_inputs, layer.weight_stride = out * taps, stride
-        layer.weights = memory.add("weights", l, once=out * taps * stride)
-        rows, columns = height + ky - 1, width + kx - 1
-        a_sample = out * rows * columns
-        first = memory.add("sum", l, a_sample)
-        layer.delta = p.Place(
-            first + ky // 2 * columns + kx // 2, _padded(a_sample), rows * columns, columns, 1
-        )
-        _pixels(
-            layer.predict, shape.inner, out, (ky, kx), layer.weights, 1, taps * stride, kx * stride, stride,
-            p.Place(first, _padded(a_sample), rows * columns, columns, 1), (columns, 1),
-        )  # fmt: skip
-    layer.predict.sign = -1
+        _place_linear_weights(memory, layer, l, shape.operand, out, out)
+        layer.delta = _packed(memory, memory.add("sum", l, out), shape.inner)
+        weights = layer.weights, layer.weight_stride
+        _linear_predict(layer.predict, shape.operand, out, out, *weights, layer.delta)
+        return
+    ky, kx = (2 * size - 1 for size in shape.convolution.kernel)
+    stride, taps = _padded(out), ky * kx
+    layer.weight_inputs, layer.weight_stride = out * taps, stride
+    layer.weights = memory.add("weights", l, once=out * taps * stride)
+    rows, columns = height + ky - 1, width + kx - 1
+    first = memory.add("sum", l, out * rows * columns)
+    a_sample = memory.padded(out * rows * columns)
+    layer.delta = p.Place(first + ky // 2 * columns + kx // 2, a_sample, rows * columns, columns, 1)
+    _pixels(
+        layer.predict, shape.inner, out, (ky, kx), layer.weights, 1, taps * stride, kx * stride, stride,
+        p.Place(first, a_sample, rows * columns, columns, 1), (columns, 1),
+    )  # fmt: skip
+    _share_pixels(memory, layer.predict, l, shape.operand)
 
 
 def _place_layer(
     memory: _Memory, layer: p.Layer, l: int, shape: _Shape, d_first: int, d_columns: int
 ) -> None:
     if shape.linear:
-        form, out = shape.form, shape.form.out_features
-        stride = _odd_quads(out)
-        layer.weight_inputs, layer.weight_stride = form.in_features, stride
-        layer.weights = memory.add("weights", l, once=_padded(form.in_features) * stride)
-        _linear_predict(
-            layer.predict, out, form.in_features, layer.weights, stride, d_first, _padded(form.in_features)
-        )
-        first = memory.add("delta", l, out)
-        layer.delta = _packed(first, out, shape.inner)
-        _linear_feedback(layer.feedback, form.in_features, out, layer.weights, stride, first, _padded(out))
+        _place_linear(memory, layer, l, shape, d_first)
     elif shape.convolution is not None:
         _place_convolution(memory, layer, l, shape, d_first, d_columns)
     else:
         size = math.prod(shape.inner)
-        _copy(layer.predict, shape.inner, _packed(d_first, size, shape.inner))
-        layer.delta = _packed(memory.add("delta", l, size), size, shape.inner)
+        _copy(layer.predict, shape.inner, _packed(memory, d_first, shape.inner))
+        layer.delta = _packed(memory, memory.add("delta", l, size), shape.inner)
         _copy(layer.feedback, shape.below, layer.delta)
 
 
@@ -369,7 +423,9 @@ def _place_scratch(memory: _Memory, what: p.Program) -> None:
 def _program(
     network: specs.Network, shapes: tuple, layers: list[_Shape | None], gram: bool, loss: str, samples: int
 ) -> tuple[p.Program, _Memory]:
-    memory, what = _Memory(samples), p.Program()
+    operands = {shape.operand for shape in layers[2:]}
+    memory = _Memory(samples, max(_DEPTHS.get(operand, _QUAD) for operand in operands))
+    what = p.Program()
     what.depth, what.samples, what.group = network.depth, samples, min(samples, _MOST_GROUP)
     what.loss, what.first_in_loop = p.LOSSES[loss], 2 if gram else 1
     first = what.layers[0]
@@ -379,17 +435,18 @@ def _program(
         first.d, d_first, d_columns = _place_beliefs(memory, 1, layers[2].below, layers[2])
     for l in range(2, network.depth + 1):
         layer, shape = what.layers[l - 1], layers[l]
+        layer.operand = p.OPERANDS[shape.operand]
         if gram and l == 2:
             _place_gram(memory, layer, l, shape)
         else:
             _place_layer(memory, layer, l, shape, d_first, d_columns)
         _describe_tail(layer, shape)
         size = math.prod(shape.inner)
-        layer.uhat, layer.uhat_sample = memory.add("uhat", l, size), _padded(size)
+        layer.uhat, layer.uhat_sample = memory.add("uhat", l, size), memory.padded(size)
         if l < network.depth:
             layer.d, d_first, d_columns = _place_beliefs(memory, l, shape.out, layers[l + 1])
     what.classes = layers[network.depth].out[0]
-    what.classes_stride = _padded(what.classes)
+    what.classes_stride = memory.padded(what.classes)
     what.vhat = memory.add("vhat", network.depth, what.classes)
     what.dense = memory.add("target", network.depth, what.classes)
     what.mass = memory.add("mass", network.depth, once=samples)
@@ -400,7 +457,13 @@ def _program(
 
 @functools.lru_cache(maxsize=256)
 def place(
-    network: specs.Network, shapes: tuple, gram: bool, loss: str, scalar_bytes: int, chip: Chip
+    network: specs.Network,
+    shapes: tuple,
+    gram: bool,
+    loss: str,
+    operands: Operands,
+    scalar_bytes: int,
+    chip: Chip,
 ) -> Placement | str:
     """Place a network of at least two layers, or say why it cannot be.
 
@@ -408,11 +471,12 @@ def place(
         shapes: as :meth:`pcfast.network.Network.shapes` gives them, none hidden.
         gram: layer 1's beliefs leave the loop (docs/method.md fact 7).
         loss: "cross_entropy" or "mse".
+        operands: what products read; matrix units need a state of float32.
         scalar_bytes: of a number of the state.
     """
     if network.depth > p.MOST_LAYERS:
         return f"it has {network.depth} layers; the kernel's argument has room for {p.MOST_LAYERS}"
-    layers = _shapes(network, shapes)
+    layers = _shapes(network, shapes, operands)
     if isinstance(layers, str):
         return layers
     batch, chosen = shapes[0][0][0], None
@@ -432,8 +496,8 @@ def place(
         waves = -(-blocks // (chip.sm_count * per_sm))
         if chosen is None or waves < chosen.waves:
             chosen = Placement(
-                tuple(memory.arrays), memory.elements, scalar_bytes, samples, what.group, blocks, threads, per_sm,
-                waves, gram, bytes(what),
+                tuple(memory.arrays), memory.elements, scalar_bytes, operands, samples, what.group, blocks, threads,
+                per_sm, waves, gram, bytes(what),
             )  # fmt: skip
         if waves == 1:
             break

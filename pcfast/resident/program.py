@@ -11,6 +11,8 @@ MOST_LAYERS = 16
 
 # kinds of products
 NO_PRODUCT, COPY, PIXELS, LINEAR = range(4)
+# what products read, by the words of pcfast.precision.Operands
+OPERANDS = {"ieee": 0, "tf32": 1, "bf16": 2}
 NO_POOL, MAX_POOL, AVG_POOL = range(3)
 LOSSES = {"cross_entropy": 0, "mse": 1}
 _ACTIVATIONS = {type(None): 0, Relu: 1, LeakyRelu: 2, Tanh: 3, Sigmoid: 4, Silu: 5, Gelu: 6, GeluTanh: 7}
@@ -35,7 +37,8 @@ class Product(Structure):
         *_ints("weights", "weight_row", "weight_channel", "weight_tap_y", "weight_tap_x"),
         ("input", Place),
         *_ints("input_tap_y", "input_tap_x", "scratch", "scratch_sample", "scratch_split"),
-        *_ints("splits", "split", "lanes", "rows_a_thread", "sign"),
+        *_ints("splits", "split", "lanes", "rows_a_thread"),
+        *_ints("tiles", "terms", "term_count", "sign"),
     ]
 
 
@@ -47,7 +50,7 @@ class Layer(Structure):
         *_ints("pool", "window_y", "window_x", "before", "after"),
         ("before_negative_slope", c_double),
         ("after_negative_slope", c_double),
-        *_ints("uhat", "uhat_sample", "weights", "weight_inputs", "weight_stride", "gram"),
+        *_ints("uhat", "uhat_sample", "operand", "weights", "weight_inputs", "weight_stride", "gram"),
         ("delta", Place),
         ("d", Place),
     ]

@@ -1,0 +1,310 @@
+// Products of a stage on matrix units: TF32 or bfloat16 operands, sums in float32.
+//
+// A unit is a few tiles of 16 x 8 numbers and one part of their sum. State is read as float32 and rounded on its way into
+// a fragment; weights were rounded when they were loaded. Inside a step the order along k is free as long as both
+// operands agree on it, so lanes take what lies well in shared memory: in a picture of mma.cuh "k = t" and so on are
+// places, not numbers.
+#pragma once
+
+#include "../tile/mma.cuh"
+#include "../tile/platform.cuh"
+#include "program.h"
+
+namespace pcfast::resident {
+
+using tile::ceil_div;
+
+constexpr int kTileRows = 16;
+constexpr int kTileColumns = 8;
+
+struct Tf32 {
+  static constexpr int kDepth = 8;          // of a step, along k
+  static constexpr int kLane = kDepth / 4;  // numbers of a step that a lane has of one row
+
+  // One row's numbers as its two registers.
+  __device__ static void round(uint32_t (&row)[2], const float (&x)[kLane]) {
+    row[0] = tile::to_tf32(x[0]);
+    row[1] = tile::to_tf32(x[1]);
+  }
+  // The same of numbers that need no rounding any more.
+  __device__ static void take(uint32_t (&row)[2], const float (&x)[kLane]) {
+    row[0] = tile::as_bits(x[0]);
+    row[1] = tile::as_bits(x[1]);
+  }
+  __device__ static void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    tile::mma_tf32(sum, a, b);
+  }
+};
+
+struct Bf16 {
+  static constexpr int kDepth = 16;
+  static constexpr int kLane = kDepth / 4;
+
+  __device__ static void round(uint32_t (&row)[2], const float (&x)[kLane]) {
+    row[0] = tile::pack_bf16(x[0], x[1]);
+    row[1] = tile::pack_bf16(x[2], x[3]);
+  }
+  __device__ static void take(uint32_t (&row)[2], const float (&x)[kLane]) { round(row, x); }
+  __device__ static void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    tile::mma_bf16(sum, a, b);
+  }
+};
+
+// a of a step from its rows g and g + 8.
+__device__ inline void join(uint32_t (&a)[4], const uint32_t (&upper)[2], const uint32_t (&lower)[2]) {
+  a[0] = upper[0], a[1] = lower[0], a[2] = upper[1], a[3] = lower[1];
+}
+
+// LINEAR: rows of a tile are features, columns samples. Most tiles of a unit, side by side along the features.
+constexpr int kMostRowTiles = 4;
+
+// The weights of one tile of rows as a, one step after another. Rows past the end are read again from the last ones:
+// nobody stores their sums.
+template <class Operand, bool FEEDBACK>
+struct LinearWeights;
+
+// [k][row] in float32, a row of it `weight_channel` long: k = 2t and 2t + 1 hit different banks (placement.py).
+template <>
+struct LinearWeights<Tf32, false> {
+  const float* upper;
+  const float* lower;
+  int stride;
+
+  __device__ LinearWeights(const Product& product, const float* memory, int row, int lane)
+      : stride(product.weight_channel) {
+    const float* first = memory + product.weights + lane % 4 * 2 * stride;
+    upper = first + min(row + lane / 4, product.out - 1);
+    lower = first + min(row + lane / 4 + 8, product.out - 1);
+  }
+  __device__ void load(uint32_t (&a)[4], int k) const {
+    a[0] = tile::as_bits(upper[k * stride]);
+    a[1] = tile::as_bits(lower[k * stride]);
+    a[2] = tile::as_bits(upper[(k + 1) * stride]);
+    a[3] = tile::as_bits(lower[(k + 1) * stride]);
+  }
+};
+
+// [row][k]: k = t and t + 4 do.
+template <>
+struct LinearWeights<Tf32, true> {
+  const float* upper;
+  const float* lower;
+
+  __device__ LinearWeights(const Product& product, const float* memory, int row, int lane) {
+    const float* first = memory + product.weights + lane % 4;
+    upper = first + min(row + lane / 4, product.out - 1) * product.weight_row;
+    lower = first + min(row + lane / 4 + 8, product.out - 1) * product.weight_row;
+  }
+  __device__ void load(uint32_t (&a)[4], int k) const {
+    a[0] = tile::as_bits(upper[k]);
+    a[1] = tile::as_bits(lower[k]);
+    a[2] = tile::as_bits(upper[k + 4]);
+    a[3] = tile::as_bits(lower[k + 4]);
+  }
+};
+
+// In bfloat16; the lane's address is of eight numbers of one k (prediction) or of one row (feedback).
+template <bool FEEDBACK>
+struct LinearWeights<Bf16, FEEDBACK> {
+  const tile::bf16* at;
+  int step;
+
+  __device__ LinearWeights(const Product& product, const float* memory, int row, int lane) {
+    const auto* first = reinterpret_cast<const tile::bf16*>(memory + product.weights);
+    const int half = lane / 8 % 2 * 8, deep = lane / 16 * 8, within = lane % 8;
+    if constexpr (FEEDBACK) {
+      at = first + min(row + half + within, product.out - 1) * product.weight_row + deep;
+      step = 1;
+    } else {
+      // a row of the weights is a multiple of eight long
+      at = first + (deep + within) * product.weight_channel + min(row + half, product.weight_channel - 8);
+      step = product.weight_channel;
+    }
+  }
+  __device__ void load(uint32_t (&a)[4], int k) const { tile::load_matrix<4, !FEEDBACK>(a, at + k * step); }
+};
+
+// One sample's numbers of a step as b, in the order of the weights.
+template <class Operand, bool FEEDBACK>
+__device__ void load_sample(uint32_t (&b)[2], const float* input, int member) {
+  float x[Operand::kLane];
+  if constexpr (Operand::kLane == 4) {
+    x[0] = input[2 * member], x[1] = input[2 * member + 1];
+    x[2] = input[2 * member + 8], x[3] = input[2 * member + 9];
+  } else {
+    x[0] = input[FEEDBACK ? member : 2 * member];
+    x[1] = input[FEEDBACK ? member + 4 : 2 * member + 1];
+  }
+  Operand::round(b, x);
+}
+
+// C[row][n] for a unit's tiles of rows and eight samples from `first_sample` on, of which `samples` exist.
+template <class Operand, bool FEEDBACK>
+__device__ void linear_tiles(const Product& product, float* memory, int unit, int first_sample, int samples, int lane) {
+  const int split = unit % product.splits;
+  const int first_row = unit / product.splits * product.tiles * kTileRows;
+  const int begin = split * product.split, end = min(begin + product.split, product.channels);
+  // the last sample stands in for those that do not exist
+  const float* input =
+      memory + product.input.first + (first_sample + min(lane / 4, samples - 1)) * product.input.samples;
+  const int count = min(product.tiles, ceil_div(product.out - first_row, kTileRows));
+
+  float sum[kMostRowTiles][4] = {};
+  for (int k = begin; k < end; k += Operand::kDepth) {
+    uint32_t b[2];
+    load_sample<Operand, FEEDBACK>(b, input + k, lane % 4);
+    PCFAST_UNROLL
+    for (int tile = 0; tile < kMostRowTiles; ++tile) {
+      if (tile >= count) break;
+      uint32_t a[4];
+      LinearWeights<Operand, FEEDBACK>(product, memory, first_row + tile * kTileRows, lane).load(a, k);
+      Operand::multiply(sum[tile], a, b);
+    }
+  }
+  float* out = memory + product.scratch + split * product.scratch_split + first_sample * product.scratch_sample;
+  PCFAST_UNROLL
+  for (int tile = 0; tile < kMostRowTiles; ++tile)
+    PCFAST_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int row = first_row + tile * kTileRows + tile::accumulator_row(lane, i);
+      const int n = tile::accumulator_column(lane, i);
+      if (tile < count && row < product.out && n < samples) out[n * product.scratch_sample + row] = sum[tile][i];
+    }
+}
+
+// PIXELS: rows of a tile are places of the map, of all samples one after another, columns its channels. A unit of more
+// columns has fewer places: their fragments stay in registers.
+__host__ __device__ constexpr int place_tiles(int column_tiles) { return column_tiles < 4 ? 4 : 2; }
+
+// Where the input and the weight of one term of a sum lie, from the first ones on. Terms past the end have no weight.
+struct Term {
+  int32_t input, weight;
+};
+struct alignas(16) TermPair {
+  Term term[2];
+};
+constexpr int kTermElements = sizeof(Term) / sizeof(float);
+constexpr int kNoWeight = -1;
+
+// Writes term `k` of a product.
+__device__ inline void write_term(const Product& product, float* memory, int k) {
+  const int taps = product.taps_y * product.taps_x, channel = k / taps;
+  const int tap_y = k % taps / product.taps_x, tap_x = k % product.taps_x;
+  Term term{0, kNoWeight};
+  if (channel < product.channels) {
+    term.input = channel * product.input.channels + tap_y * product.input_tap_y + tap_x * product.input_tap_x;
+    term.weight = channel * product.weight_channel + tap_y * product.weight_tap_y + tap_x * product.weight_tap_x;
+  }
+  reinterpret_cast<Term*>(memory + product.terms)[k] = term;
+}
+
+template <class Operand, int COLUMNS>
+__device__ void pixel_tiles(const Product& product, float* memory, int unit, int samples, int lane) {
+  constexpr int PLACES = place_tiles(COLUMNS);
+  const int split = unit % product.splits, tile = unit / product.splits;
+  const int groups = ceil_div(product.out, COLUMNS * kTileColumns);
+  const int first_column = tile % groups * COLUMNS * kTileColumns;
+  const int first_place = tile / groups * PLACES * kTileRows;
+  const int area = product.height * product.width, places = samples * area;
+  const int begin = split * product.split, end = min(begin + product.split, product.term_count);
+
+  const float* input[PLACES][2];  // rows g and g + 8
+  PCFAST_UNROLL
+  for (int i = 0; i < PLACES * 2; ++i) {
+    const int p = min(first_place + i / 2 * kTileRows + i % 2 * 8 + lane / 4, places - 1);
+    const int y = p % area / product.width, x = p % product.width;
+    input[i / 2][i % 2] = memory + product.input.first + p / area * product.input.samples + y * product.input.rows +
+                          x * product.input.columns;
+  }
+  const float* weights[COLUMNS];
+  PCFAST_UNROLL
+  for (int c = 0; c < COLUMNS; ++c)
+    weights[c] = memory + product.weights +
+                 min(first_column + c * kTileColumns + lane / 4, product.out - 1) * product.weight_row;
+
+  float sum[PLACES][COLUMNS][4] = {};
+  for (int k = begin; k < end; k += Operand::kDepth) {
+    constexpr int kLane = Operand::kLane;
+    Term term[kLane];
+    const auto* pairs = reinterpret_cast<const TermPair*>(memory + product.terms) + (k + lane % 4 * kLane) / 2;
+    PCFAST_UNROLL
+    for (int i = 0; i < kLane / 2; ++i) {
+      const TermPair pair = pairs[i];
+      term[2 * i] = pair.term[0];
+      term[2 * i + 1] = pair.term[1];
+    }
+    uint32_t b[COLUMNS][2];
+    PCFAST_UNROLL
+    for (int c = 0; c < COLUMNS; ++c) {
+      float x[kLane];
+      PCFAST_UNROLL
+      for (int i = 0; i < kLane; ++i) x[i] = term[i].weight == kNoWeight ? 0.0f : weights[c][term[i].weight];
+      Operand::take(b[c], x);
+    }
+    PCFAST_UNROLL
+    for (int j = 0; j < PLACES; ++j) {
+      uint32_t rows[2][2], a[4];
+      PCFAST_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float x[kLane];
+        PCFAST_UNROLL
+        for (int i = 0; i < kLane; ++i) x[i] = input[j][half][term[i].input];
+        Operand::round(rows[half], x);
+      }
+      join(a, rows[0], rows[1]);
+      PCFAST_UNROLL
+      for (int c = 0; c < COLUMNS; ++c) Operand::multiply(sum[j][c], a, b[c]);
+    }
+  }
+  float* out = memory + product.scratch + split * product.scratch_split;
+  PCFAST_UNROLL
+  for (int j = 0; j < PLACES; ++j)
+    PCFAST_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int p = first_place + j * kTileRows + half * 8 + lane / 4;
+      if (p >= places) continue;
+      float* at = out + p / area * product.scratch_sample + p % area;
+      PCFAST_UNROLL
+      for (int i = 0; i < COLUMNS * 2; ++i) {
+        const int column = first_column + i / 2 * kTileColumns + lane % 4 * 2 + i % 2;
+        if (column < product.out) at[column * area] = sum[j][i / 2][half * 2 + i % 2];
+      }
+    }
+}
+
+// Units of a product for a block of `samples`.
+__host__ __device__ inline int matrix_units(const Product& product, int samples) {
+  switch (product.kind) {
+    case LINEAR:
+      return ceil_div(product.out, product.tiles * kTileRows) * product.splits * ceil_div(samples, kTileColumns);
+    case PIXELS:
+      return ceil_div(samples * product.height * product.width, place_tiles(product.tiles) * kTileRows) *
+             ceil_div(product.out, product.tiles * kTileColumns) * product.splits;
+    default:
+      return 0;
+  }
+}
+
+// One unit of work for one warp.
+template <class Operand, bool FEEDBACK>
+__device__ void run_matrix_unit(const Product& product, float* memory, int unit, int samples, int lane) {
+  if (product.kind == LINEAR) {
+    const int groups = ceil_div(samples, kTileColumns);
+    const int first = unit % groups * kTileColumns;
+    linear_tiles<Operand, FEEDBACK>(product, memory, unit / groups, first, samples - first, lane);
+    return;
+  }
+  switch (product.tiles) {
+    case 1:
+      pixel_tiles<Operand, 1>(product, memory, unit, samples, lane);
+      return;
+    case 2:
+      pixel_tiles<Operand, 2>(product, memory, unit, samples, lane);
+      return;
+    default:
+      pixel_tiles<Operand, 4>(product, memory, unit, samples, lane);
+      return;
+  }
+}
+
+}  // namespace pcfast::resident
