@@ -73,44 +73,58 @@ struct Tail {
   }
   __device__ int window() const { return layer.window_y * layer.window_x; }
 
-  // mu - vhat, act' behind the pool, and the pool's winner
+  // mu - vhat, act' behind the pool, and the pool's winner. Each activation stands once: they are most of the kernel's code.
   __device__ Moved<Real> evaluate(int& winner) const {
     winner = 0;
-    if (layer.pool == NO_POOL) return after(uhat(source(0)), s(source(0)));
-    const int count = window();
-    if (layer.pool == AVG_POOL) {
-      Real base = 0, difference = 0;
+    Real base = uhat(source(0)), difference = s(source(0));
+    if (layer.pool != NO_POOL) {
+      const int count = window();
+      const bool highest = layer.pool == MAX_POOL;
+      auto value = [&](int k) { return activate(uhat(source(k)), layer.before, Real(layer.before_negative_slope)); };
+      base = value(0);
+      PCFAST_NO_UNROLL
+      for (int k = 1; k < count; ++k) {
+        const Real other = value(k);
+        if (!highest)
+          base += other;
+        else if (other > base || other != other)
+          base = other;
+      }
+      // max_k((v_k - v_highest) + moved_k): the first wins a tie, NaN wins always, as in PyTorch
+      difference = 0;
+      PCFAST_NO_UNROLL
       for (int k = 0; k < count; ++k) {
-        base += activate(uhat(source(k)), layer.before, Real(layer.before_negative_slope));
-        difference += before(source(k)).bracket;
+        const Real moved = before(source(k)).bracket;
+        const Real relative = (value(k) - base) + moved;
+        if (!highest) {
+          difference += moved;
+        } else if (k == 0 || relative > difference || (relative != relative && difference == difference)) {
+          difference = relative;
+          winner = k;
+        }
       }
-      return after(base / count, difference / count);
+      if (!highest) base /= count, difference /= count;
     }
-    // max_k((v_k - v_highest) + moved_k): the first wins a tie, NaN wins always, as in PyTorch
-    Real highest = activate(uhat(source(0)), layer.before, Real(layer.before_negative_slope));
-    for (int k = 1; k < count; ++k) {
-      Real value = activate(uhat(source(k)), layer.before, Real(layer.before_negative_slope));
-      if (value > highest || value != value) highest = value;
-    }
-    Real difference = 0;
-    for (int k = 0; k < count; ++k) {
-      Real value = activate(uhat(source(k)), layer.before, Real(layer.before_negative_slope));
-      Real relative = (value - highest) + before(source(k)).bracket;
-      if (k == 0 || relative > difference || (relative != relative && difference == difference)) {
-        difference = relative;
-        winner = k;
-      }
-    }
-    return after(highest, difference);
+    return after(base, difference);
   }
 
   // What of an error behind the pool's activation reaches element k of the window.
   __device__ Real share(int k, Real error, int winner) const {
     if (layer.pool == NO_POOL) return error;
-    if (layer.pool == MAX_POOL) return k == winner ? error * before(source(k)).slope : Real(0);
-    return error / window() * before(source(k)).slope;
+    if (layer.pool == MAX_POOL && k != winner) return Real(0);
+    return (layer.pool == MAX_POOL ? error : error / window()) * before(source(k)).slope;
   }
 };
+
+// Of a dense tensor in device memory whose rows are samples.
+template <class Real>
+__device__ Real* row_of(void* tensor, int64_t row, int64_t size) {
+  return static_cast<Real*>(tensor) + row * size;
+}
+template <class Real>
+__device__ const Real* row_of(const void* tensor, int64_t row, int64_t size) {
+  return static_cast<const Real*>(tensor) + row * size;
+}
 
 // An error that has reached the product of layer l: delta, or in Gram form S <- S + eta (delta - S).
 template <class Real>
@@ -132,24 +146,38 @@ __device__ void pull_back(const Moment<Real>& now, int l, const Element<Real>& w
 }
 
 // Predict stage of a hidden layer: eps = bracket - d, delta = eps pulled back to the product, d += eta eps.
+//
+// `finish`: after the last iteration, of any layer: its last errors, pulled back at the last beliefs, into device memory
+// for the weight gradients.
 template <class Real>
-__device__ void hidden_error(const Moment<Real>& now, int l, bool moved, int thread, int threads) {
+__device__ void pull_errors(const Moment<Real>& now, int l, bool moved, bool finish, int thread, int threads) {
   const Layer& layer = now.program.layers[l - 1];
   const int size = layer.channels * layer.pooled_height * layer.pooled_width;
+  const int inner = layer.channels * layer.height * layer.width;
+  Real* errors = row_of<Real>(now.tensors.error[l - 1], now.first_sample, size);
+  Real* out = row_of<Real>(now.tensors.local_error[l - 1], now.first_sample, inner);
   for (int e = thread; e < now.samples * size; e += threads) {
     const Element<Real> where = element<Real>(layer, e);
     const Tail<Real> tail{layer, now.memory, moved, where};
     int winner;
     const Moved<Real> found = tail.evaluate(winner);
-    Real& d = now.memory[at(layer.d, where.sample, where.channel, where.y, where.x)];
-    const Real error = found.bracket - d;
-    if (now.moves) d += now.eta * error;
-    const int64_t sample = now.first_sample + where.sample;
-    if (now.last) static_cast<Real*>(now.tensors.error[l - 1])[sample * size + where.index] = error;
+    Real error;
+    if (finish) {
+      error = errors[e];
+    } else {
+      Real& d = now.memory[at(layer.d, where.sample, where.channel, where.y, where.x)];
+      error = found.bracket - d;
+      if (now.moves) d += now.eta * error;
+      if (now.last) errors[e] = error;
+    }
+    PCFAST_NO_UNROLL
     for (int k = 0; k < tail.window(); ++k) {
       const int source = tail.source(k);
       const Real value = tail.share(k, error * found.slope, winner);
-      pull_back(now, l, where, source, value);
+      if (finish)
+        out[where.sample * inner + source] = value;
+      else
+        pull_back(now, l, where, source, value);
     }
   }
 }
@@ -157,38 +185,37 @@ __device__ void hidden_error(const Moment<Real>& now, int l, bool moved, int thr
 // The loss's gradient at mu = vhat + bracket, one warp a sample; eps and delta of the output layer.
 template <class Real>
 __device__ void output_error(const Moment<Real>& now, bool moved, const Warp& warp) {
+  enum Pass : int { HIGHEST, SUM, ERROR };
   const Program& program = now.program;
   const Layer& layer = program.layers[program.depth - 1];
   const int classes = program.classes;
+  Real* errors = row_of<Real>(now.tensors.error[program.depth - 1], now.first_sample, classes);
   // from the last warp on, since the first ones have the hidden layers
   for (int n = warp.count - 1 - warp.index; n < now.samples; n += warp.count) {
     const Real* vhat = now.memory + program.vhat + n * program.classes_stride;
     const Real* dense = now.memory + program.dense + n * program.classes_stride;
-    auto mu = [&](int c) {
-      const Element<Real> where{n, c, 0, 0, c};
-      int winner;
-      return vhat[c] + Tail<Real>{layer, now.memory, moved, where}.evaluate(winner).bracket;
-    };
-    Real highest = 0, sum = 1;
-    if (program.loss == CROSS_ENTROPY) {
-      highest = Real(-3.0e38);
-      for (int c = warp.lane; c < classes; c += kWarpSize) highest = fmax(highest, mu(c));
-      highest = tile::warp_max(highest);
-      sum = 0;  // NaN is lost in the maximum and comes back here
-      for (int c = warp.lane; c < classes; c += kWarpSize) sum += exp(mu(c) - highest);
-      sum = tile::warp_sum(sum);
-    }
-    for (int c = warp.lane; c < classes; c += kWarpSize) {
-      const Element<Real> where{n, c, 0, 0, c};
-      int winner;
-      const Moved<Real> found = Tail<Real>{layer, now.memory, moved, where}.evaluate(winner);
-      const Real output = vhat[c] + found.bracket;
-      const Real error = program.loss == CROSS_ENTROPY
-                             ? exp(output - highest) / sum * now.memory[program.mass + n] - dense[c]
-                             : (output - dense[c]) * now.loss_scale;
-      const int64_t sample = now.first_sample + n;
-      if (now.last) static_cast<Real*>(now.tensors.error[program.depth - 1])[sample * classes + c] = error;
-      pull_back(now, program.depth, where, c, error * found.slope);
+    Real highest = Real(-3.0e38), sum = 0;
+    PCFAST_NO_UNROLL
+    for (int pass = program.loss == CROSS_ENTROPY ? HIGHEST : ERROR; pass <= ERROR; ++pass) {
+      for (int c = warp.lane; c < classes; c += kWarpSize) {
+        const Element<Real> where{n, c, 0, 0, c};
+        int winner;
+        const Moved<Real> found = Tail<Real>{layer, now.memory, moved, where}.evaluate(winner);
+        const Real output = vhat[c] + found.bracket;
+        if (pass == HIGHEST) {
+          highest = fmax(highest, output);
+        } else if (pass == SUM) {
+          sum += exp(output - highest);  // NaN was lost in the maximum and comes back here
+        } else {
+          const Real error = program.loss == CROSS_ENTROPY
+                                 ? exp(output - highest) / sum * now.memory[program.mass + n] - dense[c]
+                                 : (output - dense[c]) * now.loss_scale;
+          if (now.last) errors[n * classes + c] = error;
+          pull_back(now, program.depth, where, c, error * found.slope);
+        }
+      }
+      if (pass == HIGHEST) highest = tile::warp_max(highest);
+      if (pass == SUM) sum = tile::warp_sum(sum);
     }
   }
 }
@@ -212,26 +239,6 @@ __device__ void update(const Moment<Real>& now, int l, int thread, int threads) 
     }
     d -= now.eta * pulled;
     note_bad(now, l, d);
-  }
-}
-
-// After the last iteration: the last errors pulled back to the products at the last beliefs, for the weight gradients.
-template <class Real>
-__device__ void local_error(const Moment<Real>& now, int l, bool moved, int thread, int threads) {
-  const Layer& layer = now.program.layers[l - 1];
-  const int size = layer.channels * layer.pooled_height * layer.pooled_width;
-  const int64_t inner = int64_t(layer.channels) * layer.height * layer.width;
-  Real* out = static_cast<Real*>(now.tensors.local_error[l - 1]);
-  const Real* errors = static_cast<const Real*>(now.tensors.error[l - 1]);
-  for (int e = thread; e < now.samples * size; e += threads) {
-    const Element<Real> where = element<Real>(layer, e);
-    const Tail<Real> tail{layer, now.memory, moved, where};
-    const int64_t sample = now.first_sample + where.sample;
-    int winner;
-    const Real slope = tail.evaluate(winner).slope;
-    const Real error = errors[sample * size + where.index] * slope;
-    for (int k = 0; k < tail.window(); ++k)
-      out[sample * inner + tail.source(k)] = tail.share(k, error, winner);
   }
 }
 

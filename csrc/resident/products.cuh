@@ -14,6 +14,7 @@ namespace pcfast::resident {
 
 using tile::kWarpSize;
 constexpr int kQuad = 4;  // numbers of one vector access
+constexpr int kMostGroup = 4;  // samples that a lane of a linear product may have
 
 template <class Real>
 struct alignas(kQuad * sizeof(Real) < 16 ? kQuad * sizeof(Real) : 16) Quad {
@@ -199,9 +200,19 @@ __device__ int units(const Product& product, int operand, int groups, int sample
   }
 }
 
-// One unit of work for one warp. GROUP: samples that a lane of a linear product has.
-template <bool FEEDBACK, class Real, int GROUP>
-__device__ void run_unit(const Product& product, int operand, Real* memory, int unit, int groups, int samples,
+// SAMPLES: that a lane has.
+template <bool FEEDBACK, class Real, int SAMPLES>
+__device__ void run_linear_unit(const Product& product, Real* memory, int unit, int groups, int samples, int lane) {
+  const int first = unit % groups * SAMPLES;
+  if constexpr (FEEDBACK)
+    linear_feedback<Real, SAMPLES>(product, memory, unit / groups, first, samples - first, lane);
+  else
+    linear_prediction<Real, SAMPLES>(product, memory, unit / groups, first, samples - first, lane);
+}
+
+// One unit of work for one warp. group: samples that a lane of a linear product has; groups: of the block.
+template <bool FEEDBACK, class Real>
+__device__ void run_unit(const Product& product, int operand, Real* memory, int unit, int group, int groups, int samples,
                          int lane) {
   if constexpr (sizeof(Real) == sizeof(float)) {
     if (operand == TF32) return run_matrix_unit<Tf32, FEEDBACK>(product, memory, unit, samples, lane);
@@ -209,30 +220,28 @@ __device__ void run_unit(const Product& product, int operand, Real* memory, int 
   }
   switch (product.kind) {
     case COPY:
-      copy(product, memory, unit, lane);
-      return;
-    case LINEAR: {
-      const int first = unit % groups * GROUP;
-      if constexpr (FEEDBACK)
-        linear_feedback<Real, GROUP>(product, memory, unit / groups, first, samples - first, lane);
-      else
-        linear_prediction<Real, GROUP>(product, memory, unit / groups, first, samples - first, lane);
-      return;
-    }
+      return copy(product, memory, unit, lane);
+    case LINEAR:
+      switch (group) {
+        case 1:
+          return run_linear_unit<FEEDBACK, Real, 1>(product, memory, unit, groups, samples, lane);
+        case 2:
+          return run_linear_unit<FEEDBACK, Real, 2>(product, memory, unit, groups, samples, lane);
+        case 3:
+          return run_linear_unit<FEEDBACK, Real, 3>(product, memory, unit, groups, samples, lane);
+        default:
+          return run_linear_unit<FEEDBACK, Real, kMostGroup>(product, memory, unit, groups, samples, lane);
+      }
     case PIXELS:
       switch (product.rows_a_thread) {
         case 8:
-          pixels<Real, 8>(product, memory, unit, samples, lane);
-          return;
+          return pixels<Real, 8>(product, memory, unit, samples, lane);
         case 5:  // the paper's MNIST network has five channels
-          pixels<Real, 5>(product, memory, unit, samples, lane);
-          return;
+          return pixels<Real, 5>(product, memory, unit, samples, lane);
         case 4:
-          pixels<Real, 4>(product, memory, unit, samples, lane);
-          return;
+          return pixels<Real, 4>(product, memory, unit, samples, lane);
         default:
-          pixels<Real, 1>(product, memory, unit, samples, lane);
-          return;
+          return pixels<Real, 1>(product, memory, unit, samples, lane);
       }
     default:
       return;
@@ -240,9 +249,9 @@ __device__ void run_unit(const Product& product, int operand, Real* memory, int 
 }
 
 // All products of a stage from layer `lowest` (counted from 1) on, shared out among the warps.
-template <bool FEEDBACK, class Real, int GROUP>
+template <bool FEEDBACK, class Real>
 __device__ void products(const Program& program, Real* memory, int lowest, int samples, const Warp& warp) {
-  const int groups = ceil_div(samples, GROUP);
+  const int groups = ceil_div(samples, program.group);
   int before = 0;
   for (int l = program.depth; l >= lowest; --l) {
     const Layer& layer = program.layers[l - 1];
@@ -251,7 +260,7 @@ __device__ void products(const Program& program, Real* memory, int lowest, int s
     // the first unit of this product that falls to this warp, counting on from the products before it
     int unit = (warp.index - before % warp.count + warp.count) % warp.count;
     for (; unit < count; unit += warp.count)
-      run_unit<FEEDBACK, Real, GROUP>(product, layer.operand, memory, unit, groups, samples, warp.lane);
+      run_unit<FEEDBACK>(product, layer.operand, memory, unit, program.group, groups, samples, warp.lane);
     before += count;
   }
 }

@@ -12,11 +12,6 @@ namespace pcfast::resident {
 // Most threads of a block; fewer are possible.
 constexpr int kMostThreads = 512;
 
-template <class Real>
-__device__ const Real* row_of(const void* tensor, int64_t row, int64_t size) {
-  return static_cast<const Real*>(tensor) + row * size;
-}
-
 // One layer's weights, rounded as its products read them, into shared memory.
 template <class Real>
 __device__ void fill_weights(const Layer& layer, const void* from, Real* memory, int thread, int threads) {
@@ -105,7 +100,7 @@ __device__ void store(const Moment<Real>& now, int thread, int threads) {
     sum[i] = now.memory[at(gram.delta, i / inner, i % inner / area, i % area / gram.width, i % gram.width)];
 }
 
-template <class Real, int GROUP>
+template <class Real>
 __global__ void __launch_bounds__(kMostThreads, 1)
     relaxation(const __grid_constant__ Program program, const __grid_constant__ Tensors tensors,
                const __grid_constant__ Run run) {
@@ -120,34 +115,32 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 
   const int depth = program.depth;
   const int iterations = max(run.iterations, 1);
-  for (int t = 1; t <= iterations; ++t) {
+  // One round more finishes: every stage stands once, since each is much code.
+  for (int t = 1;; ++t) {
+    const bool finish = t > iterations;
     now.iteration = t;
     now.last = t == iterations;
-    // the lowest layer with an error, and the lowest whose prediction has moved (fact 3)
-    const int front = run.fresh ? max(depth - t + 1, 2) : 2;
+    // The lowest layer with an error, and the lowest whose prediction has moved (fact 3). Below it beliefs are where they
+    // were, and so is the prediction.
+    const int front = run.fresh ? max(depth - t + 1 + finish, 2) : 2;
     const int moved = run.fresh ? max(depth - t + 2, 2) : 2;
-    products<false, Real, GROUP>(program, now.memory, moved, now.samples, warp);
+    products<false>(program, now.memory, moved, now.samples, warp);
     tile::block_barrier();
-    output_error(now, depth >= moved, warp);
-    for (int l = depth - 1; l >= front; --l) hidden_error(now, l, l >= moved, thread, threads);
+    if (!finish) output_error(now, depth >= moved, warp);
+    for (int l = depth - !finish; l >= front; --l) pull_errors(now, l, l >= moved, finish, thread, threads);
+    if (finish) break;
     tile::block_barrier();
-    if (run.iterations == 0) break;
-    // beliefs from front - 1 on move; in Gram form layer 1's have done so with S
-    const int lowest = max(run.fresh ? depth - t : 1, program.first_in_loop);
-    products<true, Real, GROUP>(program, now.memory, lowest + 1, now.samples, warp);
-    tile::block_barrier();
-    for (int l = depth - 1; l >= lowest; --l) update(now, l, thread, threads);
-    tile::block_barrier();
+    if (now.moves) {
+      // beliefs from front - 1 on move; in Gram form layer 1's have done so with S
+      const int lowest = max(run.fresh ? depth - t : 1, program.first_in_loop);
+      products<true>(program, now.memory, lowest + 1, now.samples, warp);
+      tile::block_barrier();
+      for (int l = depth - 1; l >= lowest; --l) update(now, l, thread, threads);
+      tile::block_barrier();
+    }
+    if (now.last && !tensors.local_error[depth - 1]) break;
   }
   store(now, thread, threads);
-
-  if (!tensors.local_error[depth - 1]) return;
-  // beliefs that have not moved leave their layer's prediction where it was
-  const int front = run.fresh ? max(depth - iterations + 1, 2) : 2;
-  const int moved = run.fresh ? max(depth - run.iterations + 1, 2) : 2;
-  products<false, Real, GROUP>(program, now.memory, moved, now.samples, warp);
-  tile::block_barrier();
-  for (int l = depth; l >= front; --l) local_error(now, l, l >= moved, thread, threads);
 }
 
 }  // namespace pcfast::resident

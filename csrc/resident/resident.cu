@@ -1,4 +1,4 @@
-// The resident kernel's instantiations, and its entry in the C interface.
+// The resident kernel's entry in the C interface.
 #include <cstddef>
 
 #include "../abi.h"
@@ -7,27 +7,11 @@
 namespace pcfast::resident {
 namespace {
 
-template <class Real, int GROUP>
+template <class Real>
 int start(const Program& program, const Tensors& tensors, const Run& run, int threads, void* stream) {
   const unsigned blocks = ceil_div(run.batch, program.samples);
-  return tile::launch(relaxation<Real, GROUP>, dim3(blocks), dim3(threads), program.elements * sizeof(Real), stream,
-                      program, tensors, run);
-}
-
-template <class Real>
-int start_for(const Program& program, const Tensors& tensors, const Run& run, int threads, void* stream) {
-  switch (program.group) {
-    case 1:
-      return start<Real, 1>(program, tensors, run, threads, stream);
-    case 2:
-      return start<Real, 2>(program, tensors, run, threads, stream);
-    case 3:
-      return start<Real, 3>(program, tensors, run, threads, stream);
-    case 4:
-      return start<Real, 4>(program, tensors, run, threads, stream);
-    default:
-      return PCFAST_INVALID_ARGUMENT;
-  }
+  return tile::launch(relaxation<Real>, dim3(blocks), dim3(threads), program.elements * sizeof(Real), stream, program,
+                      tensors, run);
 }
 
 }  // namespace
@@ -40,10 +24,11 @@ extern "C" int pcfast_resident(const void* program, const void* tensors, const v
   const Tensors& where = *static_cast<const Tensors*>(tensors);
   const Run& how = *static_cast<const Run*>(run);
   if (threads < kWarpSize || threads > kMostThreads || threads % kWarpSize) return PCFAST_INVALID_ARGUMENT;
-  if (scalar_bytes == sizeof(float)) return start_for<float>(what, where, how, threads, stream);
+  if (what.group < 1 || what.group > kMostGroup) return PCFAST_INVALID_ARGUMENT;
+  if (scalar_bytes == sizeof(float)) return start<float>(what, where, how, threads, stream);
 #ifndef __CUDACC__
   // golden vectors are met in double, on the CPU
-  if (scalar_bytes == sizeof(double)) return start_for<double>(what, where, how, threads, stream);
+  if (scalar_bytes == sizeof(double)) return start<double>(what, where, how, threads, stream);
 #endif
   return PCFAST_INVALID_ARGUMENT;
 }

@@ -250,7 +250,7 @@ def test_chips(tmp_path, monkeypatch):
     done = configure(tmp_path)
     assert done.returncode == 0, done.stderr
     every = re.search("kernels for (.*)", done.stdout)[1].split()
-    # nvcc 13 knows all of them, 12.0 the first ones
+    # nvcc 13 knows all of them, 12.1 the first ones
     assert every == [
         name
         for name in ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a", "compute_90")
