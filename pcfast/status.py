@@ -60,7 +60,10 @@ def _diverged(iteration: int | None, layer: int) -> Callable[[float], PcfastErro
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The largest magnitude of each tensor, (len,): NaN or inf exactly where a tensor holds one."""
-    return torch.stack(torch._foreach_norm(list(tensors), float("inf"))).to(torch.float64)
+    found = torch._foreach_norm(list(tensors), float("inf"))
+    if any(norm.dtype != found[0].dtype for norm in found):
+        found = [norm.to(torch.float64) for norm in found]
+    return torch.stack(found)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -78,18 +81,25 @@ def first_non_finite(tensors: Sequence[Tensor]) -> int | None:
 
 
 class StatusBuilder:
-    """Collects, on the device and without waiting, where values first became non-finite."""
+    """Collects, on the device and without waiting, where values first became non-finite.
+
+    Every operation here is a launch of a few microseconds in every step: hence few, and all norms at once.
+    """
 
     def __init__(self) -> None:
         self._causes: list[Callable[[float], PcfastError]] = []
-        self._norms: list[Tensor] = []
+        # tensors, to be looked at in the end, or the norms of what will have changed by then
+        self._noted: list[Sequence[Tensor] | Tensor] = []
 
-    def _note(self, causes: list, tensors: Sequence[Tensor]) -> None:
+    def _note(self, causes: list, tensors: Sequence[Tensor] | Tensor) -> None:
         self._causes += causes
-        self._norms.append(norms(tensors))
+        self._noted.append(tensors)
 
     def begin(self, x: Tensor, activations: Sequence[Tensor], loss_values: Sequence[Tensor]) -> None:
-        """Note the input, the forward pass's vhat_1..vhat_L, and the loss with its gradient there."""
+        """Note the input, the forward pass's vhat_1..vhat_L, and the loss with its gradient there.
+
+        They must keep their values until :meth:`build`.
+        """
         self._note([_bad_input], [x])
         self._note([_diverged(0, l) for l in range(1, len(activations) + 1)], activations)
         self._note([bad_loss] * len(loss_values), loss_values)
@@ -97,36 +107,54 @@ class StatusBuilder:
     def observe(self, iteration: int, states: dict[int, Tensor]) -> None:
         """Note one iteration's states, layer -> tensor."""
         if states:
-            self._note([_diverged(iteration, l) for l in states], list(states.values()))
+            self._note([_diverged(iteration, l) for l in states], norms(list(states.values())))
 
     def observe_first(self, first_bad: Tensor, num_steps: int) -> None:
         """Note a loop's own record: ``first_bad`` (L-1,), the iteration that first found layer l's state not
         finite, larger than ``num_steps`` where none did.
         """
         iterations = torch.arange(1, num_steps + 1, device=first_bad.device)
-        bad = first_bad.unsqueeze(0) <= iterations.unsqueeze(1)
-        self._causes += [
-            _diverged(t, l) for t in range(1, num_steps + 1) for l in range(1, len(first_bad) + 1)
-        ]
-        self._norms.append(torch.where(bad, float("inf"), 0.0).to(torch.float64).flatten())
+        fine = first_bad.unsqueeze(0) > iterations.unsqueeze(1)
+        causes = [_diverged(t, l) for t in range(1, num_steps + 1) for l in range(1, len(first_bad) + 1)]
+        self._note(causes, fine.log().flatten())  # log 0 is infinite
 
     def build(self, label_flaw: Tensor | None, results: Sequence[tuple[int, Tensor]]) -> Status:
         """The status, with ``results`` noted last: (layer, tensor) for what the relaxation gave in the end."""
         by_layer = sorted(results, key=lambda result: result[0])
         self._note([_diverged(None, layer) for layer, _ in by_layer], [value for _, value in by_layer])
-        bad = ~torch.isfinite(torch.cat(self._norms))
-        word = torch.where(bad.any(), bad.to(torch.int8).argmax(), _FINE)
+        magnitudes = self._magnitudes()
+        differences = magnitudes - magnitudes  # zero, or NaN for what is not finite
+        # the first NaN is the maximum
+        word = differences.argmax().masked_fill_(differences.sum() == 0, _FINE)
         if label_flaw is not None:
-            word = torch.where(label_flaw, len(self._causes), word)
+            word.masked_fill_(label_flaw, len(self._causes))
             self._causes.append(_bad_labels)
         return Status(word, tuple(self._causes))
 
+    def _magnitudes(self) -> Tensor:
+        """One number for each cause."""
+        tensors = [tensor for noted in self._noted if not isinstance(noted, Tensor) for tensor in noted]
+        found, parts, begin = norms(tensors), [], 0
+        for noted in self._noted:
+            if isinstance(noted, Tensor):
+                parts.append(noted)
+            else:
+                parts.append(found[begin : begin + len(noted)])
+                begin += len(noted)
+        return torch.cat(parts)
 
-def zero_if_bad(status: Status, gradients: Sequence[Tensor]) -> None:
-    """Zero the gradients in place, on the device, where ``status`` says that the step failed."""
+
+def zeroed_if_bad(status: Status, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, zeroed on the device where ``status`` says that the step failed; parts of one tensor a dtype."""
     failed = status.word != _FINE
-    for gradient in gradients:
-        gradient.masked_fill_(failed, 0)
+    found = list(gradients)
+    for dtype in {gradient.dtype for gradient in found}:
+        own = [i for i, gradient in enumerate(found) if gradient.dtype == dtype]
+        together = torch.cat([found[i].reshape(-1) for i in own]).masked_fill_(failed, 0)
+        parts = together.split([found[i].numel() for i in own])
+        for i, part in zip(own, parts, strict=True):
+            found[i] = part.view(found[i].shape)
+    return found
 
 
 @dataclass

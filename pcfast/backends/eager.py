@@ -252,7 +252,8 @@ class Run:
         results = [*self.checked, *((owners[p], g) for p, g in out.gradients.items())]
         if self.builder is not None:
             out.status = self.builder.build(self.flaw, results)
-            status.zero_if_bad(out.status, list(out.gradients.values()))
+            zeroed = status.zeroed_if_bad(out.status, list(out.gradients.values()))
+            out.gradients = dict(zip(out.gradients, zeroed, strict=True))
             return
         bad = status.first_non_finite(self.vhat[1:])
         if bad is not None:
