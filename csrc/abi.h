@@ -4,7 +4,7 @@
 #pragma once
 
 // Goes up with every change of this file, or of what a pointer in it points to. pcfast/native.py expects the same.
-#define PCFAST_ABI_VERSION 1
+#define PCFAST_ABI_VERSION 2
 
 // A status is 0, a CUDA error (positive) or one of these.
 #define PCFAST_SUCCESS 0

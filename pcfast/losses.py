@@ -65,7 +65,7 @@ class Loss:
     def known(self) -> bool:
         return self.kind != "callable"
 
-    def _share(self, batch: int) -> float:
+    def share(self, batch: int) -> float:
         """The local batch's share of the mean over the global batch."""
         return 1.0 if self.normalizer is None else batch / self.normalizer
 
@@ -80,7 +80,7 @@ class Loss:
                 remedy = 'Use reduction="mean" or "sum", not "none".'
             raise ArgumentError("loss", given, "a scalar tensor", remedy)
         value = value.reshape(())
-        return value if self.normalizer is None else value * self._share(output.shape[0])
+        return value if self.normalizer is None else value * self.share(output.shape[0])
 
     def gradient_by_autograd(self, output: Tensor, y) -> Tensor:
         """dLoss/doutput by torch autograd, for any loss; shape and dtype of ``output``."""
@@ -155,9 +155,7 @@ class Loss:
         """
         batch = output.shape[0]
         if self.kind == "mse":
-            (reduction,) = self.settings
-            count = output.numel() if reduction == "mean" else 1
-            return Target(dense=y.to(output.dtype), scale=2.0 / max(count, 1) * self._share(batch))
+            return Target(dense=y.to(output.dtype), scale=self.mse_scale(y))
         reduction, ignore_index, smoothing = self.settings
         classes = output.shape[1]
         weight = None if self.weight is None else self.weight.to(output.dtype)
@@ -191,8 +189,14 @@ class Loss:
                 dense = dense + keep.unsqueeze(1) * spread * (smoothing / classes)
             count = own.sum()
         if reduction == "mean":
-            dense = dense * (self._share(batch) / count)
+            dense = dense * (self.share(batch) / count)
         return Target(dense=dense, mass=dense.sum(1, keepdim=True), flaw=flaw)
+
+    def mse_scale(self, y: Tensor) -> float:
+        """The factor of (mu - y) in the gradient of mse."""
+        (reduction,) = self.settings
+        count = y.numel() if reduction == "mean" else 1
+        return 2.0 / max(count, 1) * self.share(y.shape[0])
 
     def value_prepared(self, target: Target, mu: Tensor) -> Tensor:
         """The loss at ``mu`` (B, C, ...) in closed form: 0-dim. Safe where labels were out of range."""

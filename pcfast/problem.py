@@ -146,19 +146,22 @@ class Outcome:
             self.gradients[parameter] = gradient
 
 
-def check_start(start: list, vhat: list[Tensor]) -> list[Tensor]:
-    """``start`` with None replaced by the forward pass, shapes checked against it.
+def check_start(start: list[Tensor | None], shapes: list[tuple[int, ...]]) -> None:
+    """Check ``start``'s shapes, None entries aside, against those of the forward pass.
 
     Raises:
         ShapeError: naming the entry of vinit.
     """
-    for l, (given, forward) in enumerate(zip(start, vhat, strict=True)):
-        if given is not None and given.shape != forward.shape:
+    for l, (given, shape) in enumerate(zip(start, shapes, strict=True)):
+        if given is not None and given.shape != shape:
             raise ShapeError(
-                f"vinit[{l}]",
-                f"shape {tuple(given.shape)}",
-                f"{tuple(forward.shape)}, as in the forward pass",
+                f"vinit[{l}]", f"shape {tuple(given.shape)}", f"{tuple(shape)}, as in the forward pass"
             )
+
+
+def filled_start(start: list[Tensor | None], vhat: list[Tensor]) -> list[Tensor]:
+    """``start`` with None replaced by the forward pass; raises as :func:`check_start`."""
+    check_start(start, [v.shape for v in vhat])
     return [f if s is None else s for s, f in zip(start, vhat, strict=True)]
 
 

@@ -248,12 +248,12 @@ __device__ void run_unit(const Product& product, int operand, Real* memory, int 
   }
 }
 
-// All products of a stage from layer `lowest` (counted from 1) on, shared out among the warps.
+// The products of layers `highest` down to `lowest`, counted from 1, shared out among the warps.
 template <bool FEEDBACK, class Real>
-__device__ void products(const Program& program, Real* memory, int lowest, int samples, const Warp& warp) {
+__device__ void products(const Program& program, Real* memory, int highest, int lowest, int samples, const Warp& warp) {
   const int groups = ceil_div(samples, program.group);
   int before = 0;
-  for (int l = program.depth; l >= lowest; --l) {
+  for (int l = highest; l >= lowest; --l) {
     const Layer& layer = program.layers[l - 1];
     const Product& product = FEEDBACK ? layer.feedback : layer.predict;
     const int count = units<FEEDBACK>(product, layer.operand, groups, samples);

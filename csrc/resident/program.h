@@ -74,7 +74,7 @@ struct Layer {
   int32_t pool, window_y, window_x;
   int32_t before, after;              // activations in front of and behind the pool: codes of activations.cuh
   double before_negative_slope, after_negative_slope;
-  int32_t uhat, uhat_sample;          // (channel, y, x) packed
+  int32_t uhat, uhat_sample;          // (channel, y, x) packed; not of layer 1
   int32_t operand;                    // of both products
   // As in shared memory, the stride in numbers of the kind that is kept there; weight_inputs 0: none to load.
   int32_t weights, weight_inputs, weight_stride;
@@ -83,7 +83,8 @@ struct Layer {
   Place d;                            // of the layer's own output; the output layer has none
 };
 
-// layers[0] is layer 1, of which only d and the output's sizes count.
+// layers[0] is layer 1, of which only d and the output's sizes count. Its forward pass, and in Gram form layer 2's product,
+// are torch's.
 struct Program {
   int32_t depth, samples, group;      // samples of a block, and of a lane in linear products: group divides samples
   int32_t elements;                   // of shared memory
@@ -93,26 +94,41 @@ struct Program {
   Layer layers[kMostLayers];
 };
 
-// Device memory, dense and in torch's order, the batch outermost; scalars of the state's type. Entry l - 1 is layer l's.
+// Device memory, dense and in torch's order, the batch outermost; scalars of the state's type. Entry l - 1 is layer l's;
+// null where there is nothing.
 struct Tensors {
   const void* weight[kMostLayers];    // (out, in, taps), BF16: bfloat16; Gram form: G takes the place of layer 2's
-  const void* uhat[kMostLayers];      // of layers with delta
-  const void* start[kMostLayers];     // d before the first iteration; null: zero
-  void* d[kMostLayers];               // written: after the last iteration
-  void* error[kMostLayers];           // written: of the last iteration
-  void* local_error[kMostLayers];     // written: error pulled back to the product at the last beliefs; may be null
-  const void* vhat;                   // of the output layer
-  const void* dense;
-  const void* mass;                   // cross-entropy
-  void* gram_sum;                     // written: S after the last iteration, packed like uhat of layer 2
-  void* gram_sum_before;              // written: S before the last iteration
-  int32_t* first_bad;                 // per layer, lowered to the iteration whose update left NaN or infinity
+  const void* bias[kMostLayers];
+  const void* start[kMostLayers];     // beliefs before the first iteration; null: those of the forward pass
+  const void* vhat_1;                 // null in Gram form
+  const void* uhat_2;                 // Gram form
+  const int64_t* labels;              // null: targets are dense
+  const void* dense;                  // (batch, classes): probabilities, or what mse compares with
+  const void* class_weight;           // of cross-entropy
+  // Written.
+  void* vhat[kMostLayers];            // from layer 2 on
+  void* belief[kMostLayers];          // after the last iteration
+  void* error[kMostLayers];           // of the last iteration
+  void* local_error[kMostLayers];     // pulled back to the product at the last beliefs; null: not wanted
+  void* loss_rows;                    // (batch,): every sample's share of the loss at vhat
+  void* output_gradient;              // (batch, classes): the loss's gradient at vhat; null: not wanted
+  void* gram_sum;                     // S after the last iteration, packed like uhat of layer 2
+  void* gram_sum_before;              // S before the last iteration
+  // Per layer, lowered to the iteration whose update left NaN or infinity; the output layer's entry to 0 where a label is
+  // out of range.
+  int32_t* first_bad;
 };
 
 struct Run {
   int32_t batch, iterations;
-  int32_t fresh;                      // from the forward pass on: the active front holds (fact 3)
-  double eta, loss_scale;
+  int32_t fresh;                      // beliefs start at the forward pass: the active front holds (fact 3)
+  int32_t mean;                       // cross-entropy: over rows, weighed by their classes
+  int32_t every_row;                  // no label may be ignored: the mean is over more rows than the batch's
+  int64_t ignored_label;
+  double eta;
+  double smoothing;                   // of labels
+  double share;                       // of the batch in a mean over more rows
+  double loss_scale;                  // mse: of mu - y in the gradient
 };
 
 }  // namespace pcfast::resident

@@ -11,10 +11,11 @@ from .. import constants, native
 from ..deviation import Chain
 from ..planning import choose_gram
 from ..precision import Operands, choose_precision, kernel_operands, numerics
+from ..problem import check_start
 from ..resident.placement import Chip, Placement, place
 from .base import on_device
 from .eager import Eager
-from .kernel_run import KernelRun
+from .kernel_run import KernelRun, first_product
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
@@ -118,56 +119,87 @@ def _place(network, shapes, gram: bool, loss: str, precision, device: torch.devi
 
 
 class _Run(KernelRun):
-    """One strict relaxation."""
+    """One strict relaxation. The kernel runs the forward pass, too: only its lowest product is torch's."""
 
-    def _relax(self, observe):
+    def _forward(self):
         from ..resident.loop import Inputs, relax
 
+        problem, plan, depth = self.problem, self.plan, self.depth
+        shapes, loss = [inner[-1] for inner in plan.shapes], problem.loss
+        loss.check_target(shapes[-1], problem.y)
+        if problem.raise_now and loss.kind == "cross_entropy":  # labels
+            loss.prepare(torch.empty(shapes[-1]), problem.y, raise_now=True)
+        self.starts = None
+        if problem.start is not None:
+            check_start(problem.start, [plan.shapes[0][0], *shapes])
+            self.starts = [v if v is None else self.precision.to_state(v) for v in problem.start]
+        self.heads = [None if chain is None else first_product(chain) for chain in self.chains]
+        x = self.precision.to_state(problem.x)
+        first = self.chains[1].forward(x)
+        placed = _place(problem.network, plan.shapes, plan.gram, loss.kind, self.precision, problem.x.device)
+        steps = [None if head is None else self.chains[l].steps[head] for l, head in enumerate(self.heads)]
+        weights = [None if step is None else step.weight for step in steps]
+        biases = [None if step is None else step.bias for step in steps]
+        below = first
+        if plan.gram:
+            below = steps[2].forward(first)
+            weights[2], biases[2] = steps[2].gram(), None
+        inputs = Inputs(
+            [None, None, *weights[2:]], [None, None, *biases[2:]], below, self.starts, loss, problem.y,
+            [None, *shapes],
+            [None, None, *(self._inner_shape(l) for l in range(2, depth + 1))],
+        )  # fmt: skip
+        self.found = relax(
+            placed, inputs, problem.num_steps, problem.step_size, gradients=problem.wanted.gradients,
+            output_gradient=problem.wanted.states or problem.wanted.activations or problem.check,
+        )  # fmt: skip
+        return [x, first, *self.found.vhat[2:]]
+
+    def _inner_shape(self, l: int) -> tuple[int, ...]:
+        inner, head = self.plan.shapes[l - 1], self.heads[l]
+        return inner[0] if head is None else inner[head + 1]
+
+    def _prepare_loss(self):
+        self.loss, self.output_gradient = self.found.loss, self.found.output_gradient
+        self.flaw = self.found.flaw
+
+    def _strict(self):
         problem, plan, depth, steps = self.problem, self.plan, self.depth, self.problem.num_steps
-        placed = _place(
-            problem.network, plan.shapes, plan.gram, problem.loss.kind, self.precision, problem.x.device
-        )
-        weights = [None, None, *(self._weight(l) for l in range(2, depth + 1))]
-        # a layer without a product has what it reads in that place
-        around = zip(self.pre_activations, [None, *self.vhat[:-1]], strict=True)
-        uhat = [below if product is None else product for product, below in around]
-        inputs = Inputs(weights, [None, None, *uhat[2:]], self.vhat, self._starts(), self.target)
-        found = relax(placed, inputs, steps, problem.step_size, gradients=problem.wanted.gradients)
-        self.local_errors = found.local_errors
-        # from a forward pass on, belief l moves from iteration L - l on, and error l is there one later (fact 3)
-        for l in range(max(depth - steps, 1) if plan.fresh else 1, depth):
-            if l == 1 and plan.gram:
-                self.links[1].adopt(None, found.gram_sum, found.gram_sum_before)
-            else:
-                self.links[l].adopt(found.d[l])
-        errors = [None] * (depth + 1)
-        for l in range(max(depth - max(steps, 1) + 1, 1) if plan.fresh else 1, depth + 1):
-            if not (l == 1 and plan.gram):
-                errors[l] = found.errors[l] if steps or l > 1 else found.d[1].neg()
+        found, out = self.found, self.result
+        beliefs, errors = [self.vhat[0], *found.beliefs[1:depth], self.vhat[depth]], [None] * (depth + 1)
+        # error l is there from iteration L - l + 1 on (fact 3)
+        lowest = max(depth - max(steps, 1) + 1, 1) if plan.fresh else 1
+        for l in range(lowest, depth + 1):
+            errors[l] = found.errors[l]
+        if plan.gram:
+            head = self.chains[2].steps[self.heads[2]]
+            beliefs[1] = self.vhat[1] - head.pullback(found.gram_sum)
+            errors[1] = head.pullback(found.gram_sum_before)
+        elif lowest == 1 and not steps:
+            errors[1] = self.vhat[1] - beliefs[1]  # written in the feedback stage, of which there was none
         self.first_bad = found.first_bad
         if self.builder is not None:
-            self.builder.observe_first(self.first_bad[: depth - 1], steps)
-        return errors
+            self.builder.observe_first(self.first_bad, steps)
+        self.checked = [(l, v) for l, v in enumerate(beliefs) if 0 < l < depth]
+        self.checked.append((depth, errors[depth]))
+        if problem.wanted.gradients:
+            for l in range(1, depth + 1):
+                out.add_gradients(self._gradients(l, beliefs[l - 1], errors[l]))
+        if problem.wanted.states:
+            top = None if self.starts is None else self.starts[depth]
+            out.beliefs = [beliefs[0].clone(), *beliefs[1:-1], (beliefs[-1] if top is None else top).clone()]
+            zeros = zip(errors[1:], self.vhat[1:], strict=True)
+            out.errors = [None, *(torch.zeros_like(v) if e is None else e for e, v in zeros)]
 
-    def _weight(self, l: int) -> torch.Tensor | None:
-        if l == 2 and self.plan.gram:
-            return self.links[1].gram
-        head = self.heads[l]
-        return None if head is None else self.chains[l].steps[head].weight
-
-    def _settle(self):
-        # the kernel has evaluated masks and arg-maxima at the last beliefs: only inputs of products are left
-        for l, link in enumerate(self.links):
-            if link is None or not link.moved:
-                continue
-            if l == 1 and self.plan.gram:
-                link.find_beliefs()
-            head = self.heads[l + 1]
-            if head is not None:
-                Chain(self.chains[l + 1].steps[: head + 1]).at(link.d)
-
-    def _gradients(self, l, error):
-        head = self.heads[l]
-        if l == 1 or head is None:
-            return super()._gradients(l, error)
-        return self.chains[l].steps[head].gradients(self.local_errors[l])
+    def _gradients(self, l, below, error):
+        """Updates of layer l's parameters: its input's beliefs and the local error that the kernel left."""
+        chain, head = self.chains[l], self.heads[l]
+        if error is None:
+            return chain.zero_gradients()
+        if l == 1:  # at its forward pass, where it stayed
+            return chain.gradients(error)
+        if head is None:
+            return []
+        step = chain.steps[head]
+        step.at_input(Chain(chain.steps[:head]).forward(below))
+        return step.gradients(self.found.local_errors[l])

@@ -19,7 +19,7 @@ from ..deviation import layer_chain
 from ..errors import RelaxationDiverged
 from ..fixed_prediction import fixed_prediction_factors, scalar_chain
 from ..precision import numerics
-from ..problem import Outcome, Problem, check_start, energy_row, layer_of_parameters
+from ..problem import Outcome, Problem, energy_row, filled_start, layer_of_parameters
 from ..replay import recorded_buffers
 from .base import Backend
 from .links import GramLink, Link
@@ -182,36 +182,28 @@ class Run:
 
     def _strict(self) -> None:
         problem, depth, out = self.problem, self.depth, self.result
-        starts = None if problem.start is None else check_start(problem.start, self.vhat)
+        starts = None if problem.start is None else filled_start(problem.start, self.vhat)
         self.links: list[Link] = [None]  # index l couples v_l to layer l+1
         for l in range(1, depth):
             kind = GramLink if l == 1 and self.plan.gram else Link
             start = None if problem.start is None else self.precision.to_state(starts[l])
             self.links.append(kind(self.chains[l + 1], self.vhat[l], start))
         errors = self._relax(self.builder.observe if self.builder else None)
-        self._settle()
+        for link in self.links[1:]:
+            link.settle()
         if self.plan.gram:
             errors[1] = self.links[1].last_error()
         self.checked = [(l, link.d) for l, link in enumerate(self.links) if l and link.d is not None]
         self.checked.append((depth, errors[depth]))
         if problem.wanted.gradients:
             for l in range(1, depth + 1):
-                zero = errors[l] is None
-                out.add_gradients(self.chains[l].zero_gradients() if zero else self._gradients(l, errors[l]))
+                chain = self.chains[l]
+                out.add_gradients(chain.zero_gradients() if errors[l] is None else chain.gradients(errors[l]))
         if problem.wanted.states:
             top = self.vhat[depth] if problem.start is None else self.precision.to_state(starts[depth])
             out.beliefs = [self.vhat[0].clone(), *(link.beliefs() for link in self.links[1:]), top.clone()]
             found = zip(errors[1:], self.vhat[1:], strict=True)
             out.errors = [None, *(torch.zeros_like(v) if e is None else e for e, v in found)]
-
-    def _settle(self) -> None:
-        """Make the last beliefs the current point of every chain."""
-        for link in self.links[1:]:
-            link.settle()
-
-    def _gradients(self, l: int, error: Tensor):
-        """Updates of layer l's parameters for its last error, at the last beliefs."""
-        return self.chains[l].gradients(error)
 
     def _relax(self, observe) -> list[Tensor | None]:
         """Run the iterations; returns the last iteration's errors, None where they are zero."""

@@ -72,14 +72,14 @@ class GramLink(Link):
     def __init__(self, chain, vhat, start):
         super().__init__(chain, vhat, start)
         self._head, self._tail = chain.steps[0], chain.tail
-        self.gram = self._head.gram()
+        self._gram = self._head.gram()
         self._s: Tensor | None = None
         self._sum: Tensor | None = None
         self._sum_before: Tensor | None = None
 
     @property
     def moved(self):
-        return self._sum is not None
+        return self._s is not None
 
     @property
     def state(self):
@@ -89,11 +89,8 @@ class GramLink(Link):
         super().rewind()
         self._s = self._sum = self._sum_before = None
 
-    def adopt(self, s: Tensor | None, sum: Tensor, sum_before: Tensor) -> None:
-        """Take s and the sum from a loop that ran elsewhere; ``sum_before``: before the last iteration.
-
-        Without s the layer's tail cannot be settled; :meth:`find_beliefs` can do without.
-        """
+    def adopt(self, s: Tensor, sum: Tensor, sum_before: Tensor) -> None:
+        """Take s and the sum from a loop that ran elsewhere; ``sum_before``: before the last iteration."""
         self._s, self._sum, self._sum_before = s, sum, sum_before
 
     def predict(self):
@@ -105,10 +102,10 @@ class GramLink(Link):
     def descend(self, error, error_above, eta):
         delta = self._tail.pullback(error_above)
         if self._s is None:
-            self._s = self._head.gram_product(self.gram, delta).mul_(-eta)
+            self._s = self._head.gram_product(self._gram, delta).mul_(-eta)
             self._sum = delta * eta
             return
-        self._head.gram_descend(self.gram, self._s, delta, eta)
+        self._head.gram_descend(self._gram, self._s, delta, eta)
         # the sum before this update gives eps_1 should this iteration be the last
         self._sum_before = self._sum
         self._sum = torch.add(self._sum * (1 - eta), delta, alpha=eta)
@@ -116,13 +113,9 @@ class GramLink(Link):
     def last_error(self) -> Tensor | None:
         return None if self._sum_before is None else self._head.pullback(self._sum_before)
 
-    def find_beliefs(self) -> None:
-        """d_1 from the sum."""
-        self.d = self._head.pullback(self._sum).neg_()
-
     def settle(self):
         if not self.moved:
             return
-        self.find_beliefs()
+        self.d = self._head.pullback(self._sum).neg_()
         self._head.at(self.d)
         self._tail.at(self._s)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import status, validation
 from ..errors import ModelError, RelaxationDiverged
-from ..problem import Outcome, check_start, energy_row, layer_of_parameters
+from ..problem import Outcome, energy_row, filled_start, layer_of_parameters
 from ..replay import recorded_buffers, replaying
 from .base import Backend
 
@@ -126,7 +126,7 @@ class Reference(Backend):
             beliefs, errors = _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss)
             points = vhat
         else:
-            start = vhat if problem.start is None else check_start(problem.start, vhat)
+            start = vhat if problem.start is None else filled_start(problem.start, vhat)
             beliefs, errors = _strict(layers, start, problem, energies)
             points = beliefs
 

@@ -17,10 +17,10 @@ import torch
 from .. import constants
 from ..errors import BackendError
 from ..precision import kernel_operands, numerics
-from ..problem import energy_row
+from ..problem import energy_row, filled_start
 from .base import on_device
 from .eager import Eager
-from .kernel_run import KernelRun
+from .kernel_run import KernelRun, first_product
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
@@ -174,14 +174,31 @@ class _Run(KernelRun):
     """One strict relaxation."""
 
     def _forward(self):
+        """The forward pass, keeping what comes out of each layer's first product."""
         from ..streamed.loop import arena_of
 
         self.planned = design_of(self.problem, self.plan)
         self.arena = arena_of(self.planned, self.problem.x.device, self.precision.operand)
-        vhat = super()._forward()
-        # the arena is the loop's own
-        around = zip(vhat, self.pre_activations, strict=True)
-        return [value.clone() if value is product else value for value, product in around]
+        vhat = [self.precision.to_state(self.problem.x)]
+        self.pre_activations = [None]
+        for l, chain in enumerate(self.chains[1:], start=1):
+            value, pre_activation = vhat[-1], None
+            head = first_product(chain)
+            for i, step in enumerate(chain.steps):
+                value = step.forward(value)
+                if i == head:
+                    value = pre_activation = self._placed(l, value)
+            # the arena is the loop's own
+            vhat.append(value.clone() if value is pre_activation else value)
+            self.pre_activations.append(pre_activation)
+        return vhat
+
+    def _starts(self) -> list[torch.Tensor] | None:
+        """Beliefs to start from, as deviations; None from the forward pass."""
+        if self.problem.start is None:
+            return None
+        found = filled_start(self.problem.start, self.vhat)
+        return [self.precision.to_state(v) - vhat for v, vhat in zip(found, self.vhat, strict=True)]
 
     def _placed(self, l: int, uhat: torch.Tensor) -> torch.Tensor:
         """uhat where the loop reads it, so that no second copy lives."""

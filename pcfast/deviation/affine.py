@@ -27,6 +27,10 @@ class _AffineStep(Step):
         """The current input a + d."""
         return self._input if self._deviation is None else self._input + self._deviation
 
+    def at_input(self, a: Tensor) -> None:
+        """Make ``a`` the current input."""
+        self._input, self._deviation = a, None
+
     def at(self, d):
         self._deviation = d  # an affine Jacobian does not depend on the point: nothing to evaluate
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import native
 from ..errors import BackendError
-from ..losses import Target
+from ..losses import Loss
 from .placement import Placement
 from .program import NO_POOL, Program, Run, Tensors
 
@@ -20,58 +20,73 @@ _NEVER = torch.iinfo(torch.int32).max
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the forward pass left for the loop. Lists run over l = 0..L; entries that do not apply are None.
+    """What the kernel reads. Lists run over l = 0..L; entries that do not apply are None.
 
     Attributes:
-        weights: of layers that begin with a product; layer 2's G in its place in Gram form.
-        uhat: what comes out of a layer's product, or what a layer without one reads.
-        vhat: activations.
-        starts: beliefs to start from, as deviations; None from the forward pass.
-        target: of the loss.
+        weights, biases: of layers that begin with a product; in Gram form layer 2's G, and no bias.
+        below: vhat_1, or in Gram form layer 2's pre-activations.
+        starts: beliefs to start from; None from the forward pass.
+        loss, y: a known loss, and its target.
+        shapes: of vhat_l. inner_shapes: of what layer l's product gives, or what a layer without one reads.
     """
 
     weights: Sequence[Tensor | None]
-    uhat: Sequence[Tensor | None]
-    vhat: Sequence[Tensor]
-    starts: Sequence[Tensor] | None
-    target: Target
+    biases: Sequence[Tensor | None]
+    below: Tensor
+    starts: Sequence[Tensor | None] | None
+    loss: Loss
+    y: Tensor
+    shapes: Sequence[tuple[int, ...]]
+    inner_shapes: Sequence[tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the loop found. Lists run over l = 0..L.
+    """What the kernel found. Lists run over l = 0..L.
 
     Attributes:
-        d: deviations after the last iteration; None where they are not in the loop.
+        vhat: of the forward pass, from layer 2 on.
+        loss: at vhat_L, 0-dim. output_gradient: of the loss there, or None.
+        beliefs: after the last iteration; None where they are not in the loop.
         errors: eps_l of the last iteration; entries of layers that it has not reached say nothing.
         local_errors: eps_l pulled back to the layer's product at the last beliefs, for l >= 2; None unless asked for.
         gram_sum, gram_sum_before: S after and before the last iteration (docs/method.md fact 7), or None.
-        first_bad: (L,) int32, the iteration whose update left a layer's state NaN or infinite.
+        first_bad: (L-1,) int32, the iteration whose update left a layer's state NaN or infinite.
+        flaw: 0-dim bool: a label was out of range.
     """
 
-    d: list[Tensor | None]
+    vhat: list[Tensor | None]
+    loss: Tensor
+    output_gradient: Tensor | None
+    beliefs: list[Tensor | None]
     errors: list[Tensor | None]
     local_errors: list[Tensor | None] | None
     gram_sum: Tensor | None
     gram_sum_before: Tensor | None
     first_bad: Tensor
+    flaw: Tensor
 
 
 def relax(
-    placement: Placement, inputs: Inputs, num_steps: int, step_size: float, *, gradients: bool
+    placement: Placement,
+    inputs: Inputs,
+    num_steps: int,
+    step_size: float,
+    *,
+    gradients: bool,
+    output_gradient: bool,
 ) -> Found:
-    """Relax on the current stream of the inputs' device.
+    """Forward pass and relaxation on the current stream of the inputs' device.
 
     Args:
-        gradients: whether local errors are wanted.
+        gradients, output_gradient: whether local errors, and the loss's gradient at vhat_L, are wanted.
 
     Raises:
         BackendError: the launch failed; CUDA's reason is in it.
     """
     program = Program.from_buffer_copy(placement.program)
-    depth, device = program.depth, inputs.vhat[0].device
-    like = dict(dtype=inputs.vhat[0].dtype, device=device)
-    batch = inputs.vhat[0].shape[0]
+    depth, device, batch = program.depth, inputs.below.device, inputs.below.shape[0]
+    like = dict(dtype=inputs.below.dtype, device=device)
     kept: list[Tensor] = []  # until the launch is in the stream
 
     def pointer(tensor: Tensor | None) -> int | None:
@@ -81,40 +96,39 @@ def relax(
         kept.append(tensor)
         return tensor.data_ptr()
 
-    def new(tensor: Tensor, zeroed: bool = False) -> Tensor:
-        return (torch.zeros if zeroed else torch.empty)(tensor.shape, **like)
+    def of_layers(layers: range, shapes: Sequence) -> list[Tensor | None]:
+        return [torch.empty(shapes[l], **like) if l in layers else None for l in range(depth + 1)]
 
-    d: list[Tensor | None] = [None] * (depth + 1)
-    errors: list[Tensor | None] = [None] * (depth + 1)
-    local: list[Tensor | None] = [None] * (depth + 1)
-    for l in range(1, depth + 1):
-        if program.first_in_loop <= l < depth:
-            d[l] = new(inputs.vhat[l])
-        if l >= program.first_in_loop:
-            errors[l] = new(inputs.vhat[l])
-        if gradients and l > 1:
-            # elements in no pooling window get no error
-            local[l] = new(inputs.uhat[l], zeroed=program.layers[l - 1].pool != NO_POOL)
-    sums = [new(inputs.uhat[2]) for _ in range(2)] if placement.gram else [None, None]
+    lowest = program.first_in_loop
+    vhat = of_layers(range(2, depth + 1), inputs.shapes)
+    beliefs = of_layers(range(lowest, depth), inputs.shapes)
+    errors = of_layers(range(lowest, depth + 1), inputs.shapes)
+    local = of_layers(range(2, depth + 1) if gradients else range(0), inputs.inner_shapes)
+    for l, tensor in enumerate(local):
+        if tensor is not None and program.layers[l - 1].pool != NO_POOL:
+            tensor.zero_()  # elements in no pooling window get no error
+    sums = [torch.empty(inputs.below.shape, **like) for _ in range(2)] if placement.gram else [None, None]
+    rows = torch.empty(batch, **like)
+    at_output = torch.empty(inputs.shapes[depth], **like) if output_gradient else None
     first_bad = torch.full((depth,), _NEVER, dtype=torch.int32, device=device)
 
-    tensors = Tensors()
-    for l in range(1, depth + 1):
-        at = l - 1
-        tensors.weight[at] = pointer(inputs.weights[l])
-        tensors.uhat[at] = pointer(inputs.uhat[l])
-        tensors.start[at] = pointer(inputs.starts[l]) if inputs.starts is not None and l < depth else None
-        tensors.d[at], tensors.error[at] = pointer(d[l]), pointer(errors[l])
-        tensors.local_error[at] = pointer(local[l])
-    tensors.vhat, tensors.dense = pointer(inputs.vhat[depth]), pointer(inputs.target.dense)
-    mass = inputs.target.mass
-    tensors.mass = None if mass is None else pointer(mass.reshape(-1).expand(batch))
+    tensors, run = Tensors(), Run(batch, num_steps, inputs.starts is None)
+    lists = dict(
+        weight=inputs.weights, bias=inputs.biases, start=inputs.starts, vhat=vhat, belief=beliefs, error=errors,
+        local_error=local,
+    )  # fmt: skip
+    for name, values in lists.items():
+        for l in range(1, depth + 1):
+            getattr(tensors, name)[l - 1] = pointer(values[l]) if values is not None else None
+    tensors.start[depth - 1] = None  # the output is not relaxed
+    setattr(tensors, "uhat_2" if placement.gram else "vhat_1", pointer(inputs.below))
+    tensors.loss_rows, tensors.output_gradient = pointer(rows), pointer(at_output)
     tensors.gram_sum, tensors.gram_sum_before = map(pointer, sums)
-    tensors.first_bad = pointer(first_bad)
+    tensors.first_bad, run.eta = pointer(first_bad), step_size
+    _describe_loss(inputs, like, tensors, run, pointer)
 
     module = native.load()
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    run = Run(batch, num_steps, inputs.starts is None, step_size, inputs.target.scale)
     status = module.resident(
         placement.program, bytes(tensors), bytes(run), placement.scalar_bytes, placement.threads, stream
     )
@@ -123,4 +137,23 @@ def relax(
             f"the resident kernel could not be launched on {device}: {module.error_text(status)}. If an earlier "
             'error has broken the CUDA context, restart Python; otherwise report it, and use backend="eager".'
         )
-    return Found(d, errors, local if gradients else None, *sums, first_bad)
+    return Found(
+        vhat, rows.sum(), at_output, beliefs, errors, local if gradients else None, *sums, first_bad[:-1],
+        first_bad[-1] == 0,
+    )  # fmt: skip
+
+
+def _describe_loss(inputs: Inputs, like: dict, tensors: Tensors, run: Run, pointer) -> None:
+    loss, y, batch = inputs.loss, inputs.y, inputs.below.shape[0]
+    run.share = loss.share(batch)
+    if loss.kind == "mse":
+        tensors.dense = pointer(y.to(**like))
+        run.loss_scale = loss.mse_scale(y)
+        return
+    reduction, run.ignored_label, run.smoothing = loss.settings
+    run.mean, run.every_row = reduction == "mean", loss.normalizer is not None
+    if y.is_floating_point():
+        tensors.dense = pointer(y.to(**like))
+    else:
+        tensors.labels = pointer(y.long())
+    tensors.class_weight = None if loss.weight is None else pointer(loss.weight.to(**like))

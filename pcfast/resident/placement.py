@@ -417,7 +417,8 @@ def _place_scratch(memory: _Memory, what: p.Program) -> None:
             product.sign = product.sign or 1
             end += product.scratch_split * product.splits
         ends.append(end)
-    memory.add("scratch", 0, once=max(ends) - first)
+    # also a number for every warp (output.cuh)
+    memory.add("scratch", 0, once=max(max(ends) - first, _WARPS))
 
 
 def _program(

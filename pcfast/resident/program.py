@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import Structure, c_double, c_int32, c_void_p
+from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
 
 from ..activations import Activation, Gelu, GeluTanh, LeakyRelu, Relu, Sigmoid, Silu, Tanh
 
@@ -69,13 +69,20 @@ _PerLayer = c_void_p * MOST_LAYERS
 
 class Tensors(Structure):
     _fields_ = [
-        *((name, _PerLayer) for name in ("weight", "uhat", "start", "d", "error", "local_error")),
-        *((name, c_void_p) for name in ("vhat", "dense", "mass", "gram_sum", "gram_sum_before", "first_bad")),
+        *((name, _PerLayer) for name in ("weight", "bias", "start")),
+        *((name, c_void_p) for name in ("vhat_1", "uhat_2", "labels", "dense", "class_weight")),
+        *((name, _PerLayer) for name in ("vhat", "belief", "error", "local_error")),
+        *((name, c_void_p) for name in ("loss_rows", "output_gradient", "gram_sum", "gram_sum_before")),
+        ("first_bad", c_void_p),
     ]
 
 
 class Run(Structure):
-    _fields_ = [*_ints("batch", "iterations", "fresh"), ("eta", c_double), ("loss_scale", c_double)]
+    _fields_ = [
+        *_ints("batch", "iterations", "fresh", "mean", "every_row"),
+        ("ignored_label", c_int64),
+        *((name, c_double) for name in ("eta", "smoothing", "share", "loss_scale")),
+    ]
 
 
 def sizes() -> tuple[int, int, int]:

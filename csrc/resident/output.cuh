@@ -1,0 +1,142 @@
+// The output layer: its targets, its loss at the forward pass and the loss's gradient at moving predictions.
+#pragma once
+
+#include "../tile/barrier.cuh"
+#include "../tile/shuffle.cuh"
+#include "pointwise.cuh"
+
+namespace pcfast::resident {
+
+// What a row of the batch weighs in a mean of cross-entropy, and whether its label is one.
+template <class Real>
+struct Row {
+  int label;
+  Real weight;  // of its class; 0 where it is ignored
+  bool ignored, wrong;
+};
+
+template <class Real>
+__device__ Row<Real> row_at(const Moment<Real>& now, int64_t row) {
+  const int64_t label = now.tensors.labels[row];
+  const bool ignored = label == now.run.ignored_label;
+  const bool wrong = ignored ? now.run.every_row != 0 : label < 0 || label >= now.program.classes;
+  const int inside = static_cast<int>(min(max(label, int64_t(0)), int64_t(now.program.classes - 1)));
+  const Real* weights = static_cast<const Real*>(now.tensors.class_weight);
+  return {inside, ignored ? Real(0) : weights ? weights[inside] : Real(1), ignored, wrong};
+}
+
+// The sum of the weights of all rows of the batch: every block finds the same, in the same order.
+template <class Real>
+__device__ Real batch_weight(const Moment<Real>& now, Real* parts, int thread, int threads, const Warp& warp) {
+  Real sum = 0;
+  bool wrong = false;
+  for (int n = thread; n < now.run.batch; n += threads) {
+    const Row<Real> row = row_at(now, n);
+    sum += row.weight;
+    wrong = wrong || row.wrong;
+  }
+  if (wrong && now.first_sample == 0) tile::atomic_min(now.tensors.first_bad + now.program.depth - 1, 0);
+  sum = tile::warp_sum(sum);
+  if (warp.lane == 0) parts[warp.index] = sum;
+  tile::block_barrier();
+  sum = 0;
+  for (int i = 0; i < warp.count; ++i) sum += parts[i];
+  tile::block_barrier();
+  return sum;
+}
+
+// Cross-entropy is -sum_c dense[c] log_softmax(mu)[c] (pcfast/losses.py), its mass the sum of dense; mse compares with dense.
+template <class Real>
+__device__ void fill_targets(const Moment<Real>& now, int thread, int threads, const Warp& warp) {
+  const Program& program = now.program;
+  const Run& run = now.run;
+  const int classes = program.classes;
+  const Real* given = static_cast<const Real*>(now.tensors.dense);
+  const Real* weights = static_cast<const Real*>(now.tensors.class_weight);
+  const bool labels = now.tensors.labels != nullptr;
+  Real scale = 1;
+  if (labels) {
+    Real* scratch = now.memory + program.layers[1].predict.scratch;  // its beginning
+    const Real weight = batch_weight(now, scratch, thread, threads, warp);
+    if (run.mean) scale = Real(run.share) / weight;
+  } else if (run.mean) {
+    scale = Real(run.share) / Real(run.batch);
+  }
+  const Real own = Real(1 - run.smoothing), spread = Real(run.smoothing / classes);
+  for (int i = thread; i < now.samples * classes; i += threads) {
+    const int n = i / classes, c = i % classes;
+    const int64_t sample = now.first_sample + n;
+    Real target;
+    if (program.loss == MSE) {
+      target = given[sample * classes + c];
+    } else if (labels) {
+      const Row<Real> row = row_at(now, sample);
+      target = row.label == c ? row.weight * own : Real(0);
+      if (!row.ignored) target += (weights ? weights[c] : Real(1)) * spread;
+      target *= scale;
+    } else {
+      target = (given[sample * classes + c] * own + spread) * (weights ? weights[c] : Real(1)) * scale;
+    }
+    now.memory[program.dense + n * program.classes_stride + c] = target;
+  }
+  tile::block_barrier();
+  for (int n = warp.index; n < now.samples; n += warp.count) {
+    Real mass = 0;
+    for (int c = warp.lane; c < classes; c += kWarpSize)
+      mass += now.memory[program.dense + n * program.classes_stride + c];
+    mass = tile::warp_sum(mass);
+    if (warp.lane == 0) now.memory[program.mass + n] = mass;
+  }
+}
+
+// One warp a sample. The gradient at mu = vhat + bracket as eps and delta of the output layer; before the iterations
+// (`forward`) at vhat, and the sample's share of the loss there.
+template <class Real>
+__device__ void output_error(const Moment<Real>& now, bool forward, bool moved, const Warp& warp) {
+  enum Pass : int { HIGHEST, SUM, ERROR };
+  const Program& program = now.program;
+  const Layer& layer = program.layers[program.depth - 1];
+  const int classes = program.classes;
+  const Real loss_scale = Real(now.run.loss_scale);
+  void* kept = forward ? now.tensors.output_gradient : now.last ? now.tensors.error[program.depth - 1] : nullptr;
+  // from the last warp on, since the first ones have the hidden layers
+  for (int n = warp.count - 1 - warp.index; n < now.samples; n += warp.count) {
+    const Real* vhat = now.memory + program.vhat + n * program.classes_stride;
+    const Real* dense = now.memory + program.dense + n * program.classes_stride;
+    Real highest = Real(-3.0e38), sum = 0, loss = 0;
+    PCFAST_NO_UNROLL
+    for (int pass = program.loss == CROSS_ENTROPY ? HIGHEST : ERROR; pass <= ERROR; ++pass) {
+      for (int c = warp.lane; c < classes; c += kWarpSize) {
+        const Element<Real> where{n, c, 0, 0, c};
+        int winner;
+        const Moved<Real> found = Tail<Real>{layer, now.memory, moved, where}.evaluate(winner);
+        const Real output = vhat[c] + found.bracket;
+        if (pass == HIGHEST) {
+          highest = fmax(highest, output);
+        } else if (pass == SUM) {
+          sum += exp(output - highest);  // NaN was lost in the maximum and comes back here
+        } else {
+          Real error;
+          if (program.loss == CROSS_ENTROPY) {
+            error = exp(output - highest) / sum * now.memory[program.mass + n] - dense[c];
+            // a class of probability 0 that the target does not name costs nothing
+            if (dense[c] != 0) loss -= dense[c] * ((output - highest) - log(sum));
+          } else {
+            const Real difference = output - dense[c];
+            error = difference * loss_scale;
+            loss += difference * difference * (loss_scale / 2);
+          }
+          if (kept) row_of<Real>(kept, now.first_sample, classes)[n * classes + c] = error;
+          if (!forward) pull_back(now, program.depth, where, c, error * found.slope);
+        }
+      }
+      if (pass == HIGHEST) highest = tile::warp_max(highest);
+      if (pass == SUM) sum = tile::warp_sum(sum);
+    }
+    if (!forward) continue;
+    loss = tile::warp_sum(loss);
+    if (warp.lane == 0) row_of<Real>(now.tensors.loss_rows, now.first_sample, 1)[n] = loss;
+  }
+}
+
+}  // namespace pcfast::resident
