@@ -107,12 +107,12 @@ __device__ Real gelu_inner(Real u) {
 }  // namespace detail
 
 template <class Real>
-__device__ Real activate(Real u, int code, Real negative_slope) {
+__device__ Real activate(Real u, int code, double negative_slope) {
   switch (code) {
     case RELU:
       return u <= 0 ? Real(0) : u;
     case LEAKY_RELU:
-      return u > 0 ? u : u * negative_slope;
+      return u > 0 ? u : u * Real(negative_slope);
     case TANH:
       return tanh(u);
     case SIGMOID:
@@ -129,14 +129,16 @@ __device__ Real activate(Real u, int code, Real negative_slope) {
 }
 
 template <class Real>
-__device__ Moved<Real> bracket_and_slope(Real uhat, Real s, int code, Real negative_slope) {
+__device__ Moved<Real> bracket_and_slope(Real uhat, Real s, int code, double negative_slope) {
   using namespace detail;
   Real w = uhat + s;
   switch (code) {
     case RELU:
       return {relu_bracket(uhat, s), gate(w, Real(0))};
-    case LEAKY_RELU:
-      return {relu_bracket(uhat, s) * (Real(1) - negative_slope) + s * negative_slope, gate(w, negative_slope)};
+    case LEAKY_RELU: {
+      const Real closed = Real(negative_slope);
+      return {relu_bracket(uhat, s) * (Real(1) - closed) + s * closed, gate(w, closed)};
+    }
     case TANH: {
       // tanh(u) = 2 sigmoid(2 u) - 1; 4 p q keeps its digits where 1 - tanh^2 has none left
       SigmoidDifference<Real> found = sigmoid_difference(Real(2) * uhat, Real(2) * s);

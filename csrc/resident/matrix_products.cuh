@@ -172,6 +172,17 @@ __device__ void linear_tiles(const Product& product, float* memory, int unit, in
     }
 }
 
+__device__ inline int quotient(int n, const Divisor& by) {
+  return static_cast<int>(uint64_t(uint32_t(n)) * by.multiplier >> by.shift);
+}
+
+// Where place p of a product's map, all samples' places one after another, reads its first number.
+__device__ inline int input_place(const Product& product, int p) {
+  const int sample = quotient(p, product.by_area), inside = p - sample * product.by_area.value;
+  const int y = quotient(inside, product.by_width), x = inside - y * product.width;
+  return product.input.first + sample * product.input.samples + y * product.input.rows + x * product.input.columns;
+}
+
 // PIXELS: rows of a tile are places of the map, of all samples one after another, columns its channels. A unit of more
 // columns has fewer places: their fragments stay in registers.
 __host__ __device__ constexpr int place_tiles(int column_tiles) { return column_tiles < 4 ? 4 : 2; }
@@ -205,16 +216,14 @@ __device__ void pixel_tiles(const Product& product, float* memory, int unit, int
   const int groups = ceil_div(product.out, COLUMNS * kTileColumns);
   const int first_column = tile % groups * COLUMNS * kTileColumns;
   const int first_place = tile / groups * PLACES * kTileRows;
-  const int area = product.height * product.width, places = samples * area;
+  const int area = product.by_area.value, places = samples * area;
   const int begin = split * product.split, end = min(begin + product.split, product.term_count);
 
   const float* input[PLACES][2];  // rows g and g + 8
   PCFAST_UNROLL
   for (int i = 0; i < PLACES * 2; ++i) {
     const int p = min(first_place + i / 2 * kTileRows + i % 2 * 8 + lane / 4, places - 1);
-    const int y = p % area / product.width, x = p % product.width;
-    input[i / 2][i % 2] = memory + product.input.first + p / area * product.input.samples + y * product.input.rows +
-                          x * product.input.columns;
+    input[i / 2][i % 2] = memory + input_place(product, p);
   }
   const float* weights[COLUMNS];
   PCFAST_UNROLL
@@ -263,7 +272,8 @@ __device__ void pixel_tiles(const Product& product, float* memory, int unit, int
     for (int half = 0; half < 2; ++half) {
       const int p = first_place + j * kTileRows + half * 8 + lane / 4;
       if (p >= places) continue;
-      float* at = out + p / area * product.scratch_sample + p % area;
+      const int sample = quotient(p, product.by_area);
+      float* at = out + sample * product.scratch_sample + (p - sample * area);
       PCFAST_UNROLL
       for (int i = 0; i < COLUMNS * 2; ++i) {
         const int column = first_column + i / 2 * kTileColumns + lane % 4 * 2 + i % 2;
@@ -278,7 +288,7 @@ __host__ __device__ inline int matrix_units(const Product& product, int samples)
     case LINEAR:
       return ceil_div(product.out, product.tiles * kTileRows) * product.splits * ceil_div(samples, kTileColumns);
     case PIXELS:
-      return ceil_div(samples * product.height * product.width, place_tiles(product.tiles) * kTileRows) *
+      return ceil_div(samples * product.by_area.value, place_tiles(product.tiles) * kTileRows) *
              ceil_div(product.out, product.tiles * kTileColumns) * product.splits;
     default:
       return 0;

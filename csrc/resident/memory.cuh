@@ -52,7 +52,7 @@ __device__ void fill(const Moment<Real>& now, int thread, int threads, const War
   }
   if (now.tensors.vhat_1) {
     const Layer& layer = program.layers[0];
-    const int size = layer.channels * layer.pooled_height * layer.pooled_width;
+    const int size = layer.by_size.value;
     const Real* vhat = row_of<Real>(now.tensors.vhat_1, now.first_sample, size);
     for (int e = thread; e < now.samples * size; e += threads) {
       const Element<Real> where = element<Real>(layer, e);
@@ -69,7 +69,7 @@ __device__ void begin_beliefs(const Moment<Real>& now, int thread, int threads) 
   const Program& program = now.program;
   for (int l = program.first_in_loop; l < program.depth; ++l) {
     const Layer& layer = program.layers[l - 1];
-    const int size = layer.channels * layer.pooled_height * layer.pooled_width;
+    const int size = layer.by_size.value;
     const void* start = now.tensors.start[l - 1];
     for (int e = thread; e < now.samples * size; e += threads) {
       const Element<Real> where = element<Real>(layer, e);
@@ -85,7 +85,7 @@ __device__ void store(const Moment<Real>& now, int thread, int threads) {
   const Program& program = now.program;
   for (int l = program.first_in_loop; l < program.depth; ++l) {
     const Layer& layer = program.layers[l - 1];
-    const int size = layer.channels * layer.pooled_height * layer.pooled_width;
+    const int size = layer.by_size.value;
     const void* forward = l == 1 ? now.tensors.vhat_1 : now.tensors.vhat[l - 1];
     const Real* vhat = row_of<Real>(forward, now.first_sample, size);
     Real* belief = row_of<Real>(now.tensors.belief[l - 1], now.first_sample, size);

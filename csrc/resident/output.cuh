@@ -127,7 +127,7 @@ __device__ void output_error(const Moment<Real>& now, bool forward, bool moved, 
             loss += difference * difference * (loss_scale / 2);
           }
           if (kept) row_of<Real>(kept, now.first_sample, classes)[n * classes + c] = error;
-          if (!forward) pull_back(now, program.depth, where, c, error * found.slope);
+          if (!forward) pull_back(now, program.depth, where, {0, 0, c}, error * found.slope);
         }
       }
       if (pass == HIGHEST) highest = tile::warp_max(highest);

@@ -10,7 +10,7 @@ template <class Real>
 __device__ void forward_values(const Moment<Real>& now, int l, int thread, int threads) {
   const Program& program = now.program;
   const Layer& layer = program.layers[l - 1];
-  const int size = layer.channels * layer.pooled_height * layer.pooled_width;
+  const int size = layer.by_size.value;
   const Real* bias = static_cast<const Real*>(now.tensors.bias[l - 1]);
   Real* vhat = row_of<Real>(now.tensors.vhat[l - 1], now.first_sample, size);
   for (int e = thread; e < now.samples * size; e += threads) {
@@ -18,7 +18,7 @@ __device__ void forward_values(const Moment<Real>& now, int l, int thread, int t
     const Tail<Real> tail{layer, now.memory, false, where};
     if (!layer.gram) {
       for (int k = 0; k < tail.window(); ++k) {
-        const int source = tail.source(k);
+        const int source = tail.source(k).index;
         Real u = summed(layer.predict, now.memory, where.sample, source);
         if (bias) u += bias[where.channel];
         now.memory[layer.uhat + where.sample * layer.uhat_sample + source] = u;
@@ -35,10 +35,10 @@ __device__ void forward_values(const Moment<Real>& now, int l, int thread, int t
 
 // An error that has reached the product of layer l: delta, or in Gram form S <- S + eta (delta - S).
 template <class Real>
-__device__ void pull_back(const Moment<Real>& now, int l, const Element<Real>& where, int source, Real value) {
+__device__ void pull_back(const Moment<Real>& now, int l, const Element<Real>& where, const Source& source,
+                          Real value) {
   const Layer& layer = now.program.layers[l - 1];
-  Real& stored = now.memory[at(layer.delta, where.sample, where.channel, source / layer.width % layer.height,
-                               source % layer.width)];
+  Real& stored = now.memory[at(layer.delta, where.sample, where.channel, source.y, source.x)];
   if (!layer.gram) {
     stored = value;
     return;
@@ -46,7 +46,7 @@ __device__ void pull_back(const Moment<Real>& now, int l, const Element<Real>& w
   if (now.last) {
     const int64_t sample = now.first_sample + where.sample;
     const int inner = layer.channels * layer.height * layer.width;
-    static_cast<Real*>(now.tensors.gram_sum_before)[sample * inner + source] = stored;
+    static_cast<Real*>(now.tensors.gram_sum_before)[sample * inner + source.index] = stored;
   }
   stored += now.eta * (value - stored);
   note_bad(now, 1, stored);
@@ -59,7 +59,7 @@ __device__ void pull_back(const Moment<Real>& now, int l, const Element<Real>& w
 template <class Real>
 __device__ void pull_errors(const Moment<Real>& now, int l, bool moved, bool finish, int thread, int threads) {
   const Layer& layer = now.program.layers[l - 1];
-  const int size = layer.channels * layer.pooled_height * layer.pooled_width;
+  const int size = layer.by_size.value;
   const int inner = layer.channels * layer.height * layer.width;
   Real* errors = row_of<Real>(now.tensors.error[l - 1], now.first_sample, size);
   Real* out = row_of<Real>(now.tensors.local_error[l - 1], now.first_sample, inner);
@@ -79,10 +79,10 @@ __device__ void pull_errors(const Moment<Real>& now, int l, bool moved, bool fin
     }
     PCFAST_NO_UNROLL
     for (int k = 0; k < tail.window(); ++k) {
-      const int source = tail.source(k);
+      const Source source = tail.source(k);
       const Real value = tail.share(k, error * found.slope, winner);
       if (finish)
-        out[where.sample * inner + source] = value;
+        out[where.sample * inner + source.index] = value;
       else
         pull_back(now, l, where, source, value);
     }
@@ -94,7 +94,7 @@ template <class Real>
 __device__ void update(const Moment<Real>& now, int l, int thread, int threads) {
   const Layer& layer = now.program.layers[l - 1];
   const Product& feedback = now.program.layers[l].feedback;
-  const int size = layer.channels * layer.pooled_height * layer.pooled_width;
+  const int size = layer.by_size.value;
   for (int e = thread; e < now.samples * size; e += threads) {
     const Element<Real> where = element<Real>(layer, e);
     Real& d = now.memory[at(layer.d, where.sample, where.channel, where.y, where.x)];

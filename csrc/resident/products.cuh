@@ -123,16 +123,12 @@ __device__ void pixels(const Product& product, Real* memory, int unit, int sampl
   const int place = unit / product.splits / row_tiles * kWarpSize * kPixelsALane + lane;
   const int begin = split * product.split;
   const int end = min(begin + product.split, product.channels);
-  const int area = product.height * product.width, places = samples * area;
+  const int area = product.by_area.value, places = samples * area;
 
   const Real* input[kPixelsALane];
   PCFAST_UNROLL
-  for (int j = 0; j < kPixelsALane; ++j) {
-    const int p = min(place + j * kWarpSize, places - 1);
-    const int y = p % area / product.width, x = p % product.width;
-    input[j] = memory + product.input.first + p / area * product.input.samples + y * product.input.rows +
-               x * product.input.columns;
-  }
+  for (int j = 0; j < kPixelsALane; ++j)
+    input[j] = memory + input_place(product, min(place + j * kWarpSize, places - 1));
   const Real* weights[ROWS];  // the last row again past the end: read, never written
   PCFAST_UNROLL
   for (int i = 0; i < ROWS; ++i)
@@ -162,7 +158,8 @@ __device__ void pixels(const Product& product, Real* memory, int unit, int sampl
   for (int j = 0; j < kPixelsALane; ++j) {
     const int p = place + j * kWarpSize;
     if (p >= places) continue;
-    Real* at = out + p / area * product.scratch_sample + p % area;
+    const int sample = quotient(p, product.by_area);
+    Real* at = out + sample * product.scratch_sample + (p - sample * area);
   PCFAST_UNROLL
     for (int i = 0; i < ROWS; ++i)
       if (row + i < product.out) at[(row + i) * area] = sum[i][j];

@@ -45,12 +45,20 @@ struct Place {
   int32_t first, samples, channels, rows, columns;
 };
 
+// For a quotient by `value` of any n from 0 to 2^31 - 1 without a division: n * multiplier >> shift in 64 bits.
+struct Divisor {
+  int32_t value;
+  uint32_t multiplier;
+  int32_t shift;
+};
+
 // C[row][y][x] = sum over (channel, tap_y, tap_x) of A[row][channel, tap_y, tap_x] B[channel, y, x, tap_y, tap_x],
 // for every sample. A starts at `weights`, B at `input.first`; steps of B with y and x are input.rows and input.columns,
 // with a channel input.channels.
 struct Product {
   int32_t kind;
   int32_t out, height, width;         // C
+  Divisor by_area, by_width;          // height * width, width
   int32_t channels, taps_y, taps_x;   // summed over
   int32_t weights, weight_row, weight_channel, weight_tap_y, weight_tap_x;
   Place input;
@@ -70,8 +78,9 @@ struct Layer {
   Product predict;   // NO_PRODUCT: the layer below is clamped
   Product feedback;  // into the beliefs below
   int32_t channels, height, width;    // of the product's output
-  int32_t pooled_height, pooled_width;
+  Divisor by_size, by_area, by_width; // of the output, pooled: a sample's numbers, a channel's, a row's
   int32_t pool, window_y, window_x;
+  Divisor by_window_x;
   int32_t before, after;              // activations in front of and behind the pool: codes of activations.cuh
   double before_negative_slope, after_negative_slope;
   int32_t uhat, uhat_sample;          // (channel, y, x) packed; not of layer 1

@@ -51,10 +51,17 @@ struct Element {
 
 template <class Real>
 __device__ Element<Real> element(const Layer& layer, int e) {
-  const int area = layer.pooled_height * layer.pooled_width, size = layer.channels * area;
-  const int index = e % size, place = index % area;
-  return {e / size, index / area, place / layer.pooled_width, place % layer.pooled_width, index};
+  const int sample = quotient(e, layer.by_size), index = e - sample * layer.by_size.value;
+  const int channel = quotient(index, layer.by_area), place = index - channel * layer.by_area.value;
+  const int y = quotient(place, layer.by_width);
+  return {sample, channel, y, place - y * layer.by_width.value, index};
 }
+
+// One element of the pooling window, in the product's output.
+struct Source {
+  int y, x;
+  int index;  // packed
+};
 
 // The tail of a layer at one number of its output: pre-activations come from `uhat` and the product, if it has moved.
 template <class Real>
@@ -64,10 +71,11 @@ struct Tail {
   bool moved;
   const Element<Real>& where;
 
-  // packed index of element k of the pooling window
-  __device__ int source(int k) const {
-    const int y = where.y * layer.window_y + k / layer.window_x, x = where.x * layer.window_x + k % layer.window_x;
-    return (where.channel * layer.height + y) * layer.width + x;
+  __device__ Source source(int k) const {
+    if (layer.pool == NO_POOL) return {where.y, where.x, where.index};
+    const int row = quotient(k, layer.by_window_x);
+    const int y = where.y * layer.window_y + row, x = where.x * layer.window_x + (k - row * layer.window_x);
+    return {y, x, (where.channel * layer.height + y) * layer.width + x};
   }
   __device__ Real uhat(int source) const {
     return memory[layer.uhat + where.sample * layer.uhat_sample + source];
@@ -75,16 +83,17 @@ struct Tail {
   __device__ Real s(int source) const {
     return moved ? summed(layer.predict, memory, where.sample, source) : Real(0);
   }
-  __device__ Moved<Real> before(int source) const {
-    return bracket_and_slope(uhat(source), s(source), layer.before, Real(layer.before_negative_slope));
+  __device__ Moved<Real> before(int k) const {
+    const int at = source(k).index;
+    return bracket_and_slope(uhat(at), s(at), layer.before, layer.before_negative_slope);
   }
   __device__ Moved<Real> after(Real base, Real difference) const {
-    return bracket_and_slope(base, difference, layer.after, Real(layer.after_negative_slope));
+    return bracket_and_slope(base, difference, layer.after, layer.after_negative_slope);
   }
   __device__ int window() const { return layer.window_y * layer.window_x; }
 
   __device__ Real activated(int k) const {
-    return activate(uhat(source(k)), layer.before, Real(layer.before_negative_slope));
+    return activate(uhat(source(k).index), layer.before, layer.before_negative_slope);
   }
   // What the pool gives in the forward pass; the highest: NaN wins, as in PyTorch.
   __device__ Real pooled() const {
@@ -101,19 +110,21 @@ struct Tail {
   }
   // vhat
   __device__ Real value() const {
-    return activate(layer.pool == NO_POOL ? uhat(source(0)) : pooled(), layer.after, Real(layer.after_negative_slope));
+    return activate(layer.pool == NO_POOL ? uhat(where.index) : pooled(), layer.after, layer.after_negative_slope);
   }
 
   // mu - vhat, act' behind the pool, and the pool's winner.
   __device__ Moved<Real> evaluate(int& winner) const {
     winner = 0;
-    Real base = uhat(source(0)), difference = s(source(0));
-    if (layer.pool != NO_POOL) {
+    Real base, difference = 0;
+    if (layer.pool == NO_POOL) {
+      base = uhat(where.index);
+      difference = s(where.index);
+    } else {
       base = pooled();
-      difference = 0;
       PCFAST_NO_UNROLL
       for (int k = 0; k < window(); ++k) {
-        const Real moved = before(source(k)).bracket;
+        const Real moved = before(k).bracket;
         // max_k((v_k - v_highest) + moved_k): the first wins a tie, NaN wins always, as in PyTorch
         const Real relative = (activated(k) - base) + moved;
         if (layer.pool == AVG_POOL) {
@@ -132,7 +143,7 @@ struct Tail {
   __device__ Real share(int k, Real error, int winner) const {
     if (layer.pool == NO_POOL) return error;
     if (layer.pool == MAX_POOL && k != winner) return Real(0);
-    return (layer.pool == MAX_POOL ? error : error / window()) * before(source(k)).slope;
+    return (layer.pool == MAX_POOL ? error : error / window()) * before(k).slope;
   }
 };
 

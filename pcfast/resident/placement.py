@@ -219,6 +219,7 @@ def _pixels(product: p.Product, out, channels, taps, weights, row, channel, tap_
     """out: (rows of A, height, width); taps: (y, x); place: of the input; steps: in it with a tap."""
     product.kind = p.PIXELS
     product.out, product.height, product.width = out
+    product.by_area, product.by_width = p.divisor(out[1] * out[2]), p.divisor(out[2])
     product.channels, product.taps_y, product.taps_x = channels, *taps
     product.weights, product.weight_row, product.weight_channel = weights, row, channel
     product.weight_tap_y, product.weight_tap_x = tap_y, tap_x
@@ -381,22 +382,26 @@ def _place_layer(
         _copy(layer.feedback, shape.below, layer.delta)
 
 
+def _describe_output(layer: p.Layer, out: tuple[int, int, int]) -> None:
+    layer.channels, height, width = out
+    layer.by_size, layer.by_area = p.divisor(math.prod(out)), p.divisor(height * width)
+    layer.by_width = p.divisor(width)
+
+
 def _describe_tail(layer: p.Layer, shape: _Shape) -> None:
-    layer.channels, layer.height, layer.width = shape.inner
-    layer.pooled_height, layer.pooled_width = layer.height, layer.width
-    layer.window_y = layer.window_x = 1
+    channels, layer.height, layer.width = shape.inner
+    pool = None if shape.linear else shape.form.pool
+    layer.window_y, layer.window_x = (1, 1) if pool is None else pool.kernel
+    layer.by_window_x = p.divisor(layer.window_x)
+    _describe_output(layer, (channels, layer.height // layer.window_y, layer.width // layer.window_x))
     if shape.linear:
         layer.after, layer.after_negative_slope = p.activation_code(shape.form.activation)
         return
     form = shape.form
-    if form.pool is None:
+    if pool is None:
         layer.after, layer.after_negative_slope = p.activation_code(form.before)
         return
-    layer.pool = p.MAX_POOL if isinstance(form.pool, specs.MaxPool2d) else p.AVG_POOL
-    layer.window_y, layer.window_x = form.pool.kernel
-    layer.pooled_height, layer.pooled_width = (
-        size // window for size, window in zip(shape.inner[1:], form.pool.kernel, strict=True)
-    )
+    layer.pool = p.MAX_POOL if isinstance(pool, specs.MaxPool2d) else p.AVG_POOL
     layer.before, layer.before_negative_slope = p.activation_code(form.before)
     layer.after, layer.after_negative_slope = p.activation_code(form.after)
 
@@ -429,11 +434,10 @@ def _program(
     what = p.Program()
     what.depth, what.samples, what.group = network.depth, samples, min(samples, _MOST_GROUP)
     what.loss, what.first_in_loop = p.LOSSES[loss], 2 if gram else 1
-    first = what.layers[0]
-    first.channels, first.pooled_height, first.pooled_width = layers[2].below
+    _describe_output(what.layers[0], layers[2].below)
     d_first = d_columns = 0
     if not gram:
-        first.d, d_first, d_columns = _place_beliefs(memory, 1, layers[2].below, layers[2])
+        what.layers[0].d, d_first, d_columns = _place_beliefs(memory, 1, layers[2].below, layers[2])
     for l in range(2, network.depth + 1):
         layer, shape = what.layers[l - 1], layers[l]
         layer.operand = p.OPERANDS[shape.operand]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_double, c_int32, c_int64, c_uint32, c_void_p
 
 from ..activations import Activation, Gelu, GeluTanh, LeakyRelu, Relu, Sigmoid, Silu, Tanh
 
@@ -31,9 +31,22 @@ class Place(Structure):
     _fields_ = _ints("first", "samples", "channels", "rows", "columns")
 
 
+class Divisor(Structure):
+    _fields_ = [("value", c_int32), ("multiplier", c_uint32), ("shift", c_int32)]
+
+
+def divisor(value: int) -> Divisor:
+    """For quotients of numbers below 2^31: the multiplier is less than 1 above 2^shift / value, so they are exact."""
+    shift = 31 + (value - 1).bit_length()
+    return Divisor(value, -(-(1 << shift) // value), shift)
+
+
 class Product(Structure):
     _fields_ = [
-        *_ints("kind", "out", "height", "width", "channels", "taps_y", "taps_x"),
+        *_ints("kind", "out", "height", "width"),
+        ("by_area", Divisor),
+        ("by_width", Divisor),
+        *_ints("channels", "taps_y", "taps_x"),
         *_ints("weights", "weight_row", "weight_channel", "weight_tap_y", "weight_tap_x"),
         ("input", Place),
         *_ints("input_tap_y", "input_tap_x", "scratch", "scratch_sample", "scratch_split"),
@@ -46,8 +59,11 @@ class Layer(Structure):
     _fields_ = [
         ("predict", Product),
         ("feedback", Product),
-        *_ints("channels", "height", "width", "pooled_height", "pooled_width"),
-        *_ints("pool", "window_y", "window_x", "before", "after"),
+        *_ints("channels", "height", "width"),
+        *((name, Divisor) for name in ("by_size", "by_area", "by_width")),
+        *_ints("pool", "window_y", "window_x"),
+        ("by_window_x", Divisor),
+        *_ints("before", "after"),
         ("before_negative_slope", c_double),
         ("after_negative_slope", c_double),
         *_ints("uhat", "uhat_sample", "operand", "weights", "weight_inputs", "weight_stride", "gram"),
