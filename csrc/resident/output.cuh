@@ -89,6 +89,11 @@ __device__ void fill_targets(const Moment<Real>& now, int thread, int threads, c
   }
 }
 
+// Warps that have the output layer in a predict stage, the last ones of the block; the others have the hidden layers.
+__device__ inline int output_warps(const Program& program) {
+  return max(min(program.samples, static_cast<int>(blockDim.x) / kWarpSize / 2), 1);
+}
+
 // One warp a sample. The gradient at mu = vhat + bracket as eps and delta of the output layer; before the iterations
 // (`forward`) at vhat, and the sample's share of the loss there.
 template <class Real>
@@ -99,8 +104,9 @@ __device__ void output_error(const Moment<Real>& now, bool forward, bool moved, 
   const int classes = program.classes;
   const Real loss_scale = Real(now.run.loss_scale);
   void* kept = forward ? now.tensors.output_gradient : now.last ? now.tensors.error[program.depth - 1] : nullptr;
-  // from the last warp on, since the first ones have the hidden layers
-  for (int n = warp.count - 1 - warp.index; n < now.samples; n += warp.count) {
+  const int warps = output_warps(program);
+  if (warp.count - 1 - warp.index >= warps) return;
+  for (int n = warp.count - 1 - warp.index; n < now.samples; n += warps) {
     const Real* vhat = now.memory + program.vhat + n * program.classes_stride;
     const Real* dense = now.memory + program.dense + n * program.classes_stride;
     Real highest = Real(-3.0e38), sum = 0, loss = 0;

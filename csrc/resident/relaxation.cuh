@@ -56,7 +56,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       tile::block_barrier();
       continue;
     }
-    for (int l = depth - !finish; l >= front; --l) pull_errors(now, l, l >= moved, finish, thread, threads);
+    // the output layer's warps are busy with it
+    const int free = finish || warp.count == 1 ? threads : threads - output_warps(program) * kWarpSize;
+    for (int l = depth - !finish; l >= front && thread < free; --l)
+      pull_errors(now, l, l >= moved, finish, thread, free);
     if (finish) break;
     tile::block_barrier();
     if (now.moves) {
