@@ -110,12 +110,18 @@ __device__ void output_error(const Moment<Real>& now, bool forward, bool moved, 
     const Real* vhat = now.memory + program.vhat + n * program.classes_stride;
     const Real* dense = now.memory + program.dense + n * program.classes_stride;
     Real highest = Real(-3.0e38), sum = 0, loss = 0;
+    const int first_pass = program.loss == CROSS_ENTROPY ? HIGHEST : ERROR;
+    Moved<Real> own{};  // the lane's first class, often its only one: found in the first pass
     PCFAST_NO_UNROLL
-    for (int pass = program.loss == CROSS_ENTROPY ? HIGHEST : ERROR; pass <= ERROR; ++pass) {
+    for (int pass = first_pass; pass <= ERROR; ++pass) {
       for (int c = warp.lane; c < classes; c += kWarpSize) {
         const Element<Real> where{n, c, 0, 0, c};
-        int winner;
-        const Moved<Real> found = Tail<Real>{layer, now.memory, moved, where}.evaluate(winner);
+        Moved<Real> found = own;
+        if (pass == first_pass || c != warp.lane) {
+          int winner;
+          found = Tail<Real>{layer, now.memory, moved, where}.evaluate(winner);
+          if (c == warp.lane) own = found;
+        }
         const Real output = vhat[c] + found.bracket;
         if (pass == HIGHEST) {
           highest = fmax(highest, output);

@@ -5,16 +5,20 @@ from __future__ import annotations
 from itertools import groupby
 
 from .. import network as specs
+from ..precision import Operands
 from .placement import Placement
+
+_OPERANDS = {"ieee": "float32", "tf32": "TF32", "bf16": "bfloat16"}
 
 
 def describe(network: specs.Network, placed: Placement) -> list[str]:
     """The tier, the launch, and per layer the bytes of shared memory of its arrays."""
     lines = [
-        "tier resident: weights and state in one block's shared memory, all iterations in one launch",
+        "tier resident: weights and state in one block's shared memory, forward pass and all iterations in one launch",
         f"{placed.samples} sample{'s' * (placed.samples > 1)} a block, {placed.blocks} blocks of {placed.threads} "
         f"threads, {placed.blocks_per_sm} a multiprocessor, {placed.waves} wave{'s' * (placed.waves > 1)}",
         f"{placed.bytes:,} bytes of shared memory a block",
+        f"products read {_read(placed.operands)}",
     ]
     by_home = sorted(placed.arrays, key=lambda array: array.home)
     for home, arrays in groupby(by_home, key=lambda array: array.home):
@@ -22,3 +26,9 @@ def describe(network: specs.Network, placed: Placement) -> list[str]:
         lines.append(f"{network.layers[home - 1].label if home else 'all layers'}: {sizes} bytes")
     lines.append("weight gradients by torch, from errors that the kernel has pulled back to the products")
     return lines
+
+
+def _read(operands: Operands) -> str:
+    if operands.linear == operands.convolution:
+        return _OPERANDS[operands.linear]
+    return f"{_OPERANDS[operands.linear]} in linear layers, {_OPERANDS[operands.convolution]} in convolutions"
