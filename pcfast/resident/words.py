@@ -14,7 +14,7 @@ _OPERANDS = {"ieee": "float32", "tf32": "TF32", "bf16": "bfloat16"}
 def describe(network: specs.Network, placed: Placement) -> list[str]:
     """The tier, the launch, and per layer the bytes of shared memory of its arrays."""
     lines = [
-        "tier resident: weights and state in one block's shared memory, forward pass and all iterations in one launch",
+        "tier resident: weights and state in one block's shared memory, forward pass and iterations in one launch",
         f"{placed.samples} sample{'s' * (placed.samples > 1)} a block, {placed.blocks} blocks of {placed.threads} "
         f"threads, {placed.blocks_per_sm} a multiprocessor, {placed.waves} wave{'s' * (placed.waves > 1)}",
         f"{placed.bytes:,} bytes of shared memory a block",
