@@ -70,7 +70,7 @@ class Cuda(Eager):
         from ..resident.words import describe
 
         placed = _place(network, plan.shapes, plan.gram, "cross_entropy", plan.precision, device)
-        return describe(network, placed)
+        return describe(network, placed, constants.load())
 
 
 def _unavailable(device: torch.device) -> str:
