@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 
 def headings() -> tuple[str, ...]:
     """Column names; ">" means numbers, aligned right."""
@@ -67,6 +69,24 @@ def fastest_ways(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
         if row["status"] == "timed":
             found.setdefault((row["kernel"], row["size"], row["precision"]), []).append(row)
     return {case: sorted(ways, key=lambda way: way["seconds"]) for case, ways in found.items()}
+
+
+def growth(rows: list[dict]) -> list[tuple[str, list[float]]]:
+    """Of the resident kernel: (network and precision, seconds of one more iteration from each length to the next)."""
+    launches: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["kernel"] == "resident" and row["status"] == "timed":
+            name, _, number = row["size"].rpartition(", n = ")
+            launch = int(number), int(number) * row["seconds"]
+            launches.setdefault(f"{name}, {row['precision']}", []).append(launch)
+    return [
+        (
+            name,
+            [(later - sooner) / (more - fewer) for (fewer, sooner), (more, later) in pairwise(sorted(found))],
+        )
+        for name, found in launches.items()
+        if len(found) > 1
+    ]
 
 
 def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:

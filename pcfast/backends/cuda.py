@@ -117,10 +117,11 @@ def _place(network, shapes, gram: bool, loss: str, precision, device: torch.devi
 class _Run(KernelRun):
     """One strict relaxation."""
 
-    def _relax(self, observe):
-        from ..resident.loop import Inputs, relax
+    def arguments(self):
+        """Placement and inputs of the loop, of :mod:`pcfast.resident.loop`, after the forward pass."""
+        from ..resident.loop import Inputs
 
-        problem, plan, depth, steps = self.problem, self.plan, self.depth, self.problem.num_steps
+        problem, plan, depth = self.problem, self.plan, self.depth
         placed = _place(
             problem.network, plan.shapes, plan.gram, problem.loss.kind, self.precision, problem.x.device
         )
@@ -128,8 +129,13 @@ class _Run(KernelRun):
         # a layer without a product has what it reads in that place
         around = zip(self.pre_activations, [None, *self.vhat[:-1]], strict=True)
         uhat = [below if product is None else product for product, below in around]
-        inputs = Inputs(weights, [None, None, *uhat[2:]], self.vhat, self._starts(), self.target)
-        found = relax(placed, inputs, steps, problem.step_size, gradients=problem.wanted.gradients)
+        return placed, Inputs(weights, [None, None, *uhat[2:]], self.vhat, self._starts(), self.target)
+
+    def _relax(self, observe):
+        from ..resident.loop import relax
+
+        problem, plan, depth, steps = self.problem, self.plan, self.depth, self.problem.num_steps
+        found = relax(*self.arguments(), steps, problem.step_size, gradients=problem.wanted.gradients)
         self.local_errors = found.local_errors
         # from a forward pass on, belief l moves from iteration L - l on, and error l is there one later (fact 3)
         for l in range(max(depth - steps, 1) if plan.fresh else 1, depth):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,11 +68,20 @@ def relax(
     Raises:
         BackendError: the launch failed; CUDA's reason is in it.
     """
+    found, launch = prepare(placement, inputs, num_steps, step_size, gradients=gradients)
+    launch()
+    return found
+
+
+def prepare(
+    placement: Placement, inputs: Inputs, num_steps: int, step_size: float, *, gradients: bool
+) -> tuple[Found, Callable[[], None]]:
+    """What :func:`relax` will have found, and the launch that fills it; each launch relaxes anew, to the same."""
     program = Program.from_buffer_copy(placement.program)
     depth, device = program.depth, inputs.vhat[0].device
     like = dict(dtype=inputs.vhat[0].dtype, device=device)
     batch = inputs.vhat[0].shape[0]
-    kept: list[Tensor] = []  # until the launch is in the stream
+    kept: list[Tensor] = []  # until the last launch is in the stream
 
     def pointer(tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -112,15 +121,18 @@ def relax(
     tensors.gram_sum, tensors.gram_sum_before = map(pointer, sums)
     tensors.first_bad = pointer(first_bad)
 
+    found = Found(d, errors, local if gradients else None, *sums, first_bad)
     module = native.load()
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     run = Run(batch, num_steps, inputs.starts is None, step_size, inputs.target.scale)
-    status = module.resident(
-        placement.program, bytes(tensors), bytes(run), placement.scalar_bytes, placement.threads, stream
-    )
-    if status:
-        raise BackendError(
-            f"the resident kernel could not be launched on {device}: {module.error_text(status)}. If an earlier "
-            'error has broken the CUDA context, restart Python; otherwise report it, and use backend="eager".'
-        )
-    return Found(d, errors, local if gradients else None, *sums, first_bad)
+    arguments = placement.program, bytes(tensors), bytes(run), placement.scalar_bytes, placement.threads
+
+    def launch(_alive: tuple = tuple(kept)) -> None:
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        status = module.resident(*arguments, stream)
+        if status:
+            raise BackendError(
+                f"the resident kernel could not be launched on {device}: {module.error_text(status)}. If an earlier "
+                'error has broken the CUDA context, restart Python; otherwise report it, and use backend="eager".'
+            )
+
+    return found, launch
