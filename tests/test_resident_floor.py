@@ -77,8 +77,9 @@ def test_bytes_counted_by_hand():
     assert least[2].clocks == least[2].bytes / 128 and least[2].binding == "shared memory"
 
 
-def test_words_name_the_binding_resource():
-    network, _, found = placed("mnist_cnn", True)
+@pytest.mark.parametrize("gram", [False, True])
+def test_words_name_the_binding_resource(gram):
+    network, _, found = placed("mnist_cnn", gram)
     lines = words(network, found, KNOWN)
     least = floors(found, KNOWN)
     for l in range(2, network.depth + 1):

@@ -23,7 +23,7 @@ def describe(network: specs.Network, placed: Placement, constants: Constants) ->
     for home, arrays in groupby(by_home, key=lambda array: array.home):
         sizes = ", ".join(f"{array.name} {array.elements * placed.scalar_bytes:,}" for array in arrays)
         line = f"{network.layers[home - 1].label if home else 'all layers'}: {sizes} bytes"
-        lines.append(f"{line}; floor {_clocks(least[home])}" if home else line)
+        lines.append(f"{line}; floor {_clocks(least[home])}" if home > 1 else line)
     rate = constants.shared_memory_bytes_per_clk_sm
     lines += [
         f"floor of all layers {_clocks(least[0])}, {least[0].clocks / constants.sm_clock_mhz:.3g} us at "
