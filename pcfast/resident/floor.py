@@ -82,6 +82,8 @@ def words_read(product: p.Product, feedback: bool, samples: int, group: int) -> 
         row_tiles = -(-product.out // rows)
         terms = product.channels * product.taps_y * product.taps_x
         return terms * row_tiles * (tiles * rows + inputs)
+    if product.kind != p.LINEAR:
+        raise ValueError(f"the loads of products of kind {product.kind} are not counted here")
     quads = sum(-(-channels // _QUAD) for channels in channels_of_splits(product))
     groups = -(-samples // group)
     if feedback:
@@ -100,20 +102,21 @@ def words_written(product: p.Product, samples: int) -> int:
     return samples * product.out * product.height * product.width * product.splits
 
 
-def _pointwise_words(program: p.Program, l: int) -> int:
-    """Of layer l's error, and of the update of the beliefs below it."""
+def pointwise_words(program: p.Program, l: int) -> tuple[int, int]:
+    """Of layer l's error, and of the update of the beliefs below it: numbers read and written."""
     layer, samples = program.layers[l - 1], program.samples
     inner = layer.channels * layer.height * layer.width
     # uhat and the parts of s; delta, or S, which is read too
-    words = inner * (1 + layer.predict.splits + (2 if layer.gram else 1))
+    error = inner * (1 + layer.predict.splits + (2 if layer.gram else 1))
     if l == program.depth:
-        words += 2 * program.classes  # vhat and target
+        error += 2 * program.classes  # vhat and target
     else:
-        words += 2 * layer.channels * layer.pooled_height * layer.pooled_width  # d
+        error += 2 * layer.channels * layer.pooled_height * layer.pooled_width  # d
+    update = 0
     if layer.feedback.kind != p.NO_PRODUCT:
         below = layer.feedback.out * layer.feedback.height * layer.feedback.width
-        words += below * (layer.feedback.splits + 2)
-    return samples * words
+        update = below * (layer.feedback.splits + 2)
+    return samples * error, samples * update
 
 
 @functools.lru_cache(maxsize=64)
@@ -122,7 +125,7 @@ def floors(placement: Placement, constants: Constants) -> dict[int, Floor]:
     program = p.Program.from_buffer_copy(placement.program)
     samples = program.samples
     macs = dict.fromkeys(range(2, program.depth + 1), 0)
-    words = {l: _pointwise_words(program, l) for l in macs}
+    words = {l: sum(pointwise_words(program, l)) for l in macs}
     for l, feedback, product in live_products(program):
         macs[l] += multiply_adds(program.layers[l - 1], samples)
         words[l] += words_read(product, feedback, samples, program.group) + words_written(product, samples)

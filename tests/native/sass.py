@@ -1,12 +1,13 @@
 """What an iteration of the resident kernel issues, by its machine code for sm_90a, against its program's floor.
 
 python tests/native/sass.py            # print the tables
-python tests/native/sass.py --record   # and write sass_limits.json, which the tests hold the code to
+python tests/native/sass.py --record   # and write sass_limits.json, which the tests hold it to, and docs/kernels.md
 
 Inner loops of the products are found in the disassembly by the calls that their instructions are inlined from. How
 often each runs, and what its loads need, follows from the program: of a block that has all of its samples, in an
-iteration in which every layer is live. Work around the inner loops and pointwise work come on top, as do barriers and
-latencies. So the clocks here are predicted, and a lower bound.
+iteration in which every layer is live. Of pointwise work, and of what goes to the scratch, only the bytes count;
+instructions around the inner loops and of pointwise work come on top, as do barriers and latencies. So the clocks
+here are predicted, and a lower bound: of two stages of products and two of pointwise work, one after the other.
 
 Rates of a multiprocessor in a clock: an instruction of a warp from each of its four schedulers, and one line of 128
 bytes of shared memory. A warp's scheduler is taken to be its index modulo four.
@@ -42,10 +43,14 @@ from pcfast.resident.floor import (
     floors,
     live_products,
     multiply_adds,
+    pointwise_words,
+    words_written,
 )
 from pcfast.resident.placement import Chip, Placement, place
 
 LIMITS = TESTS / "sass_limits.json"
+PAGE = TESTS.parents[1] / "docs" / "kernels.md"
+BEGIN, END = (f"<!-- tests/native/sass.py: {where} -->" for where in ("begin", "end"))
 RECORD = "python tests/native/sass.py --record"
 SOURCE = CSRC / "resident" / "resident.cu"
 CHIP = "90a"
@@ -55,7 +60,7 @@ TIMEOUT = 600.0  # seconds
 
 SCHEDULERS = 4
 BANKS = 32
-LINE_BYTES = 128
+LINE_WORDS = 32
 WARP = 32
 # csrc/resident/products.cuh
 QUAD = 4
@@ -347,7 +352,7 @@ class Row:
         unroll: trips that the compiled loop does at once. size: its instructions; mix: the most frequent.
         instructions: of the inner loops, of all warps. multiplying: those that multiply.
         useful, issued: multiply-adds that the mathematics asks for, and of all lanes.
-        bytes, wavefronts: of the loads, see :func:`wavefronts`.
+        bytes, wavefronts: of the loads, see :func:`wavefronts`. written: words, to the scratch.
     """
 
     layer: int
@@ -364,6 +369,7 @@ class Row:
     issued: int
     bytes: int
     wavefronts: int
+    written: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,11 +387,15 @@ class Evidence:
 
     @property
     def clocks(self) -> float:
-        """Predicted, at the least, of both stages one after the other."""
+        """Predicted, at the least."""
+        program = p.Program.from_buffer_copy(self.placement.program)
         found = 0.0
         for stage, issue in self.busiest.items():
-            memory = sum(row.wavefronts for row in self.rows if row.stage == stage)
-            found += max(issue, memory)
+            memory = sum(row.wavefronts + row.written / LINE_WORDS for row in self.rows if row.stage == stage)
+            pointwise = sum(
+                pointwise_words(program, l)[stage == "feedback"] for l in range(2, program.depth + 1)
+            )
+            found += max(issue, memory) + pointwise / LINE_WORDS
         return found
 
 
@@ -442,6 +452,7 @@ def evidence(name: str, placement: Placement, loops: Sequence[Loop]) -> Evidence
                 l, stage, called, len(units), trips, unroll, loop.size, mix, round(trips * cost), trips * a_trip,
                 multiply_adds(program.layers[l - 1], samples), trips * a_trip * WARP,
                 4 * sum(len(words_needed(load)) for load in loads), sum(map(wavefronts, loads)),
+                words_written(product, samples),
             )
         )  # fmt: skip
     floor = floors(placement, constants.load())[0]
@@ -507,6 +518,25 @@ def read_limits(path: Path = LIMITS) -> dict:
     return json.loads(path.read_text())
 
 
+def with_table(page: str, limits: dict) -> str:
+    """``page`` with the networks' figures between its markers."""
+    rows = [
+        "| an iteration of a block | multiply-adds | floor, clocks | instructions in inner loops | lines of shared "
+        "memory that they read | predicted at the least, clocks |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (make, shape) in NETWORKS.items():
+        placement, found = placed(make(), shape), limits["networks"][name]
+        floor = floors(placement, constants.load())[0]
+        samples = f"{placement.samples} sample{'s' * (placement.samples > 1)}"
+        rows.append(
+            f"| {name}, {samples} | {floor.multiply_adds:,} | {floor.clocks:,.0f} ({floor.binding}) | "
+            f"{found['instructions']:,} | {found['wavefronts']:,} | {found['clocks']:,} |"
+        )
+    before, rest = page.split(BEGIN)
+    return "\n".join([before + BEGIN, *rows, END + rest.split(END)[1]])
+
+
 def print_tables(found: Sequence[Evidence]) -> None:
     for each in found:
         placement = each.placement
@@ -539,7 +569,7 @@ def print_tables(found: Sequence[Evidence]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", action="store_true", help=f"write {LIMITS.relative_to(TESTS.parent)}")
+    parser.add_argument("--record", action="store_true", help=f"write {LIMITS.name} and {PAGE.name}")
     arguments = parser.parse_args()
     if reason := why_not():
         sys.exit(reason)
@@ -549,6 +579,7 @@ def main() -> None:
     if arguments.record:
         limits = {"nvcc": release(), **figures(loops, found)}
         LIMITS.write_text(json.dumps(limits, indent=2, sort_keys=True) + "\n")
+        PAGE.write_text(with_table(PAGE.read_text(), limits))
         return
     problems = check_recorded(figures(loops, found), read_limits(), release())
     if problems:

@@ -29,7 +29,12 @@ def test_an_iteration_keeps_its_limits():
         # nothing is lost on the way: every multiply-add of the program is in some loop
         assert each.total("useful") == each.floor.multiply_adds
         assert all(row.useful <= row.issued for row in each.rows)
-        assert each.clocks >= each.total("multiplying") / sass.SCHEDULERS
+        assert each.clocks >= max(each.floor.clocks, each.total("multiplying") / sass.SCHEDULERS)
+
+
+def test_the_page_has_the_recorded_figures():
+    page = sass.PAGE.read_text()
+    assert sass.with_table(page, sass.read_limits()) == page, sass.RECORD
 
 
 # ---- counting
