@@ -126,17 +126,18 @@ fi
 
 # The CUDA kernels compiled for the CPU, where they run without a GPU; for rehearsals.
 host_module() {
-    local tools
+    local tools missing=''
     [ -z "${PCFAST_CUDA_ON_HOST:-}" ] || return 0
     tools=$("$PYTHON" -c 'import pybind11, sysconfig; print(sysconfig.get_path("scripts"))' 2> /dev/null)
-    if ! PATH=$tools:$PATH command -v cmake ninja g++ > /dev/null || [ "$(uname -m)" != x86_64 ]; then
+    for name in cmake ninja g++; do PATH=$tools:$PATH command -v "$name" > /dev/null || missing=yes; done
+    if [ -z "$tools" ] || [ -n "$missing" ] || [ "$(uname -m)" != x86_64 ]; then
         say host "not rehearsed: the CUDA kernels need cmake, ninja, pybind11, g++ and an x86-64 CPU here"
         return 0
     fi
     step host 120 env PATH="$tools:$PATH" bash -c '
-        cmake -G Ninja -S . -B build/host -DPCFAST_HOST=ON -Dpybind11_DIR="$($0 -m pybind11 --cmakedir)" \
+        cmake -G Ninja -S . -B build/host -DPCFAST_HOST=ON -Dpybind11_DIR="$("$0" -m pybind11 --cmakedir)" \
             -DPython_EXECUTABLE="$("$0" -c "import sys; print(sys.executable)")" && cmake --build build/host' "$PYTHON" &&
-        export PCFAST_CUDA_ON_HOST=$(echo "$PWD"/build/host/_native_host*.so)
+        for name in "$PWD"/build/host/_native_host*.so; do export PCFAST_CUDA_ON_HOST=$name; done
 }
 
 # A process of its own: a kernel that breaks takes the context of its process with it.

@@ -89,6 +89,16 @@ def growth(rows: list[dict]) -> list[tuple[str, list[float]]]:
     ]
 
 
+def growth_lines(rows: list[dict]) -> list[str]:
+    """:func:`growth` in words."""
+    lines = []
+    for name, seconds in growth(rows):
+        least, most = min(seconds), max(seconds)
+        spread = f"{most / least - 1:.1%} apart" if least > 0 else "lost in noise"
+        lines.append(f"resident, {name}: one more iteration takes {', '.join(map(time, seconds))}, {spread}")
+    return lines
+
+
 def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
     """(workload, precision) -> its rows, in order."""
     cases: dict[tuple[str, str], list[dict]] = {}
@@ -124,6 +134,6 @@ def best_of_ours(rows: list[dict]) -> dict | None:
 def time(seconds: float) -> str:
     """Three digits in a unit that fits."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
+        if abs(seconds) >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-9:.3g} ns"

@@ -606,6 +606,11 @@ def test_one_more_iteration_is_what_longer_launches_take_longer():
     ]
     ((name, seconds),) = tables.growth(rows)
     assert name == "net, batch 3, fp32" and seconds == pytest.approx([1e-6, 1e-6])
+    assert tables.growth_lines(rows) == [
+        "resident, net, batch 3, fp32: one more iteration takes 1 us, 1 us, 0.0% apart"
+    ]
+    rows[1]["seconds"] = 1e-9
+    assert tables.growth_lines(rows)[0].endswith("lost in noise")
     # lengths are other work, not rivals
     assert len(tables.fastest_ways(rows)) == 5
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from ..bench import runner
 from ..bench.contenders import CONTENDERS
-from ..bench.tables import by_case, by_kernel, cells, growth, headings, kernel_cells, kernel_headings, time
+from ..bench.tables import by_case, by_kernel, cells, growth_lines, headings, kernel_cells, kernel_headings
 from ..bench.workloads import WORKLOADS
 from ..checking import default_precisions
 from ..errors import ArgumentError
@@ -139,11 +139,8 @@ def _print_kernels(record: dict) -> None:
         "this machine, measured in this run; more than all where the arrays stay in L2. error: relative, against "
         "float64. For what was not timed the last column says why."
     )
-    for name, seconds in growth(record["kernels"]):
-        out.print(
-            f"resident, {name}: one more iteration takes {', '.join(map(time, seconds))}, a spread of "
-            f"{max(seconds) / min(seconds) - 1:.1%}"
-        )
+    for line in growth_lines(record["kernels"]):
+        out.print(line)
     timed = sum(row["status"] == "timed" for row in record["kernels"])
     left_out = len(record["kernels"]) - timed
     out.print(f"{timed} timed, {left_out} left out, {len(_failed(record))} refused or broken")
