@@ -72,7 +72,7 @@ class Cuda(Eager):
 
         with numerics(device, plan.precision):
             placed = _place(network, plan.shapes, plan.gram, "cross_entropy", plan.precision, device)
-        return describe(network, placed)
+        return describe(network, placed, constants.load())
 
 
 def _unavailable(device: torch.device) -> str:
@@ -122,21 +122,34 @@ class _Run(KernelRun):
     """One strict relaxation. The kernel runs the forward pass, too: only its lowest product is torch's."""
 
     def _forward(self):
-        from ..resident.loop import Inputs, relax
+        from ..resident.loop import relax
 
-        problem, plan, depth = self.problem, self.plan, self.depth
-        shapes, loss = [inner[-1] for inner in plan.shapes], problem.loss
+        problem = self.problem
+        shapes, loss = [inner[-1] for inner in self.plan.shapes], problem.loss
         loss.check_target(shapes[-1], problem.y)
         if problem.raise_now and loss.kind == "cross_entropy":  # labels
             loss.prepare(torch.empty(shapes[-1]), problem.y, raise_now=True)
         self.starts = None
         if problem.start is not None:
-            check_start(problem.start, [plan.shapes[0][0], *shapes])
+            check_start(problem.start, [self.plan.shapes[0][0], *shapes])
             self.starts = [v if v is None else self.precision.to_state(v) for v in problem.start]
         self.heads = [None if chain is None else first_product(chain) for chain in self.chains]
         x = self.precision.to_state(problem.x)
         first = self.chains[1].forward(x)
-        placed = _place(problem.network, plan.shapes, plan.gram, loss.kind, self.precision, problem.x.device)
+        self.found = relax(
+            *self.arguments(first), problem.num_steps, problem.step_size, gradients=problem.wanted.gradients,
+            output_gradient=problem.wanted.states or problem.wanted.activations or problem.check,
+        )  # fmt: skip
+        return [x, first, *self.found.vhat[2:]]
+
+    def arguments(self, first: torch.Tensor):
+        """Placement and inputs of :func:`pcfast.resident.loop.relax`. first: vhat_1."""
+        from ..resident.loop import Inputs
+
+        problem, plan = self.problem, self.plan
+        placed = _place(
+            problem.network, plan.shapes, plan.gram, problem.loss.kind, self.precision, problem.x.device
+        )
         steps = [None if head is None else self.chains[l].steps[head] for l, head in enumerate(self.heads)]
         weights = [None if step is None else step.weight for step in steps]
         biases = [None if step is None else step.bias for step in steps]
@@ -144,24 +157,19 @@ class _Run(KernelRun):
         if plan.gram:
             below = steps[2].forward(first)
             weights[2], biases[2] = steps[2].gram(), None
-        inputs = Inputs(
-            [None, None, *weights[2:]], [None, None, *biases[2:]], below, self.starts, loss, problem.y,
-            [None, *shapes],
-            [None, None, *(self._inner_shape(l) for l in range(2, depth + 1))],
+        inner_shapes = (self._inner_shape(l) for l in range(2, self.depth + 1))
+        return placed, Inputs(
+            [None, None, *weights[2:]], [None, None, *biases[2:]], below, self.starts, problem.loss, problem.y,
+            [None, *(inner[-1] for inner in plan.shapes)], [None, None, *inner_shapes],
         )  # fmt: skip
-        self.found = relax(
-            placed, inputs, problem.num_steps, problem.step_size, gradients=problem.wanted.gradients,
-            output_gradient=problem.wanted.states or problem.wanted.activations or problem.check,
-        )  # fmt: skip
-        return [x, first, *self.found.vhat[2:]]
 
     def _inner_shape(self, l: int) -> tuple[int, ...]:
         inner, head = self.plan.shapes[l - 1], self.heads[l]
         return inner[0] if head is None else inner[head + 1]
 
     def _prepare_loss(self):
-        self.loss, self.output_gradient = self.found.loss, self.found.output_gradient
-        self.flaw = self.found.flaw
+        self.loss, self.output_gradient = self.found.loss_rows.sum(), self.found.output_gradient
+        self.flaw = self.found.first_bad[-1] == 0
 
     def _strict(self):
         problem, plan, depth, steps = self.problem, self.plan, self.depth, self.problem.num_steps
@@ -177,7 +185,7 @@ class _Run(KernelRun):
             errors[1] = head.pullback(found.gram_sum_before)
         elif lowest == 1 and not steps:
             errors[1] = self.vhat[1] - beliefs[1]  # written in the feedback stage, of which there was none
-        self.first_bad = found.first_bad
+        self.first_bad = found.first_bad[:-1]
         if self.builder is not None:
             self.builder.observe_first(self.first_bad, steps)
         self.checked = [(l, v) for l, v in enumerate(beliefs) if 0 < l < depth]

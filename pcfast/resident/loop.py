@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,17 +46,17 @@ class Found:
 
     Attributes:
         vhat: of the forward pass, from layer 2 on.
-        loss: at vhat_L, 0-dim. output_gradient: of the loss there, or None.
+        loss_rows: (B,), every sample's share of the loss at vhat_L. output_gradient: of the loss there, or None.
         beliefs: after the last iteration; None where they are not in the loop.
         errors: eps_l of the last iteration; entries of layers that it has not reached say nothing.
         local_errors: eps_l pulled back to the layer's product at the last beliefs, for l >= 2; None unless asked for.
         gram_sum, gram_sum_before: S after and before the last iteration (docs/method.md fact 7), or None.
-        first_bad: (L-1,) int32, the iteration whose update left a layer's state NaN or infinite.
-        flaw: 0-dim bool: a label was out of range.
+        first_bad: (L,) int32, the iteration whose update left a layer's state NaN or infinite; for the output layer
+            0 where a label was out of range.
     """
 
     vhat: list[Tensor | None]
-    loss: Tensor
+    loss_rows: Tensor
     output_gradient: Tensor | None
     beliefs: list[Tensor | None]
     errors: list[Tensor | None]
@@ -64,7 +64,6 @@ class Found:
     gram_sum: Tensor | None
     gram_sum_before: Tensor | None
     first_bad: Tensor
-    flaw: Tensor
 
 
 def relax(
@@ -84,10 +83,27 @@ def relax(
     Raises:
         BackendError: the launch failed; CUDA's reason is in it.
     """
+    found, launch = prepare(
+        placement, inputs, num_steps, step_size, gradients=gradients, output_gradient=output_gradient
+    )
+    launch()
+    return found
+
+
+def prepare(
+    placement: Placement,
+    inputs: Inputs,
+    num_steps: int,
+    step_size: float,
+    *,
+    gradients: bool,
+    output_gradient: bool,
+) -> tuple[Found, Callable[[], None]]:
+    """What :func:`relax` will have found, and the launch that fills it; each launch relaxes anew, to the same."""
     program = Program.from_buffer_copy(placement.program)
     depth, device, batch = program.depth, inputs.below.device, inputs.below.shape[0]
     like = dict(dtype=inputs.below.dtype, device=device)
-    kept: list[Tensor] = []  # until the launch is in the stream
+    kept: list[Tensor] = []  # until the last launch is in the stream
 
     def pointer(tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -128,19 +144,19 @@ def relax(
     _describe_loss(inputs, like, tensors, run, pointer)
 
     module = native.load()
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    status = module.resident(
-        placement.program, bytes(tensors), bytes(run), placement.scalar_bytes, placement.threads, stream
-    )
-    if status:
-        raise BackendError(
-            f"the resident kernel could not be launched on {device}: {module.error_text(status)}. If an earlier "
-            'error has broken the CUDA context, restart Python; otherwise report it, and use backend="eager".'
-        )
-    return Found(
-        vhat, rows.sum(), at_output, beliefs, errors, local if gradients else None, *sums, first_bad[:-1],
-        first_bad[-1] == 0,
-    )  # fmt: skip
+    arguments = placement.program, bytes(tensors), bytes(run), placement.scalar_bytes, placement.threads
+
+    def launch(_alive: tuple = tuple(kept)) -> None:
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        status = module.resident(*arguments, stream)
+        if status:
+            raise BackendError(
+                f"the resident kernel could not be launched on {device}: {module.error_text(status)}. If an earlier "
+                'error has broken the CUDA context, restart Python; otherwise report it, and use backend="eager".'
+            )
+
+    local = local if gradients else None
+    return Found(vhat, rows, at_output, beliefs, errors, local, *sums, first_bad), launch
 
 
 def _describe_loss(inputs: Inputs, like: dict, tensors: Tensors, run: Run, pointer) -> None:
