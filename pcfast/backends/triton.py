@@ -142,24 +142,40 @@ def design_of(problem, plan):
     return _design(problem.network, plan, problem.loss.kind if _fuses_loss(problem, plan) else None, target)
 
 
-# Elements between samples, and samples times pixels, that 32-bit offsets inside a tile reach.
+# Elements between samples that 32-bit offsets inside a tile of a linear layer reach; likewise samples times pixels.
 _LONGEST_ROW = 2**24
 _MOST_PIXELS = 2**31
+# Programs that CUDA starts along a grid's second axis, times the channels of each (pointwise_error.tile).
+_MOST_CHANNELS = 65535 * 128
 
 
 @functools.lru_cache(maxsize=256)
 def _too_large(network, x_shape: tuple[int, ...]) -> str:
-    """Where an offset would not fit its integer, by layer; "" where all fit."""
+    """Where an offset would not fit its integer, or a grid CUDA, by layer; "" where all fit."""
+    from ..forms import LinearForm, layer_form
     from ..streamed.boundary import boundaries
 
-    batch = x_shape[0]
-    for layer, bound in zip(network.layers, boundaries(network, network.shapes(x_shape))[1:], strict=True):
-        pixels = batch * (bound.map[1] * bound.map[2] if bound.map else 1)
-        if bound.stride >= _LONGEST_ROW or pixels >= _MOST_PIXELS:
-            return (
-                f"{layer.label} has {bound.size:,} outputs a sample for {batch:,} samples; its kernels take fewer "
-                f"than {_LONGEST_ROW:,} a sample and {_MOST_PIXELS:,} pixels in all: use smaller batches or eager"
-            )
+    batch, shapes = x_shape[0], network.shapes(x_shape)
+    bounds = boundaries(network, shapes)
+    linear = [None, None]  # whether linear kernels run a layer, which stands outside the loop up to layer 1
+    for layer, inner, below in zip(network.layers[1:], shapes[1:], bounds[1:-1], strict=True):
+        linear.append(isinstance(layer_form(layer, inner, below.map), LinearForm))
+    for layer, bound in zip(network.layers, bounds[1:], strict=True):
+        # kernels of this layer and of the one above work on what lies between them
+        kinds = linear[layer.index : layer.index + 2]
+        channels, height, width = bound.map or (bound.size, 1, 1)
+        pixels = batch * height * width
+        limits = [(pixels, _MOST_PIXELS, "samples times pixels")]
+        if True in kinds:
+            limits.append((bound.stride, _LONGEST_ROW, "outputs a sample"))
+        if False in kinds:
+            limits.append((channels, _MOST_CHANNELS, "channels"))
+        for found, limit, what in limits:
+            if found >= limit:
+                return (
+                    f"{layer.label} has {found:,} {what}, of which its kernels take fewer than {limit:,}: use "
+                    f"{'smaller batches' if what.startswith('samples') else 'smaller layers'} or eager"
+                )
     return ""
 
 

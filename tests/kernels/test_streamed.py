@@ -441,15 +441,35 @@ def test_what_it_cannot_run_is_refused_by_name():
 
 
 def test_sizes_beyond_the_kernels_integers_are_refused():
+    def request(*layers: nn.Module, sample: tuple[int, ...] = (4,), batch: int = 2) -> Request:
+        network = pcfast.network.describe(nn.Sequential(*layers))
+        return Request(network, torch.device("cpu"), torch.float32, (batch, *sample))
+
+    def linear(width: int) -> list[nn.Module]:
+        return list(mlp(4, width, 3))
+
+    def bare(width: int) -> list[nn.Module]:
+        return [nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 3)]
+
     with torch.device("meta"):
-        model = mlp(4, 2**24, 3)
-    network = pcfast.network.describe(model)
-    request = Request(network, torch.device("cpu"), torch.float32, (2, 4))
-    with pytest.raises(pcfast.BackendError, match=r"layer 1 .*16,777,216 outputs a sample .*smaller batches"):
-        choose_backend("triton", request)
-    assert choose_backend("auto", request)[0].name == "eager"
-    fits = dataclasses.replace(request, network=pcfast.network.describe(mlp(4, 2**24 - 16, 3)))
-    assert choose_backend("triton", fits)[0].name == "triton"
+        too_large = {
+            r"layer 1 .*16,777,216 outputs a sample.*smaller layers": request(*linear(2**24)),
+            r"layer 1 .*8,388,480 channels.*smaller layers": request(*bare(65535 * 128)),
+            r"layer 1 .*2,147,483,648 samples times pixels.*smaller batches": request(
+                *linear(8), batch=2**31
+            ),
+        }
+        # 2^24 numbers a sample are nothing to kernels that see pixels and channels
+        maps = [nn.Conv2d(1, 64, 1), nn.Conv2d(64, 2, 1), nn.MaxPool2d(256), nn.Flatten(), nn.Linear(8, 3)]
+        fits = [
+            request(*linear(2**24 - 16)), request(*bare(65535 * 128 - 1)), request(*maps, sample=(1, 512, 512)),
+        ]  # fmt: skip
+    for words, asked in too_large.items():
+        with pytest.raises(pcfast.BackendError, match=words):
+            choose_backend("triton", asked)
+        assert choose_backend("auto", asked)[0].name == "eager"
+    for asked in fits:
+        assert choose_backend("triton", asked)[0].name == "triton"
 
 
 def test_a_kernel_that_does_not_compile_is_an_error_of_the_backend():
