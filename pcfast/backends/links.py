@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -72,10 +74,14 @@ class GramLink(Link):
     def __init__(self, chain, vhat, start):
         super().__init__(chain, vhat, start)
         self._head, self._tail = chain.steps[0], chain.tail
-        self.gram = self._head.gram()
         self._s: Tensor | None = None
         self._sum: Tensor | None = None
         self._sum_before: Tensor | None = None
+
+    @functools.cached_property
+    def gram(self) -> Tensor:
+        """G."""
+        return self._head.gram()
 
     @property
     def moved(self):

@@ -224,10 +224,9 @@ class _Run(KernelRun):
         steps = problem.num_steps
         planned = self.planned
         fused = _fuses_loss(problem, plan)
-        torch_gram = plan.gram and not planned.gram
         inputs = Inputs(
             self.chains, self.vhat, self.pre_activations, self._starts(), self.target if fused else None,
-            self.gradient_at, self.links[1] if torch_gram else None,
+            self.gradient_at, self.links[1] if plan.gram else None,
         )  # fmt: skip
         loop = Loop(planned, self.arena, inputs, problem.step_size)
         errors = [None] * (depth + 1)
@@ -244,7 +243,7 @@ class _Run(KernelRun):
             if plan.fresh and l < depth - steps:
                 continue
             if l == 1 and plan.gram:
-                if planned.gram:
+                if not planned.gram_by_torch:
                     self.links[1].adopt(*loop.gram_state())
             else:
                 self.links[l].adopt(loop.deviation(l))

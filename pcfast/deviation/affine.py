@@ -140,10 +140,13 @@ class Conv2dStep(_AffineStep):
         rows, columns = self.spec.kernel
         return F.conv2d(self.weight, self.weight, padding=(rows - 1, columns - 1))
 
-    def gram_product(self, gram: Tensor, delta: Tensor) -> Tensor:
+    def gram_convolved(self, gram: Tensor, delta: Tensor) -> Tensor:
+        """delta G in the operand dtype."""
         rows, columns = self.spec.kernel
-        product = F.conv2d(self._as_operand(delta), gram, padding=(rows - 1, columns - 1))
-        return self.precision.to_state(product)
+        return F.conv2d(self._as_operand(delta), gram, padding=(rows - 1, columns - 1))
+
+    def gram_product(self, gram: Tensor, delta: Tensor) -> Tensor:
+        return self.precision.to_state(self.gram_convolved(gram, delta))
 
     def gram_descend(self, gram: Tensor, s: Tensor, delta: Tensor, rate: float) -> None:
         s.mul_(1 - rate).sub_(self.gram_product(gram, delta), alpha=rate)

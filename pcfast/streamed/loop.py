@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from ..kernels.linear_rows import as_numbers
 from ..kernels.mlp_relaxation import launch_mlp_relaxation
 from ..kernels.output_error import CROSS_ENTROPY, MSE, output_error
 from ..kernels.pointwise_error import Tail, error_and_delta
+from ..kernels.pointwise_gram import gram_update
 from ..kernels.pointwise_update import update
 from ..kernels.tf32 import rounded_to_tf32
 from ..losses import Target as LossTarget
@@ -35,6 +37,9 @@ from .branches import Branches
 from .design import Design, FeedbackLaunch, PredictLaunch
 from .layers import ConvForm
 from .layout import Arena
+
+if TYPE_CHECKING:
+    from ..backends.links import GramLink
 
 _LOSSES = {"cross_entropy": CROSS_ENTROPY.value, "mse": MSE.value}
 # larger than any number of iterations
@@ -62,7 +67,7 @@ class Inputs:
         starts: beliefs to start from, as deviations; None from the forward pass.
         target: of the loss, where kernels evaluate it.
         gradient_at: dLoss/dmu at an output, where torch does.
-        gram_link: layer 1's coupling where torch does its Gram form.
+        gram_link: layer 1's coupling in Gram form, or None.
     """
 
     chains: list[Chain | None]
@@ -71,7 +76,7 @@ class Inputs:
     starts: list[Tensor] | None
     target: LossTarget | None
     gradient_at: Callable[[Tensor], Tensor]
-    gram_link: object | None
+    gram_link: GramLink | None
 
 
 def arena_of(design: Design, device: torch.device, operand: torch.dtype) -> Arena:
@@ -122,7 +127,7 @@ class Loop:
             if isinstance(form, LinearForm):
                 step = next(s for s in inputs.chains[l].steps if isinstance(s, LinearStep))
                 in_gram_form = design.gram and l == 2
-                weight = step.gram() if in_gram_form else below.weight_in_memory(step.weight)
+                weight = inputs.gram_link.gram if in_gram_form else below.weight_in_memory(step.weight)
                 matrix(f"weight{l}")[: form.out_features].copy_(_rounded(weight, design.target.precision))
             elif isinstance(form, PointwiseForm):
                 self._images[l] = self._image_of_uhat(l, form)
@@ -170,7 +175,7 @@ class Loop:
                 each(t)
             if num_steps == 0:
                 return
-            if t == num_steps and self.design.gram:
+            if t == num_steps and self.design.gram and not self.design.gram_by_torch:
                 self.sum_before = self.arena.matrix("sum2").clone()
             self._branches.run(self._feedback_pieces(t))
 
@@ -331,7 +336,9 @@ class Loop:
 
     def _predict_pointwise(self, l: int, form: PointwiseForm, moved: bool) -> None:
         product = None
-        if moved and form.convolution is not None:
+        if moved and self.design.gram and l == 2:
+            product = self._gram_image("s", form)
+        elif moved and form.convolution is not None:
             d = self._image("d_operand", l - 1).permute(0, 3, 1, 2)
             product = self._convolution(l, form).product(d).permute(0, 2, 3, 1).contiguous()
         elif moved:
@@ -347,10 +354,30 @@ class Loop:
 
     def _feedback_pointwise(self, link: int, form: PointwiseForm, t: int) -> None:
         pulled = self._delta_image(link + 1, form)
+        if self.design.gram and link == 1:
+            self._move_in_gram_form(form, pulled, t)
+            return
         if form.convolution is not None:
             step = self._convolution(link + 1, form)
             pulled = step.product_pulled_back(pulled.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
         self._move(link, pulled, t)
+
+    def _gram_image(self, name: str, form: PointwiseForm) -> Tensor:
+        """s or sum of layer 2's convolution (batch, height, width, channels)."""
+        return as_image(self.arena.matrix(f"{name}2"), *form.inner)
+
+    def _move_in_gram_form(self, form: PointwiseForm, delta: Tensor, t: int) -> None:
+        step, gram = self._convolution(2, form), self.inputs.gram_link.gram
+        gram_update(
+            s=self._gram_image("s", form),
+            total=self._gram_image("sum", form),
+            delta=delta,
+            pulled=step.gram_convolved(gram, delta.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous(),
+            step_size=self.eta,
+            first_bad=self.first_bad,
+            layer=1,
+            iteration=t,
+        )
 
     def _move(self, link: int, pulled: Tensor, t: int) -> None:
         """d += eta (error - pulled); ``pulled`` (batch, height, width, channels)."""
@@ -374,7 +401,7 @@ class Loop:
     # what torch does
 
     def _predict_torch(self, l: int, moved: bool) -> None:
-        link = self.inputs.gram_link if l == 2 else None
+        link = self.inputs.gram_link if l == 2 else None  # None unless in Gram form
         deviation = None
         if link is not None:
             deviation = link.predict() if link.moved else None
@@ -412,12 +439,14 @@ class Loop:
         return self._logical("d", l)
 
     def gram_state(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(s, sum, sum before the last iteration), where design.gram."""
-        return (
-            self._logical("s", 2),
-            self._logical("sum", 2),
-            self.design.boundaries[2].logical(self.sum_before),
+        """(s, sum, sum before the last iteration) as torch has u_2, where kernels move them."""
+        form, found = (
+            self.design.forms[2],
+            (self.arena.matrix("s2"), self.arena.matrix("sum2"), self.sum_before),
         )
+        if isinstance(form, LinearForm):
+            return tuple(map(self.design.boundaries[2].logical, found))
+        return tuple(as_image(matrix, *form.inner).permute(0, 3, 1, 2) for matrix in found)
 
     def error(self, l: int) -> Tensor:
         """eps_l of the last iteration as torch has it; at L (batch, outputs)."""

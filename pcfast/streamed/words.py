@@ -60,5 +60,7 @@ def _how(design: Design, l: int) -> str:
         return "conv_predict, conv_feedback"
     if isinstance(form, PointwiseForm):
         product = "" if form.convolution is None else "cuDNN's convolution, "
+        if design.gram and l == 2:
+            return product + "pointwise_error, pointwise_gram, Gram form"
         return product + "pointwise_error, pointwise_update"
-    return f"torch ({form.reason})"
+    return f"torch ({form.reason})" + (", Gram form" if design.gram and l == 2 else "")

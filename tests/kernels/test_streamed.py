@@ -208,6 +208,59 @@ def test_the_gram_form(num_steps, whole, request):
     assert_close_to_float64(two, x, y, num_steps=num_steps)
 
 
+#: Tails of a convolution whose Gram form costs less than its two products.
+GRAM_TAILS = {
+    "nothing": [],
+    "tanh": [nn.Tanh()],
+    "relu, max": [nn.ReLU(), nn.MaxPool2d(2)],
+    "gelu, max, rows that fill no window": [nn.GELU(), nn.MaxPool2d(3)],
+    "avg, silu": [nn.AvgPool2d((1, 2)), nn.SiLU()],
+    "torch's batch norm": [nn.BatchNorm2d(3), nn.Tanh()],
+}
+
+
+def narrowing_conv_net(tail: str) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
+    """Layer 2 has far fewer channels than layer 1."""
+    torch.manual_seed(2)
+    second = nn.Sequential(nn.Conv2d(12, 3, (3, 2)), *copy.deepcopy(GRAM_TAILS[tail]), nn.Flatten())
+    below = nn.Sequential(nn.Conv2d(2, 12, 3, padding=1), nn.Tanh())
+    x = torch.randn(BATCH, 2, 6, 7)
+    features = second(below(x)).shape[1]
+    above = [nn.Sequential(nn.Linear(features, 7), nn.Sigmoid()), nn.Linear(7, 4)]
+    return nn.Sequential(below, second, *above), x, torch.randint(0, 4, (BATCH,))
+
+
+@pytest.mark.parametrize("num_steps", [3, 4, 7])
+@pytest.mark.parametrize("tail", GRAM_TAILS)
+def test_the_gram_form_of_a_convolution(tail, num_steps, launches):
+    model, x, y = narrowing_conv_net(tail)
+    found = pcfast.relax(model, x, y, num_steps=num_steps, backend="triton")
+    assert found.run.plan.gram
+    counted = Counter(name for name, _ in launches)
+    by_torch = "torch" in tail
+    # layer 2 of 4 has an error from iteration 3 on, and layer 1 would move from then on
+    assert (counted["gram_update"], counted["error_and_delta"]) == (0 if by_torch else num_steps - 2,) * 2
+    assert counted["update"] == 0
+    assert_close_to_float64(model, x, y, num_steps=num_steps)
+
+
+def test_the_gram_form_of_a_convolution_in_bfloat16():
+    model, x, _ = narrowing_conv_net("relu, max")
+    report = check(model, tuple(x.shape), draws=3, num_steps=5, backends=["triton"], precisions=["bf16"])
+    assert pcfast.last_run().plan.gram
+    assert report.ok and {row.backend for row in report.rows} == {"triton"}, report.failures
+
+
+def test_divergence_in_gram_form_is_layer_1s():
+    model, x, y = narrowing_conv_net("nothing")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(40)
+    with pytest.raises(pcfast.RelaxationDiverged) as caught:
+        pcfast.relax(model, x, y, backend="triton", check="sync", step_size=1e4, num_steps=60)
+    assert caught.value.iteration is not None and caught.value.layer == 1
+
+
 @pytest.mark.parametrize("loss_name", LOSSES)
 @pytest.mark.parametrize("width", [10, 40])
 def test_losses(loss_name, width):

@@ -200,8 +200,9 @@ def test_each_geometry_and_precision_is_chosen_for_itself():
     assert letters(designed(name, "tf32", chosen)) == "pppll"
 
 
-def test_the_gram_form_of_a_convolution_is_torchs():
-    assert letters(designed("3x3 relu max", "tf32", EveryConvolution(), gram=True)) == "tll"
+def test_the_gram_form_of_a_convolution_is_another_convolution():
+    """Its weight is the Gram matrix, and cuDNN multiplies with it."""
+    assert letters(designed("3x3 relu max", "tf32", EveryConvolution(), gram=True)) == "pll"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
