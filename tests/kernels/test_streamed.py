@@ -22,7 +22,7 @@ from networks_for_tests import LOSSES, loss_and_target
 from torch import nn
 
 import pcfast
-from pcfast import planning, training
+from pcfast import constants, planning, training
 from pcfast.accuracy import relative_error
 from pcfast.backends import BACKENDS, choose_backend
 from pcfast.backends import triton as backend
@@ -33,6 +33,7 @@ from pcfast.kernels.linear_predict import PART
 from pcfast.kernels.tf32 import round_to_tf32, rounded_to_tf32
 from pcfast.problem import Request
 from pcfast.streamed import design as designs
+from pcfast.streamed import floor
 from pcfast.streamed.layout import Arena
 from pcfast.streamed.loop import Loop
 from pcfast.streamed.tiles import LOSS_COLUMNS
@@ -556,10 +557,63 @@ def test_explain_names_tier_kernels_and_tiles(staged):
     model, x, _ = drawn("conv")
     text = str(pcfast.explain(model, tuple(x.shape), backend="triton"))
     assert "tier streamed" in text and "tiles of 16 x 16 x 16" in text
-    assert "layer 2 (Conv2d - Tanh - MaxPool2d - Flatten): cuDNN's convolution, pointwise_error" in text
-    assert "layer 4 (Linear): linear_predict, linear_feedback" in text
+    assert (
+        "layer 2 (Conv2d - Tanh - MaxPool2d - Flatten): cuDNN's convolution, pointwise_error in tiles" in text
+    )
+    assert "layer 4 (Linear): linear_predict, linear_feedback; floor " in text
+    # layer 1 stands outside the loop
+    assert text.count("us an iteration (") == len(model) - 1
+    assert "floors from matmul_tf32_tflops (" in text
     model, x, _ = drawn("mlp")
     assert "bytes of loop weights" in str(pcfast.explain(model, tuple(x.shape), backend="triton"))
+
+
+def floors_of(model: nn.Sequential, sample: tuple[int, ...], gram: bool = False, **settings) -> dict:
+    network = pcfast.network.describe(model)
+    shapes = network.shapes((BATCH, *sample))
+    target = designs.Target(
+        **{"precision": "bf16", "sm_count": 132, "close_bytes": 0, "interpreted": False, **settings}
+    )
+    made = designs.design(network, shapes, gram, "cross_entropy", True, target)
+    return floor.floors(network, shapes, made, dataclasses.replace(constants.load(), l2_bytes=0))
+
+
+def test_floors_count_products_and_bytes():
+    found = floors_of(conv_net(), (2, 8, 8))
+    assert sorted(found) == [2, 3, 4]
+    # 6 x 6 places of 5 channels, a 3 x 3 kernel over 3 channels, forth and back
+    assert found[2].macs == 2 * BATCH * 36 * 5 * 27
+    # predict: d below, uhat before the pool, d, the error and delta, the weights; feedback: delta, the error below,
+    # d twice and its copy, the weights
+    above, below, inner, weights = BATCH * 45, BATCH * 108, BATCH * 180, 5 * 27
+    predict = 2 * below + 4 * inner + (4 + 4 + 2) * above + 2 * weights
+    assert found[2].bytes == predict + 2 * above + (4 + 8 + 2) * below + 2 * weights
+    # at the top the output and the target take the place of d
+    predict = 2 * BATCH * 13 + (4 + 8 + 4 + 2) * BATCH * 5 + 2 * 65
+    assert found[4].bytes == predict + 2 * BATCH * 5 + (4 + 8 + 2) * BATCH * 13 + 2 * 65
+
+
+def test_floors_in_gram_form():
+    model, x, _ = narrowing_conv_net("nothing")
+    network = pcfast.network.describe(model)
+    (plain, found) = (floors_of(model, tuple(x.shape[1:]), gram)[2] for gram in (False, True))
+    assert found.macs == planning.gram_macs(network, network.shapes(tuple(x.shape))) < plain.macs
+    # uhat, s, d, the error and delta; delta, s and its sum twice, the Gram matrix
+    size, gram = BATCH * 3 * 4 * 6, 3 * 3 * 5 * 3
+    assert found.bytes == size * (4 + 4 + 4 + 4 + 2) + size * (2 + 16) + 2 * gram
+
+
+def test_floors_of_convolutions_follow_their_own_switch():
+    settings = dict(precision="tf32x3", convolution_precision="tf32")
+    fast, slow = (
+        floors_of(conv_net(), (2, 8, 8), **settings),
+        floors_of(conv_net(), (2, 8, 8), precision="tf32x3"),
+    )
+    rate, _ = floor.matrix_rate("tf32", constants.load())
+    by_memory = fast[2].bytes / (constants.load().copy_bandwidth_gbs * 1e9)
+    assert fast[2].seconds == max(fast[2].macs / rate, by_memory)
+    assert slow[2].seconds == max(3 * slow[2].macs / rate, by_memory)
+    assert fast[3] == slow[3]
 
 
 def test_training_runs_on_it(tmp_path):
