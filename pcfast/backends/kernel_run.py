@@ -33,6 +33,8 @@ class KernelRun(Run):
                 if head is None and isinstance(step, LinearStep | Conv2dStep):
                     value = pre_activation = self._placed(l, value)
                     head = i
+            if l > 1:  # kernels find the loop's arg-maxima, and the last beliefs have others
+                chain.release()
             vhat.append(value)
             self.heads.append(head)
             self.pre_activations.append(pre_activation)

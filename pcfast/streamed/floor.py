@@ -96,7 +96,7 @@ def _weights(network: specs.Network, design: Design, l: int) -> int:
     return count
 
 
-def _inner(design: Design, l: int) -> int:
+def inner_size(design: Design, l: int) -> int:
     """Elements of a sample's uhat: of what the layer's tail reads, before it is pooled."""
     form = design.forms[l]
     if isinstance(form, PointwiseForm):
@@ -111,7 +111,7 @@ def _traffic(network: specs.Network, design: Design, l: int) -> int:
     state, operand = 4, 2 if design.target.separate_operands else 4
     batch = next(m.rows for name, m in design.layout.matrices if name.startswith("error"))
     above, below = batch * design.boundaries[l].size, batch * design.boundaries[l - 1].size
-    inner, weights = batch * _inner(design, l), operand * _weights(network, design, l)
+    inner, weights = batch * inner_size(design, l), operand * _weights(network, design, l)
     if not weights:
         operand = state  # what is elementwise alone works on the state
     # read: uhat and d, at the top vhat and the target instead of d; written: the error and delta

@@ -127,7 +127,7 @@ class Loop:
             if isinstance(form, LinearForm):
                 step = next(s for s in inputs.chains[l].steps if isinstance(s, LinearStep))
                 in_gram_form = design.gram and l == 2
-                weight = inputs.gram_link.gram if in_gram_form else below.weight_in_memory(step.weight)
+                weight = step.gram() if in_gram_form else below.weight_in_memory(step.weight)
                 matrix(f"weight{l}")[: form.out_features].copy_(_rounded(weight, design.target.precision))
             elif isinstance(form, PointwiseForm):
                 self._images[l] = self._image_of_uhat(l, form)
@@ -358,8 +358,9 @@ class Loop:
             self._move_in_gram_form(form, pulled, t)
             return
         if form.convolution is not None:
-            step = self._convolution(link + 1, form)
-            pulled = step.product_pulled_back(pulled.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+            step, below = self._convolution(link + 1, form), self._image("d_operand", link)
+            pulled = step.product_pulled_back(pulled.permute(0, 3, 1, 2), like=below.permute(0, 3, 1, 2))
+            pulled = pulled.permute(0, 2, 3, 1).contiguous()
         self._move(link, pulled, t)
 
     def _gram_image(self, name: str, form: PointwiseForm) -> Tensor:
