@@ -230,7 +230,11 @@ def test_explain_says_backend_gram_form_and_work():
     assert f"{forward:,} forward" in text
     assert explanation.plan.work.forward == explanation.plan.work.gradients == forward
     assert f"layer 2 (Linear - ReLU): {(BATCH, 40)} -> {(BATCH, 4)}" in text
-    assert explanation.refused == {"triton": "it needs a CUDA device", "reference": "eager comes first"}
+    assert explanation.refused == {
+        "cuda": "it needs a CUDA device",
+        "triton": "it needs a CUDA device",
+        "reference": "eager comes first",
+    }
 
 
 def test_explain_without_gram_form_says_why():
