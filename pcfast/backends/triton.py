@@ -11,15 +11,17 @@ import importlib
 import importlib.util
 import os
 import traceback
+from collections.abc import Callable
 
 import torch
 
 from .. import constants
 from ..errors import BackendError
+from ..network import Network
 from ..precision import numerics
 from ..problem import energy_row
 from .base import on_device
-from .eager import Eager
+from .eager import Eager, Run
 from .kernel_run import KernelRun
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,7 +49,9 @@ class Triton(Eager):
             op = network.opaque[0]
             layer = next(layer for layer in network.layers if op in layer.ops)
             return False, f"{layer.label}: {op.why}"
-        reason = _too_large(network, request.x_shape) if request.x_shape else ""
+        reason = _failures.get(_place(network, request.device), "")
+        if not reason and request.x_shape:
+            reason = _too_large(network, request.x_shape)
         return not reason, reason
 
     def run(self, problem, plan):
@@ -179,20 +183,36 @@ def _too_large(network, x_shape: tuple[int, ...]) -> str:
     return ""
 
 
+# Why kernels did not compile for a network on a device: "auto" does not try them there again.
+_failures: dict[tuple[Network, str, int | None], str] = {}
+
+
+def _place(network: Network, device: torch.device) -> tuple[Network, str, int | None]:
+    unnamed = device.type == "cuda" and device.index is None
+    return network, device.type, torch.cuda.current_device() if unnamed else device.index
+
+
+class KernelsFailed(BackendError):
+    """Triton could not compile or launch a kernel."""
+
+
 @contextlib.contextmanager
-def _compiling(device: torch.device):
-    """Kernels are compiled at their first launch: say so where triton fails at it."""
+def _compiling(labels: Callable[[], str]):
+    """Kernels are compiled at their first launch: say so where triton fails at it. labels: of layers at work."""
     try:
         yield
     except Exception as failure:
-        frames = (
+        frames = {
             frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(failure.__traceback__)
-        )
-        if device.type == "cpu" or not any(name.split(".")[0] == "triton" for name in frames):
+        }
+        interpreted = (
+            "triton.runtime.interpreter" in frames
+        )  # nothing is compiled: the fault is a kernel's own
+        if interpreted or not any(name.split(".")[0] == "triton" for name in frames):
             raise
-        raise BackendError(
-            f"triton could not compile or launch a kernel: {type(failure).__name__}: {failure}. Check that triton "
-            "fits torch and the driver (pcfast info) and that a C compiler is installed, or use "
+        raise KernelsFailed(
+            f"{labels()}: triton could not compile or launch a kernel: {type(failure).__name__}: {failure}. Check "
+            "that triton fits torch and the driver (pcfast info) and that a C compiler is installed, or use "
             'backend="eager".'
         ) from failure
 
@@ -220,6 +240,8 @@ class _Run(KernelRun):
     def _relax(self, observe):
         from ..streamed.loop import Inputs, Loop
 
+        if self.result.fell_back:
+            return super()._relax(observe)
         problem, plan, depth = self.problem, self.plan, self.depth
         steps = problem.num_steps
         planned = self.planned
@@ -237,8 +259,15 @@ class _Run(KernelRun):
             found = [None if l < max(lowest, 1) else self._error(loop, l) for l in range(depth + 1)]
             self.energies.append(energy_row(found, self.loss_at(loop.output)))
 
-        with _compiling(problem.x.device):
-            loop.run(steps, record if problem.wanted.energies else None)
+        try:
+            with _compiling(
+                lambda: ", ".join(problem.network.layers[l - 1].label for l in sorted(loop.at_work))
+            ):
+                loop.run(steps, record if problem.wanted.energies else None)
+        except KernelsFailed as failure:
+            if not problem.may_fall_back:
+                raise
+            return self._relax_in_eager(str(failure), observe)
         for l in range(1, depth):
             if plan.fresh and l < depth - steps:
                 continue
@@ -257,6 +286,19 @@ class _Run(KernelRun):
             self.builder.observe_first(self.first_bad, steps)
         self.result.resources = loop.resources
         return errors
+
+    def _relax_in_eager(self, why: str, observe):
+        """The loop from the same forward pass on, which has drawn masks and moved statistics already."""
+        _failures[_place(self.problem.network, self.problem.x.device)] = why
+        self.result.fell_back = (Eager.name, why)
+        self.energies.clear()
+        return super()._relax(observe)
+
+    def _locate(self):
+        if self.result.fell_back:
+            Run._locate(self)
+        else:
+            super()._locate()
 
     def _error(self, loop, l: int):
         """eps_l between the stages, where layer 1's has not been written yet."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,6 +109,8 @@ class Loop:
         #: mu_L and eps_L of the last iteration where torch evaluates the loss.
         self.output = inputs.vhat[self.depth]
         self.output_error: Tensor | None = None
+        #: Layers of the piece that was started last, for messages.
+        self.at_work: tuple[int, ...] = ()
         self._branches = Branches(self.device)
         self._images: dict[int, Tensor] = {}  # uhat of convolutions and pointwise layers, channels-last
         self._winners: dict[int, Tensor] = {}  # of max-pooled implicit convolutions
@@ -187,21 +189,30 @@ class Loop:
         """Whether v_l differs from its forward pass when iteration t begins."""
         return l >= 1 and (not self.design.fresh or l >= self.depth - t + 1)
 
+    def _piece(self, layers: Sequence[int], work: Callable, *arguments) -> Callable[[], None]:
+        """``work`` on the predictions of some layers, or on the feedback through them."""
+
+        def piece() -> None:
+            self.at_work = tuple(layers)
+            work(*arguments)
+
+        return piece
+
     def _predict_pieces(self, t: int) -> list[Callable[[], None]]:
         front = max(self.front(t), 2)
         pieces = []
         for launch, rows in zip(self.design.predicts, self._tables, strict=True):
             live = [l for l in launch.layers if l >= front]
             if live:
-                pieces.append(partial(self._predict_linear, launch, rows, live, t))
+                pieces.append(self._piece(live, self._predict_linear, launch, rows, live, t))
         for l in range(front, self.depth + 1):
             form = self.design.forms[l]
             if isinstance(form, PointwiseForm):
-                pieces.append(partial(self._predict_pointwise, l, form, self._moved(l - 1, t)))
+                pieces.append(self._piece([l], self._predict_pointwise, l, form, self._moved(l - 1, t)))
             elif isinstance(form, ConvForm):
-                pieces.append(partial(self._predict_convolution, l, form, self._moved(l - 1, t)))
+                pieces.append(self._piece([l], self._predict_convolution, l, form, self._moved(l - 1, t)))
             elif isinstance(form, TorchForm):
-                pieces.append(partial(self._predict_torch, l, self._moved(l - 1, t)))
+                pieces.append(self._piece([l], self._predict_torch, l, self._moved(l - 1, t)))
         return pieces
 
     def _feedback_pieces(self, t: int) -> list[Callable[[], None]]:
@@ -209,17 +220,17 @@ class Loop:
         pieces = []
         launch = self.design.feedback
         if launch is not None:
-            count = sum(link >= lowest for link in launch.links)
-            if count:
-                pieces.append(partial(self._feedback_linear, launch, count, t))
+            through = [link + 1 for link in launch.links if link >= lowest]
+            if through:
+                pieces.append(self._piece(through, self._feedback_linear, launch, len(through), t))
         for link in range(lowest, self.depth):
             form = self.design.forms[link + 1]
             if isinstance(form, PointwiseForm):
-                pieces.append(partial(self._feedback_pointwise, link, form, t))
+                pieces.append(self._piece([link + 1], self._feedback_pointwise, link, form, t))
             elif isinstance(form, ConvForm):
-                pieces.append(partial(self._feedback_convolution, link, form, t))
+                pieces.append(self._piece([link + 1], self._feedback_convolution, link, form, t))
             elif isinstance(form, TorchForm):
-                pieces.append(partial(self._feedback_torch, link, t))
+                pieces.append(self._piece([link + 1], self._feedback_torch, link, t))
         return pieces
 
     # linear layers
@@ -255,6 +266,7 @@ class Loop:
             warps=launch.tiles.warps, stages=launch.tiles.stages,
         )  # fmt: skip
         if self.design.wide_top and self.depth in live:
+            self.at_work = (self.depth,)
             self._wide_output_error()
 
     def _wide_output_error(self) -> None:
@@ -280,6 +292,7 @@ class Loop:
 
     def _run_whole(self, num_steps: int) -> None:
         (launch,) = self.design.predicts
+        self.at_work = launch.layers
 
         def iterations(first: int, last: int) -> None:
             launch_mlp_relaxation(

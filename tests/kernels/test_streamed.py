@@ -530,18 +530,107 @@ def test_sizes_beyond_the_kernels_integers_are_refused():
         assert choose_backend("triton", asked)[0].name == "triton"
 
 
-def test_a_kernel_that_does_not_compile_is_an_error_of_the_backend():
-    def compile_it():
-        raise RuntimeError("PassManager::run failed")
+def in_triton(*_, **__):
+    raise RuntimeError("PassManager::run failed")
 
-    in_triton = types.FunctionType(
-        compile_it.__code__, {"__name__": "triton.compiler", "RuntimeError": RuntimeError}
+
+# a function of triton's, as far as a traceback tells
+in_triton = types.FunctionType(
+    in_triton.__code__, {"__name__": "triton.compiler", "RuntimeError": RuntimeError}
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "launch", "layers"),
+    [
+        ("mlp", "launch_linear_predict", r"layer 4 \(Linear\)"),
+        ("conv", "launch_linear_feedback", r"layer 4 \(Linear\)"),
+        ("conv", "update", r"layer 2 \(Conv2d - Tanh - MaxPool2d - Flatten\)"),
+        ("wide output", "output_error", r"layer 2 \(Linear\)"),
+    ],
+)
+def test_a_kernel_that_does_not_compile_is_an_error_of_the_backend(name, launch, layers, staged, monkeypatch):
+    monkeypatch.setattr(loops, launch, in_triton)
+    model, x, y = drawn(name)
+    words = f"{layers}: triton could not compile .*PassManager.*C compiler.*eager"
+    for _ in range(2):
+        with pytest.raises(pcfast.BackendError, match=words):
+            pcfast.relax(model, x, y, backend="triton")
+
+
+def test_a_whole_relaxation_that_does_not_compile_names_its_layers(monkeypatch):
+    monkeypatch.setattr(loops, "launch_mlp_relaxation", in_triton)
+    with pytest.raises(
+        pcfast.BackendError, match=r"^layer 2 .*, layer 3 .*, layer 4 \(Linear\): triton could not"
+    ):
+        pcfast.relax(*drawn("mlp"), backend="triton")
+
+
+def test_what_is_wrong_in_a_kernel_is_not_taken_for_its_compilation(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("not triton's")
+
+    monkeypatch.setattr(loops, "launch_mlp_relaxation", broken)
+    with pytest.raises(RuntimeError, match=r"^not triton's"):
+        pcfast.relax(*drawn("mlp"), backend="triton")
+
+
+@pytest.fixture
+def automatic(monkeypatch):
+    """ "auto" may choose the backend, and what it finds out is forgotten."""
+    monkeypatch.setattr(type(BACKENDS["triton"]), "automatic", lambda self, device: (True, ""))
+    monkeypatch.setattr(backend, "_failures", {})
+
+
+@pytest.mark.parametrize("energies", [False, True])
+def test_auto_falls_back_where_kernels_do_not_compile(energies, automatic, monkeypatch, caplog):
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(12, 20), nn.BatchNorm1d(20), nn.Tanh(), nn.Dropout(0.3)),
+        nn.Sequential(nn.Linear(20, 9), nn.Tanh()),
+        nn.Linear(9, 4),
     )
-    with pytest.raises(pcfast.BackendError, match=r"could not compile .*PassManager.*C compiler"):  # noqa: SIM117
-        with backend._compiling(torch.device("cuda")):
-            in_triton()
-    with pytest.raises(RuntimeError, match=r"^PassManager"), backend._compiling(torch.device("cuda")):
-        compile_it()
+    x, y = torch.randn(BATCH, 12), torch.randint(0, 4, (BATCH,))
+    found = {}
+    for tried in ("eager", "auto"):
+        mine = copy.deepcopy(model)
+        torch.manual_seed(3)
+        if tried == "auto":
+            assert pcfast.explain(mine, tuple(x.shape)).plan.backend == "triton"
+            monkeypatch.setattr(loops, "launch_linear_feedback", in_triton)
+            monkeypatch.setattr(loops, "launch_mlp_relaxation", in_triton)
+            caplog.set_level("INFO", "pcfast")
+        run = pcfast.relax(mine, x, y, num_steps=5, energies=energies, backend=tried)
+        found[tried] = (*run.beliefs, *run.errors[1:], mine[0][1].running_mean, torch.rand(2))
+        found[tried] += (run.energies,) if energies else ()
+    for ours, eager in zip(found["auto"], found["eager"], strict=True):
+        assert torch.equal(ours, eager)
+    plan = pcfast.last_run().plan
+    assert plan.backend == "eager" and "could not compile" in dict(plan.refusals)["triton"]
+    explained = pcfast.explain(mine, tuple(x.shape))
+    assert explained.plan.backend == "eager" and "PassManager" in explained.refused["triton"]
+    for _ in range(2):
+        assert pcfast.relax(mine, x, y, num_steps=5).run.plan.backend == "eager"
+    said = [record.message for record in caplog.records if "could not compile" in record.message]
+    assert len(said) == 1 and said[0].startswith("running on eager: ")
+    other = pcfast.explain(mlp(12, 8, 4), tuple(x.shape))
+    assert other.plan.backend == "triton"  # what fails for one network may compile for another
+
+
+def test_divergence_is_located_after_a_fall_back(automatic, monkeypatch):
+    monkeypatch.setattr(loops, "launch_mlp_relaxation", in_triton)
+    model, x, y = drawn("mlp")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(40)
+    linear = nn.Sequential(*(m[0] if isinstance(m, nn.Sequential) else m for m in model))
+    found = []
+    for tried in ("eager", "auto"):
+        with pytest.raises(pcfast.RelaxationDiverged) as caught:
+            pcfast.relax(linear, x, y, backend=tried, check="sync", step_size=1e4, num_steps=60)
+        found.append((caught.value.iteration, caught.value.layer))
+    assert found[0] == found[1]
+    assert len(backend._failures) == 1
 
 
 def test_auto_does_not_choose_it():
