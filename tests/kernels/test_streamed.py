@@ -8,6 +8,7 @@ import functools
 import gc
 import itertools
 import json
+import mmap
 import types
 from collections import Counter
 from itertools import pairwise
@@ -36,9 +37,10 @@ from pcfast.precision import use_precision
 from pcfast.problem import Request
 from pcfast.streamed import design as designs
 from pcfast.streamed import floor
+from pcfast.streamed import layout as layouts
 from pcfast.streamed import loop as loops
 from pcfast.streamed.boundary import padded
-from pcfast.streamed.layout import Arena
+from pcfast.streamed.layout import Arena, LayoutBuilder
 from pcfast.streamed.loop import Loop
 from pcfast.streamed.tiles import LOSS_COLUMNS
 
@@ -450,6 +452,48 @@ def test_the_design_gives_every_matrix_its_own_place():
         assert all(m.first % 64 == 0 for _, m in made.layout.matrices)
 
 
+@pytest.fixture
+def far(monkeypatch):
+    """Every matrix lies past the 2^31st element of its arena, in memory that is only reserved."""
+    begin = LayoutBuilder.__init__
+
+    def shifted(self, *arguments):
+        begin(self, *arguments)
+        self._sizes = dict.fromkeys(self._sizes, 2**31)
+
+    def reserved(elements, *, dtype, device):
+        flags = (
+            mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+        )  # MAP_NORESERVE, which Python names from 3.13 on
+        return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
+
+    monkeypatch.setattr(LayoutBuilder, "__init__", shifted)
+    monkeypatch.setattr(layouts, "torch", types.SimpleNamespace(zeros=reserved))
+    designs.design.cache_clear()
+    yield
+    designs.design.cache_clear()
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_offsets_past_two_to_the_31(close, far, request, launches):
+    if not close:
+        request.getfixturevalue("staged")
+    model, x, y = drawn("mlp")
+    assert_close_to_float64(model, x, y, num_steps=5)
+    assert ("mlp_relaxation" in {name for name, _ in launches}) == close
+
+
+@pytest.mark.parametrize("name", ["conv", "wide output"])
+def test_offsets_past_two_to_the_31_in_bfloat16_and_beside_convolutions(name, far):
+    model, x, y = drawn(name)
+    assert_close_to_float64(model, x, y, num_steps=4)
+    with use_precision("bf16", x.device):
+        found = updates(model, x, y, num_steps=4, backend="triton")
+        truth = updates(model, x, y, num_steps=4, backend="eager")
+    for p, q in zip(found, truth, strict=True):
+        assert relative_error(p, q) < 0.1
+
+
 # what goes wrong ------------------------------------------------------------------------------------------------
 
 
@@ -631,6 +675,50 @@ def test_divergence_is_located_after_a_fall_back(automatic, monkeypatch):
         found.append((caught.value.iteration, caught.value.layer))
     assert found[0] == found[1]
     assert len(backend._failures) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "installed", "words"),
+    [
+        ((7, 5), None, True, r"compute capability 8\.0 or newer, this GPU has 7\.5"),
+        ((9, 0), "6.2", True, "needs an NVIDIA GPU"),
+        ((9, 0), None, False, "pip install triton"),
+        ((9, 0), None, True, ""),
+    ],
+)
+def test_devices_that_cannot_run_it(capability, hip, installed, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    find = backend.importlib.util.find_spec
+    monkeypatch.setattr(
+        backend.importlib.util,
+        "find_spec",
+        lambda name: find(name) if installed or name != "triton" else None,
+    )
+    backend._unavailable.cache_clear()
+    request = Request(pcfast.network.describe(mlp(4, 3, 2)), torch.device("cuda", 0), torch.float32, (2, 4))
+    try:
+        if words:
+            with pytest.raises(pcfast.BackendError, match=words + r".*backend=\"auto\""):
+                choose_backend("triton", request)
+        else:
+            assert choose_backend("triton", request)[0].name == "triton"
+    finally:
+        backend._unavailable.cache_clear()
+
+
+def test_kernels_that_cannot_be_imported_are_a_reason(monkeypatch):
+    def broken(name):
+        raise RuntimeError("two releases of LLVM")
+
+    monkeypatch.setattr(backend.importlib, "import_module", broken)
+    backend._unavailable.cache_clear()
+    try:
+        assert backend._unavailable("cpu", None) == (
+            "its kernels cannot be imported: RuntimeError: two releases of LLVM"
+        )
+    finally:
+        backend._unavailable.cache_clear()
 
 
 def test_auto_does_not_choose_it():
