@@ -815,6 +815,34 @@ def test_training_runs_on_it(tmp_path):
     torch.testing.assert_close(torch.tensor(ran["triton"]), torch.tensor(ran["eager"]), rtol=1e-5, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_a_training_step_under_torch_compile(name, launches):
+    """One operator in the traced graph, whose bits are those of an eager call; weights change in between."""
+    model, x, y = drawn(name)
+    twin = copy.deepcopy(model)
+
+    def step(each):
+        return pcfast.pc_loss(each, x, y, num_steps=4, backend="triton")
+
+    torch.compiler.reset()
+    try:
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            for each, function in ((model, compiled), (twin, step)):
+                launches.clear()
+                function(each).backward()
+                assert launches and pcfast.last_run().plan.backend == "triton"
+                with torch.no_grad():
+                    for parameter in each.parameters():
+                        parameter.sub_(parameter.grad, alpha=0.5)
+                        parameter.grad = None
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                assert torch.equal(p, q)
+    finally:
+        torch.compiler.reset()
+
+
 def test_the_command_line_trains_on_it(tmp_path, capsys):
     options = ["--net", "mlp", "--widths", "6", "--epochs", "1", "--num-steps", "2", "--batch-size", "512"]
     assert main(["train", *options, "--backend", "triton", "--out", str(tmp_path / "run"), "--json"]) == 0
