@@ -843,6 +843,13 @@ def test_a_training_step_under_torch_compile(name, launches):
         torch.compiler.reset()
 
 
+def test_the_command_line_checks_it(capsys):
+    options = ["--net", "mlp", "--widths", "6", "--num-steps", "3", "--batch-size", "8", "--draws", "3"]
+    options += ["--method", "strict", "--precision", "ieee"]
+    assert main(["check", *options]) == 0
+    assert "strict on triton" in capsys.readouterr().out
+
+
 def test_the_command_line_trains_on_it(tmp_path, capsys):
     options = ["--net", "mlp", "--widths", "6", "--epochs", "1", "--num-steps", "2", "--batch-size", "512"]
     assert main(["train", *options, "--backend", "triton", "--out", str(tmp_path / "run"), "--json"]) == 0
