@@ -75,6 +75,8 @@ class Problem:
         raise_now: raise at once on labels out of range and divergence (waits for the device); otherwise the
             outcome's ``status`` tells.
         check: False leaves all such checks out.
+        may_fall_back: the backend was not asked for by name: another may run the loop where its kernels do not
+            compile.
     """
 
     model: nn.Sequential
@@ -91,6 +93,7 @@ class Problem:
     wanted: Wanted = field(default_factory=Wanted)
     raise_now: bool = True
     check: bool = True
+    may_fall_back: bool = False
 
 
 @dataclass
@@ -108,6 +111,7 @@ class Outcome:
         energies: (n, L): 0.5 |eps_l|^2 for l < L and the loss at mu_L, as each iteration found them.
         status: for deferred checks (see status.py), or None.
         resources: what a recorded graph reads and nothing else keeps alive, or None.
+        fell_back: the backend that ran instead of the planned one, and why; None where the planned one did.
     """
 
     loss: Tensor | None
@@ -120,6 +124,7 @@ class Outcome:
     energies: Tensor | None = None
     status: Status | None = None
     resources: object | None = None
+    fell_back: tuple[str, str] | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Outcome:
         """A copy with ``change`` applied to every tensor."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from . import graphs, status, validation
-from .backends import Backend, choose_backend
+from .backends import Backend, choose_backend, say_passed_over
 from .errors import ArgumentError
 from .losses import LossLike, describe_loss
 from .network import describe
@@ -224,6 +224,7 @@ def prepare(
         wanted=wanted,
         raise_now=not x.is_cuda and not deferred,
         check=check != "off",
+        may_fall_back=backend == "auto",
     )
     return Prepared(chosen, problem, planned, deferred)
 
@@ -236,7 +237,12 @@ def solve(*arguments, **settings) -> tuple[Outcome, Run]:
         status.defer(outcome.status, ready.problem.step_size)
         if not ready.deferred:
             status.synchronize()
-    run = _last.run = Run(ready.plan, not reason, reason)
+    planned = ready.plan
+    if outcome.fell_back is not None:
+        ran, why = outcome.fell_back
+        planned = replace(planned, backend=ran, refusals=(*planned.refusals, (planned.backend, why)))
+        say_passed_over(ran, planned.refusals)
+    run = _last.run = Run(planned, not reason, reason)
     return outcome, run
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -72,10 +74,14 @@ class GramLink(Link):
     def __init__(self, chain, vhat, start):
         super().__init__(chain, vhat, start)
         self._head, self._tail = chain.steps[0], chain.tail
-        self._gram = self._head.gram()
         self._s: Tensor | None = None
         self._sum: Tensor | None = None
         self._sum_before: Tensor | None = None
+
+    @functools.cached_property
+    def gram(self) -> Tensor:
+        """G."""
+        return self._head.gram()
 
     @property
     def moved(self):
@@ -102,10 +108,10 @@ class GramLink(Link):
     def descend(self, error, error_above, eta):
         delta = self._tail.pullback(error_above)
         if self._s is None:
-            self._s = self._head.gram_product(self._gram, delta).mul_(-eta)
+            self._s = self._head.gram_product(self.gram, delta).mul_(-eta)
             self._sum = delta * eta
             return
-        self._head.gram_descend(self._gram, self._s, delta, eta)
+        self._head.gram_descend(self.gram, self._s, delta, eta)
         # the sum before this update gives eps_1 should this iteration be the last
         self._sum_before = self._sum
         self._sum = torch.add(self._sum * (1 - eta), delta, alpha=eta)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,6 +37,7 @@ import pcfast
 from pcfast import checking, networks
 from pcfast.backends import triton as backend
 from pcfast.precision import use_precision
+from pcfast.streamed.choices import IMPLICIT, Choices, ConvolutionKey
 
 pytestmark = [
     pytest.mark.gpu,
@@ -149,6 +151,24 @@ SMOOTH = {
 }
 
 
+class EveryConvolution(Choices):
+    """Implicit wherever it is possible."""
+
+    def get(self, key, default=None):
+        return IMPLICIT if isinstance(key, ConvolutionKey) else super().get(key, default)
+
+    def __eq__(self, other):
+        return isinstance(other, EveryConvolution)
+
+    __hash__ = Choices.__hash__
+
+
+@pytest.fixture
+def implicit(monkeypatch):
+    find = backend._target
+    monkeypatch.setattr(backend, "_target", lambda *a: replace(find(*a), choices=EveryConvolution()))
+
+
 def ours(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:
     """Updates of the triton backend."""
     found = updates(model, x, y, backend="triton", **settings)
@@ -175,6 +195,60 @@ def test_networks_are_within_the_projects_bounds(name, precision):
     )  # fmt: skip
     assert report.ok, report.failures
     assert {row.backend for row in report.rows} == {"triton"} and not report.refused
+    assert last() == ("triton", True, "")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["cifar_cnn", "average_pools"])
+def test_implicit_convolutions_are_within_the_projects_bounds(name, precision, implicit):
+    make, sample = (small_cifar_cnn if name == "cifar_cnn" else smooth_cnn), (3, 12, 12)
+    model = make()
+    with use_precision(precision, DEVICE):
+        assert "conv_predict in tiles" in str(
+            pcfast.explain(model, (ROWS, *sample), DEVICE, num_steps=12, backend="triton")
+        )
+    report = checking.check(
+        model,
+        (ROWS, *sample),
+        num_steps=12,
+        backends=["triton"],
+        precisions=[precision],
+        device=DEVICE,
+        draws=5,
+    )
+    assert report.ok, report.failures
+    assert {row.backend for row in report.rows} == {"triton"} and not report.refused
+    assert last() == ("triton", True, "")
+
+
+def test_implicit_convolutions_follow_weights_updated_in_place(implicit):
+    model, x, y = problem(*SMOOTH["convolutions"])
+    for _ in range(2):
+        ours(model, x, y)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    replayed = ours(model, x, y)
+    assert last()[1]
+    truth = in_float64(model, x, y)
+    assert distance(replayed, truth) <= allowed(model, x, y, truth)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_gram_form_of_a_convolution(precision):
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.Tanh()),
+        nn.Sequential(nn.Conv2d(24, 4, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten()),
+        nn.Sequential(nn.Linear(100, 32), nn.Tanh()),
+        nn.Linear(32, CLASSES),
+    )
+    shape = (ROWS, 3, 12, 12)
+    with use_precision(precision, DEVICE):
+        assert "pointwise_gram" in str(pcfast.explain(model, shape, DEVICE, num_steps=12, backend="triton"))
+    report = checking.check(
+        model, shape, num_steps=12, backends=["triton"], precisions=[precision], device=DEVICE, draws=5
+    )
+    assert report.ok, report.failures
     assert last() == ("triton", True, "")
 
 
@@ -214,9 +288,14 @@ def test_energies_and_given_beliefs_take_the_stages_one_by_one():
 # Repeatable ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", SMOOTH)
-def test_runs_are_bit_for_bit_equal(name, precision):
+@pytest.mark.parametrize("convolutions", ["composed", "implicit"])
+def test_runs_are_bit_for_bit_equal(name, precision, convolutions, request):
+    if convolutions == "implicit":
+        if name != "convolutions":
+            pytest.skip("a network without convolutions")
+        request.getfixturevalue("implicit")
     model, x, y = problem(*SMOOTH[name])
     with use_precision(precision, DEVICE):
         pcfast.use_cuda_graphs(False)
@@ -372,6 +451,38 @@ def test_another_stream(name):
             assert last()[1] == expected
     torch.cuda.current_stream().wait_stream(stream)
     assert distance(found, truth) <= bound
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", SMOOTH)
+def test_another_device_than_the_current_one(name):
+    model, x, y = problem(*SMOOTH[name])
+    truth = in_float64(model, x, y)
+    bound = allowed(model, x, y, truth)
+    model, x, y = model.to("cuda:1"), x.to("cuda:1"), y.to("cuda:1")
+    for expected in (False, True, True):
+        found = ours(model, x, y)
+        assert last()[1] == expected and found[0].device == x.device
+        assert torch.cuda.current_device() == 0
+        assert distance(found, truth) <= bound
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_under_torch_compile(name):
+    model, x, y = problem(*SMOOTH[name])
+    expected = ours(copy.deepcopy(model), x, y)
+    torch.compiler.reset()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(each):
+        return pcfast.pc_loss(each, x, y, backend="triton", **STEPS)
+
+    for _ in range(3):
+        model.zero_grad(set_to_none=True)
+        step(model).backward()
+        assert last()[0] == "triton"
+        assert distance([parameter.grad for parameter in model.parameters()], expected) < 1e-5
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", SMOOTH)
