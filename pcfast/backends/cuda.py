@@ -19,6 +19,8 @@ from .kernel_run import KernelRun, first_product
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
+# int32 in the kernel, whose largest value stands for "never"
+_MOST_STEPS = torch.iinfo(torch.int32).max - 1
 
 
 class Cuda(Eager):
@@ -42,6 +44,8 @@ class Cuda(Eager):
             return False, f"{layer.label}: {op.why}"
         if request.x_shape is None or request.method != "strict" or network.depth == 1:
             return True, ""
+        if request.num_steps > _MOST_STEPS:
+            return False, f"its kernel counts up to {_MOST_STEPS:,} iterations, not {request.num_steps:,}"
         if request.energies:
             return False, "energies need every iteration's errors, which stay on chip"
         if request.loss not in ("cross_entropy", "mse"):

@@ -12,7 +12,7 @@ from .. import native
 from ..errors import BackendError
 from ..losses import Loss
 from .placement import Placement
-from .program import NO_POOL, Program, Run, Tensors
+from .program import NO_POOL, Program, Run, Tensors, sizes
 
 # larger than any number of iterations
 _NEVER = torch.iinfo(torch.int32).max
@@ -81,7 +81,7 @@ def relax(
         gradients, output_gradient: whether local errors, and the loss's gradient at vhat_L, are wanted.
 
     Raises:
-        BackendError: the launch failed; CUDA's reason is in it.
+        BackendError: the launch failed; CUDA's reason is in it. Or the module reads other structs.
     """
     found, launch = prepare(
         placement, inputs, num_steps, step_size, gradients=gradients, output_gradient=output_gradient
@@ -100,6 +100,12 @@ def prepare(
     output_gradient: bool,
 ) -> tuple[Found, Callable[[], None]]:
     """What :func:`relax` will have found, and the launch that fills it; each launch relaxes anew, to the same."""
+    module = native.load()
+    if module.resident_sizes() != sizes():
+        raise BackendError(
+            f"the CUDA kernels were built from other sources: they read {module.resident_sizes()} bytes, this pcfast "
+            f"gives {sizes()}; install pcfast again, from the same sources (in a checkout: make native)"
+        )
     program = Program.from_buffer_copy(placement.program)
     depth, device, batch = program.depth, inputs.below.device, inputs.below.shape[0]
     like = dict(dtype=inputs.below.dtype, device=device)
@@ -143,7 +149,6 @@ def prepare(
     tensors.first_bad, run.eta = pointer(first_bad), step_size
     _describe_loss(inputs, like, tensors, run, pointer)
 
-    module = native.load()
     arguments = placement.program, bytes(tensors), bytes(run), placement.scalar_bytes, placement.threads
 
     def launch(_alive: tuple = tuple(kept)) -> None:
