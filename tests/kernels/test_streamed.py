@@ -13,11 +13,13 @@ import types
 from collections import Counter
 from itertools import pairwise
 
+import against_reference
 import interpreter
 import pytest
 import torch
 import triton
 import triton.language as tl
+from against_reference import in_double, updates
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks_for_tests import LOSSES, loss_and_target
@@ -146,34 +148,7 @@ def drawn(name: str):
     return model, torch.randn(BATCH, *shape), torch.randint(0, classes, (BATCH,))
 
 
-def in_double(model, *tensors):
-    return copy.deepcopy(model).double(), *(t.double() if t.is_floating_point() else t for t in tensors)
-
-
-def updates(model, x, y, **arguments) -> list:
-    model.zero_grad(set_to_none=True)
-    pcfast.pc_loss(model, x, y, **arguments).backward()
-    return [p.grad.clone() for p in model.parameters()]
-
-
-def assert_close_to_float64(model, x, y, bound=3e-6, **arguments) -> None:
-    """Errors, beliefs and updates of the triton backend against the literal loop in float64."""
-    double = in_double(model, x, y)
-    truth = pcfast.relax(*double, backend="reference", **arguments)
-    found = pcfast.relax(model, x, y, backend="triton", **arguments)
-    assert found.run.plan.backend == "triton"
-    for l in range(1, len(truth.beliefs)):
-        assert relative_error(found.errors[l], truth.errors[l]) <= bound, f"eps_{l}"
-        moved, really = (r.beliefs[l].double() - r.activations[l].double() for r in (found, truth))
-        # beliefs are returned as vhat + d in float32: their deviation keeps what that rounding leaves
-        rounding = 2**-23 * float(truth.beliefs[l].norm())
-        assert float((moved - really).norm()) <= bound * float(really.norm()) + 2 * rounding, f"v_{l}"
-    for p, q in zip(
-        updates(model, x, y, backend="triton", **arguments),
-        updates(*double, backend="reference", **arguments),
-        strict=True,
-    ):
-        assert relative_error(p, q) <= bound or float(q.norm()) < 1e-12
+assert_close_to_float64 = functools.partial(against_reference.assert_close_to_float64, backend="triton")
 
 
 # the same numbers -----------------------------------------------------------------------------------------------

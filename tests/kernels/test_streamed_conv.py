@@ -9,14 +9,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from against_reference import in_double, updates
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_streamed import (
     _gaps_between_matrices_are_out_of_bounds,  # noqa: F401 - a fixture
     assert_close_to_float64,
     conv_net,
-    in_double,
-    updates,
 )
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
