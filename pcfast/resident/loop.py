@@ -126,10 +126,11 @@ def prepare(
     beliefs = of_layers(range(lowest, depth), inputs.shapes)
     errors = of_layers(range(lowest, depth + 1), inputs.shapes)
     local = of_layers(range(2, depth + 1) if gradients else range(0), inputs.inner_shapes)
-    for l, tensor in enumerate(local):
-        if tensor is not None and program.layers[l - 1].pool != NO_POOL:
-            tensor.zero_()  # elements in no pooling window get no error
     sums = [torch.empty(inputs.below.shape, **like) for _ in range(2)] if placement.gram else [None, None]
+    # elements in no pooling window get no error
+    for l, tensor in [*enumerate(local), (2, sums[1])]:
+        if tensor is not None and program.layers[l - 1].pool != NO_POOL:
+            tensor.zero_()
     rows = torch.empty(batch, **like)
     at_output = torch.empty(inputs.shapes[depth], **like) if output_gradient else None
     first_bad = torch.full((depth,), _NEVER, dtype=torch.int32, device=device)
