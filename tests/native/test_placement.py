@@ -1,0 +1,245 @@
+"""The resident tier's planner: arrays in a block's shared memory, samples a block, waves; or why not."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks_for_tests import architectures
+from torch import nn
+
+from pcfast import networks
+from pcfast.network import Network, describe
+from pcfast.planning import choose_gram
+from pcfast.resident import placement
+from pcfast.resident.placement import Chip, Placement, place
+from pcfast.resident.program import COPY, LINEAR, MOST_LAYERS, NO_PRODUCT, PIXELS, Program
+from pcfast.resident.words import describe as in_words
+
+H200 = Chip(132, 232448, 233472)
+VECTOR = 4  # numbers of one access
+
+
+def gram_of(network: Network, shapes: tuple, num_steps: int = 20) -> bool:
+    return choose_gram(network, shapes, "strict", num_steps, True, False)[0]
+
+
+def placing(
+    network: Network,
+    shapes: tuple,
+    gram: bool,
+    loss: str = "cross_entropy",
+    scalar_bytes: int = 4,
+    chip: Chip = H200,
+) -> Placement | str:
+    return place(network, shapes, gram, loss, scalar_bytes, chip)
+
+
+def program_of(placed: Placement) -> Program:
+    return Program.from_buffer_copy(placed.program)
+
+
+def assert_sound(network: Network, shapes: tuple, gram: bool, scalar_bytes: int, chip: Chip, placed) -> None:
+    """What holds for every placement."""
+    what, batch = program_of(placed), shapes[0][0][0]
+
+    # arrays follow one another without gaps, and fit
+    assert placed.arrays[0].first == 0
+    for one, following in pairwise(placed.arrays):
+        assert one.first + one.elements == following.first
+    assert placed.arrays[-1].first + placed.arrays[-1].elements == placed.elements == what.elements
+    assert all(array.elements > 0 and array.first % VECTOR == 0 for array in placed.arrays)
+    assert placed.bytes == placed.elements * scalar_bytes <= chip.block_bytes
+    assert placed.scalar_bytes == scalar_bytes
+
+    # every weight and every state has one home
+    expected = [("d", 1)] if not gram else []
+    for l in range(2, network.depth + 1):
+        product = what.layers[l - 1].predict.kind
+        assert product in (COPY, LINEAR, PIXELS)
+        if product != COPY:
+            expected.append(("weights", l))
+        expected += [("sum" if gram and l == 2 else "delta", l), ("uhat", l)]
+        if l < network.depth:
+            expected.append(("d", l))
+    expected += [(name, network.depth) for name in ("vhat", "target", "mass")] + [("scratch", 0)]
+    assert sorted((array.name, array.home) for array in placed.arrays) == sorted(expected)
+    first = {(array.name, array.home): array.first for array in placed.arrays}
+    size = {(array.name, array.home): array.elements for array in placed.arrays}
+
+    # what the kernel reads is what was placed
+    assert (what.depth, what.samples, what.group) == (network.depth, placed.samples, placed.group)
+    assert placed.samples % placed.group == 0 and placed.group <= 4
+    assert what.layers[0].predict.kind == what.layers[0].feedback.kind == NO_PRODUCT
+    for l in range(2, network.depth + 1):
+        layer = what.layers[l - 1]
+        inner = layer.channels * layer.height * layer.width
+        if layer.weight_inputs:
+            assert layer.weights == first["weights", l]
+            assert layer.weight_stride >= layer.channels and layer.weight_stride % VECTOR == 0
+            assert layer.weight_inputs * layer.weight_stride <= size["weights", l]
+            assert layer.predict.weights == layer.weights
+            assert layer.feedback.weights == layer.weights or (gram and l == 2)
+        assert bool(layer.gram) == (gram and l == 2)
+        assert (layer.feedback.kind == NO_PRODUCT) == (gram and l == 2)
+        assert layer.uhat == first["uhat", l] and layer.uhat_sample >= inner
+        assert layer.uhat_sample * placed.samples == size["uhat", l]
+        places = [
+            (layer.delta, "sum" if layer.gram else "delta", (layer.channels, layer.height, layer.width))
+        ]
+        if l < network.depth:
+            places.append((layer.d, "d", (layer.channels, layer.pooled_height, layer.pooled_width)))
+        for at, name, shape in places:
+            steps = (at.samples, at.channels, at.rows, at.columns)
+            last = sum((n - 1) * step for n, step in zip((placed.samples, *shape), steps, strict=True))
+            assert first[name, l] <= at.first and at.first + last < first[name, l] + size[name, l]
+            assert at.samples * placed.samples == size[name, l]
+        for product in (layer.predict, layer.feedback):
+            if product.kind == NO_PRODUCT:
+                continue
+            # parts of the sum cover it, each of them has a place in the scratch
+            if product.kind != COPY:
+                assert (product.splits - 1) * product.split < product.channels
+                assert product.splits * product.split >= product.channels
+            numbers = product.out * product.height * product.width
+            assert product.scratch_sample == numbers and product.scratch_split == numbers * placed.samples
+            end = product.scratch + product.splits * product.scratch_split
+            assert first["scratch", 0] <= product.scratch and end <= placed.elements
+            if product.kind == LINEAR:  # rows that are read by vectors
+                assert product.split % VECTOR == 0
+                assert product.input.first % VECTOR == product.input.samples % VECTOR == 0
+                assert product.weight_row % VECTOR == product.weight_channel % VECTOR == 0
+        if layer.feedback.kind != NO_PRODUCT and l > 2:
+            below = what.layers[l - 2]
+            given = below.channels * below.pooled_height * below.pooled_width
+            assert layer.feedback.scratch_sample == given
+    # products of one stage do not share scratch
+    for stage in ("predict", "feedback"):
+        products = [getattr(what.layers[l - 1], stage) for l in range(2, network.depth + 1)]
+        ranges = sorted((p.scratch, p.scratch + p.splits * p.scratch_split) for p in products if p.kind)
+        assert all(end <= begin for (_, end), (begin, _) in pairwise(ranges))
+
+    # the launch
+    assert placed.blocks == -(-batch // placed.samples) and placed.blocks * placed.samples >= batch
+    assert placed.threads == 512 and placed.blocks_per_sm >= 1
+    assert placed.blocks_per_sm == 1 or placed.blocks_per_sm * (placed.bytes + 1024) <= chip.sm_bytes
+    assert placed.blocks_per_sm * placed.threads <= 2048
+    assert placed.waves == -(-placed.blocks // (chip.sm_count * placed.blocks_per_sm))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    architecture=architectures(),
+    batch=st.sampled_from((1, 2, 7, 128, 300, 5000)),
+    gram=st.booleans(),
+    loss=st.sampled_from(("cross_entropy", "mse")),
+    scalar_bytes=st.sampled_from((4, 8)),
+    sm_count=st.sampled_from((1, 24, 132)),
+    block_bytes=st.sampled_from((1024, 8192, 101376, 232448)),
+)
+def test_any_network_is_placed_or_refused(
+    architecture, batch, gram, loss, scalar_bytes, sm_count, block_bytes
+):
+    model, shape = architecture
+    network = describe(model)
+    shapes = network.shapes((batch, *shape))
+    # layer 1 is in Gram form only where the planner has a count of it
+    gram = gram and "in Gram form" in choose_gram(network, shapes, "strict", 20, True, False)[1]
+    if network.depth == 1:
+        return
+    chip = Chip(sm_count, block_bytes, block_bytes + 1024)
+    placed = placing(network, shapes, gram, loss, scalar_bytes, chip)
+    place.cache_clear()
+    assert placed == placing(network, shapes, gram, loss, scalar_bytes, chip)
+    if isinstance(placed, str):
+        assert placed.startswith(("layer ", "one sample and the loop's weights take "))
+        return
+    assert_sound(network, shapes, gram, scalar_bytes, chip, placed)
+    # one more wave than that only where no count of samples that fits would do with fewer
+    for samples in placement.SAMPLES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(placement, "SAMPLES", (samples,))
+            place.cache_clear()
+            other = placing(network, shapes, gram, loss, scalar_bytes, chip)
+        place.cache_clear()
+        if isinstance(other, str):
+            break
+        assert placed.waves <= other.waves
+        # and of the counts with as few waves it is the smallest, whose blocks have least to do
+        assert samples >= placed.samples or other.waves > placed.waves
+
+
+def test_the_papers_network():
+    network = describe(networks.mnist_cnn())
+    shapes = network.shapes((300, 1, 28, 28))
+    assert gram_of(network, shapes)
+    placed = placing(network, shapes, True)
+    assert (placed.samples, placed.blocks, placed.blocks_per_sm, placed.waves) == (3, 100, 1, 1)
+    assert_sound(network, shapes, True, 4, H200, placed)
+
+
+def test_a_narrow_mlp():
+    network = describe(networks.mlp([784, 128, 128, 10]))
+    shapes = network.shapes((128, 784))
+    assert gram_of(network, shapes)
+    placed = placing(network, shapes, True)
+    assert (placed.samples, placed.blocks, placed.waves) == (1, 128, 1)
+    assert_sound(network, shapes, True, 4, H200, placed)
+
+
+def mlp(*widths: int) -> Network:
+    return describe(nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths))))
+
+
+def test_the_last_byte_is_used():
+    network = mlp(8, 20, 20, 5)
+    shapes = network.shapes((1, 8))
+    needed = placing(network, shapes, False).bytes
+    exactly, less = (dataclasses.replace(H200, block_bytes=bytes) for bytes in (needed, needed - 1))
+    assert placing(network, shapes, False, chip=exactly).bytes == needed
+    assert placing(network, shapes, False, chip=less) == (
+        f"one sample and the loop's weights take {needed:,} bytes of shared memory, a block has {needed - 1:,}"
+    )
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_as_many_layers_as_the_argument_holds(extra):
+    network = mlp(*[4] * (MOST_LAYERS + 1 + extra))
+    placed = placing(network, network.shapes((2, 4)), False)
+    if extra:
+        assert placed == "it has 17 layers; the kernel's argument has room for 16"
+    else:
+        assert_sound(network, network.shapes((2, 4)), False, 4, H200, placed)
+
+
+def test_more_samples_until_one_wave_does():
+    network, seen = mlp(8, 20, 20, 5), []
+    for batch in (1, 132, 133, 528, 529, 1056, 4224, 8448, 100000):
+        shapes = network.shapes((batch, 8))
+        placed = placing(network, shapes, True)
+        assert_sound(network, shapes, True, 4, H200, placed)
+        seen.append((placed.samples, placed.waves))
+    # four blocks fit an SM by their threads
+    assert seen == [(1, 1), (1, 1), (1, 1), (1, 1), (2, 1), (2, 1), (8, 1), (16, 1), (16, 12)]
+
+
+def test_a_placement_in_words():
+    network = describe(networks.mnist_cnn())
+    placed = placing(network, network.shapes((300, 1, 28, 28)), True)
+    text = "\n".join(in_words(network, placed))
+    assert "3 samples a block, 100 blocks of 512 threads, 1 a multiprocessor, 1 wave\n" in text
+    assert f"{placed.bytes:,} bytes of shared memory a block" in text
+    numbers = {array.name: f"{array.name} {4 * array.elements:,}" for array in placed.arrays}
+    assert all(words in text for words in numbers.values())
+
+
+def test_no_tensor_is_needed():
+    """Planning goes by shapes."""
+    with torch.device("meta"):
+        model = networks.mlp([784, 128, 128, 10])
+    network = describe(model)
+    assert placing(network, network.shapes((128, 784)), True).samples == 1
