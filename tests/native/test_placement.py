@@ -135,7 +135,7 @@ def assert_sound(network: Network, shapes: tuple, gram: bool, scalar_bytes: int,
 @given(
     architecture=architectures(),
     batch=st.sampled_from((1, 2, 7, 128, 300, 5000)),
-    gram=st.booleans(),
+    gram=st.sampled_from((True, True, False)),
     loss=st.sampled_from(("cross_entropy", "mse")),
     scalar_bytes=st.sampled_from((4, 8)),
     sm_count=st.sampled_from((1, 24, 132)),
