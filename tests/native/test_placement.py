@@ -15,13 +15,16 @@ from torch import nn
 from pcfast import networks
 from pcfast.network import Network, describe
 from pcfast.planning import choose_gram
+from pcfast.precision import Operands
 from pcfast.resident import placement
 from pcfast.resident.placement import Chip, Placement, place
-from pcfast.resident.program import COPY, LINEAR, MOST_LAYERS, NO_PRODUCT, PIXELS, Program
+from pcfast.resident.program import COPY, LINEAR, MOST_LAYERS, NO_PRODUCT, OPERANDS, PIXELS, Program
 from pcfast.resident.words import describe as in_words
 
 H200 = Chip(132, 232448, 233472)
 VECTOR = 4  # numbers of one access
+IEEE = Operands("ieee", "ieee")
+DEPTHS = {"ieee": VECTOR, "tf32": 8, "bf16": 16}  # of a step of a linear product
 
 
 def gram_of(network: Network, shapes: tuple, num_steps: int = 20) -> bool:
@@ -33,17 +36,26 @@ def placing(
     shapes: tuple,
     gram: bool,
     loss: str = "cross_entropy",
+    operands: Operands = IEEE,
     scalar_bytes: int = 4,
     chip: Chip = H200,
 ) -> Placement | str:
-    return place(network, shapes, gram, loss, scalar_bytes, chip)
+    return place(network, shapes, gram, loss, operands, scalar_bytes, chip)
 
 
 def program_of(placed: Placement) -> Program:
     return Program.from_buffer_copy(placed.program)
 
 
-def assert_sound(network: Network, shapes: tuple, gram: bool, scalar_bytes: int, chip: Chip, placed) -> None:
+def assert_sound(
+    network: Network,
+    shapes: tuple,
+    gram: bool,
+    placed: Placement,
+    operands: Operands = IEEE,
+    scalar_bytes: int = 4,
+    chip: Chip = H200,
+) -> None:
     """What holds for every placement."""
     what, batch = program_of(placed), shapes[0][0][0]
 
@@ -54,7 +66,7 @@ def assert_sound(network: Network, shapes: tuple, gram: bool, scalar_bytes: int,
     assert placed.arrays[-1].first + placed.arrays[-1].elements == placed.elements == what.elements
     assert all(array.elements > 0 and array.first % VECTOR == 0 for array in placed.arrays)
     assert placed.bytes == placed.elements * scalar_bytes <= chip.block_bytes
-    assert placed.scalar_bytes == scalar_bytes
+    assert (placed.scalar_bytes, placed.operands) == (scalar_bytes, operands)
 
     # every weight and every state has one home
     expected = [("d", 1)] if not gram else []
@@ -63,11 +75,14 @@ def assert_sound(network: Network, shapes: tuple, gram: bool, scalar_bytes: int,
         assert product in (COPY, LINEAR, PIXELS)
         if product != COPY:
             expected.append(("weights", l))
+        if product == PIXELS and operands.convolution != "ieee":
+            expected += [("terms", l)] * (1 if gram and l == 2 else 2)
         expected += [("sum" if gram and l == 2 else "delta", l), ("uhat", l)]
         if l < network.depth:
             expected.append(("d", l))
     expected += [(name, network.depth) for name in ("vhat", "target", "mass")] + [("scratch", 0)]
     assert sorted((array.name, array.home) for array in placed.arrays) == sorted(expected)
+    terms = {array.first: array for array in placed.arrays if array.name == "terms"}
     first = {(array.name, array.home): array.first for array in placed.arrays}
     size = {(array.name, array.home): array.elements for array in placed.arrays}
 
@@ -78,10 +93,13 @@ def assert_sound(network: Network, shapes: tuple, gram: bool, scalar_bytes: int,
     for l in range(2, network.depth + 1):
         layer = what.layers[l - 1]
         inner = layer.channels * layer.height * layer.width
+        used = {COPY: "ieee", LINEAR: operands.linear, PIXELS: operands.convolution}[layer.predict.kind]
+        assert layer.operand == OPERANDS[used]
         if layer.weight_inputs:
             assert layer.weights == first["weights", l]
             assert layer.weight_stride >= layer.channels and layer.weight_stride % VECTOR == 0
-            assert layer.weight_inputs * layer.weight_stride <= size["weights", l]
+            packed = 2 if used == "bf16" and layer.predict.kind == LINEAR else 1
+            assert layer.weight_inputs * layer.weight_stride <= packed * size["weights", l]
             assert layer.predict.weights == layer.weights
             assert layer.feedback.weights == layer.weights or (gram and l == 2)
         assert bool(layer.gram) == (gram and l == 2)
@@ -103,20 +121,30 @@ def assert_sound(network: Network, shapes: tuple, gram: bool, scalar_bytes: int,
                 continue
             # parts of the sum cover it, each of them has a place in the scratch
             if product.kind != COPY:
-                assert (product.splits - 1) * product.split < product.channels
-                assert product.splits * product.split >= product.channels
+                on_units = product.kind == PIXELS and used != "ieee"
+                summed = product.term_count if on_units else product.channels
+                assert (product.splits - 1) * product.split < summed <= product.splits * product.split
+            if product.kind == PIXELS and used != "ieee":
+                table = terms.pop(product.terms)
+                assert table.home == l and table.elements == 2 * product.term_count
+                assert product.term_count % DEPTHS[used] == product.split % DEPTHS[used] == 0
+                assert product.term_count >= product.channels * product.taps_y * product.taps_x
             numbers = product.out * product.height * product.width
             assert product.scratch_sample == numbers and product.scratch_split == numbers * placed.samples
             end = product.scratch + product.splits * product.scratch_split
             assert first["scratch", 0] <= product.scratch and end <= placed.elements
-            if product.kind == LINEAR:  # rows that are read by vectors
-                assert product.split % VECTOR == 0
-                assert product.input.first % VECTOR == product.input.samples % VECTOR == 0
+            if product.kind == LINEAR:
+                # steps are whole, what lies behind the last number of a sample is zero
+                assert product.split % DEPTHS[used] == product.input.samples % DEPTHS[used] == 0
+                assert product.channels <= product.input.samples
+                # rows that are read by vectors
+                assert product.input.first % VECTOR == 0
                 assert product.weight_row % VECTOR == product.weight_channel % VECTOR == 0
         if layer.feedback.kind != NO_PRODUCT and l > 2:
             below = what.layers[l - 2]
             given = below.channels * below.pooled_height * below.pooled_width
             assert layer.feedback.scratch_sample == given
+    assert not terms
     # products of one stage do not share scratch
     for stage in ("predict", "feedback"):
         products = [getattr(what.layers[l - 1], stage) for l in range(2, network.depth + 1)]
@@ -137,12 +165,13 @@ def assert_sound(network: Network, shapes: tuple, gram: bool, scalar_bytes: int,
     batch=st.sampled_from((1, 2, 7, 128, 300, 5000)),
     gram=st.sampled_from((True, True, False)),
     loss=st.sampled_from(("cross_entropy", "mse")),
+    operands=st.builds(Operands, st.sampled_from(list(DEPTHS)), st.sampled_from(list(DEPTHS))),
     scalar_bytes=st.sampled_from((4, 8)),
     sm_count=st.sampled_from((1, 24, 132)),
     block_bytes=st.sampled_from((1024, 8192, 101376, 232448)),
 )
 def test_any_network_is_placed_or_refused(
-    architecture, batch, gram, loss, scalar_bytes, sm_count, block_bytes
+    architecture, batch, gram, loss, operands, scalar_bytes, sm_count, block_bytes
 ):
     model, shape = architecture
     network = describe(model)
@@ -151,20 +180,22 @@ def test_any_network_is_placed_or_refused(
     gram = gram and "in Gram form" in choose_gram(network, shapes, "strict", 20, True, False)[1]
     if network.depth == 1:
         return
+    if scalar_bytes == 8:  # matrix units have float32
+        operands = IEEE
     chip = Chip(sm_count, block_bytes, block_bytes + 1024)
-    placed = placing(network, shapes, gram, loss, scalar_bytes, chip)
+    placed = placing(network, shapes, gram, loss, operands, scalar_bytes, chip)
     place.cache_clear()
-    assert placed == placing(network, shapes, gram, loss, scalar_bytes, chip)
+    assert placed == placing(network, shapes, gram, loss, operands, scalar_bytes, chip)
     if isinstance(placed, str):
         assert placed.startswith(("layer ", "one sample and the loop's weights take "))
         return
-    assert_sound(network, shapes, gram, scalar_bytes, chip, placed)
+    assert_sound(network, shapes, gram, placed, operands, scalar_bytes, chip)
     # one more wave than that only where no count of samples that fits would do with fewer
     for samples in placement.SAMPLES:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(placement, "SAMPLES", (samples,))
             place.cache_clear()
-            other = placing(network, shapes, gram, loss, scalar_bytes, chip)
+            other = placing(network, shapes, gram, loss, operands, scalar_bytes, chip)
         place.cache_clear()
         if isinstance(other, str):
             break
@@ -179,7 +210,7 @@ def test_the_papers_network():
     assert gram_of(network, shapes)
     placed = placing(network, shapes, True)
     assert (placed.samples, placed.blocks, placed.blocks_per_sm, placed.waves) == (3, 100, 1, 1)
-    assert_sound(network, shapes, True, 4, H200, placed)
+    assert_sound(network, shapes, True, placed)
 
 
 def test_a_narrow_mlp():
@@ -188,7 +219,7 @@ def test_a_narrow_mlp():
     assert gram_of(network, shapes)
     placed = placing(network, shapes, True)
     assert (placed.samples, placed.blocks, placed.waves) == (1, 128, 1)
-    assert_sound(network, shapes, True, 4, H200, placed)
+    assert_sound(network, shapes, True, placed)
 
 
 def mlp(*widths: int) -> Network:
@@ -213,7 +244,7 @@ def test_as_many_layers_as_the_argument_holds(extra):
     if extra:
         assert placed == "it has 17 layers; the kernel's argument has room for 16"
     else:
-        assert_sound(network, network.shapes((2, 4)), False, 4, H200, placed)
+        assert_sound(network, network.shapes((2, 4)), False, placed)
 
 
 def test_more_samples_until_one_wave_does():
@@ -221,7 +252,7 @@ def test_more_samples_until_one_wave_does():
     for batch in (1, 132, 133, 528, 529, 1056, 4224, 8448, 100000):
         shapes = network.shapes((batch, 8))
         placed = placing(network, shapes, True)
-        assert_sound(network, shapes, True, 4, H200, placed)
+        assert_sound(network, shapes, True, placed)
         seen.append((placed.samples, placed.waves))
     # four blocks fit an SM by their threads
     assert seen == [(1, 1), (1, 1), (1, 1), (1, 1), (2, 1), (2, 1), (8, 1), (16, 1), (16, 12)]
