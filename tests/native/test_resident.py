@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -23,12 +24,14 @@ from torch import nn
 
 import pcfast
 from pcfast import native, planning
+from pcfast.accuracy import relative_error
 from pcfast.backends import BACKENDS, choose_backend
 from pcfast.backends import cuda as backend
 from pcfast.checking import check
 from pcfast.cli import main
 from pcfast.losses import describe_loss
 from pcfast.network import describe
+from pcfast.precision import switched
 from pcfast.problem import Request
 from pcfast.resident import loop, placement, program
 
@@ -50,6 +53,11 @@ def launches(host_module, monkeypatch) -> list[tuple]:
 
     monkeypatch.setattr(module, "resident", counted)
     return seen
+
+
+def placed_by(launches: list[tuple]) -> program.Program:
+    """What the last launch ran."""
+    return program.Program.from_buffer_copy(launches[-1][0])
 
 
 @pytest.fixture
@@ -154,6 +162,15 @@ NETWORKS = {
 networks = pytest.mark.parametrize("name", NETWORKS)
 
 
+#: What products read -> what switches it on, on a CPU too.
+MODES = {
+    "ieee": contextlib.nullcontext,
+    "tf32": lambda: switched(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "bf16": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+modes = pytest.mark.parametrize("mode", MODES)
+
+
 def drawn(name: str, batch: int = BATCH):
     torch.manual_seed(1)
     make, shape = NETWORKS[name]
@@ -196,25 +213,31 @@ def test_a_batch_of_one(name, samples):
     assert_close_to_float64(*drawn(name, 1), num_steps=6)
 
 
+def clamped(name: str):
+    """A network that the planner has in Gram form, input and target."""
+    y = torch.randint(0, 4, (BATCH,))
+    if name == "mlp":
+        return mlp(12, 60, 7, 5, 4), torch.randn(BATCH, 12), y
+    # unpadded, pooled in front of the activation, with a rest that no window covers
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 40, 3), nn.Tanh()),
+        nn.Sequential(nn.Conv2d(40, 3, 2), nn.MaxPool2d(2), nn.Tanh()),
+        nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.Tanh()),
+        nn.Linear(7, 4),
+    )
+    return model, torch.randn(BATCH, 1, 8, 8), y
+
+
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("num_steps", [2, 3, 4, 9])
 @pytest.mark.parametrize("name", ["mlp", "conv"])
 def test_both_forms_of_the_clamped_layer(name, num_steps, gram, monkeypatch, samples, launches):
     samples(4)
-    if name == "mlp":
-        model, x, y = mlp(12, 60, 7, 5, 4), torch.randn(BATCH, 12), torch.randint(0, 4, (BATCH,))
-    else:  # unpadded, pooled in front of the activation, with a rest that no window covers
-        model = nn.Sequential(
-            nn.Sequential(nn.Conv2d(1, 40, 3), nn.Tanh()),
-            nn.Sequential(nn.Conv2d(40, 3, 2), nn.MaxPool2d(2), nn.Tanh()),
-            nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.Tanh()),
-            nn.Linear(7, 4),
-        )  # fmt: skip
-        x, y = torch.randn(BATCH, 1, 8, 8), torch.randint(0, 4, (BATCH,))
+    model, x, y = clamped(name)
     wherever_possible(monkeypatch, gram)
     found = pcfast.relax(model, x, y, num_steps=num_steps, backend="cuda")
     assert found.run.plan.gram == (gram and num_steps > 2)
-    assert program.Program.from_buffer_copy(launches[0][0]).layers[1].gram == found.run.plan.gram
+    assert placed_by(launches).layers[1].gram == found.run.plan.gram
     assert_close_to_float64(model, x, y, num_steps=num_steps)
 
 
@@ -235,15 +258,14 @@ def test_a_mean_over_another_batch(normalizer):
     assert_close_to_float64(*drawn("mlp"), num_steps=4, normalizer=normalizer)
 
 
-@pytest.mark.parametrize("scale", [1e-4, 1.0])
+@pytest.mark.parametrize("normalizer", [BATCH, 10**4 * BATCH])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation, scale, launches):
-    """Small losses: errors far below the beliefs' rounding, of which nothing may cancel (docs/method.md fact 8)."""
+def test_activations(activation, normalizer, launches):
+    """Also with errors far below the beliefs' rounding, of which nothing may cancel (docs/method.md fact 8)."""
     torch.manual_seed(5)
     model, x = mlp(8, 15, 14, 9, 6, activation=ACTIVATIONS[activation]), 2 * torch.randn(BATCH, 8)
     y = torch.randn(BATCH, 6)
-    loss = lambda: nn.MSELoss(reduction="mean")  # noqa: E731
-    assert_close_to_float64(model, x, y, loss=loss(), num_steps=6, normalizer=max(int(BATCH / scale), 1))
+    assert_close_to_float64(model, x, y, loss=nn.MSELoss(), num_steps=6, normalizer=normalizer)
     assert len(launches) == 2
 
 
@@ -396,6 +418,71 @@ def test_one_layer_has_no_loop(launches):
     assert not launches
 
 
+# matrix units ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_steps", "a_block"), [(0, 1), (3, 4), (7, 8), (5, 16)])
+@networks
+def test_tf32(name, num_steps, a_block, samples, launches):
+    """Operands have 11 bits. The update of one bias, where numbers cancel, loses most."""
+    samples(a_block)
+    model, x, y = drawn(name)
+    with MODES["tf32"]():
+        loss = "cross_entropy" if name != "one class" else "mse"
+        y = y if name != "one class" else torch.randn(BATCH, 1)
+        assert_close_to_float64(model, x, y, loss=loss, bound=12 * 2**-11, num_steps=num_steps)
+        found = updates(model, x, y, loss=loss, backend="cuda", num_steps=num_steps)
+    assert {layer.operand for layer in placed_by(launches).layers[1 : len(model)]} & {
+        program.OPERANDS["tf32"]
+    }
+    exact = updates(model, x, y, loss=loss, backend="cuda", num_steps=num_steps)
+    assert all(map(torch.equal, found, exact)) == (num_steps == 0)
+
+
+@pytest.mark.parametrize("a_block", [1, 3, 8, 16])
+@networks
+def test_bf16_within_the_projects_bounds(name, a_block, samples, launches):
+    samples(a_block)
+    model, x, _ = drawn(name)
+    report = check(model, tuple(x.shape), num_steps=5, draws=3, backends=["cuda"], precisions=["bf16"])
+    assert report.ok, report.failures
+    assert {layer.operand for layer in placed_by(launches).layers[1 : len(model)]} & {
+        program.OPERANDS["bf16"]
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_16_bits(dtype, launches):
+    """bfloat16 is relaxed in bfloat16; float16, in which deviations underflow, in float32."""
+    model, x, y = drawn("mlp")
+    model, x = model.to(dtype), x.to(dtype)
+    found = pcfast.relax(model, x, y, backend="cuda")
+    truth = pcfast.relax(*against_reference.in_double(model, x, y), backend="reference")
+    operand = {torch.bfloat16: "bf16", torch.float16: "ieee"}[dtype]
+    assert placed_by(launches).layers[1].operand == program.OPERANDS[operand]
+    for e, e_true in zip(found.errors[1:], truth.errors[1:], strict=True):
+        assert e.dtype == torch.float32 and relative_error(e, e_true) < (3e-2 if operand == "bf16" else 3e-6)
+
+
+@pytest.mark.parametrize("mode", ["tf32", "bf16"])
+@pytest.mark.parametrize("num_steps", [3, 4, 9])
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_the_gram_form_on_matrix_units(name, num_steps, mode, monkeypatch, samples, launches):
+    samples(4)
+    wherever_possible(monkeypatch, True)
+    model, x, y = clamped(name)
+    with MODES[mode]():
+        assert pcfast.relax(model, x, y, num_steps=num_steps, backend="cuda").run.plan.gram
+        assert placed_by(launches).layers[1].operand == program.OPERANDS[mode]
+        if mode == "tf32":
+            assert_close_to_float64(model, x, y, bound=8 * 2**-11, num_steps=num_steps)
+    if mode == "bf16":
+        report = check(
+            model, tuple(x.shape), num_steps=num_steps, draws=3, backends=["cuda"], precisions=["bf16"]
+        )
+        assert report.ok, report.failures
+
+
 # the same bits --------------------------------------------------------------------------------------------------
 
 
@@ -450,14 +537,13 @@ def assert_same_bits(one: list[torch.Tensor], other: list[torch.Tensor]) -> None
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("num_steps", [1, 7])
+@modes
 @pytest.mark.parametrize(
     "name", ["mlp", "long sums", "classes beyond a warp", "conv", "pools before activations"]
 )
-def test_a_sample_has_the_same_bits_in_any_batch_place_and_block(name, num_steps, monkeypatch, samples):
+def test_a_sample_has_the_same_bits_in_any_batch_place_and_block(name, mode, monkeypatch, samples):
     model, x, y = drawn(name, 17)
-    depth = len(model)
-    num_steps += depth  # so that every layer has moved, and nothing is left as it was
+    num_steps = len(model) + 1  # every layer has moved, and nothing is left as it was
     for vinit in (
         None,
         [None, *(torch.randn(17, *v.shape[1:]) for v in pcfast.relax(model, x, y).beliefs[1:])],
@@ -466,8 +552,9 @@ def test_a_sample_has_the_same_bits_in_any_batch_place_and_block(name, num_steps
         for a_block in placement.SAMPLES:
             samples(a_block)
             placement.place.cache_clear()
-            one = captured(monkeypatch, model, x, y, num_steps=num_steps, vinit=vinit)
-            assert one.placement.samples == a_block
+            with MODES[mode]():
+                one = captured(monkeypatch, model, x, y, num_steps=num_steps, vinit=vinit)
+            assert (one.placement.samples, one.placement.operands.linear) == (a_block, mode)
             of_blocks.append(one.run())
         whole = results(of_blocks[0])
         assert all(t.isfinite().all() for t in whole)
@@ -752,7 +839,7 @@ def test_the_papers_network(launches):
     report = check(pcfast.networks.mnist_cnn(), (7, 1, 28, 28), draws=3, num_steps=20, backends=["cuda"],
                    precisions=["ieee"])  # fmt: skip
     assert report.ok, report.failures
-    assert program.Program.from_buffer_copy(launches[0][0]).layers[1].gram
+    assert placed_by(launches).layers[1].gram
 
 
 def test_two_threads_relax_at_a_time():
