@@ -58,7 +58,8 @@ __device__ void fill_weights(const Layer& layer, const void* from, Real* memory,
   }
 }
 
-// Everything that stays for the whole relaxation; vhat_1 goes where layer 2 reads d_1, or in Gram form uhat_2 to its place.
+// Everything that stays for the whole relaxation, there for the block but for the masses, which are after one more barrier;
+// vhat_1 goes where layer 2 reads d_1, or in Gram form uhat_2 to its place.
 template <class Real>
 __device__ void fill(const Moment<Real>& now, int thread, int threads, const Warp& warp) {
   const Program& program = now.program;
@@ -84,7 +85,6 @@ __device__ void fill(const Moment<Real>& now, int thread, int threads, const War
     }
   }
   fill_targets(now, thread, threads, warp);
-  tile::block_barrier();
 }
 
 // From vhat, which the forward pass left in its place, to d: zero, or what the caller's beliefs are off it.

@@ -25,7 +25,8 @@ __device__ Row<Real> row_at(const Moment<Real>& now, int64_t row) {
   return {inside, ignored ? Real(0) : weights ? weights[inside] : Real(1), ignored, wrong};
 }
 
-// The sum of the weights of all rows of the batch: every block finds the same, in the same order.
+// The sum of the weights of all rows of the batch: every block finds the same, in the same order. `parts`, one a warp, may
+// be written again after the next barrier.
 template <class Real>
 __device__ Real batch_weight(const Moment<Real>& now, Real* parts, int thread, int threads, const Warp& warp) {
   Real sum = 0;
@@ -41,10 +42,11 @@ __device__ Real batch_weight(const Moment<Real>& now, Real* parts, int thread, i
   tile::block_barrier();
   sum = 0;
   for (int i = 0; i < warp.count; ++i) sum += parts[i];
-  tile::block_barrier();
   return sum;
 }
 
+// All that was written before it is there for the block after it; the masses are after one more barrier.
+//
 // Cross-entropy is -sum_c dense[c] log_softmax(mu)[c] (pcfast/losses.py), its mass the sum of dense; mse compares with dense.
 template <class Real>
 __device__ void fill_targets(const Moment<Real>& now, int thread, int threads, const Warp& warp) {
