@@ -18,7 +18,7 @@ from pcfast.planning import choose_gram
 from pcfast.precision import Operands
 from pcfast.resident import placement
 from pcfast.resident.placement import Chip, Placement, place
-from pcfast.resident.program import COPY, LINEAR, MOST_LAYERS, NO_PRODUCT, OPERANDS, PIXELS, Program
+from pcfast.resident.program import COPY, LINEAR, MOST_LAYERS, NO_PRODUCT, OPERANDS, PIXELS, Layer, Program
 from pcfast.resident.words import describe as in_words
 
 H200 = Chip(132, 232448, 233472)
@@ -45,6 +45,12 @@ def placing(
 
 def program_of(placed: Placement) -> Program:
     return Program.from_buffer_copy(placed.program)
+
+
+def output_shape(layer: Layer) -> tuple[int, int, int]:
+    """(channels, height, width) of a layer's output, pooled."""
+    size, area, width = (by.value for by in (layer.by_size, layer.by_area, layer.by_width))
+    return size // area, area // width, width
 
 
 def assert_sound(
@@ -110,7 +116,7 @@ def assert_sound(
             (layer.delta, "sum" if layer.gram else "delta", (layer.channels, layer.height, layer.width))
         ]
         if l < network.depth:
-            places.append((layer.d, "d", (layer.channels, layer.pooled_height, layer.pooled_width)))
+            places.append((layer.d, "d", output_shape(layer)))
         for at, name, shape in places:
             steps = (at.samples, at.channels, at.rows, at.columns)
             last = sum((n - 1) * step for n, step in zip((placed.samples, *shape), steps, strict=True))
@@ -142,8 +148,7 @@ def assert_sound(
                 assert product.weight_row % VECTOR == product.weight_channel % VECTOR == 0
         if layer.feedback.kind != NO_PRODUCT and l > 2:
             below = what.layers[l - 2]
-            given = below.channels * below.pooled_height * below.pooled_width
-            assert layer.feedback.scratch_sample == given
+            assert layer.feedback.scratch_sample == below.by_size.value
     assert not terms
     # products of one stage do not share scratch
     for stage in ("predict", "feedback"):

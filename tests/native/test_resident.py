@@ -430,13 +430,13 @@ def test_tf32(name, num_steps, a_block, samples, launches):
     with MODES["tf32"]():
         loss = "cross_entropy" if name != "one class" else "mse"
         y = y if name != "one class" else torch.randn(BATCH, 1)
-        assert_close_to_float64(model, x, y, loss=loss, bound=12 * 2**-11, num_steps=num_steps)
+        assert_close_to_float64(model, x, y, loss=loss, bound=1e-2, num_steps=num_steps)
         found = updates(model, x, y, loss=loss, backend="cuda", num_steps=num_steps)
     assert {layer.operand for layer in placed_by(launches).layers[1 : len(model)]} & {
         program.OPERANDS["tf32"]
     }
     exact = updates(model, x, y, loss=loss, backend="cuda", num_steps=num_steps)
-    assert all(map(torch.equal, found, exact)) == (num_steps == 0)
+    assert not all(map(torch.equal, found, exact))
 
 
 @pytest.mark.parametrize("a_block", [1, 3, 8, 16])
@@ -496,23 +496,24 @@ class Loop:
     step_size: float
 
     def run(self, rows=slice(None), **changed) -> loop.Found:
-        """The loop alone for some of the batch, its forward pass and loss as they are for the whole of it."""
+        """The kernel alone for some of the batch."""
         inputs, placed = self.inputs, dataclasses.replace(self.placement, **changed)
+        below = inputs.below[rows]
 
-        def part(tensors):
-            return tensors and [t if t is None else t[rows] for t in tensors]
+        def shapes(given):
+            return [None if shape is None else (below.shape[0], *shape[1:]) for shape in given]
 
-        target = inputs.target
         inputs = dataclasses.replace(
             inputs,
-            uhat=part(inputs.uhat),
-            vhat=part(inputs.vhat),
-            starts=part(inputs.starts),
-            target=dataclasses.replace(
-                target, dense=target.dense[rows], mass=None if target.mass is None else target.mass[rows]
-            ),
+            below=below,
+            starts=inputs.starts and [t if t is None else t[rows] for t in inputs.starts],
+            y=inputs.y[rows],
+            shapes=shapes(inputs.shapes),
+            inner_shapes=shapes(inputs.inner_shapes),
         )
-        return loop.relax(placed, inputs, self.num_steps, self.step_size, gradients=True)
+        return loop.relax(
+            placed, inputs, self.num_steps, self.step_size, gradients=True, output_gradient=True
+        )
 
 
 def captured(monkeypatch, model, x, y, **arguments) -> Loop:
@@ -527,7 +528,8 @@ def captured(monkeypatch, model, x, y, **arguments) -> Loop:
 
 def results(found: loop.Found, rows=slice(None)) -> list[torch.Tensor]:
     """Everything by samples that the loop gives."""
-    tensors = [*found.d, *found.errors, *found.local_errors, found.gram_sum, found.gram_sum_before]
+    tensors = [*found.vhat, *found.beliefs, *found.errors, *found.local_errors, found.output_gradient]
+    tensors += [found.gram_sum, found.gram_sum_before]
     return [t[rows] for t in tensors if t is not None]
 
 
@@ -544,6 +546,7 @@ def assert_same_bits(one: list[torch.Tensor], other: list[torch.Tensor]) -> None
 def test_a_sample_has_the_same_bits_in_any_batch_place_and_block(name, mode, monkeypatch, samples):
     model, x, y = drawn(name, 17)
     num_steps = len(model) + 1  # every layer has moved, and nothing is left as it was
+    loss = nn.CrossEntropyLoss(reduction="sum")  # a mean is over the batch
     for vinit in (
         None,
         [None, *(torch.randn(17, *v.shape[1:]) for v in pcfast.relax(model, x, y).beliefs[1:])],
@@ -553,7 +556,7 @@ def test_a_sample_has_the_same_bits_in_any_batch_place_and_block(name, mode, mon
             samples(a_block)
             placement.place.cache_clear()
             with MODES[mode]():
-                one = captured(monkeypatch, model, x, y, num_steps=num_steps, vinit=vinit)
+                one = captured(monkeypatch, model, x, y, num_steps=num_steps, vinit=vinit, loss=loss)
             assert (one.placement.samples, one.placement.operands.linear) == (a_block, mode)
             of_blocks.append(one.run())
         whole = results(of_blocks[0])
@@ -638,8 +641,8 @@ def test_where_nan_comes_first(layer, monkeypatch):
     vinit[layer][3, 1] = float("nan")
     one = captured(monkeypatch, model, x, y, vinit=vinit, num_steps=3, check="off")
     distances = [max(abs(l - layer), 1) for l in range(1, 6)]
-    assert one.run().first_bad.tolist() == [*(t if t <= 3 else loop._NEVER for t in distances), loop._NEVER]
-    assert one.run(torch.arange(BATCH) != 3).first_bad.tolist() == [loop._NEVER] * 6
+    assert one.run().first_bad.tolist() == [t if t <= 3 else loop._NEVER for t in distances]
+    assert one.run(torch.arange(BATCH) != 3).first_bad.tolist() == [loop._NEVER] * 5
 
 
 def test_nan_wins_in_a_pool():

@@ -25,7 +25,7 @@ import pcfast
 from pcfast import native, planning
 from pcfast.precision import switched
 from pcfast.resident import placement
-from pcfast.resident.program import MOST_LAYERS, Program, Run
+from pcfast.resident.program import MOST_LAYERS, OPERANDS, Program, Run, Tensors
 
 pytestmark = needs_gcc
 HERE = Path(__file__).parent / "host"
@@ -69,18 +69,21 @@ class Launch:
 def sizes(program: Program, run: Run, scalar_bytes: int) -> list[int]:
     """Bytes of every tensor of csrc/resident/program.h, where it is given."""
     layers = [program.layers[l] for l in range(MOST_LAYERS)]
-    weights = [
-        layer.channels * layer.weight_inputs * (2 if layer.operand == 2 else scalar_bytes) for layer in layers
-    ]
     inner = [run.batch * layer.channels * layer.height * layer.width * scalar_bytes for layer in layers]
-    out = [
-        run.batch * layer.channels * layer.pooled_height * layer.pooled_width * scalar_bytes
-        for layer in layers
-    ]
-    classes = run.batch * program.classes * scalar_bytes
-    sums = [inner[1], inner[1]]
-    per_layer = [*weights, *inner, *out, *out, *out, *inner]
-    return [*per_layer, classes, classes, run.batch * scalar_bytes, *sums, 4 * program.depth]
+    out = [run.batch * layer.by_size.value * scalar_bytes for layer in layers]
+    rows, classes = run.batch * scalar_bytes, program.classes * scalar_bytes
+    found = dict(
+        weight=[
+            layer.channels * layer.weight_inputs * (2 if layer.operand == OPERANDS["bf16"] else scalar_bytes)
+            for layer in layers
+        ],
+        bias=[layer.channels * scalar_bytes for layer in layers],
+        start=out, vhat_1=out[0], uhat_2=inner[1], labels=8 * run.batch, dense=run.batch * classes,
+        class_weight=classes, vhat=out, belief=out, error=out, local_error=inner, loss_rows=rows,
+        output_gradient=run.batch * classes, gram_sum=inner[1], gram_sum_before=inner[1], first_bad=4 * program.depth,
+    )  # fmt: skip
+    given = [found[name] for name, _ in Tensors._fields_]
+    return [size for sizes in given for size in (sizes if isinstance(sizes, list) else [sizes])]
 
 
 def recorded(host_module: Path, relax: Callable[[], object]) -> Launch:
@@ -227,17 +230,17 @@ def launches(host_module) -> Callable[[str], Launch]:
 #: Bugs that PLANTED switches on by name. name -> (file, what stands there, what takes its place)
 BUGS = {
     "weights read past their end": (
-        "resident/relaxation.cuh",
+        "resident/memory.cuh",
         "memory[layer.weights + place] = static_cast<const Real*>(from)[i];",
         "memory[layer.weights + place] = static_cast<const Real*>(from)[i + {planted}];",
     ),
     "a sum written past its end": (
-        "resident/relaxation.cuh",
+        "resident/memory.cuh",
         "sum[i] = now.memory",
         "sum[i + {planted}] = now.memory",
     ),
     "zeros past the end of shared memory": (
-        "resident/relaxation.cuh",
+        "resident/memory.cuh",
         "i < program.elements;",
         "i < program.elements + {planted};",
     ),
@@ -253,8 +256,8 @@ BUGS = {
     ),
     "a place of the map too many": (
         "resident/products.cuh",
-        "if (p >= places) continue;\n    Real* at",
-        "if (p >= places + {planted}) continue;\n    Real* at",
+        "if (p >= places) continue;",
+        "if (p >= places + {planted}) continue;",
     ),
     "a sample too many": (
         "resident/matrix_products.cuh",
@@ -262,19 +265,19 @@ BUGS = {
         "row < product.out && n < samples + {planted}) out",
     ),
     "iterations noted without an atomic": (
-        "resident/pointwise.cuh",
+        "resident/tail.cuh",
         "tile::atomic_min(now.tensors.first_bad + layer - 1, now.iteration);",
         "{planted} ? now.tensors.first_bad[layer - 1] = now.iteration\n: "
         "tile::atomic_min(now.tensors.first_bad + layer - 1, now.iteration);",
     ),
     "halos that are not zeroed": (
-        "resident/relaxation.cuh",
+        "resident/memory.cuh",
         "memory[i] = Real(0);",
         "if (!{planted}) memory[i] = Real(0);",
     ),
 }
 HEADERS = ("cstdlib", "cstring", "string")
-#: Makes them possible, and one more for every barrier, named by its line; and leaves a line where it was.
+#: Makes them possible, and one more for every barrier, named by its file and line, which stays where it was.
 PREPARED = [
     (
         "tile/platform.cuh",
@@ -287,25 +290,27 @@ PREPARED = [
     (
         "tile/barrier.cuh",
         'host::block_barrier({"block_barrier", call_site});',
-        'if (!planted(std::to_string(call_site.line()).c_str())) host::block_barrier({"block_barrier", call_site});',
+        "const std::string file = call_site.file_name(), name = file.substr(file.rfind('/') + 1);\n"
+        'if (!planted((name + ":" + std::to_string(call_site.line())).c_str()))\n'
+        'host::block_barrier({"block_barrier", call_site});',
     ),
     # once all of it is zero, what lies between two arrays is nobody's
     (
-        "resident/relaxation.cuh",
+        "resident/memory.cuh",
         "namespace pcfast::resident {\n\n",
         "void poison_gaps(const void*); namespace pcfast::resident {\n\n",
     ),
     (
-        "resident/relaxation.cuh",
-        "tile::block_barrier();\n  for (int l = 1;",
-        "tile::block_barrier(); if (thread == 0) poison_gaps(memory);\n  for (int l = 1;",
+        "resident/memory.cuh",
+        "tile::block_barrier();\n  for (int l = 2;",
+        "tile::block_barrier(); if (thread == 0) poison_gaps(memory);\n  for (int l = 2;",
     ),
 ]  # fmt: skip
 
 
 def edited(folder: Path) -> Path:
     """A copy of csrc/ with bugs to choose from."""
-    shutil.copytree(CSRC, folder)
+    shutil.copytree(CSRC, folder, dirs_exist_ok=True)
     bugs = [
         (file, old, new.format(planted=f'tile::planted("{bug}")')) for bug, (file, old, new) in BUGS.items()
     ]
@@ -330,7 +335,7 @@ def program(tmp_path_factory) -> Callable[..., Path]:
                 flags, sources = f"-fsanitize={sanitizer}", edited(folder / "csrc")
                 kernel = ["-x", "c++", sources / "resident" / "resident.cu"]
             else:
-                kinds = {"address": "address,undefined"}.get(sanitizer, sanitizer)
+                kinds = {"address": "address,alignment"}.get(sanitizer, sanitizer)
                 flags, sources, kernel = f"-fsanitize={kinds}", CSRC, [folder / "libpcfast_core.a"]
                 options = "-O1 -fno-sanitize-recover=all"
                 build(
@@ -395,22 +400,24 @@ def test_nothing_touches_what_lies_between_two_arrays(name, program, launches, t
 
 # ---- bugs
 
-RELAXATION = (CSRC / "resident" / "relaxation.cuh").read_text().splitlines()
-BARRIERS = [number for number, line in enumerate(RELAXATION, 1) if "block_barrier(" in line]
+
+def barriers() -> list[str]:
+    """Where the kernel has one of the block: "file:line"."""
+    return [
+        f"{file.name}:{number}"
+        for file in sorted((CSRC / "resident").iterdir())
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if "block_barrier(" in line
+    ]
 
 
-def test_all_barriers_of_the_block_are_in_one_file():
-    files = [file.name for file in (CSRC / "resident").iterdir() if "block_barrier(" in file.read_text()]
-    assert files == ["relaxation.cuh"] and len(BARRIERS) >= 6
-
-
-@pytest.mark.parametrize("line", BARRIERS)
-def test_a_missing_barrier_is_a_race(line, program, launches, tmp_path):
-    """In one of two launches: from the forward pass on, the first products are none, and one barrier idles."""
+@pytest.mark.parametrize("barrier", barriers())
+def test_a_missing_barrier_is_a_race(barrier, program, launches, tmp_path):
+    """In one of two launches: from the forward pass on, an iteration's first products are none."""
     path, said = program("thread", with_bugs=True), ""
     for name in ("gram conv", "mlp from starts"):
         assert run(path, launches(name), tmp_path).status == 0
-        found = run(path, launches(name), tmp_path, bug=str(line))
+        found = run(path, launches(name), tmp_path, bug=barrier)
         assert found.status in (0, RACE)
         said += found.said
     assert "WARNING: ThreadSanitizer: data race" in said
