@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from networks_for_tests import architectures
 from torch import nn
 
-from pcfast import networks
+from pcfast import constants, networks
 from pcfast.network import Network, describe
 from pcfast.planning import choose_gram
 from pcfast.precision import Operands
@@ -266,7 +266,7 @@ def test_more_samples_until_one_wave_does():
 def test_a_placement_in_words():
     network = describe(networks.mnist_cnn())
     placed = placing(network, network.shapes((300, 1, 28, 28)), True)
-    text = "\n".join(in_words(network, placed))
+    text = "\n".join(in_words(network, placed, constants.load()))
     assert "3 samples a block, 100 blocks of 512 threads, 1 a multiprocessor, 1 wave\n" in text
     assert f"{placed.bytes:,} bytes of shared memory a block" in text
     numbers = {array.name: f"{array.name} {4 * array.elements:,}" for array in placed.arrays}

@@ -676,8 +676,8 @@ def test_where_nan_comes_first(layer, monkeypatch):
     vinit[layer][3, 1] = float("nan")
     one = captured(monkeypatch, model, x, y, vinit=vinit, num_steps=3, check="off")
     distances = [max(abs(l - layer), 1) for l in range(1, 6)]
-    assert one.run().first_bad.tolist() == [t if t <= 3 else loop._NEVER for t in distances]
-    assert one.run(torch.arange(BATCH) != 3).first_bad.tolist() == [loop._NEVER] * 5
+    assert one.run().first_bad.tolist() == [*(t if t <= 3 else loop._NEVER for t in distances), loop._NEVER]
+    assert one.run(torch.arange(BATCH) != 3).first_bad.tolist() == [loop._NEVER] * 6
 
 
 def test_nan_wins_in_a_pool():
