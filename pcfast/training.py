@@ -42,7 +42,7 @@ from .nudging import Nudging
 from .precision import check_precision, use_precision
 from .progress import Display, Interrupt
 from .status import synchronize
-from .validation import check_count, checked_device
+from .validation import check_count, checked_device, checked_step_sizes, checked_steps
 
 FILES = CHECKPOINT, CONFIG, LOG, CURVES = "checkpoint.pt", "config.json", "log.csv", "curves.png"
 LEARNING_RATE = 0.002  # of the default optimiser, Adam
@@ -128,6 +128,8 @@ def train(
     if resume and out is None:
         raise ArgumentError("out", "None with resume=True", "the folder of the run to go on with")
     nudging_growth = nudges.checked_growth(nudging_growth, nudging)
+    num_steps = checked_steps(num_steps)
+    step_size = checked_step_sizes(step_size, num_steps)
     data = checked_data(data, parameters[0].dtype)
     device = parameters[0].device if device is None else checked_device(device)
     if precision == "fp64" and parameters[0].dtype != torch.float64:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,6 +95,22 @@ def test_a_run_with_other_settings_is_not_gone_on_with(change, named, tmp_path):
     toy(tmp_path / "run", 1)
     with pytest.raises(pcfast.ArgumentError, match=rf"{named} is .* there, .* here"):
         toy(tmp_path / "run", 2, resume=True, **change)
+
+
+def test_a_schedule_is_one_however_it_is_given(tmp_path):
+    toy(tmp_path / "run", 1)
+    toy(tmp_path / "run", 2, resume=True, step_size=np.array([0.1, 0.05, 0.2]))
+
+
+def test_a_run_of_before_these_settings_goes_on(tmp_path):
+    plain = dict(belief_optimizer=None, step_size=0.1, nudging=None, nudging_growth=0.0)
+    toy(tmp_path / "run", 1, **plain)
+    path = tmp_path / "run" / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    for name in ("belief_optimizer", "nudging", "nudging_growth"):
+        assert checkpoint["config"]["settings"].pop(name) is None
+    torch.save(checkpoint, path)
+    toy(tmp_path / "run", 2, resume=True, **plain)
 
 
 @pytest.mark.parametrize("growth", [-0.1, float("nan"), "0.1"])
