@@ -1,7 +1,7 @@
 """Nudging: the output is pulled towards the target by part of the way, or pushed away from it (docs/method.md).
 
 Pinchetti et al., "Benchmarking predictive coding networks made simple" (ICLR 2025); Scellier et al., "Energy-based
-learning algorithms for analog computing" (NeurIPS 2023).
+learning algorithms for analog computing: a comparative study" (NeurIPS 2023).
 """
 
 from __future__ import annotations
