@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor, nn
 
+from .belief_optimizers import PLAIN, BeliefOptimizer, StepSize, step_size_of
 from .errors import ShapeError
 from .losses import Loss
 from .network import Network
+from .nudging import Nudging
 from .status import Status
 
 
@@ -44,6 +46,8 @@ class Request:
         fresh: from the forward pass on, not from given beliefs.
         energies: of every iteration are wanted.
         loss: "cross_entropy", "mse" or "callable"; None where the gradient at the output is given instead.
+        belief_optimizer: how beliefs move. schedule: the step size differs between iterations.
+        nudging: of the target, or None.
     """
 
     network: Network
@@ -55,6 +59,9 @@ class Request:
     fresh: bool = True
     energies: bool = False
     loss: str | None = "cross_entropy"
+    belief_optimizer: BeliefOptimizer = PLAIN
+    schedule: bool = False
+    nudging: Nudging | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Problem:
         y: target; None where ``output_gradient`` is given and no loss is evaluated.
         loss: the loss described; None as for y.
         method: "exact", "fixed_prediction" or "strict".
-        step_size, num_steps: eta and n.
+        step_size, num_steps: eta, or a tuple of one for each iteration, and n.
         start: beliefs v_0..v_L to start strict relaxation from, or None for the forward pass.
         activations: vhat_0..vhat_L given instead of a forward pass (exact and fixed prediction).
         output_gradient: dLoss/dvhat_L given instead of a loss (fixed prediction).
@@ -77,6 +84,8 @@ class Problem:
         check: False leaves all such checks out.
         may_fall_back: the backend was not asked for by name: another may run the loop where its kernels do not
             compile.
+        belief_optimizer: how beliefs move.
+        nudging: of the target, or None.
     """
 
     model: nn.Sequential
@@ -85,7 +94,7 @@ class Problem:
     y: object
     loss: Loss | None
     method: str
-    step_size: float
+    step_size: StepSize
     num_steps: int
     start: list[Tensor] | None = None
     activations: list[Tensor] | None = None
@@ -94,6 +103,12 @@ class Problem:
     raise_now: bool = True
     check: bool = True
     may_fall_back: bool = False
+    belief_optimizer: BeliefOptimizer = PLAIN
+    nudging: Nudging | None = None
+
+    def step_size_at(self, iteration: int) -> float:
+        """eta_t of iteration t = 1..n."""
+        return step_size_of(self.step_size, iteration)
 
 
 @dataclass

@@ -19,6 +19,27 @@ def on_device(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def without_closed_form(request: Request) -> str:
+    """Why one backward pass does not give the updates of fixed prediction; "" where it does, or for other methods."""
+    optimizer = request.belief_optimizer
+    if request.method != "fixed_prediction" or optimizer.linear:
+        return ""
+    return f"fixed prediction has no closed form with {optimizer}: only the literal loop computes it"
+
+
+def without_kernels(request: Request) -> str:
+    """Which of a request's settings the kernels of strict relaxation do not know; "" where they know all."""
+    if request.method != "strict":
+        return without_closed_form(request)
+    if not request.belief_optimizer.plain:
+        return f"its kernels move beliefs by plain gradient descent, not by {request.belief_optimizer}: use eager"
+    if request.schedule:
+        return "its kernels take one step size for all iterations, not a schedule: use eager"
+    if request.nudging is not None:
+        return "its kernels take no nudged target: use eager"
+    return ""
+
+
 class Backend(ABC):
     """Runs a planned relaxation. Nothing outside backends/ knows a backend by name."""
 

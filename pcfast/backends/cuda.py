@@ -13,7 +13,7 @@ from ..planning import choose_gram
 from ..precision import Operands, choose_precision, kernel_operands, numerics
 from ..problem import check_start
 from ..resident.placement import Chip, Placement, place
-from .base import on_device
+from .base import on_device, without_kernels
 from .eager import Eager
 from .kernel_run import KernelRun, first_product
 
@@ -37,6 +37,9 @@ class Cuda(Eager):
             return False, reason
         if request.dtype not in _DTYPES and not (native.on_host() and request.dtype == torch.float64):
             return False, f"its kernels compute in float32, not {request.dtype}: use eager"
+        reason = without_kernels(request)
+        if reason:
+            return False, reason
         network = request.network
         if network.opaque:
             op = network.opaque[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import status, validation
 from ..errors import ModelError, RelaxationDiverged
+from ..nudging import target_of
 from ..problem import Outcome, energy_row, filled_start, layer_of_parameters
 from ..replay import recorded_buffers, replaying
 from .base import Backend
@@ -119,27 +120,30 @@ class Reference(Backend):
                 raise status.bad_loss()
 
         energies: list[Tensor] = []
+        relaxed = []  # (beliefs, errors, points that the updates are taken at, what they count)
         if problem.method == "exact":
-            beliefs, errors = _exact(layers, vhat, output_gradient)
-            points = vhat
+            relaxed.append((*_exact(layers, vhat, output_gradient), vhat, 1.0))
         elif problem.method == "fixed_prediction":
-            beliefs, errors = _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss)
-            points = vhat
+            found = _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss)
+            relaxed.append((*found, vhat, 1.0))
         else:
             start = vhat if problem.start is None else filled_start(problem.start, vhat)
-            beliefs, errors = _strict(layers, start, problem, energies)
-            points = beliefs
+            for y, share in _targets(problem, vhat[-1]):
+                beliefs, errors = _strict(layers, start, y, problem, energies)
+                relaxed.append((beliefs, errors, beliefs, share))
 
         outcome = Outcome(loss, vhat[-1], activations=vhat, output_gradient=output_gradient)
-        outcome.beliefs, outcome.errors = beliefs, errors
+        outcome.beliefs, outcome.errors, *_ = relaxed[0]
         if problem.wanted.energies:
             outcome.energies = torch.stack(energies) if energies else vhat[-1].new_zeros((0, depth))
         if problem.wanted.gradients:
-            for l in range(1, depth + 1):
-                outcome.add_gradients(layers[l].parameter_gradients(points[l - 1], errors[l]))
+            for _, errors, points, share in relaxed:
+                for l in range(1, depth + 1):
+                    found = layers[l].parameter_gradients(points[l - 1], errors[l])
+                    outcome.add_gradients([(p, g if share == 1 else g * share) for p, g in found])
         if problem.check:
             owners = layer_of_parameters(problem.network, problem.model)
-            results = [*enumerate(beliefs), *enumerate(errors)]
+            results = [entry for v, errors, *_ in relaxed for entry in (*enumerate(v), *enumerate(errors))]
             if not problem.wanted.input_error:
                 results = [(l, value) for l, value in results if l]
             results += [(owners[parameter], update) for parameter, update in outcome.gradients.items()]
@@ -147,6 +151,13 @@ class Reference(Backend):
             if bad:
                 raise RelaxationDiverged(None, max(min(bad), 1), problem.step_size)
         return outcome
+
+
+def _targets(problem, vhat):
+    """(target, what its relaxation's updates count): y, or what nudging makes of it."""
+    if problem.nudging is None:
+        return [(problem.y, 1.0)]
+    return [(target_of(push, vhat, problem.y), share) for push, share in problem.nudging.pushes]
 
 
 def _exact(layers, vhat, output_gradient):
@@ -160,8 +171,9 @@ def _exact(layers, vhat, output_gradient):
 
 def _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss):
     """Predictions and Jacobians stay at the forward pass (algorithm 3)."""
-    depth, eta = len(layers) - 1, problem.step_size
+    depth = len(layers) - 1
     v = [value.clone() for value in vhat]
+    move = _mover(problem, v)
     errors = [vhat[l] - v[l] for l in range(depth)] + [output_gradient]
     for t in range(problem.num_steps):
         errors = [vhat[l] - v[l] for l in range(depth)] + [output_gradient]
@@ -169,7 +181,7 @@ def _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss):
             energies.append(energy_row(errors, loss))
         for l in range(depth):
             _, feedback = layers[l + 1].vjp(vhat[l], errors[l + 1])
-            v[l] = v[l] + eta * (errors[l] - feedback)
+            move(l, feedback - errors[l], t + 1)
         if problem.check:
             _check(t + 1, v[1:], problem)
             if problem.wanted.input_error:
@@ -177,14 +189,15 @@ def _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss):
     return v, errors
 
 
-def _strict(layers, start, problem, energies):
+def _strict(layers, start, y, problem, energies):
     """All layers at once, from the state before the iteration (algorithm 2)."""
-    depth, eta = len(layers) - 1, problem.step_size
+    depth = len(layers) - 1
     v = [value.clone() for value in start]
+    move = _mover(problem, v)
 
     def evaluate():
         mu = [None] + [layers[l](v[l - 1]).detach() for l in range(1, depth + 1)]
-        top = problem.loss.gradient_by_autograd(mu[depth], problem.y)
+        top = problem.loss.gradient_by_autograd(mu[depth], y)
         return mu, [None] + [mu[l] - v[l] for l in range(1, depth)] + [top]
 
     if problem.num_steps == 0:
@@ -192,13 +205,26 @@ def _strict(layers, start, problem, energies):
     for t in range(problem.num_steps):
         mu, errors = evaluate()
         if problem.wanted.energies:
-            energies.append(energy_row(errors, problem.loss.value(mu[depth], problem.y)))
+            energies.append(energy_row(errors, problem.loss.value(mu[depth], y)))
         for l in range(1, depth):  # errors were taken before any belief moves
             _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
-            v[l] = v[l] + eta * (errors[l] - feedback)
+            move(l, feedback - errors[l], t + 1)
         if problem.check:
             _check(t + 1, [*v[1:depth], errors[depth]], problem)
     return v, errors
+
+
+def _mover(problem, v):
+    """``move(l, gradient, t)`` moves beliefs v[l] down their gradient of the energy, as the optimiser does."""
+    optimizer = problem.belief_optimizer
+    descents = [optimizer.descent() for _ in v]
+
+    def move(l, gradient, t):
+        if optimizer.weight_decay:
+            gradient = gradient + optimizer.weight_decay * v[l]
+        v[l] = v[l] + descents[l].move(gradient, problem.step_size_at(t), t)
+
+    return move
 
 
 def _check(iteration, tensors, problem):

@@ -20,7 +20,7 @@ from ..errors import BackendError
 from ..network import Network
 from ..precision import kernel_operands, numerics
 from ..problem import energy_row, filled_start
-from .base import on_device
+from .base import on_device, without_kernels
 from .eager import Eager, Run
 from .kernel_run import KernelRun, first_product
 
@@ -44,6 +44,9 @@ class Triton(Eager):
             return False, reason
         if request.dtype not in _DTYPES:
             return False, f"its kernels compute in float32, not {request.dtype}: use eager"
+        reason = without_kernels(request)
+        if reason:
+            return False, reason
         network = request.network
         if network.opaque:
             op = network.opaque[0]
