@@ -106,7 +106,7 @@ class _Relaxation:
             self.first = run.vhat[1]
             self.placement, inputs = run.arguments(self.first)
             self.found, self.launch = loop.prepare(
-                self.placement, inputs, num_steps, STEP_SIZE, gradients=True, output_gradient=False
+                self.placement, inputs, num_steps, gradients=True, output_gradient=False
             )
 
     def words(self) -> str:

@@ -27,13 +27,19 @@ def without_closed_form(request: Request) -> str:
     return f"fixed prediction has no closed form with {optimizer}: only the literal loop computes it"
 
 
-def without_kernels(request: Request) -> str:
-    """Which of a request's settings the kernels of strict relaxation do not know; "" where they know all."""
+def without_kernels(request: Request, *, momentum: bool = False) -> str:
+    """Which of a request's settings the kernels of strict relaxation do not know; "" where they know all.
+
+    Args:
+        momentum: they move beliefs with momentum, and by schedules of step sizes.
+    """
     if request.method != "strict":
         return without_closed_form(request)
-    if not request.belief_optimizer.plain:
-        return f"its kernels move beliefs by plain gradient descent, not by {request.belief_optimizer}: use eager"
-    if request.schedule:
+    optimizer = request.belief_optimizer
+    if not optimizer.plain and not (momentum and optimizer.linear):
+        known = "gradient descent without weight decay" if momentum else "plain gradient descent"
+        return f"its kernels move beliefs by {known}, not by {optimizer}: use eager"
+    if request.schedule and not momentum:
         return "its kernels take one step size for all iterations, not a schedule: use eager"
     if request.nudging is not None:
         return "its kernels take no nudged target: use eager"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from .. import constants, native
+from ..belief_optimizers import BeliefOptimizer
 from ..deviation import Chain
 from ..planning import choose_gram
 from ..precision import Operands, choose_precision, kernel_operands, numerics
@@ -37,7 +38,7 @@ class Cuda(Eager):
             return False, reason
         if request.dtype not in _DTYPES and not (native.on_host() and request.dtype == torch.float64):
             return False, f"its kernels compute in float32, not {request.dtype}: use eager"
-        reason = without_kernels(request)
+        reason = without_kernels(request, momentum=True)
         if reason:
             return False, reason
         network = request.network
@@ -58,11 +59,14 @@ class Cuda(Eager):
             )
         shapes = network.shapes(request.x_shape)
         gram, _ = choose_gram(
-            network, shapes, request.method, request.num_steps, request.fresh, request.energies
-        )
+            network, shapes, request.method, request.num_steps, request.fresh, request.energies,
+            request.belief_optimizer,
+        )  # fmt: skip
         precision = choose_precision(request.device.type, request.dtype)
         with numerics(request.device, precision):
-            found = _place(network, shapes, gram, request.loss, precision, request.device)
+            found = _place(
+                network, shapes, gram, request.loss, precision, request.device, request.belief_optimizer
+            )
         return (False, found) if isinstance(found, str) else (True, "")
 
     def run(self, problem, plan):
@@ -78,7 +82,15 @@ class Cuda(Eager):
         from ..resident.words import describe
 
         with numerics(device, plan.precision):
-            placed = _place(network, plan.shapes, plan.gram, "cross_entropy", plan.precision, device)
+            placed = _place(
+                network,
+                plan.shapes,
+                plan.gram,
+                "cross_entropy",
+                plan.precision,
+                device,
+                plan.belief_optimizer,
+            )
         return describe(network, placed, constants.load())
 
 
@@ -117,12 +129,15 @@ def _chip(device: torch.device, scalar_bytes: int) -> Chip:
     )
 
 
-def _place(network, shapes, gram: bool, loss: str, precision, device: torch.device) -> Placement | str:
+def _place(
+    network, shapes, gram: bool, loss: str, precision, device: torch.device, optimizer: BeliefOptimizer
+) -> Placement | str:
     """See :func:`pcfast.resident.placement.place`; call it inside the relaxation's numerics."""
     scalar_bytes = precision.state.itemsize
     # doubles, which only the CPU's build has, have no matrix unit
     operands = kernel_operands(device, precision) if scalar_bytes == 4 else Operands("ieee", "ieee")
-    return place(network, shapes, gram, loss, operands, scalar_bytes, _chip(device, scalar_bytes))
+    chip = _chip(device, scalar_bytes)
+    return place(network, shapes, gram, loss, operands, scalar_bytes, chip, optimizer.momentum > 0)
 
 
 class _Run(KernelRun):
@@ -144,7 +159,7 @@ class _Run(KernelRun):
         x = self.precision.to_state(problem.x)
         first = self.chains[1].forward(x)
         self.found = relax(
-            *self.arguments(first), problem.num_steps, problem.step_size, gradients=problem.wanted.gradients,
+            *self.arguments(first), problem.num_steps, gradients=problem.wanted.gradients,
             output_gradient=problem.wanted.states or problem.wanted.activations or problem.check,
         )  # fmt: skip
         return [x, first, *self.found.vhat[2:]]
@@ -155,8 +170,9 @@ class _Run(KernelRun):
 
         problem, plan = self.problem, self.plan
         placed = _place(
-            problem.network, plan.shapes, plan.gram, problem.loss.kind, self.precision, problem.x.device
-        )
+            problem.network, plan.shapes, plan.gram, problem.loss.kind, self.precision, problem.x.device,
+            problem.belief_optimizer,
+        )  # fmt: skip
         steps = [None if head is None else self.chains[l].steps[head] for l, head in enumerate(self.heads)]
         weights = [None if step is None else step.weight for step in steps]
         biases = [None if step is None else step.bias for step in steps]
@@ -167,7 +183,8 @@ class _Run(KernelRun):
         inner_shapes = (self._inner_shape(l) for l in range(2, self.depth + 1))
         return placed, Inputs(
             [None, None, *weights[2:]], [None, None, *biases[2:]], below, self.starts, problem.loss, problem.y,
-            [None, *(inner[-1] for inner in plan.shapes)], [None, None, *inner_shapes],
+            problem.step_size, problem.belief_optimizer.momentum, [None, *(inner[-1] for inner in plan.shapes)],
+            [None, None, *inner_shapes],
         )  # fmt: skip
 
     def _inner_shape(self, l: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..belief_optimizers import StepSize
 from ..errors import BackendError
 from ..losses import Loss
 from .placement import Placement
@@ -27,6 +28,7 @@ class Inputs:
         below: vhat_1, or in Gram form layer 2's pre-activations.
         starts: beliefs to start from; None from the forward pass.
         loss, y: a known loss, and its target.
+        step_size: eta of all iterations, or of each. momentum: of the beliefs, in [0, 1).
         shapes: of vhat_l. inner_shapes: of what layer l's product gives, or what a layer without one reads.
     """
 
@@ -36,6 +38,8 @@ class Inputs:
     starts: Sequence[Tensor | None] | None
     loss: Loss
     y: Tensor
+    step_size: StepSize
+    momentum: float
     shapes: Sequence[tuple[int, ...]]
     inner_shapes: Sequence[tuple[int, ...] | None]
 
@@ -70,7 +74,6 @@ def relax(
     placement: Placement,
     inputs: Inputs,
     num_steps: int,
-    step_size: float,
     *,
     gradients: bool,
     output_gradient: bool,
@@ -84,7 +87,7 @@ def relax(
         BackendError: the launch failed; CUDA's reason is in it. Or the module reads other structs.
     """
     found, launch = prepare(
-        placement, inputs, num_steps, step_size, gradients=gradients, output_gradient=output_gradient
+        placement, inputs, num_steps, gradients=gradients, output_gradient=output_gradient
     )
     launch()
     return found
@@ -94,7 +97,6 @@ def prepare(
     placement: Placement,
     inputs: Inputs,
     num_steps: int,
-    step_size: float,
     *,
     gradients: bool,
     output_gradient: bool,
@@ -147,7 +149,11 @@ def prepare(
     setattr(tensors, "uhat_2" if placement.gram else "vhat_1", pointer(inputs.below))
     tensors.loss_rows, tensors.output_gradient = pointer(rows), pointer(at_output)
     tensors.gram_sum, tensors.gram_sum_before = map(pointer, sums)
-    tensors.first_bad, run.eta = pointer(first_bad), step_size
+    tensors.first_bad, run.momentum = pointer(first_bad), inputs.momentum
+    if isinstance(inputs.step_size, tuple):
+        tensors.step_sizes = pointer(torch.tensor(inputs.step_size, **like))
+    else:
+        run.eta = inputs.step_size
     _describe_loss(inputs, like, tensors, run, pointer)
 
     arguments = placement.program, bytes(tensors), bytes(run), placement.scalar_bytes, placement.threads

@@ -426,8 +426,19 @@ def _place_scratch(memory: _Memory, what: p.Program) -> None:
     memory.add("scratch", 0, once=max(max(ends) - first, _WARPS))
 
 
+def _place_velocity(memory: _Memory, layer: p.Layer, l: int, shape: tuple[int, int, int]) -> None:
+    size = math.prod(shape)
+    layer.velocity, layer.velocity_sample = memory.add("velocity", l, size), memory.padded(size)
+
+
 def _program(
-    network: specs.Network, shapes: tuple, layers: list[_Shape | None], gram: bool, loss: str, samples: int
+    network: specs.Network,
+    shapes: tuple,
+    layers: list[_Shape | None],
+    gram: bool,
+    loss: str,
+    momentum: bool,
+    samples: int,
 ) -> tuple[p.Program, _Memory]:
     operands = {shape.operand for shape in layers[2:]}
     memory = _Memory(samples, max(_DEPTHS.get(operand, _QUAD) for operand in operands))
@@ -438,6 +449,8 @@ def _program(
     d_first = d_columns = 0
     if not gram:
         what.layers[0].d, d_first, d_columns = _place_beliefs(memory, 1, layers[2].below, layers[2])
+    if momentum:
+        _place_velocity(memory, what.layers[0], 1, layers[2].inner if gram else layers[2].below)
     for l in range(2, network.depth + 1):
         layer, shape = what.layers[l - 1], layers[l]
         layer.operand = p.OPERANDS[shape.operand]
@@ -450,6 +463,8 @@ def _program(
         layer.uhat, layer.uhat_sample = memory.add("uhat", l, size), memory.padded(size)
         if l < network.depth:
             layer.d, d_first, d_columns = _place_beliefs(memory, l, shape.out, layers[l + 1])
+            if momentum:
+                _place_velocity(memory, layer, l, shape.out)
     what.classes = layers[network.depth].out[0]
     what.classes_stride = memory.padded(what.classes)
     what.vhat = memory.add("vhat", network.depth, what.classes)
@@ -469,6 +484,7 @@ def place(
     operands: Operands,
     scalar_bytes: int,
     chip: Chip,
+    momentum: bool = False,
 ) -> Placement | str:
     """Place a network of at least two layers, or say why it cannot be.
 
@@ -478,6 +494,7 @@ def place(
         loss: "cross_entropy" or "mse".
         operands: what products read; matrix units need a state of float32.
         scalar_bytes: of a number of the state.
+        momentum: beliefs move with it.
     """
     if network.depth > p.MOST_LAYERS:
         return f"it has {network.depth} layers; the kernel's argument has room for {p.MOST_LAYERS}"
@@ -486,7 +503,7 @@ def place(
         return layers
     batch, chosen = shapes[0][0][0], None
     for samples in SAMPLES:
-        what, memory = _program(network, shapes, layers, gram, loss, samples)
+        what, memory = _program(network, shapes, layers, gram, loss, momentum, samples)
         needed = memory.elements * scalar_bytes
         if needed > chip.block_bytes:
             if chosen is None:

@@ -39,8 +39,9 @@ def placing(
     operands: Operands = IEEE,
     scalar_bytes: int = 4,
     chip: Chip = H200,
+    momentum: bool = False,
 ) -> Placement | str:
-    return place(network, shapes, gram, loss, operands, scalar_bytes, chip)
+    return place(network, shapes, gram, loss, operands, scalar_bytes, chip, momentum)
 
 
 def program_of(placed: Placement) -> Program:
@@ -61,6 +62,7 @@ def assert_sound(
     operands: Operands = IEEE,
     scalar_bytes: int = 4,
     chip: Chip = H200,
+    momentum: bool = False,
 ) -> None:
     """What holds for every placement."""
     what, batch = program_of(placed), shapes[0][0][0]
@@ -86,6 +88,8 @@ def assert_sound(
         expected += [("sum" if gram and l == 2 else "delta", l), ("uhat", l)]
         if l < network.depth:
             expected.append(("d", l))
+    if momentum:
+        expected += [("velocity", l) for l in range(1, network.depth)]
     expected += [(name, network.depth) for name in ("vhat", "target", "mass")] + [("scratch", 0)]
     assert sorted((array.name, array.home) for array in placed.arrays) == sorted(expected)
     terms = {array.first: array for array in placed.arrays if array.name == "terms"}
@@ -150,6 +154,15 @@ def assert_sound(
             below = what.layers[l - 2]
             assert layer.feedback.scratch_sample == below.by_size.value
     assert not terms
+    for l in range(1, network.depth + 1):
+        layer = what.layers[l - 1]
+        if not (momentum and l < network.depth):
+            assert layer.velocity_sample == 0
+            continue
+        above = what.layers[l]
+        moving = above.channels * above.height * above.width if gram and l == 1 else layer.by_size.value
+        assert layer.velocity == first["velocity", l] and layer.velocity_sample >= moving
+        assert layer.velocity_sample * placed.samples == size["velocity", l]
     # products of one stage do not share scratch
     for stage in ("predict", "feedback"):
         products = [getattr(what.layers[l - 1], stage) for l in range(2, network.depth + 1)]
@@ -174,9 +187,10 @@ def assert_sound(
     scalar_bytes=st.sampled_from((4, 8)),
     sm_count=st.sampled_from((1, 24, 132)),
     block_bytes=st.sampled_from((1024, 8192, 101376, 232448)),
+    momentum=st.booleans(),
 )
 def test_any_network_is_placed_or_refused(
-    architecture, batch, gram, loss, operands, scalar_bytes, sm_count, block_bytes
+    architecture, batch, gram, loss, operands, scalar_bytes, sm_count, block_bytes, momentum
 ):
     model, shape = architecture
     network = describe(model)
@@ -188,19 +202,19 @@ def test_any_network_is_placed_or_refused(
     if scalar_bytes == 8:  # matrix units have float32
         operands = IEEE
     chip = Chip(sm_count, block_bytes, block_bytes + 1024)
-    placed = placing(network, shapes, gram, loss, operands, scalar_bytes, chip)
+    placed = placing(network, shapes, gram, loss, operands, scalar_bytes, chip, momentum)
     place.cache_clear()
-    assert placed == placing(network, shapes, gram, loss, operands, scalar_bytes, chip)
+    assert placed == placing(network, shapes, gram, loss, operands, scalar_bytes, chip, momentum)
     if isinstance(placed, str):
         assert placed.startswith(("layer ", "one sample and the loop's weights take "))
         return
-    assert_sound(network, shapes, gram, placed, operands, scalar_bytes, chip)
+    assert_sound(network, shapes, gram, placed, operands, scalar_bytes, chip, momentum)
     # one more wave than that only where no count of samples that fits would do with fewer
     for samples in placement.SAMPLES:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(placement, "SAMPLES", (samples,))
             place.cache_clear()
-            other = placing(network, shapes, gram, loss, operands, scalar_bytes, chip)
+            other = placing(network, shapes, gram, loss, operands, scalar_bytes, chip, momentum)
         place.cache_clear()
         if isinstance(other, str):
             break

@@ -207,6 +207,30 @@ def test_step_sizes(name, step_size):
     assert_close_to_float64(*drawn(name), num_steps=4, step_size=step_size)
 
 
+@pytest.mark.parametrize("gram", [True, False])
+@pytest.mark.parametrize(("momentum", "schedule"), [(0.8, False), (0.0, True), (0.5, True)])
+@pytest.mark.parametrize("num_steps", [2, 7])
+@pytest.mark.parametrize(
+    "name", ["mlp", "nothing but a copy", "conv", "pools before activations", "strides and paddings"]
+)
+def test_momentum_and_schedules(name, num_steps, momentum, schedule, gram, monkeypatch, launches):
+    wherever_possible(monkeypatch, gram)
+    eta = tuple(0.3 * 0.8**t for t in range(num_steps)) if schedule else 0.2
+    optimizer = pcfast.GradientDescent(momentum=momentum)
+    assert_close_to_float64(*drawn(name), num_steps=num_steps, step_size=eta, belief_optimizer=optimizer)
+    assert len(launches) == 2
+    layers = placed_by(launches).layers
+    assert any(layer.velocity_sample for layer in layers) == (momentum > 0)
+
+
+def test_momentum_from_given_beliefs():
+    model, x, y = drawn("mlp")
+    vinit = [None, *(torch.randn_like(v) for v in pcfast.relax(model, x, y).beliefs[1:])]
+    optimizer = pcfast.GradientDescent(momentum=0.7)
+    for num_steps in (0, 1, 5):
+        assert_close_to_float64(model, x, y, vinit=vinit, num_steps=num_steps, belief_optimizer=optimizer)
+
+
 @networks
 def test_a_batch_of_one(name, samples):
     samples(4)
@@ -528,7 +552,6 @@ class Loop:
     placement: placement.Placement
     inputs: loop.Inputs
     num_steps: int
-    step_size: float
 
     def run(self, rows=slice(None), **changed) -> loop.Found:
         """The kernel alone for some of the batch."""
@@ -546,9 +569,7 @@ class Loop:
             shapes=shapes(inputs.shapes),
             inner_shapes=shapes(inputs.inner_shapes),
         )
-        return loop.relax(
-            placed, inputs, self.num_steps, self.step_size, gradients=True, output_gradient=True
-        )
+        return loop.relax(placed, inputs, self.num_steps, gradients=True, output_gradient=True)
 
 
 def captured(monkeypatch, model, x, y, **arguments) -> Loop:

@@ -79,7 +79,8 @@ def sizes(program: Program, run: Run, scalar_bytes: int) -> list[int]:
         ],
         bias=[layer.channels * scalar_bytes for layer in layers],
         start=out, vhat_1=out[0], uhat_2=inner[1], labels=8 * run.batch, dense=run.batch * classes,
-        class_weight=classes, vhat=out, belief=out, error=out, local_error=inner, loss_rows=rows,
+        class_weight=classes, step_sizes=run.iterations * scalar_bytes,
+        vhat=out, belief=out, error=out, local_error=inner, loss_rows=rows,
         output_gradient=run.batch * classes, gram_sum=inner[1], gram_sum_before=inner[1], first_bad=4 * program.depth,
     )  # fmt: skip
     given = [found[name] for name, _ in Tensors._fields_]
@@ -170,6 +171,7 @@ CASES = {
     "gram conv in bf16": (conv_net, (1, 7, 7), 6, False, "bf16", "mse"),
     "strides in bf16": (strided_net, (2, 8, 7), 3, True, "bf16", "cross_entropy"),
     "mlp in bf16": (mlp, (6,), 5, True, "bf16", "cross_entropy"),
+    "gram conv with momentum": (conv_net, (1, 7, 7), 6, False, "ieee", "mse"),
     "diverging": (mlp, (6,), 4, True, "ieee", "cross_entropy"),
 }
 SAMPLES, BATCH = 2, 5  # three blocks, the last with a sample too few
@@ -198,6 +200,9 @@ def launch_of(name: str, host_module: Path) -> Launch:
         "bf16": lambda: torch.autocast("cpu", torch.bfloat16),
     }.get(precision, lambda: torch.no_grad())
     arguments = dict(loss=loss, num_steps=num_steps, vinit=vinit, backend="cuda", check="off")
+    if name.endswith("with momentum"):
+        arguments["belief_optimizer"] = pcfast.GradientDescent(momentum=0.6)
+        arguments["step_size"] = tuple(0.3 * 0.9**t for t in range(num_steps))
     with pytest.MonkeyPatch.context() as patch, switch(), torch.enable_grad():
         patch.setattr(placement, "SAMPLES", (SAMPLES,))
         if name.startswith("gram"):
