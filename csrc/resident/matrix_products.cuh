@@ -225,8 +225,12 @@ struct alignas(16) TermPair {
 constexpr int kTermElements = sizeof(Term) / sizeof(float);
 constexpr int kNoWeight = -1;
 
-// Writes term `k` of a product.
-__device__ inline void write_term(const Product& product, float* memory, int k) {
+// Writes the table's entry `slot` of a product. A step's terms are dealt out to the four lanes of a row one by one: what
+// these read at a time lies side by side, mostly in different banks or in the same word.
+template <class Operand>
+__device__ void write_term(const Product& product, float* memory, int slot) {
+  const int inside = slot % Operand::kDepth;
+  const int k = slot - inside + inside % Operand::kLane * 4 + inside / Operand::kLane;
   const int taps = product.taps_y * product.taps_x, channel = k / taps;
   const int tap_y = k % taps / product.taps_x, tap_x = k % product.taps_x;
   Term term{0, kNoWeight};
@@ -234,7 +238,7 @@ __device__ inline void write_term(const Product& product, float* memory, int k) 
     term.input = channel * product.input.channels + tap_y * product.input_tap_y + tap_x * product.input_tap_x;
     term.weight = channel * product.weight_channel + tap_y * product.weight_tap_y + tap_x * product.weight_tap_x;
   }
-  reinterpret_cast<Term*>(memory + product.terms)[k] = term;
+  reinterpret_cast<Term*>(memory + product.terms)[slot] = term;
 }
 
 template <class Operand, int COLUMNS>
