@@ -30,6 +30,14 @@ __device__ void store_weight(const Layer& layer, Real* memory, int place, Real w
   memory[layer.weights + place] = weight;
 }
 
+__device__ inline void write_terms(const Layer& layer, const Product& product, float* memory, int thread, int threads) {
+  for (int slot = thread; slot < product.term_count; slot += threads)
+    if (layer.operand == BF16)
+      write_term<Bf16>(product, memory, slot);
+    else
+      write_term<Tf32>(product, memory, slot);
+}
+
 // One layer's weights, from [output][input] to [input][padded output], and the tables of its products.
 template <class Real>
 __device__ void fill_weights(const Layer& layer, const void* from, Real* memory, int thread, int threads) {
@@ -53,8 +61,8 @@ __device__ void fill_weights(const Layer& layer, const void* from, Real* memory,
     }
   }
   if constexpr (sizeof(Real) == sizeof(float)) {
-    for (int k = thread; k < layer.predict.term_count; k += threads) write_term(layer.predict, memory, k);
-    for (int k = thread; k < layer.feedback.term_count; k += threads) write_term(layer.feedback, memory, k);
+    write_terms(layer, layer.predict, memory, thread, threads);
+    write_terms(layer, layer.feedback, memory, thread, threads);
   }
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../tile/platform.cuh"
+#include "../tile/shared.cuh"
 #include "../tile/shuffle.cuh"
 #include "matrix_products.cuh"
 #include "program.h"
@@ -125,12 +126,12 @@ __device__ void pixels(const Product& product, Real* memory, int unit, int sampl
   const int end = min(begin + product.split, product.channels);
   const int area = product.by_area.value, places = samples * area;
 
-  const Real* input[kPixelsALane];
+  tile::SharedPointer<Real> input[kPixelsALane];
   PCFAST_UNROLL
   for (int j = 0; j < kPixelsALane; ++j)
     input[j] = memory + input_place(product, min(place + j * kWarpSize, places - 1));
   constexpr int kPointers = ADJACENT ? 1 : ROWS;
-  const Real* weights[kPointers];  // the last row again past the end: read, never written
+  tile::SharedPointer<Real> weights[kPointers];  // the last row again past the end: read, never written
   PCFAST_UNROLL
   for (int i = 0; i < kPointers; ++i)
     weights[i] = memory + product.weights + min(row + i, product.out - 1) * product.weight_row;
@@ -140,12 +141,13 @@ __device__ void pixels(const Product& product, Real* memory, int unit, int sampl
     for (int tap_y = 0; tap_y < product.taps_y; ++tap_y) {
       int a_step = channel * product.weight_channel + tap_y * product.weight_tap_y;
       int b_step = channel * product.input.channels + tap_y * product.input_tap_y;
+      PCFAST_UNROLL_TWICE  // rows of taps are short
       for (int tap_x = 0; tap_x < product.taps_x; ++tap_x) {
         Real a[ceil_div(ROWS, kQuad) * kQuad], b[kPixelsALane];
         if constexpr (ADJACENT) {
           PCFAST_UNROLL
           for (int i = 0; i < ROWS; i += kQuad) {
-            const Quad<Real> four = load_quad(weights[0] + a_step + i);
+            const Quad<Real> four = load_quad<Real>(weights[0] + (a_step + i));
             PCFAST_UNROLL
             for (int j = 0; j < kQuad; ++j) a[i + j] = four.x[j];
           }

@@ -22,7 +22,8 @@ _MOST_GROUP = 4
 _WARPS = 16
 # Of shared memory, for every block, which the driver keeps.
 _RESERVED_BYTES = 1024
-_THREADS_OF_AN_SM = 2048
+# Registers of a multiprocessor, and of a thread (tests/native/compile_limits.json).
+_SM_REGISTERS, _THREAD_REGISTERS = 65536, 128
 # A part of a sum is no shorter than so many quads a lane: a shorter one costs more in the scratch than it saves.
 _FEWEST_QUADS = 4
 # csrc/resident/products.cuh
@@ -513,7 +514,8 @@ def place(
                 )
             break
         threads = _WARPS * _WARP
-        per_sm = max(min(chip.sm_bytes // (needed + _RESERVED_BYTES), _THREADS_OF_AN_SM // threads), 1)
+        by_registers = _SM_REGISTERS // (_THREAD_REGISTERS * threads)
+        per_sm = max(min(chip.sm_bytes // (needed + _RESERVED_BYTES), by_registers), 1)
         blocks = -(-batch // samples)
         waves = -(-blocks // (chip.sm_count * per_sm))
         if chosen is None or waves < chosen.waves:

@@ -32,7 +32,7 @@ def describe(network: specs.Network, placed: Placement, constants: Constants) ->
     lines += [
         f"floor of all layers {_clocks(least[0])}, {least[0].clocks / constants.sm_clock_mhz:.3g} us at "
         f"{constants.sm_clock_mhz:g} MHz",
-        f"floors at {MULTIPLY_ADDS_A_CLOCK} float32 multiply-adds and {rate:g} bytes of shared memory a clock "
+        f"floors at {_rates(placed.operands)} multiply-adds and {rate:g} bytes of shared memory a clock "
         f"({constants.source['shared_memory_bytes_per_clk_sm']})",
     ]
     lines.append("weight gradients by torch, from errors that the kernel has pulled back to the products")
@@ -42,6 +42,11 @@ def describe(network: specs.Network, placed: Placement, constants: Constants) ->
 def _clocks(floor: Floor) -> str:
     work = f"{floor.multiply_adds:,} multiply-adds, {floor.bytes:,} bytes of shared memory"
     return f"{floor.clocks:,.0f} clocks an iteration ({work}: {floor.binding})"
+
+
+def _rates(operands: Operands) -> str:
+    used = dict.fromkeys((operands.linear, operands.convolution))
+    return " and ".join(f"{MULTIPLY_ADDS_A_CLOCK[word]:,} {_OPERANDS[word]}" for word in used)
 
 
 def _read(operands: Operands) -> str:

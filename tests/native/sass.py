@@ -9,8 +9,9 @@ iteration in which every layer is live. Of pointwise work, and of what goes to t
 instructions around the inner loops and of pointwise work come on top, as do barriers and latencies. So the clocks
 here are predicted, and a lower bound: of two stages of products and two of pointwise work, one after the other.
 
-Rates of a multiprocessor in a clock: an instruction of a warp from each of its four schedulers, and one line of 128
-bytes of shared memory. A warp's scheduler is taken to be its index modulo four.
+Rates of a multiprocessor in a clock: an instruction of a warp from each of its four schedulers, a quarter of the
+multiply-adds of floor.py from each one's units, and one line of 128 bytes of shared memory. A warp's scheduler is
+taken to be its index modulo four.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from native_compilation import CSRC, OPTIONS, TESTS, release
 from torch import nn
@@ -35,15 +37,24 @@ from torch import nn
 from pcfast import constants, networks
 from pcfast.network import describe
 from pcfast.planning import choose_gram
+from pcfast.precision import Operands
 from pcfast.resident import program as p
 from pcfast.resident.floor import (
+    DEPTHS,
     MULTIPLY_ADDS_A_CLOCK,
+    TILE_COLUMNS,
+    TILE_ROWS,
     Floor,
-    channels_of_splits,
     floors,
+    input_place,
+    lanes_terms,
     live_products,
     multiply_adds,
+    operand_of,
+    place_tiles,
     pointwise_words,
+    splits_of,
+    terms_of,
     words_written,
 )
 from pcfast.resident.placement import Chip, Placement, place
@@ -67,8 +78,15 @@ QUAD = 4
 FEEDBACK_ROWS_A_LANE = 4
 PIXELS_A_LANE = 4
 
-# Each does a multiply-add a lane, or those of a matrix product a warp.
-MULTIPLY_ADD = ("FFMA", "HMMA")
+# csrc/resident/matrix_products.cuh
+HALF = 8
+
+# Instruction -> multiply-adds of a warp.
+MULTIPLY_ADD = {
+    "FFMA": WARP,
+    **{f"HMMA.{word.upper()}": TILE_ROWS * TILE_COLUMNS * depth for word, depth in DEPTHS.items()},
+}
+STAGES = ("predict", "feedback")
 
 
 # ------------------------------------------------------------------------------------------------------- machine code
@@ -107,15 +125,14 @@ class Loop:
     """An inner loop of a product.
 
     Attributes:
-        kernel: "relaxation<float, 3>".
-        stage: which call of products() in the kernel's body: 0 predict, 1 feedback, 2 after the last iteration.
-        product: as called, "pixels<5>".
+        stage: of :data:`STAGES`. product: as :func:`unit_trips` names them; "pixels<?>" where no parameters fit.
+        unroll: trips that it does at once.
         instructions: name without modifiers -> how many; loads keep their width, "LDS.128".
     """
 
-    kernel: str
-    stage: int
+    stage: str
     product: str
+    unroll: int
     instructions: Counter
 
     @property
@@ -123,13 +140,13 @@ class Loop:
         return sum(self.instructions.values())
 
     @property
-    def multiply_adds(self) -> int:
+    def multiplying(self) -> int:
         """Instructions that multiply."""
         return sum(self.instructions[name] for name in MULTIPLY_ADD)
 
     @property
-    def loads(self) -> dict[str, int]:
-        return {name: n for name, n in self.instructions.items() if name.startswith("LDS")}
+    def loads(self) -> int:
+        return sum(n for name, n in self.instructions.items() if name.startswith("LDS"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,11 +171,11 @@ def _instructions(body: str) -> tuple[list[_Instruction], dict[str, int]]:
 
 
 def _name(text: str) -> str:
-    """ "FFMA", "LDS.128": the opcode without predicate and modifiers, loads with their width."""
+    """ "FFMA", "LDS.128", "HMMA.BF16": the opcode without predicate and most modifiers."""
     opcode = re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
     name, *modifiers = opcode.split(".")
-    width = [modifier for modifier in modifiers if modifier in ("64", "128", "M88", "MT88")]
-    return ".".join([name, *width]) if name in ("LDS", "LDSM", "STS") else name
+    kept = {"LDS": ("64", "128"), "HMMA": ("BF16", "TF32")}.get(name, ())
+    return ".".join([name, *(modifier for modifier in modifiers if modifier in kept)])
 
 
 def _line(file: str, number: int, cache: dict[str, list[str]]) -> str:
@@ -168,109 +185,171 @@ def _line(file: str, number: int, cache: dict[str, list[str]]) -> str:
 
 
 def find_loops(code: str) -> list[Loop]:
-    """Innermost loops of products that multiply."""
+    """Innermost loops of products that multiply; of several of the same product and stage the longest."""
     sources: dict[str, list[str]] = {}
-    found = []
-    parts = re.split(r"^\.text\.(\S+):$", code, flags=re.M)
-    for kernel, body in zip(parts[1::2], parts[2::2], strict=True):
-        name = _readable(kernel)
+    found: dict[tuple[str, str], Loop] = {}
+    for body in re.split(r"^\.text\.\S+:$", code, flags=re.M)[1:]:
         instructions, labels = _instructions(body.split("//----")[0])
         edges = []
         for at, instruction in enumerate(instructions):
             match = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction.text)
             if match and labels[match[1]] <= at:
                 edges.append((labels[match[1]], at))
-        stages: list[tuple[str, int]] = sorted(
-            {i.calls[-1] for i in instructions if i.calls and _stage(_line(*i.calls[-1], sources))}
-        )
         for first, last in edges:
             inner = [edge for edge in edges if first <= edge[0] and edge[1] <= last and edge != (first, last)]
-            names = Counter(_name(i.text) for i in instructions[first : last + 1])
+            own = instructions[first : last + 1]
+            names = Counter(_name(i.text) for i in own)
             if inner or not any(names[name] for name in MULTIPLY_ADD):
                 continue
-            middle = instructions[(first + last) // 2]
-            product = next(filter(None, (_product(_line(*call, sources)) for call in middle.calls)), None)
-            if product is None:  # pointwise
+            lines = [_line(*call, sources) for instruction in own for call in instruction.calls]
+            family, stage = _most(_FAMILY, lines), _most(_STAGE, lines)
+            if family is None or stage is None:  # pointwise
                 continue
-            group = re.search(r"<float, (\d+)", name)
-            product = product.replace("Real, ", "").replace("GROUP", group[1] if group else "GROUP")
-            found.append(Loop(name, stages.index(middle.calls[-1]), product, names))
-    return found
+            loop = _named(STAGES[stage == "true"], family, names)
+            known = found.get((loop.stage, loop.product))
+            if known is None or loop.multiplying > known.multiplying:
+                found[loop.stage, loop.product] = loop
+    return list(found.values())
 
 
-def _stage(line: str) -> bool:
-    """Whether a line of the kernel's body runs the products of a stage."""
-    return re.search(r"\bproducts<(true|false), ", line) is not None
+# A line of the kernel's body that runs the products of a stage, and one that calls a product. Template arguments are
+# not read: of calls that compile alike some instructions keep one's line, others another's.
+_STAGE = r"\bproducts<(true|false)>\("
+_FAMILY = r"\b(linear_prediction|linear_feedback|pixels|linear_tiles|pixel_tiles)<.*>\(product, memory"
 
 
-def _product(line: str) -> str | None:
-    """ "pixels<Real, 5>", where a line of run_unit calls a product."""
-    match = re.search(r"\b(\w+<Real, \w+>)\(product, memory", line)
-    return match[1] if match else None
+def _most(pattern: str, lines: Sequence[str]) -> str | None:
+    found = Counter(match[1] for line in lines if (match := re.search(pattern, line)))
+    return found.most_common(1)[0][0] if found else None
 
 
-def _readable(mangled: str) -> str:
-    """ "relaxation<float, 3>", of template arguments as the kernel has them; else the name as it is."""
-    match = re.search(r"\d+(relaxation)If((?:Li\d+E)+)EEv", mangled)
-    return f"{match[1]}<float, {', '.join(re.findall(r'[0-9]+', match[2]))}>" if match else mangled
-
-
-def kernel_of(group: int) -> str:
-    """The one that computes in float32 throughout."""
-    return f"relaxation<float, {group}>"
+def _named(stage: str, family: str, names: Counter) -> Loop:
+    """A loop by what it multiplies and loads: the trips of a product, a whole number of times."""
+    found = Counter({n: count for n, count in names.items() if n in MULTIPLY_ADD or n.startswith("LDS")})
+    for product, trip in trips_of_family(family, stage).items():
+        unroll = found.total() // trip.total()
+        if found == Counter({name: unroll * count for name, count in trip.items()}):
+            return Loop(stage, product, unroll, names)
+    return Loop(stage, f"{family}<?>", 1, names)
 
 
 # ------------------------------------------------------------------------------------------------------------ program
 
 
-def name_of(product: p.Product, feedback: bool, group: int) -> str:
-    """As :attr:`Loop.product`."""
-    if product.kind == p.PIXELS:
-        return f"pixels<{product.rows_a_thread}>"
-    return f"linear_feedback<{group}>" if feedback else f"linear_prediction<{group}>"
+def trips_of_family(family: str, stage: str) -> dict[str, Counter]:
+    """Product -> instructions of a trip of its inner loop that multiply or load, whatever its parameters."""
+    if family in ("linear_prediction", "linear_feedback"):
+        return {
+            f"{family}<{n}>": Counter({"FFMA": QUAD * QUAD * n, "LDS.128": QUAD + n}) for n in range(1, 5)
+        }
+    if family == "pixels":
+        found = {}
+        for rows in (1, 4, 5, 8):
+            multiply = {"FFMA": rows * PIXELS_A_LANE}
+            found[f"pixels<{rows}>"] = Counter(multiply, LDS=rows + PIXELS_A_LANE)
+            if rows >= QUAD:  # of a quad of which one number is wanted, one is read
+                loads = {"LDS.128": rows // QUAD, "LDS": rows % QUAD + PIXELS_A_LANE}
+                found[f"pixels<{rows}, adjacent>"] = Counter(multiply | loads)
+        return found
+    found = {}
+    for operand, depth in DEPTHS.items():
+        multiply, a_lane = f"HMMA.{operand.upper()}", depth // 4
+        if family == "pixel_tiles":
+            for columns, places in ((1, 4), (2, 4), (4, 2)):
+                loads = {"LDS.128": a_lane // 2, "LDS": a_lane * (columns + 2 * places)}
+                found[f"{family}<{operand}, {columns}>"] = Counter({multiply: places * columns} | loads)
+            continue
+        for tiles in range(1, 5):
+            if operand == "bf16":
+                loads = {"LDSM": tiles, "LDS.64": 2}
+            elif stage == "predict":
+                loads = {"LDS": 4 * tiles, "LDS.64": 1}
+            else:
+                loads = {"LDS": 4 * tiles + 2}
+            found[f"{family}<{operand}, {tiles}>"] = Counter({multiply: tiles} | loads)
+    return found
 
 
-def multiply_adds_of_a_trip(product: p.Product, group: int) -> int:
-    """Of a lane."""
-    if product.kind == p.PIXELS:
-        return product.rows_a_thread * PIXELS_A_LANE
-    return QUAD * QUAD * group
+def trip_of(product: str, stage: str) -> Counter:
+    return trips_of_family(product.partition("<")[0], stage)[product]
 
 
-def tiles_of(product: p.Product, feedback: bool, samples: int) -> int:
+def issued_by(trip: Counter) -> int:
+    """Multiply-adds of a warp."""
+    return sum(trip[name] * each for name, each in MULTIPLY_ADD.items())
+
+
+def tiles_of(product: p.Product, operand: str, feedback: bool, samples: int) -> int:
     """Units of a split and a group, as units() of products.cuh has them."""
     if product.kind == p.PIXELS:
         places = samples * product.height * product.width
-        return -(-places // (WARP * PIXELS_A_LANE)) * -(-product.out // product.rows_a_thread)
+        if operand == "ieee":
+            return -(-places // (WARP * PIXELS_A_LANE)) * -(-product.out // product.rows_a_thread)
+        columns = product.tiles * TILE_COLUMNS
+        return -(-places // (place_tiles(product) * TILE_ROWS)) * -(-product.out // columns)
+    if operand != "ieee":
+        return -(-product.out // (product.tiles * TILE_ROWS))
     rows = WARP * FEEDBACK_ROWS_A_LANE if feedback else product.lanes * QUAD
     return -(-product.out // rows)
 
 
-def unit_trips(product: p.Product, feedback: bool, samples: int, group: int) -> list[int]:
-    """Trips of each unit, in the kernel's order: groups fastest, then splits, then tiles."""
+def row_tiles(product: p.Product, tile: int) -> int:
+    """Tiles of rows that a unit of a linear product on matrix units has."""
+    return min(product.tiles, -(-product.out // TILE_ROWS) - tile * product.tiles)
+
+
+def unit_trips(
+    product: p.Product, operand: str, feedback: bool, samples: int, group: int
+) -> list[tuple[str, int]]:
+    """(inner loop, trips) of each unit, in the kernel's order: groups fastest, then splits, then tiles."""
+    splits, groups = splits_of(product, operand != "ieee"), 1
+    tiles = tiles_of(product, operand, feedback, samples)
     if product.kind == p.PIXELS:
         taps = product.taps_y * product.taps_x
-        trips, groups = [channels * taps for channels in channels_of_splits(product)], 1
+        adjacent = ", adjacent" if product.weight_row == 1 and product.rows_a_thread > 1 else ""
+        names = [f"pixels<{product.rows_a_thread}{adjacent}>"] * tiles
+        trips = [len(part) * taps for part in splits]
+        if operand != "ieee":
+            names = [f"pixel_tiles<{operand}, {product.tiles}>"] * tiles
+            trips = [-(-len(part) // DEPTHS[operand]) for part in splits]
+    elif operand != "ieee":
+        names = [f"linear_tiles<{operand}, {row_tiles(product, tile)}>" for tile in range(tiles)]
+        trips = [-(-len(part) // DEPTHS[operand]) for part in splits]
+        groups = -(-samples // TILE_COLUMNS)
     else:
+        names = [f"linear_{'feedback' if feedback else 'prediction'}<{group}>"] * tiles
         sharing = 1 if feedback else WARP // product.lanes
-        trips = [-(-channels // (QUAD * sharing)) for channels in channels_of_splits(product)]
+        trips = [-(-len(part) // (QUAD * sharing)) for part in splits]
         groups = -(-samples // group)
-    return [t for _ in range(tiles_of(product, feedback, samples)) for t in trips for _ in range(groups)]
+    return [(name, t) for name in names for t in trips for _ in range(groups)]
 
 
-Load = tuple[int, list[int]]  # words of a lane's access, first word of each lane that takes part
+class Load(NamedTuple):
+    """One load of a warp.
+
+    Attributes:
+        words: of a lane's access. lanes: first word of each lane that takes part.
+        turns: of as many lanes each, one after another.
+    """
+
+    words: int
+    lanes: list[int]
+    turns: int = 1
 
 
-def loads_of(product: p.Product, feedback: bool, samples: int, group: int) -> Iterator[Load]:
-    """Every load of the inner loops of a product, as products.cuh has them."""
-    splits = [
-        (i * product.split, i * product.split + channels)
-        for i, channels in enumerate(channels_of_splits(product))
-    ]
-    read = _pixel_loads if product.kind == p.PIXELS else _feedback_loads if feedback else _prediction_loads
-    for tile in range(tiles_of(product, feedback, samples)):
-        for begin, end in splits:
-            yield from read(product, tile, begin, end, samples, group)
+def loads_of(product: p.Product, operand: str, feedback: bool, samples: int, group: int) -> Iterator[Load]:
+    """Every load of the inner loops of a product, as products.cuh and matrix_products.cuh have them."""
+    matrix = operand != "ieee"
+    for tile in range(tiles_of(product, operand, feedback, samples)):
+        for part in splits_of(product, matrix):
+            if matrix and product.kind == p.PIXELS:
+                yield from _pixel_tile_loads(product, operand, tile, part, samples)
+            elif matrix:
+                yield from _linear_tile_loads(product, operand, feedback, tile, part, samples)
+            else:
+                linear = _feedback_loads if feedback else _prediction_loads
+                read = _pixel_loads if product.kind == p.PIXELS else linear
+                yield from read(product, tile, part.start, part.stop, samples, group)
 
 
 def _prediction_loads(product, tile, begin, end, samples, group) -> Iterator[Load]:
@@ -285,9 +364,11 @@ def _prediction_loads(product, tile, begin, end, samples, group) -> Iterator[Loa
                 if row < product.out and own < end:
                     lanes.append((row, own))
             for n in range(group):
-                yield QUAD, [inputs + n * product.input.samples + own for _, own in lanes]
+                yield Load(QUAD, [inputs + n * product.input.samples + own for _, own in lanes])
             for j in range(QUAD):
-                yield QUAD, [product.weights + row + (own + j) * product.weight_channel for row, own in lanes]
+                yield Load(
+                    QUAD, [product.weights + row + (own + j) * product.weight_channel for row, own in lanes]
+                )
 
 
 def _feedback_loads(product, tile, begin, end, samples, group) -> Iterator[Load]:
@@ -295,48 +376,124 @@ def _feedback_loads(product, tile, begin, end, samples, group) -> Iterator[Load]
         inputs = product.input.first + first * product.input.samples
         for k in range(begin, end, QUAD):
             for n in range(group):
-                yield QUAD, [inputs + n * product.input.samples + k] * WARP
+                yield Load(QUAD, [inputs + n * product.input.samples + k] * WARP)
             for i in range(FEEDBACK_ROWS_A_LANE):
                 first_row = (tile * FEEDBACK_ROWS_A_LANE + i) * WARP
                 rows = [min(first_row + lane, product.out - 1) for lane in range(WARP)]
-                yield QUAD, [product.weights + row * product.weight_row + k for row in rows]
+                yield Load(QUAD, [product.weights + row * product.weight_row + k for row in rows])
 
 
 def _pixel_loads(product, tile, begin, end, samples, group) -> Iterator[Load]:
-    row_tiles = -(-product.out // product.rows_a_thread)
-    row, place = tile % row_tiles * product.rows_a_thread, tile // row_tiles * WARP * PIXELS_A_LANE
-    area = product.height * product.width
-    at = product.input
-    inputs = []
-    for j in range(PIXELS_A_LANE):
-        places = [min(place + j * WARP + lane, samples * area - 1) for lane in range(WARP)]
-        inputs.append(
-            [at.first + q // area * at.samples + q % area // product.width * at.rows + q % product.width * at.columns
-             for q in places]
-        )  # fmt: skip
-    weights = [
-        product.weights + min(row + i, product.out - 1) * product.weight_row
-        for i in range(product.rows_a_thread)
+    rows = product.rows_a_thread
+    row_units = -(-product.out // rows)
+    row, place = tile % row_units * rows, tile // row_units * WARP * PIXELS_A_LANE
+    last = samples * product.height * product.width - 1
+    inputs = [
+        [input_place(product, min(place + j * WARP + lane, last)) for lane in range(WARP)]
+        for j in range(PIXELS_A_LANE)
     ]
+    if product.weight_row == 1 and rows > 1:
+        whole = rows - rows % QUAD
+        weights = [(QUAD, product.weights + row + i) for i in range(0, whole, QUAD)]
+        weights += [(1, product.weights + row + i) for i in range(whole, rows)]
+    else:
+        weights = [
+            (1, product.weights + min(row + i, product.out - 1) * product.weight_row) for i in range(rows)
+        ]
     for channel in range(begin, end):
         for y in range(product.taps_y):
             for x in range(product.taps_x):
                 a = channel * product.weight_channel + y * product.weight_tap_y + x * product.weight_tap_x
-                b = channel * at.channels + y * product.input_tap_y + x * product.input_tap_x
-                for weight in weights:
-                    yield 1, [weight + a] * WARP
+                b = channel * product.input.channels + y * product.input_tap_y + x * product.input_tap_x
+                for words, weight in weights:
+                    yield Load(words, [weight + a] * WARP)
                 for own in inputs:
-                    yield 1, [first + b for first in own]
+                    yield Load(1, [first + b for first in own])
+
+
+# Of a lane: g, its row or column of a fragment, and t, its place along k.
+FRAGMENT = [(lane // 4, lane % 4) for lane in range(WARP)]
+
+
+def _linear_tile_loads(product, operand, feedback, tile, part, samples) -> Iterator[Load]:
+    depth, first_row = DEPTHS[operand], tile * product.tiles * TILE_ROWS
+    at, stride = product.input, product.weight_row if feedback else product.weight_channel
+    for first in range(0, samples, TILE_COLUMNS):
+        own = [at.first + min(first + g, samples - 1) * at.samples for g, _ in FRAGMENT]
+        for k in range(part.start, part.stop, depth):
+            if operand == "tf32" and feedback:
+                inputs = [(1, 1, 0), (1, 1, 4)]
+            else:
+                inputs = [(2, 2, first) for first in range(0, depth, 8)]
+            for words, step, deep in inputs:
+                yield Load(
+                    words, [row + k + deep + step * t for row, (_, t) in zip(own, FRAGMENT, strict=True)]
+                )
+            for i in range(row_tiles(product, tile)):
+                row = first_row + i * TILE_ROWS
+                if operand == "bf16":
+                    yield _matrix_load(product, feedback, row, k, stride)
+                    continue
+                for half in (0, HALF):
+                    rows = [min(row + half + g, product.out - 1) for g, _ in FRAGMENT]
+                    for second in (0, 1):
+                        ks = [k + (t + 4 * second if feedback else 2 * t + second) for _, t in FRAGMENT]
+                        numbers = (r * stride + c if feedback else c * stride + r
+                                   for r, c in zip(rows, ks, strict=True))  # fmt: skip
+                        yield Load(1, [product.weights + number for number in numbers])
+
+
+def _matrix_load(product, feedback, row, k, stride) -> Load:
+    """Of four matrices, eight rows of eight numbers in bfloat16 each."""
+    lanes = []
+    for lane in range(WARP):
+        half, deep, within = lane // HALF % 2 * HALF, lane // 16 * HALF, lane % HALF
+        if feedback:
+            number = min(row + half + within, product.out - 1) * stride + deep + k
+        else:
+            number = (deep + within + k) * stride + min(row + half, stride - HALF)
+        lanes.append(product.weights + number // 2)
+    return Load(QUAD, lanes, turns=4)
+
+
+def _pixel_tile_loads(product, operand, tile, part, samples) -> Iterator[Load]:
+    depth, terms = DEPTHS[operand], terms_of(product)
+    column_units = -(-product.out // (product.tiles * TILE_COLUMNS))
+    first_column = tile % column_units * product.tiles * TILE_COLUMNS
+    first_place = tile // column_units * place_tiles(product) * TILE_ROWS
+    last = samples * product.height * product.width - 1
+    columns = [
+        [min(first_column + c * TILE_COLUMNS + g, product.out - 1) * product.weight_row for g in range(8)]
+        for c in range(product.tiles)
+    ]
+    places = [
+        [input_place(product, min(first_place + i * HALF + g, last)) for g in range(8)]
+        for i in range(2 * place_tiles(product))
+    ]
+    for k in range(part.start, part.stop, depth):
+        for i in range(depth // 8):
+            yield Load(QUAD, [product.terms + 2 * (k + t * depth // 4 + 2 * i) for _, t in FRAGMENT])
+        for lanes in lanes_terms(operand, k):
+            own = [terms[i] for i in lanes]
+            for rows in columns:
+                words = [product.weights + rows[g] + own[t][1] for g, t in FRAGMENT if own[t][1] is not None]
+                yield Load(1, words)
+            for rows in places:
+                yield Load(1, [rows[g] + own[t][0] for g, t in FRAGMENT])
 
 
 def words_needed(load: Load) -> set[int]:
-    width, lanes = load
-    return {first + i for first in lanes for i in range(width)}
+    return {first + i for first in load.lanes for i in range(load.words)}
 
 
 def wavefronts(load: Load) -> int:
     """Lines that a load takes at the least: words of the same bank, unless they are the same, take turns."""
-    return max(Counter(word % BANKS for word in words_needed(load)).values())
+    each = -(-len(load.lanes) // load.turns)
+    found = 0
+    for turn in range(load.turns):
+        needed = words_needed(Load(load.words, load.lanes[turn * each : (turn + 1) * each]))
+        found += max(Counter(word % BANKS for word in needed).values(), default=0)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- evidence
@@ -347,11 +504,10 @@ class Row:
     """One product in an iteration of a block.
 
     Attributes:
-        layer, stage: "predict" or "feedback". loop: its inner loop, as :attr:`Loop.product`.
+        layer, stage: "predict" or "feedback". loop: its inner loops, as :attr:`Loop.product`.
         units: of warps. trips: of all of them.
-        unroll: trips that the compiled loop does at once. size: its instructions; mix: the most frequent.
         instructions: of the inner loops, of all warps. multiplying: those that multiply.
-        useful, issued: multiply-adds that the mathematics asks for, and of all lanes.
+        useful, issued: multiply-adds that the mathematics asks for, and of all lanes and tiles.
         bytes, wavefronts: of the loads, see :func:`wavefronts`. written: words, to the scratch.
     """
 
@@ -360,9 +516,6 @@ class Row:
     loop: str
     units: int
     trips: int
-    unroll: int
-    size: int
-    mix: str
     instructions: int
     multiplying: int
     useful: int
@@ -374,11 +527,17 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """A network's. busiest: instructions of the scheduler that has the most, of both stages."""
+    """A network's.
+
+    Attributes:
+        loops: that it runs.
+        busiest: stage -> clocks of the scheduler that has the most to issue, or the most for its units to multiply.
+    """
 
     name: str
     placement: Placement
     rows: tuple[Row, ...]
+    loops: tuple[Loop, ...]
     busiest: dict[str, float]
     floor: Floor
 
@@ -404,11 +563,11 @@ def _chip() -> Chip:
     return Chip(known.sm_count, known.shared_memory_per_block_bytes, known.shared_memory_per_sm_bytes)
 
 
-def placed(model: nn.Sequential, x_shape: tuple[int, ...]) -> Placement:
+def placed(model: nn.Sequential, x_shape: tuple[int, ...], operand: str) -> Placement:
     network = describe(model)
     shapes = network.shapes(x_shape)
     gram, _ = choose_gram(network, shapes, "strict", 20, True, False)
-    found = place(network, shapes, gram, "cross_entropy", 4, _chip())
+    found = place(network, shapes, gram, "cross_entropy", Operands(operand, operand), 4, _chip())
     assert isinstance(found, Placement), found
     return found
 
@@ -416,73 +575,81 @@ def placed(model: nn.Sequential, x_shape: tuple[int, ...]) -> Placement:
 def evidence(name: str, placement: Placement, loops: Sequence[Loop]) -> Evidence:
     program = p.Program.from_buffer_copy(placement.program)
     samples, group = program.samples, program.group
-    by_name = {(loop.stage, loop.product): loop for loop in loops if loop.kernel == kernel_of(group)}
+    by_name = {(loop.stage, loop.product): loop for loop in loops}
     warps = placement.threads // WARP
-    rows, busiest, before = [], {}, {}
+    rows, used = [], {}
+    issuing, multiplying = ({stage: [0.0] * SCHEDULERS for stage in STAGES} for _ in range(2))
+    before = dict.fromkeys(STAGES, 0)
     for l, feedback, product in live_products(program):
         if product.kind == p.COPY:
             continue
-        stage, called = ("feedback" if feedback else "predict"), name_of(product, feedback, group)
-        loop = by_name.get((int(feedback), called))
-        if loop is None:
-            raise LookupError(f"no inner loop of {called} in the {stage} stage of {kernel_of(group)}")
-        a_trip = multiply_adds_of_a_trip(product, group)
-        if loop.multiply_adds % a_trip:
-            raise LookupError(
-                f"{called}: {loop.multiply_adds} multiply-adds are no multiple of a trip's {a_trip}"
-            )
-        unroll = loop.multiply_adds // a_trip
-        units = unit_trips(product, feedback, samples, group)
-        # what is left over where trips do not divide by the unrolling is counted as a part of the loop
-        cost = loop.size / unroll
-        schedulers = busiest.setdefault(stage, [0.0] * SCHEDULERS)
-        first = before.setdefault(stage, 0)
-        for unit, trips in enumerate(units):
-            schedulers[(first + unit) % warps % SCHEDULERS] += trips * cost
+        layer, stage = program.layers[l - 1], STAGES[feedback]
+        how = product, operand_of(layer), feedback, samples, group
+        units, instructions, multiply, issued = unit_trips(*how), 0.0, 0, 0
+        for unit, (called, trips) in enumerate(units):
+            loop = by_name.get((stage, called))
+            if loop is None:
+                raise LookupError(f"no inner loop of {called} in the {stage} stage")
+            used[stage, called] = loop
+            trip = trip_of(called, stage)
+            # what is left over where trips do not divide by the unrolling is counted as a part of the loop
+            cost = trips * loop.size / loop.unroll
+            scheduler = (before[stage] + unit) % warps % SCHEDULERS
+            issuing[stage][scheduler] += cost
+            a_clock = MULTIPLY_ADDS_A_CLOCK[how[1]] / SCHEDULERS
+            multiplying[stage][scheduler] += trips * issued_by(trip) / a_clock
+            instructions += cost
+            multiply += trips * sum(trip[instruction] for instruction in MULTIPLY_ADD)
+            issued += trips * issued_by(trip)
         before[stage] += len(units)
-        trips = sum(units)
-        loads = list(loads_of(product, feedback, samples, group))
-        if len(loads) * unroll != sum(loop.loads.values()) * trips:
-            raise LookupError(
-                f"{called}: {loop.loads} in its loop, {len(loads)} loads in {trips} trips expected"
-            )
-        mix = ", ".join(f"{n} {name}" for name, n in loop.instructions.most_common(6))
+        loads = list(loads_of(*how))
         rows.append(
             Row(
-                l, stage, called, len(units), trips, unroll, loop.size, mix, round(trips * cost), trips * a_trip,
-                multiply_adds(program.layers[l - 1], samples), trips * a_trip * WARP,
+                l, stage, " and ".join(dict.fromkeys(called for called, _ in units)), len(units),
+                sum(trips for _, trips in units), round(instructions), multiply,
+                multiply_adds(layer, samples), issued,
                 4 * sum(len(words_needed(load)) for load in loads), sum(map(wavefronts, loads)),
                 words_written(product, samples),
             )
         )  # fmt: skip
     floor = floors(placement, constants.load())[0]
-    return Evidence(name, placement, tuple(rows), {s: max(all) for s, all in busiest.items()}, floor)
+    busiest = {stage: max(*issuing[stage], *multiplying[stage]) for stage in STAGES}
+    return Evidence(name, placement, tuple(rows), tuple(used.values()), busiest, floor)
 
 
 NETWORKS = {
     "mnist_cnn, batch 300": (networks.mnist_cnn, (300, 1, 28, 28)),
     "784-128-128-10, batch 128": (lambda: networks.mlp([784, 128, 128, 10]), (128, 784)),
 }
+CASES = {
+    f"{name}, {operand}": (make, shape, operand)
+    for name, (make, shape) in NETWORKS.items()
+    for operand in MULTIPLY_ADDS_A_CLOCK
+}
+
+
+def placed_case(name: str) -> Placement:
+    make, shape, operand = CASES[name]
+    return placed(make(), shape, operand)
 
 
 def all_evidence(loops: Sequence[Loop]) -> list[Evidence]:
-    return [evidence(name, placed(make(), shape), loops) for name, (make, shape) in NETWORKS.items()]
+    return [evidence(name, placed_case(name), loops) for name in CASES]
 
 
 # ------------------------------------------------------------------------------------------------------------- limits
 
 
 def figures(loops: Sequence[Loop], found: Sequence[Evidence]) -> dict:
-    """What is recorded: the instructions of each loop that an iteration runs, and of each network's iteration."""
+    """What is recorded: the instructions of each loop, and of each network's iteration."""
     return {
         "loops": {
-            f"{loop.kernel} {('predict', 'feedback')[loop.stage]} {loop.product}": {
+            f"{loop.stage} {loop.product}": {
                 "instructions": loop.size,
-                "multiply-adds": loop.multiply_adds,
-                "loads": sum(loop.loads.values()),
+                "multiplying": loop.multiplying,
+                "loads": loop.loads,
             }
             for loop in loops
-            if loop.stage < 2  # the last one runs once
         },
         "networks": {
             each.name: {
@@ -496,7 +663,7 @@ def figures(loops: Sequence[Loop], found: Sequence[Evidence]) -> dict:
 
 
 def check_recorded(found: dict, recorded: dict, nvcc: str) -> list[str]:
-    """What is worse than recorded, one line each; a loop with more multiply-adds is unrolled further, not worse."""
+    """What is worse than recorded, one line each; a loop that multiplies more is unrolled further, not worse."""
     slack = 0.0 if nvcc == recorded["nvcc"] else SLACK
     problems = []
     for section in ("loops", "networks"):
@@ -506,10 +673,10 @@ def check_recorded(found: dict, recorded: dict, nvcc: str) -> list[str]:
                 what = "not recorded" if old is None else "recorded, but not there"
                 problems.append(f"{name}: {what}; {RECORD}")
                 continue
-            scale = new.get("multiply-adds", 1) / old.get("multiply-adds", 1)
+            scale = new.get("multiplying", 1) / old.get("multiplying", 1)
             for figure, value in new.items():
                 limit = old[figure] * scale * (1 + slack)
-                if figure != "multiply-adds" and value > limit:
+                if figure != "multiplying" and value > limit:
                     problems.append(f"{name}: {value} {figure}, at most {limit:g}")
     return problems
 
@@ -525,8 +692,8 @@ def with_table(page: str, limits: dict) -> str:
         "memory that they read | predicted at the least, clocks |",
         "|---|---|---|---|---|---|",
     ]
-    for name, (make, shape) in NETWORKS.items():
-        placement, found = placed(make(), shape), limits["networks"][name]
+    for name in CASES:
+        placement, found = placed_case(name), limits["networks"][name]
         floor = floors(placement, constants.load())[0]
         samples = f"{placement.samples} sample{'s' * (placement.samples > 1)}"
         rows.append(
@@ -543,22 +710,23 @@ def print_tables(found: Sequence[Evidence]) -> None:
         print(
             f"\n{each.name}: sm_{CHIP}, {placement.samples} samples a block, {placement.threads // WARP} warps"
         )
-        head = f"{'':17}{'inner loop':22}{'units':>6}{'trips':>6}{'instr.':>8}{'of them multiply':>18}"
+        head = f"{'':17}{'inner loop':46}{'units':>6}{'trips':>6}{'instr.':>8}{'of them multiply':>18}"
         print(f"{head}{'useful/issued multiply-adds':>29}{'bytes':>9}{'lines':>7}")
         for row in each.rows:
             print(
-                f"layer {row.layer} {row.stage:9}{row.loop:22}{row.units:6}{row.trips:6}{row.instructions:8}"
+                f"layer {row.layer} {row.stage:9}{row.loop:46}{row.units:6}{row.trips:6}{row.instructions:8}"
                 f"{row.multiplying:10} {row.multiplying / row.instructions:6.0%} "
-                f"{row.useful:13,} / {row.issued:7,} {row.useful / row.issued:4.0%}{row.bytes:9,}{row.wavefronts:7,}"
+                f"{row.useful:13,} / {row.issued:9,} {row.useful / row.issued:4.0%}{row.bytes:9,}{row.wavefronts:7,}"
             )
-        print("loops: " + "; ".join(dict.fromkeys(
-            f"{row.loop} {row.size} instructions for {row.unroll} trip{'s' * (row.unroll > 1)} ({row.mix})"
-            for row in each.rows)))  # fmt: skip
+        for loop in each.loops:
+            mix = ", ".join(f"{n} {name}" for name, n in loop.instructions.most_common(8))
+            trips = f"{loop.unroll} trip{'s' * (loop.unroll > 1)}"
+            print(f"  {loop.stage} {loop.product}: {loop.size} instructions for {trips} ({mix})")
         instructions, useful = each.total("instructions"), each.total("useful")
         print(
             f"an iteration: {instructions:,} instructions in inner loops, {instructions / SCHEDULERS:,.0f} clocks "
             f"if shared evenly, {sum(each.busiest.values()):,.0f} as they are; {each.total('wavefronts'):,} lines of "
-            f"shared memory; {useful:,} useful multiply-adds, {useful / MULTIPLY_ADDS_A_CLOCK:,.0f} clocks"
+            f"shared memory; {useful:,} useful multiply-adds"
         )
         print(
             f"predicted, at the least: {each.clocks:,.0f} clocks; floor of the program {each.floor.clocks:,.0f} "
@@ -576,6 +744,8 @@ def main() -> None:
     loops = find_loops(disassemble())
     found = all_evidence(loops)
     print_tables(found)
+    if unknown := [loop.product for loop in loops if loop.product.endswith("<?>")]:
+        print(f"loops that fit no product: {', '.join(unknown)}")
     if arguments.record:
         limits = {"nvcc": release(), **figures(loops, found)}
         LIMITS.write_text(json.dumps(limits, indent=2, sort_keys=True) + "\n")
