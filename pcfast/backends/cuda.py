@@ -5,6 +5,8 @@ exact and fixed_prediction have no loop: they are a forward and a backward pass 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .. import constants, native
@@ -140,6 +142,12 @@ def _place(
     return place(network, shapes, gram, loss, operands, scalar_bytes, chip, optimizer.momentum > 0)
 
 
+@functools.lru_cache(maxsize=16)
+def _on_device(step_sizes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A schedule where the kernel reads it. Uploaded once: a CUDA graph cannot record a copy from the host."""
+    return torch.tensor(step_sizes, dtype=dtype, device=device)
+
+
 class _Run(KernelRun):
     """One strict relaxation. The kernel runs the forward pass, too: only its lowest product is torch's."""
 
@@ -180,10 +188,13 @@ class _Run(KernelRun):
         if plan.gram:
             below = steps[2].forward(first)
             weights[2], biases[2] = steps[2].gram(), None
+        self.step_size = problem.step_size
+        if isinstance(self.step_size, tuple):
+            self.step_size = _on_device(self.step_size, first.dtype, first.device)
         inner_shapes = (self._inner_shape(l) for l in range(2, self.depth + 1))
         return placed, Inputs(
             [None, None, *weights[2:]], [None, None, *biases[2:]], below, self.starts, problem.loss, problem.y,
-            problem.step_size, problem.belief_optimizer.momentum, [None, *(inner[-1] for inner in plan.shapes)],
+            self.step_size, problem.belief_optimizer.momentum, [None, *(inner[-1] for inner in plan.shapes)],
             [None, None, *inner_shapes],
         )  # fmt: skip
 
@@ -198,6 +209,7 @@ class _Run(KernelRun):
     def _strict(self):
         problem, plan, depth, steps = self.problem, self.plan, self.depth, self.problem.num_steps
         found, out = self.found, self.result
+        out.resources = self.step_size  # what the cache may let go
         beliefs, errors = [self.vhat[0], *found.beliefs[1:depth], self.vhat[depth]], [None] * (depth + 1)
         # error l is there from iteration L - l + 1 on (fact 3)
         lowest = max(depth - max(steps, 1) + 1, 1) if plan.fresh else 1

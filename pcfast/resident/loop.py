@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..belief_optimizers import StepSize
 from ..errors import BackendError
 from ..losses import Loss
 from .placement import Placement
@@ -28,7 +27,7 @@ class Inputs:
         below: vhat_1, or in Gram form layer 2's pre-activations.
         starts: beliefs to start from; None from the forward pass.
         loss, y: a known loss, and its target.
-        step_size: eta of all iterations, or of each. momentum: of the beliefs, in [0, 1).
+        step_size: eta of all iterations; or of each, (num_steps,). momentum: of the beliefs, in [0, 1).
         shapes: of vhat_l. inner_shapes: of what layer l's product gives, or what a layer without one reads.
     """
 
@@ -38,7 +37,7 @@ class Inputs:
     starts: Sequence[Tensor | None] | None
     loss: Loss
     y: Tensor
-    step_size: StepSize
+    step_size: float | Tensor
     momentum: float
     shapes: Sequence[tuple[int, ...]]
     inner_shapes: Sequence[tuple[int, ...] | None]
@@ -150,8 +149,8 @@ def prepare(
     tensors.loss_rows, tensors.output_gradient = pointer(rows), pointer(at_output)
     tensors.gram_sum, tensors.gram_sum_before = map(pointer, sums)
     tensors.first_bad, run.momentum = pointer(first_bad), inputs.momentum
-    if isinstance(inputs.step_size, tuple):
-        tensors.step_sizes = pointer(torch.tensor(inputs.step_size, **like))
+    if isinstance(inputs.step_size, Tensor):
+        tensors.step_sizes = pointer(inputs.step_size)
     else:
         run.eta = inputs.step_size
     _describe_loss(inputs, like, tensors, run, pointer)
