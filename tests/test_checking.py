@@ -50,7 +50,9 @@ def found_in(report, backend="faulty") -> set:
 def test_a_right_backend_passes(method):
     report = check(net(), SHAPE, method=method, draws=3)
     assert report.ok and not report.failures
-    assert {(r.backend, r.reason) for r in report.refused} == {("triton", "it needs a CUDA device")}
+    assert {(r.backend, r.reason) for r in report.refused} == {
+        (name, "it needs a CUDA device") for name in ("cuda", "triton")
+    }
     assert {(row.backend, row.precision) for row in report.rows} == {
         ("eager", "ieee"), ("eager", "bf16"), ("eager", "fp64"),
     }  # fmt: skip
@@ -210,7 +212,11 @@ def test_what_cannot_run_is_listed(monkeypatch):
     report = check(net(), SHAPE, draws=1)
     assert report.ok and {row.backend for row in report.rows} == {"eager"}
     assert {(r.backend, r.precision, r.reason) for r in report.refused} == {
-        *(("triton", precision, "it needs a CUDA device") for precision in ("ieee", "bf16", "fp64")),
+        *(
+            (name, precision, "it needs a CUDA device")
+            for name in ("cuda", "triton")
+            for precision in ("ieee", "bf16", "fp64")
+        ),
         ("unable", "ieee", "float64 only"),
         ("unable", "bf16", "float64 only"),
         ("unable", "fp64", "no such kernel"),
