@@ -486,22 +486,23 @@ def test_bad_combinations_are_refused(call, settings, argument, words):
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
+    ("settings", "by_triton", "by_cuda"),
     [
-        ({"belief_optimizer": GradientDescent(0.9)}, "not by GradientDescent(momentum=0.9"),
-        ({"belief_optimizer": Adam()}, "not by Adam"),
-        ({"schedule": True}, "not a schedule"),
-        ({"nudging": pcfast.Nudging()}, "no nudged target"),
-        ({"method": "fixed_prediction", "belief_optimizer": Adam()}, "no closed form"),
-        ({"method": "fixed_prediction", "belief_optimizer": GradientDescent(0.9), "schedule": True}, ""),
-        ({}, ""),
+        ({"belief_optimizer": GradientDescent(0.9)}, "not by GradientDescent(momentum=0.9", ""),
+        ({"belief_optimizer": GradientDescent(0.9, 0.1)}, *["not by GradientDescent(momentum=0.9"] * 2),
+        ({"belief_optimizer": Adam()}, *["not by Adam"] * 2),
+        ({"schedule": True}, "not a schedule", ""),
+        ({"nudging": pcfast.Nudging()}, *["no nudged target"] * 2),
+        ({"method": "fixed_prediction", "belief_optimizer": Adam()}, *["no closed form"] * 2),
+        ({"method": "fixed_prediction", "belief_optimizer": GradientDescent(0.9), "schedule": True}, "", ""),
+        ({}, "", ""),
     ],
 )
-def test_kernels_refuse_what_they_do_not_run(settings, reason, monkeypatch):
+def test_kernels_refuse_what_they_do_not_run(settings, by_triton, by_cuda, monkeypatch):
     monkeypatch.setattr(triton, "_unavailable", lambda *_: "")
     monkeypatch.setattr(cuda, "_unavailable", lambda *_: "")
     request = Request(describe(mlp()), torch.device("cpu"), torch.float32, **settings)
-    for name in ("triton", "cuda"):
+    for name, reason in (("triton", by_triton), ("cuda", by_cuda)):
         ok, why = BACKENDS[name].supports(request)
         assert ok == (not reason) and reason in why
 

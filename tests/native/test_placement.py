@@ -273,8 +273,8 @@ def test_more_samples_until_one_wave_does():
         placed = placing(network, shapes, True)
         assert_sound(network, shapes, True, placed)
         seen.append((placed.samples, placed.waves))
-    # four blocks fit an SM by their threads
-    assert seen == [(1, 1), (1, 1), (1, 1), (1, 1), (2, 1), (2, 1), (8, 1), (16, 1), (16, 12)]
+    # one block an SM, by its registers
+    assert seen == [(1, 1), (1, 1), (2, 1), (4, 1), (8, 1), (8, 1), (16, 2), (16, 4), (16, 48)]
 
 
 def test_a_placement_in_words():
