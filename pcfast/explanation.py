@@ -86,7 +86,7 @@ def explain(
     """
     network = describe(model)
     validation.check_method(method)
-    num_steps = validation.checked_steps(num_steps)
+    _, num_steps = validation.fixed_settings(method, network.depth, 0.0, validation.checked_steps(num_steps))
     try:
         shape = tuple(int(size) for size in x_shape)
     except (TypeError, ValueError):

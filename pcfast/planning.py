@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from . import network as specs
 from .precision import Precision
 
-METHODS = ("exact", "fixed_prediction", "strict")
+METHODS = ("exact", "fixed_prediction", "strict", "error_based", "zero_divergence")
+#: Those that iterate; the others are one forward and one backward pass.
+LOOPS = ("strict", "error_based")
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ def count_work(
         return None
     depth, macs = network.depth, _op_macs(network, shapes)
     forward = sum(map(sum, macs))
-    if method != "strict":
+    if method == "error_based":
+        return _error_based_work(macs, num_steps)
+    if method not in LOOPS:
         feedback = forward - sum(macs[0]) + _above_lowest_weights(macs[0])
         return Work(forward, feedback, forward)
     relaxation = gradients = 0
@@ -155,11 +159,21 @@ def count_work(
     return Work(forward, relaxation, gradients)
 
 
+def _error_based_work(macs: list[list[int]], num_steps: int) -> Work:
+    """Every iteration pulls the output's error down to layer 2 and recomputes layers 2..L at the new errors."""
+    forward = sum(map(sum, macs))
+    lowest_error = 1 if num_steps else len(macs)
+    gradients = sum(sum(costs) + _above_lowest_weights(costs) for costs in macs[lowest_error - 1 :])
+    return Work(forward, 2 * num_steps * (forward - sum(macs[0])), gradients)
+
+
 def choose_gram(
     network: specs.Network, shapes: tuple, method: str, num_steps: int, fresh: bool, energies: bool
 ) -> tuple[bool, str]:
     """Whether the clamped layer runs in Gram form (fact 7), and why."""
-    if method != "strict":
+    if method == "error_based":
+        return False, "error_based recomputes layer 1's state from its error"
+    if method not in LOOPS:
         return False, f"{method} has no loop"
     if not fresh:
         return False, "the relaxation does not start from the forward pass"

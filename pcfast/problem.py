@@ -66,7 +66,7 @@ class Problem:
         x: input (B, ...).
         y: target; None where ``output_gradient`` is given and no loss is evaluated.
         loss: the loss described; None as for y.
-        method: "exact", "fixed_prediction" or "strict".
+        method: one of ``planning.METHODS``.
         step_size, num_steps: eta and n.
         start: beliefs v_0..v_L to start strict relaxation from, or None for the forward pass.
         activations: vhat_0..vhat_L given instead of a forward pass (exact and fixed prediction).

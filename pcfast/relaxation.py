@@ -50,7 +50,8 @@ class Relaxation:
         output_gradient: dLoss/dvhat_L, as vhat_L.
         beliefs: v_l after the last iteration, as vhat_l.
         errors: eps_l of the last iteration, prediction minus belief; eps_L = dLoss/dmu_L. eps_0 is None
-            except for fixed prediction.
+            except for fixed prediction. "error_based": at the beliefs, after the last iteration;
+            "zero_divergence": errors and beliefs of layer l as they are when its error arrives, t = L - l.
         energies: (n, L) on request: 0.5 |eps_l|^2 summed over batch and units for l < L, and the loss at mu_L
             in the last column, as each iteration found them before its update; else None.
         run: which backend ran, and how.
@@ -82,7 +83,7 @@ def relax(
 ) -> Relaxation:
     """Relax beliefs and errors; parameters and their ``.grad`` stay as they are.
 
-    Rosenbaum (2022), algorithms 1 to 3; docs/method.md.
+    Rosenbaum (2022), algorithms 1 to 3; docs/method.md. The other methods: docs/methods.md.
 
     Args:
         model: ``nn.Sequential`` of PC layers.
@@ -90,9 +91,9 @@ def relax(
         y: target, as ``loss`` needs it: int64 class indices (B,) or probabilities (B, C) for cross-entropy, the
             output's shape for mse, anything for a callable.
         loss: "cross_entropy", "mse" or a callable ``loss(output, y) -> scalar``.
-        method: "exact", "fixed_prediction" or "strict".
-        step_size: eta >= 0.
-        num_steps: n >= 0; "exact" has no iterations and ignores it.
+        method: "exact", "fixed_prediction", "strict", "error_based" or "zero_divergence".
+        step_size: eta >= 0; of the beliefs, of the errors for "error_based".
+        num_steps: n >= 0. "exact" has no iterations and ignores both; "zero_divergence" fixes both: 1 and L.
         backend: "auto", or a backend by name.
         vinit: strict only: beliefs v_0..v_L to start from (v_0 must be x or None; None entries start at the
             forward pass).
@@ -111,6 +112,13 @@ def relax(
     """
     if energies and method == "exact":
         raise ArgumentError("energies", "True with method 'exact'", "a method with iterations")
+    if energies and method == "zero_divergence":
+        raise ArgumentError(
+            "energies",
+            "True with method 'zero_divergence', which reads every layer in another iteration",
+            "a method that reads all layers at once",
+            "Its loop is method='strict' with step_size=1.",
+        )
     outcome, run = solve(
         model, x, y, loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend,
         vinit=vinit, normalizer=normalizer, check=check,
@@ -172,6 +180,7 @@ def prepare(
     num_steps = validation.checked_steps(num_steps)
     step_size = validation.checked_step_size(step_size)
     network = describe(model)
+    step_size, num_steps = validation.fixed_settings(method, network.depth, step_size, num_steps)
     dtype = validation.check_input(model, x)
     described = None if output_gradient is not None else describe_loss(loss, normalizer)
     if described is not None:

@@ -20,6 +20,11 @@ def check_method(method: str) -> None:
         raise ArgumentError("method", repr(method), f"one of {METHODS}")
 
 
+def fixed_settings(method: str, depth: int, step_size, num_steps):
+    """(step_size, num_steps) as the method runs: "zero_divergence" fixes both, step size 1 and L iterations."""
+    return (1.0, depth) if method == "zero_divergence" else (step_size, num_steps)
+
+
 def check_choice(check: str) -> None:
     if check not in status.CHECKS:
         raise ArgumentError("check", repr(check), f"one of {status.CHECKS}")

@@ -1,6 +1,7 @@
 """The resident tier: strict relaxation of small networks in one launch of a CUDA kernel (csrc/, resident/).
 
-exact and fixed_prediction have no loop: they are a forward and a backward pass through cuBLAS and cuDNN, as in eager.
+exact, fixed_prediction and zero_divergence have no loop: they are a forward and a backward pass through cuBLAS and
+cuDNN, as in eager.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ..problem import check_start
 from ..resident.placement import Chip, Placement, place
 from .base import on_device
 from .eager import Eager
-from .kernel_run import KernelRun, first_product
+from .kernel_run import KernelRun, first_product, refused_method
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
@@ -31,6 +32,7 @@ class Cuda(Eager):
 
     def supports(self, request):
         reason = _unavailable(request.device)
+        reason = reason or refused_method(request.method)
         if reason:
             return False, reason
         if request.dtype not in _DTYPES and not (native.on_host() and request.dtype == torch.float64):

@@ -1,6 +1,7 @@
 """The streamed tier: strict relaxation by fused Triton kernels (kernels/, streamed/), the rest as in eager.
 
-exact and fixed_prediction have no loop: they are a forward and a backward pass through cuBLAS and cuDNN, as in eager.
+exact, fixed_prediction and zero_divergence have no loop: they are a forward and a backward pass through cuBLAS and
+cuDNN, as in eager.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..precision import kernel_operands, numerics
 from ..problem import energy_row, filled_start
 from .base import on_device
 from .eager import Eager
-from .kernel_run import KernelRun, first_product
+from .kernel_run import KernelRun, first_product, refused_method
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
@@ -38,6 +39,7 @@ class Triton(Eager):
 
     def supports(self, request):
         reason = _unavailable(request.device.type, request.device.index)
+        reason = reason or refused_method(request.method)
         if reason:
             return False, reason
         if request.dtype not in _DTYPES:
