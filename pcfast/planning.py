@@ -13,8 +13,10 @@ from . import network as specs
 from .precision import Precision
 
 METHODS = ("exact", "fixed_prediction", "strict", "error_based", "zero_divergence")
+#: What trains a network: the methods, and what moves parameters in every iteration (incremental.py).
+TRAINING_METHODS = (*METHODS, "incremental")
 #: Those that iterate; the others are one forward and one backward pass.
-LOOPS = ("strict", "error_based")
+LOOPS = ("strict", "error_based", "incremental")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Plan:
         precision: dtypes; they do not apply to the literal loop.
         literal: the literal loop, in the model's own dtype and with no short cuts.
         shapes: per layer the shapes at its operations' boundaries; None from the first opaque one on.
-        work: exact count of multiply-adds; None where shapes are not known, and for the literal loop.
+        work: exact count of multiply-adds; None where shapes are not known, for the literal loop and "incremental".
         refusals: (backend, reason) for every backend that was passed over.
     """
 
@@ -130,6 +132,8 @@ def count_work(
     """Exact multiply-adds of one training step (every parameter trained)."""
     if any(inner is None for inner in shapes):
         return None
+    if method == "incremental":
+        return None  # which products are left depends on what the optimiser moves
     depth, macs = network.depth, _op_macs(network, shapes)
     forward = sum(map(sum, macs))
     if method == "error_based":
@@ -173,6 +177,8 @@ def choose_gram(
     """Whether the clamped layer runs in Gram form (fact 7), and why."""
     if method == "error_based":
         return False, "error_based recomputes layer 1's state from its error"
+    if method == "incremental":
+        return False, "the parameters move between iterations"
     if method not in LOOPS:
         return False, f"{method} has no loop"
     if not fresh:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -169,19 +170,25 @@ def prepare(
     check: str = "auto",
     activations: list[Tensor] | None = None,
     output_gradient: Tensor | None = None,
+    move: Callable[[dict[nn.Parameter, Tensor]], None] | None = None,
 ) -> Prepared:
     """Validate and plan; arguments as in :func:`relax` and :class:`pcfast.problem.Problem`.
+
+    ``move`` goes with method "incremental" and with no other.
 
     Also raises what earlier, deferred work found.
     """
     status.raise_arrived()
-    validation.check_method(method)
+    if method != "incremental" or move is None:
+        validation.check_method(method)
     validation.check_choice(check)
     num_steps = validation.checked_steps(num_steps)
     step_size = validation.checked_step_size(step_size)
     network = describe(model)
     step_size, num_steps = validation.fixed_settings(method, network.depth, step_size, num_steps)
     dtype = validation.check_input(model, x)
+    if method == "incremental":
+        validation.check_moving_precision(x.device.type, dtype)
     described = None if output_gradient is not None else describe_loss(loss, normalizer)
     if described is not None:
         validation.check_target_placement(x, y, by_rows=described.known)
@@ -233,6 +240,7 @@ def prepare(
         wanted=wanted,
         raise_now=not x.is_cuda and not deferred,
         check=check != "off",
+        move=move,
     )
     return Prepared(chosen, problem, planned, deferred)
 

@@ -4,7 +4,7 @@ exact and fixed_prediction cost one forward and one backward pass for any number
 fact 1). zero_divergence is backpropagation (proof: docs/methods.md) and runs as exact.
 strict keeps d_l = v_l - vhat_l and per iteration does what the clamped input (fact 2), the active front
 (fact 3) and the Gram form (fact 7) leave of two stages: predict, then feedback (fact 5).
-error_based: error_based.py.
+error_based and incremental: files of these names.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..problem import Outcome, Problem, energy_row, filled_start, layer_of_param
 from ..replay import recorded_buffers
 from .base import Backend
 from .error_based import FreeErrors
+from .incremental import Moving, check_iteration
 from .links import GramLink, Link
 
 
@@ -89,6 +90,9 @@ class Run:
             self._strict()
         elif problem.method == "error_based":
             self._error_based()
+        elif problem.method == "incremental":
+            self._incremental()
+            return out
         else:
             self._one_backward()
         if problem.wanted.energies:
@@ -273,6 +277,41 @@ class Run:
                 observe(t, {**dict(enumerate(free.errors[1:-1], start=1)), self.depth: output})
         free.errors[self.depth] = self.gradient_at(free.output())
         return free
+
+    # incremental ---------------------------------------------------------------------------------------------
+
+    def _incremental(self) -> None:
+        """Iterate; the result's gradients and status are those of the last iteration."""
+        problem, out = self.problem, self.result
+        owners = layer_of_parameters(problem.network, problem.model)
+        self.checked: list[tuple[int, Tensor]] = []
+        if problem.check and (self.builder is None or problem.num_steps == 0):
+            self._check()
+        moving = Moving(self.chains, self.vhat, self.output_gradient)
+        for t in range(1, problem.num_steps + 1):
+            if t > 1:
+                moving.evaluate(self.gradient_at)
+            out.gradients = {}
+            self._add_local_gradients(moving.errors)
+            if t < problem.num_steps:
+                moving.descend(problem.step_size)
+            found = [(l, e) for l, e in enumerate(moving.errors) if e is not None]
+            found += [(owners[p], g) for p, g in out.gradients.items()]
+            if self.builder is not None:
+                self._defer(t, found)
+            elif problem.check:
+                check_iteration(t, found, problem.step_size)
+            problem.move(out.gradients)
+
+    def _defer(self, iteration: int, found: list[tuple[int, Tensor]]) -> None:
+        """Zero this iteration's updates where it, or the forward pass, is not finite; leave word of it."""
+        out, builder = self.result, status.StatusBuilder()
+        if out.status is not None:  # of the iteration before
+            status.defer(out.status, self.problem.step_size)
+        builder.begin(self.problem.x, self.vhat[1:], self.loss_values)
+        out.status = builder.build(self.flaw, found, iteration)
+        zeroed = status.zeroed_if_bad(out.status, list(out.gradients.values()))
+        out.gradients = dict(zip(out.gradients, zeroed, strict=True))
 
     # checks --------------------------------------------------------------------------------------------------
 

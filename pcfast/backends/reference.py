@@ -15,6 +15,7 @@ from ..errors import ModelError, RelaxationDiverged
 from ..problem import Outcome, energy_row, filled_start, layer_of_parameters
 from ..replay import recorded_buffers, replaying
 from .base import Backend
+from .incremental import check_iteration
 
 
 class _Layer:
@@ -128,6 +129,10 @@ class Reference(Backend):
         elif problem.method == "error_based":
             beliefs, errors = _error_based(layers, vhat, problem, energies)
             points = beliefs
+        elif problem.method == "incremental":
+            outcome = _incremental(layers, vhat, problem)
+            outcome.loss, outcome.output = loss, vhat[-1]
+            return outcome
         elif problem.method == "zero_divergence":
             beliefs, errors, points = _zero_divergence(layers, vhat, problem)
         else:
@@ -224,6 +229,29 @@ def _zero_divergence(layers, vhat, problem):
             _, feedback = layers[k + 1].vjp(v[k], errors[k + 1])
             v[k] = v[k] + problem.step_size * (errors[k] - feedback)
     return beliefs, read, points
+
+
+def _incremental(layers, vhat, problem):
+    """Beliefs and parameters move together, from the same beliefs and errors: Salvatori et al. (2024), iPC.
+
+    Returns the last iteration's updates.
+    """
+    depth, eta = len(layers) - 1, problem.step_size
+    owners = layer_of_parameters(problem.network, problem.model)
+    v, outcome = [value.clone() for value in vhat], Outcome(None, None)
+    for t in range(problem.num_steps):
+        _, errors = _evaluate(layers, v, problem)
+        outcome = Outcome(None, None)
+        for l in range(1, depth + 1):
+            outcome.add_gradients(layers[l].parameter_gradients(v[l - 1], errors[l]))
+        for l in range(1, depth):
+            _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
+            v[l] = v[l] + eta * (errors[l] - feedback)
+        if problem.check:
+            found = [*enumerate(errors[1:], start=1), *((owners[p], g) for p, g in outcome.gradients.items())]
+            check_iteration(t + 1, found, problem.step_size)
+        problem.move(outcome.gradients)
+    return outcome
 
 
 def _error_based(layers, vhat, problem, energies):

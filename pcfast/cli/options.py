@@ -10,7 +10,7 @@ import click
 import torch
 
 from ..backends import BACKENDS
-from ..planning import METHODS
+from ..planning import TRAINING_METHODS
 from ..precision import PRECISIONS
 from .defaults import DEFAULTS, NUM_STEPS
 from .output import only_json
@@ -137,7 +137,7 @@ data_options = _together(
     ),
 )
 method_option = click.option(
-    "--method", type=click.Choice(METHODS), default="strict", show_default=True, help="Relaxation."
+    "--method", type=click.Choice(TRAINING_METHODS), default="strict", show_default=True, help="Relaxation."
 )
 relaxation_options = _together(
     click.option(
