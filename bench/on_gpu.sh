@@ -39,6 +39,7 @@ command -v "$PYTHON" > /dev/null || fail "$PYTHON is not there: name an interpre
 SUMMARY=$OUT/summary.txt LOG=$OUT/log.txt
 : > "$SUMMARY"; : > "$LOG"
 SPARE=20 # seconds kept for the end
+SANITIZED="one_step_agrees or states_agree" # tests of tests/gpu that the sanitizers run
 DEADLINE=$((SECONDS + 60 * MINUTES - SPARE))
 STATUS=0
 
@@ -73,7 +74,7 @@ step() {
 
 if [ -n "$REHEARSE" ]; then
     TESTS=(tests/gpu -q -rs) BENCH=(tiny_exact --contender eager --contender backpropagation --quick --device cpu)
-    # the kernels are interpreted, on sizes that say nothing of their speed
+    # the kernels are interpreted, or compiled for the CPU, on sizes that say nothing of their speed
     KERNELS=(--quick --precision ieee --precision bf16 --device cpu)
 else
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
@@ -123,6 +124,22 @@ else
     step constants 150 "$PYTHON" -m pcfast.bench.constants.measure --out "$OUT/constants.json"
 fi
 
+# The CUDA kernels compiled for the CPU, where they run without a GPU; for rehearsals.
+host_module() {
+    local tools missing=''
+    [ -z "${PCFAST_CUDA_ON_HOST:-}" ] || return 0
+    tools=$("$PYTHON" -c 'import pybind11, sysconfig; print(sysconfig.get_path("scripts"))' 2> /dev/null)
+    for name in cmake ninja g++; do PATH=$tools:$PATH command -v "$name" > /dev/null || missing=yes; done
+    if [ -z "$tools" ] || [ -n "$missing" ] || [ "$(uname -m)" != x86_64 ]; then
+        say host "not rehearsed: the CUDA kernels need cmake, ninja, pybind11, g++ and an x86-64 CPU here"
+        return 0
+    fi
+    step host 120 env PATH="$tools:$PATH" bash -c '
+        cmake -G Ninja -S . -B build/host -DPCFAST_HOST=ON -Dpybind11_DIR="$("$0" -m pybind11 --cmakedir)" \
+            -DPython_EXECUTABLE="$("$0" -c "import sys; print(sys.executable)")" && cmake --build build/host' "$PYTHON" &&
+        for name in "$PWD"/build/host/_native_host*.so; do export PCFAST_CUDA_ON_HOST=$name; done
+}
+
 # A process of its own: a kernel that breaks takes the context of its process with it.
 if ! wanted kernels; then
     :
@@ -133,7 +150,8 @@ elif [ -z "$REHEARSE" ]; then
     step kernels $((seconds + 60)) "$PYTHON" -m pcfast bench --kernels --json "$OUT/kernels.json" \
         --minutes "$(awk "BEGIN { print $seconds / 60 }")"
 elif "$PYTHON" -c 'import triton' 2> /dev/null; then
-    step kernels 120 env TRITON_INTERPRET=1 PYTHONPATH=tests/kernels "$PYTHON" -c '
+    host_module
+    step kernels 120 env TRITON_INTERPRET=1 PYTHONPATH="tests/kernels${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -c '
 import sys, interpreter
 interpreter.repair()
 from pcfast.cli import main
@@ -147,10 +165,10 @@ if ! wanted bench; then
 elif [ -n "$REHEARSE" ]; then
     step bench 120 "$PYTHON" -m pcfast bench "${BENCH[@]}" --json "$OUT/bench.json"
 else
-    # two minutes stay for the sanitizers, where there is time for both; the benchmark stops by itself, the step's
+    # three minutes stay for the sanitizers, where there is time for both; the benchmark stops by itself, the step's
     # limit is for what hangs
     spared=0
-    if wanted sanitizer && [ "$(left)" -ge 300 ]; then spared=120; fi
+    if wanted sanitizer && [ "$(left)" -ge 360 ]; then spared=180; fi
     minutes=$((($(left) - spared) / 60))
     if [ "$minutes" -ge 1 ]; then
         step bench $((60 * minutes + 90)) "$PYTHON" -m pcfast bench --minutes "$minutes" --json "$OUT/bench.json"
@@ -166,9 +184,16 @@ elif ! command -v compute-sanitizer > /dev/null; then
 elif [ -n "$REHEARSE" ]; then
     say sanitizer "rehearsed: needs a GPU"
 else
-    for tool in memcheck racecheck synccheck; do
-        step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m pytest tests/gpu -q -x \
-            -k "golden or agree" -p no:cacheprovider
+    # the CUDA kernels first: what triton compiles has less of its own to go wrong
+    for tests in resident triton eager; do
+        for tool in memcheck racecheck synccheck; do
+            if ! compute-sanitizer --help | grep -q "$tool"; then
+                say "$tool" "not run: this compute-sanitizer has no $tool"
+                continue
+            fi
+            step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m pytest \
+                "tests/gpu/test_${tests}_cuda.py" -q -x -k "$SANITIZED" -p no:cacheprovider
+        done
     done
 fi
 

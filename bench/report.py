@@ -29,6 +29,8 @@ HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results", HERE.parent / "README.md"
 PICTURE, DEPTH_PICTURE = HERE.parent / "docs" / "speed.png", HERE.parent / "docs" / "depth.png"
 BEGIN, END = "<!-- bench/report.py: begin -->", "<!-- bench/report.py: end -->"
+#: Backends whose kernels are interpreted on a CPU, or compiled for it, for tests alone.
+GPU_BACKENDS = {"cuda", "triton"}
 NOT_MEASURED = "Not yet measured on a GPU."
 
 
@@ -44,7 +46,12 @@ def record(path: Path) -> Path:
     if found["commit"] is None or found["commit"].endswith("+"):
         raise click.ClickException("the run's sources were not committed: commit, then run again")
     if found.get("kernels") and found["device"] == "cpu":
-        raise click.ClickException("the run's kernels were interpreted: their times say nothing")
+        raise click.ClickException("the run's kernels ran on a CPU: their times say nothing")
+    on_cpu = {
+        row["contender"] for row in found["rows"] if row["status"] == "timed" and found["device"] == "cpu"
+    }
+    if on_cpu & GPU_BACKENDS:
+        raise click.ClickException("the run's kernels ran on a CPU: leave their backends out")
     kind = "-kernels" if found.get("kernels") else ""
     target = RESULTS / folder_of(found) / f"{found['recorded'][:10]}-{found['commit']}{kind}.json"
     if target.exists():

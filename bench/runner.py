@@ -87,7 +87,7 @@ def run_kernels(
     seconds: float = math.inf,
     progress: Progress = lambda done, total, what: None,
 ) -> dict:
-    """Time the triton backend's kernels, each alone; arguments and record as of :func:`run`.
+    """Time the cuda and triton backends' kernels, each alone; arguments and record as of :func:`run`.
 
     Its rows are under ``kernels`` (:mod:`pcfast.bench.microbenchmarks.run`), and there are no others.
 
@@ -96,12 +96,16 @@ def run_kernels(
     """
     from .microbenchmarks import run as microbenchmarks
 
-    interpreted = microbenchmarks.interpreted(device)
+    unable = microbenchmarks.unable(device)
     record = _record(device, quick)
-    cases = microbenchmarks.chosen_cases(precisions, interpreted, quick)
+    able = [backend for backend, reason in unable.items() if not reason]
+    cases = microbenchmarks.chosen_cases(precisions, able, device.type == "cpu", quick)
     record["ceilings"], record["kernels"] = microbenchmarks.run(
         cases, device, quick=quick, seconds=seconds, progress=progress
     )
+    record["kernels"] += [
+        microbenchmarks.absent(backend, reason) for backend, reason in unable.items() if reason
+    ]
     return record
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 
 def headings() -> tuple[str, ...]:
     """Column names; ">" means numbers, aligned right."""
@@ -69,6 +71,34 @@ def fastest_ways(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
     return {case: sorted(ways, key=lambda way: way["seconds"]) for case, ways in found.items()}
 
 
+def growth(rows: list[dict]) -> list[tuple[str, list[float]]]:
+    """Of the resident kernel: (network and precision, seconds of one more iteration from each length to the next)."""
+    launches: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["kernel"] == "resident" and row["status"] == "timed":
+            name, _, number = row["size"].rpartition(", n = ")
+            launch = int(number), int(number) * row["seconds"]
+            launches.setdefault(f"{name}, {row['precision']}", []).append(launch)
+    return [
+        (
+            name,
+            [(later - sooner) / (more - fewer) for (fewer, sooner), (more, later) in pairwise(sorted(found))],
+        )
+        for name, found in launches.items()
+        if len(found) > 1
+    ]
+
+
+def growth_lines(rows: list[dict]) -> list[str]:
+    """:func:`growth` in words."""
+    lines = []
+    for name, seconds in growth(rows):
+        least, most = min(seconds), max(seconds)
+        spread = f"{most / least - 1:.1%} apart" if least > 0 else "lost in noise"
+        lines.append(f"resident, {name}: one more iteration takes {', '.join(map(time, seconds))}, {spread}")
+    return lines
+
+
 def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
     """(workload, precision) -> its rows, in order."""
     cases: dict[tuple[str, str], list[dict]] = {}
@@ -104,6 +134,6 @@ def best_of_ours(rows: list[dict]) -> dict | None:
 def time(seconds: float) -> str:
     """Three digits in a unit that fits."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
+        if abs(seconds) >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-9:.3g} ns"

@@ -56,6 +56,7 @@ WORKLOADS: dict[str, Workload] = {
     for workload in (
         Workload("mlp_600", networks.mlp_600, (784,), 300, _MLP, quick=True),
         Workload("mnist_cnn", networks.mnist_cnn, (1, 28, 28), 300, _CNN, quick=True),
+        Workload("mlp_128", partial(networks.mlp, (784, 128, 128, 10)), (784,), 128, "784-128-128-10 relu"),
         Workload("mlp_600_fixed", networks.mlp_600, (784,), 300, _MLP, method="fixed_prediction", quick=True),
         Workload("mlp_600_exact", networks.mlp_600, (784,), 300, _MLP, method="exact", quick=True),
         Workload(

@@ -43,17 +43,17 @@ from .tf32 import round_to_tf32
 @triton.jit
 def _finish(
     accumulator,
+    first_row,
+    first_column,
     state,
     operand,
     first_bad,
     row,
-    first_row,
-    first_column,
     iteration,
     eta,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
     """What follows the product, for a tile whose corner is at (first_row, first_column)."""
     kind = tl.load(row + 0)
@@ -93,64 +93,21 @@ def _finish(
 @triton.jit
 def _finish_in_parts(
     accumulator,
-    state,
-    operand,
-    first_bad,
-    row,
     first_row,
     first_column,
-    iteration,
-    eta,
+    arguments,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
-    """As _finish, part by part where a tile is too large for the registers that it needs."""
+    """As linear_predict's. arguments: a tuple, of _finish from ``state`` on."""
     if ROWS * COLUMNS > PART:
         left, right = halves(accumulator, ROWS, COLUMNS)
-        _finish_in_parts(
-            left,
-            state,
-            operand,
-            first_bad,
-            row,
-            first_row,
-            first_column,
-            iteration,
-            eta,
-            ROWS,
-            COLUMNS // 2,
-            ALIGNED,
-        )
-        _finish_in_parts(
-            right,
-            state,
-            operand,
-            first_bad,
-            row,
-            first_row,
-            first_column + COLUMNS // 2,
-            iteration,
-            eta,
-            ROWS,
-            COLUMNS // 2,
-            ALIGNED,
-        )
+        HALF: tl.constexpr = COLUMNS // 2
+        _finish_in_parts(left, first_row, first_column, arguments, ALIGNED, ROWS, HALF)
+        _finish_in_parts(right, first_row, first_column + HALF, arguments, ALIGNED, ROWS, HALF)
     else:
-        _finish(
-            accumulator,
-            state,
-            operand,
-            first_bad,
-            row,
-            first_row,
-            first_column,
-            iteration,
-            eta,
-            ROWS,
-            COLUMNS,
-            ALIGNED,
-        )
+        _finish(accumulator, first_row, first_column, *arguments, ALIGNED, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -205,17 +162,12 @@ def feedback_tile(
         accumulator = tl.dot(left, right, accumulator, input_precision=INPUT_PRECISION)
     _finish_in_parts(
         accumulator,
-        state,
-        operand,
-        first_bad,
-        row,
         first_row,
         first_column,
-        iteration,
-        eta,
+        (state, operand, first_bad, row, iteration, eta),
+        ALIGNED,
         ROWS,
         COLUMNS,
-        ALIGNED,
     )
 
 

@@ -65,20 +65,20 @@ def halves(accumulator, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _finish(
     accumulator,
+    first_row,
+    first_column,
     state,
     operand,
     row,
-    first_row,
-    first_column,
     loss_scale,
     ACT: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
     TOP_ACT: tl.constexpr,
     TOP_NEGATIVE_SLOPE: tl.constexpr,
     LOSS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr,
 ):
     """What follows the product, for a tile whose corner is at (first_row, first_column)."""
     kind = tl.load(row + 0)
@@ -121,78 +121,19 @@ def _finish(
 
 @triton.jit
 def _finish_in_parts(
-    accumulator,
-    state,
-    operand,
-    row,
-    first_row,
-    first_column,
-    loss_scale,
-    ACT: tl.constexpr,
-    NEGATIVE_SLOPE: tl.constexpr,
-    TOP_ACT: tl.constexpr,
-    TOP_NEGATIVE_SLOPE: tl.constexpr,
-    LOSS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    accumulator, first_row, first_column, arguments, constants, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """As _finish, part by part where a tile is too large for the registers that it needs."""
+    """As _finish, part by part where a tile is too large for the registers that it needs.
+
+    arguments, constants: tuples, of _finish from ``state`` on and from ``ACT`` on.
+    """
     if ROWS * COLUMNS > PART:
-        tl.static_assert(LOSS < 0, "the loss needs whole rows of the output in one part")
         left, right = halves(accumulator, ROWS, COLUMNS)
-        _finish_in_parts(
-            left,
-            state,
-            operand,
-            row,
-            first_row,
-            first_column,
-            loss_scale,
-            ACT,
-            NEGATIVE_SLOPE,
-            TOP_ACT,
-            TOP_NEGATIVE_SLOPE,
-            LOSS,
-            ROWS,
-            COLUMNS // 2,
-            ALIGNED,
-        )
-        _finish_in_parts(
-            right,
-            state,
-            operand,
-            row,
-            first_row,
-            first_column + COLUMNS // 2,
-            loss_scale,
-            ACT,
-            NEGATIVE_SLOPE,
-            TOP_ACT,
-            TOP_NEGATIVE_SLOPE,
-            LOSS,
-            ROWS,
-            COLUMNS // 2,
-            ALIGNED,
-        )
+        HALF: tl.constexpr = COLUMNS // 2
+        _finish_in_parts(left, first_row, first_column, arguments, constants, ROWS, HALF)
+        _finish_in_parts(right, first_row, first_column + HALF, arguments, constants, ROWS, HALF)
     else:
-        _finish(
-            accumulator,
-            state,
-            operand,
-            row,
-            first_row,
-            first_column,
-            loss_scale,
-            ACT,
-            NEGATIVE_SLOPE,
-            TOP_ACT,
-            TOP_NEGATIVE_SLOPE,
-            LOSS,
-            ROWS,
-            COLUMNS,
-            ALIGNED,
-        )
+        _finish(accumulator, first_row, first_column, *arguments, *constants, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -249,22 +190,16 @@ def predict_tile(
         if INPUT_PRECISION == "tf32":  # weights are rounded where they are stored
             left = round_to_tf32(left)
         accumulator = tl.dot(left, right, accumulator, input_precision=INPUT_PRECISION)
+    if ROWS * COLUMNS > PART:
+        tl.static_assert(LOSS < 0, "the loss needs whole rows of the output in one part")
     _finish_in_parts(
         accumulator,
-        state,
-        operand,
-        row,
         first_row,
         first_column,
-        loss_scale,
-        ACT,
-        NEGATIVE_SLOPE,
-        TOP_ACT,
-        TOP_NEGATIVE_SLOPE,
-        LOSS,
+        (state, operand, row, loss_scale),
+        (ACT, NEGATIVE_SLOPE, TOP_ACT, TOP_NEGATIVE_SLOPE, LOSS, ALIGNED),
         ROWS,
         COLUMNS,
-        ALIGNED,
     )
 
 

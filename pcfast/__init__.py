@@ -11,6 +11,7 @@ _checkout.find_folders(__path__)
 
 from ._version import __version__
 from .autograd import PredictiveCoding, pc_loss
+from .belief_optimizers import Adam, GradientDescent
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -25,18 +26,22 @@ from .explanation import Explanation, explain
 from .graphs import use_cuda_graphs
 from .grouping import group_layers
 from .incremental import incremental_step
+from .nudging import Nudging
 from .relaxation import Relaxation, Run, last_run, relax
 from .status import synchronize
 from .streamed.tuning import TuningReport, tune
 from .torch2pc import PCInfer
 
 __all__ = [
+    "Adam",
     "ArgumentError",
     "ArgumentTypeError",
     "BackendError",
     "Explanation",
+    "GradientDescent",
     "ModelError",
     "NonFiniteError",
+    "Nudging",
     "PCInfer",
     "PcfastError",
     "PredictiveCoding",

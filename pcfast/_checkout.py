@@ -17,7 +17,12 @@ def find_folders(package_path: list[str]) -> None:
     Raises:
         ImportError: pcfast is not installed; the message is the remedy.
     """
-    if find_spec("pcfast.kernels") is not None:
+    here = Path(__file__).resolve().parent
+    checkout = here.parent
+    found = find_spec("pcfast.kernels")
+    # An editable install of another checkout answers too, with its own kernels.
+    others = found and Path(found.origin).resolve().parent not in (here / "kernels", checkout / "kernels")
+    if found and not (others and (checkout / "pyproject.toml").is_file()):
         return
     from importlib.metadata import PackageNotFoundError, distribution
 
@@ -28,4 +33,4 @@ def find_folders(package_path: list[str]) -> None:
             "pcfast is not installed, only its source was found: run `pip install -e .` in its folder"
         ) from None
     # Installed, but this checkout comes first on the path (python -c in the repository): take its own.
-    package_path.append(str(Path(__file__).resolve().parent.parent))
+    package_path.append(str(checkout))

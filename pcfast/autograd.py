@@ -7,9 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import validation
+from . import belief_optimizers, validation
+from .belief_optimizers import BeliefOptimizer
 from .losses import LossLike, describe_loss
 from .network import describe
+from .nudging import Nudging
+from .nudging import check as check_nudging
 from .problem import Problem, Wanted
 from .relaxation import prepare, solve
 
@@ -48,8 +51,10 @@ def pc_loss(
     *,
     loss: LossLike = "cross_entropy",
     method: str = "strict",
-    step_size: float = 0.1,
+    step_size: float | Sequence[float] = 0.1,
     num_steps: int = 20,
+    belief_optimizer: BeliefOptimizer | None = None,
+    nudging: Nudging | None = None,
     backend: str = "auto",
     vinit: list[Tensor | None] | None = None,
     normalizer: int | None = None,
@@ -70,7 +75,7 @@ def pc_loss(
     batch's updates, whatever the method, with a sum loss or with ``normalizer=B`` and a mean loss; "exact" and
     "fixed_prediction" also with a plain mean over k equal micro-batches and ``(loss / k).backward()``.
 
-    Args: as :func:`pcfast.relax`, and
+    Args: as :func:`pcfast.relax`, centred nudging included, and
         return_output: also return the forward pass's output vhat_L (detached).
 
     Returns:
@@ -81,7 +86,7 @@ def pc_loss(
     """
     settings = dict(
         loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend, vinit=vinit,
-        normalizer=normalizer, check=check,
+        normalizer=normalizer, check=check, belief_optimizer=belief_optimizer, nudging=nudging,
     )  # fmt: skip
     if torch.compiler.is_dynamo_compiling():
         from . import compiled  # here: it needs torch's compiler, which takes long to import
@@ -137,8 +142,10 @@ class PredictiveCoding(nn.Module):
         *,
         loss: LossLike = "cross_entropy",
         method: str = "strict",
-        step_size: float = 0.1,
+        step_size: float | Sequence[float] = 0.1,
         num_steps: int = 20,
+        belief_optimizer: BeliefOptimizer | None = None,
+        nudging: Nudging | None = None,
         backend: str = "auto",
         normalizer: int | None = None,
         check: str = "auto",
@@ -147,16 +154,20 @@ class PredictiveCoding(nn.Module):
         describe(model)
         validation.check_method(method)
         validation.check_choice(check)
-        describe_loss(loss, normalizer)
+        check_nudging(nudging, method, describe_loss(loss, normalizer).kind)
+        belief_optimizers.checked(belief_optimizer, method)
         self.model = model
         self.loss = loss
         self.method = method
-        self.step_size = validation.checked_step_size(step_size)
         self.num_steps = validation.checked_steps(num_steps)
+        self.step_size = validation.checked_step_sizes(step_size, self.num_steps)
+        self.belief_optimizer, self.nudging = belief_optimizer, nudging
         self.backend, self.normalizer, self.check = backend, normalizer, check
 
     def _settings(self) -> dict:
-        names = ("method", "step_size", "num_steps", "backend", "normalizer", "check")
+        names = (
+            "method", "step_size", "num_steps", "belief_optimizer", "nudging", "backend", "normalizer", "check",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, return_output: bool = False):

@@ -357,6 +357,8 @@ def _fits(model, x, y, settings: dict) -> bool:
         return False
     if settings["normalizer"] is not None and type(settings["normalizer"]) is not int:
         return False
+    if settings["belief_optimizer"] is not None or settings["nudging"] is not None:
+        return False
     vinit = settings["vinit"]
     if vinit is not None:
         if not isinstance(vinit, list | tuple) or len(vinit) == 0:

@@ -52,11 +52,19 @@ class RelaxationDiverged(PcfastError, ArithmeticError):
         iteration: relaxation iteration, 1-based; 0 means the forward pass before the relaxation;
             None means that no belief was non-finite in any iteration, but an error, an update or the loss is.
         layer: PC layer, 1-based, lowest of those that were non-finite in that iteration.
-        step_size: eta of the run.
+        step_size: eta of the run, a tuple for a schedule.
     """
 
-    def __init__(self, iteration: int | None, layer: int | None, step_size: float, detail: str = "") -> None:
+    def __init__(
+        self,
+        iteration: int | None,
+        layer: int | None,
+        step_size: float | tuple[float, ...],
+        detail: str = "",
+    ) -> None:
         self.iteration, self.layer, self.step_size, self.detail = iteration, layer, step_size, detail
+        if isinstance(step_size, tuple):
+            step_size = step_size[iteration - 1] if iteration else max(step_size, default=0.0)
         if iteration == 0:
             where = f"the forward pass of layer {layer} is not finite, before any relaxation"
             remedy = "Check the parameters and the scale of x; lower the optimiser's learning rate."

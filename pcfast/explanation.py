@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from . import validation
+from . import belief_optimizers, validation
 from .backends import BACKENDS, choose_backend
+from .belief_optimizers import BeliefOptimizer
 from .errors import ArgumentTypeError, ShapeError
 from .network import Network, common_placement, describe
+from .nudging import Nudging
+from .nudging import check as check_nudging
 from .planning import Plan, plan
 from .precision import choose_precision
 from .problem import Request
@@ -36,6 +40,8 @@ class Explanation:
         plan = self.plan
         lines = [f"{plan.method}, {plan.num_steps} iterations, on backend {plan.backend}"]
         lines += [f"  {name} refused: {reason}" for name, reason in self.refused.items()]
+        if not plan.belief_optimizer.plain:
+            lines.append(f"beliefs move by {plan.belief_optimizer}")
         state, operand = (
             str(d).removeprefix("torch.") for d in (plan.precision.state, plan.precision.operand)
         )
@@ -72,6 +78,9 @@ def explain(
     method: str = "strict",
     num_steps: int = 20,
     backend: str = "auto",
+    step_size: float | Sequence[float] = 0.1,
+    belief_optimizer: BeliefOptimizer | None = None,
+    nudging: Nudging | None = None,
 ) -> Explanation:
     """Say which backend would run, why the others were passed over, and the exact work.
 
@@ -79,14 +88,18 @@ def explain(
         model: ``nn.Sequential`` of PC layers.
         x_shape: shape of the input, batch included.
         device: where it would run; None means where the model is.
-        method, num_steps, backend: as for :func:`pcfast.relax`.
+        method, num_steps, backend, step_size, belief_optimizer, nudging: as for :func:`pcfast.pc_loss`.
 
     Raises:
         ArgumentError and its kinds, BackendError.
     """
     network = describe(model)
     validation.check_method(method)
-    _, num_steps = validation.fixed_settings(method, network.depth, 0.0, validation.checked_steps(num_steps))
+    num_steps = validation.checked_steps(num_steps)
+    step_size = validation.checked_step_sizes(step_size, num_steps)
+    step_size, num_steps = validation.fixed_settings(method, network.depth, step_size, num_steps)
+    belief_optimizer = belief_optimizers.checked(belief_optimizer, method)
+    check_nudging(nudging, method, None)
     try:
         shape = tuple(int(size) for size in x_shape)
     except (TypeError, ValueError):
@@ -95,11 +108,17 @@ def explain(
         raise ShapeError("x_shape", str(shape), "(batch, ...) with positive sizes")
     where, dtype = common_placement(model) or (torch.device("cpu"), torch.get_default_dtype())
     where = where if device is None else validation.checked_device(device)
-    chosen, refusals = choose_backend(backend, Request(network, where, dtype, shape, method, num_steps))
+    fresh = belief_optimizer.rests or num_steps == 0
+    request = Request(
+        network, where, dtype, shape, method, num_steps, fresh,
+        belief_optimizer=belief_optimizer, schedule=isinstance(step_size, tuple), nudging=nudging,
+    )  # fmt: skip
+    chosen, refusals = choose_backend(backend, request)
     precision = choose_precision(where.type, dtype)
     planned = plan(
-        network, shape, method, num_steps, True, False, precision, chosen.name, refusals, chosen.literal
-    )
+        network, shape, method, num_steps, fresh, False, precision, chosen.name, refusals, chosen.literal,
+        belief_optimizer, 1 if nudging is None else len(nudging.pushes),
+    )  # fmt: skip
     refused = dict(planned.refusals)
     for name in BACKENDS:
         if name != chosen.name and name not in refused:

@@ -6,24 +6,37 @@ import functools
 import itertools
 from collections.abc import Iterator
 
+from .belief_optimizers import StepSize, step_size_of
 from .errors import RelaxationDiverged
 
 
-def scalar_chain(depth: int, step_size: float) -> Iterator[tuple[float, ...]]:
+def scalar_chain(depth: int, step_size: StepSize, momentum: float = 0.0) -> Iterator[tuple[float, ...]]:
     """The scalar recursion that fixed prediction is (docs/method.md fact 1), in float64.
 
-    Yields (c_0(t), ..., c_L(t)) for t = 0, 1, 2, ...: c_0 = 1, c_d(0) = 0,
-    c_d(t+1) = (1 - eta) c_d(t) + eta c_{d-1}(t). c_d belongs to layer L-d.
+    Yields (c_0(t), ..., c_L(t)) for t = 0, 1, 2, ..., until a schedule ends: c_0 = 1, c_d(0) = m_d(0) = 0,
+
+        m_d(t) = momentum m_d(t-1) + c_d(t-1) - c_{d-1}(t-1)        c_d(t) = c_d(t-1) - eta_t m_d(t)
+
+    which is c_d(t) = (1 - eta) c_d(t-1) + eta c_{d-1}(t-1) without momentum. c_d belongs to layer L-d.
     """
-    row = (1.0,) + (0.0,) * depth
-    while True:
+    row, velocity = (1.0,) + (0.0,) * depth, (0.0,) * (depth + 1)
+    yield row
+    for t in range(1, len(step_size) + 1) if isinstance(step_size, tuple) else itertools.count(1):
+        eta = step_size_of(step_size, t)
+        pull = (0.0, *(row[d] - row[d - 1] for d in range(1, depth + 1)))
+        velocity = tuple(momentum * m + p for m, p in zip(velocity, pull, strict=True))
+        row = tuple(c - eta * m for c, m in zip(row, velocity, strict=True))
         yield row
-        row = (1.0, *((1 - step_size) * row[d] + step_size * row[d - 1] for d in range(1, depth + 1)))
 
 
 @functools.lru_cache(maxsize=256)
 def fixed_prediction_factors(
-    depth: int, num_steps: int, step_size: float, limit: float | None = None, lowest: int = 0
+    depth: int,
+    num_steps: int,
+    step_size: StepSize,
+    limit: float | None = None,
+    lowest: int = 0,
+    momentum: float = 0.0,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The factors of g_{L-d}, d = 0..L, after ``num_steps`` iterations of fixed prediction.
 
@@ -35,7 +48,7 @@ def fixed_prediction_factors(
         RelaxationDiverged: a factor of a layer l >= ``lowest`` exceeds ``limit``.
     """
     errors = beliefs = None
-    for t, row in enumerate(itertools.islice(scalar_chain(depth, step_size), num_steps + 1)):
+    for t, row in enumerate(itertools.islice(scalar_chain(depth, step_size, momentum), num_steps + 1)):
         for layer in range(lowest, depth + 1):
             if limit is not None and not abs(row[depth - layer]) <= limit:
                 raise RelaxationDiverged(t, max(layer, 1), step_size)

@@ -6,6 +6,8 @@ docs/methods.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,7 +26,7 @@ def incremental_step(
     optimizer: Optimizer,
     *,
     loss: LossLike = "cross_entropy",
-    step_size: float = 0.1,
+    step_size: float | Sequence[float] = 0.1,
     num_steps: int = 20,
     backend: str = "auto",
     normalizer: int | None = None,

@@ -10,6 +10,7 @@ import functools
 from dataclasses import dataclass
 
 from . import network as specs
+from .belief_optimizers import PLAIN, BeliefOptimizer
 from .precision import Precision
 
 METHODS = ("exact", "fixed_prediction", "strict", "error_based", "zero_divergence")
@@ -39,7 +40,7 @@ class Plan:
     Attributes:
         backend: name of the backend that runs.
         method, num_steps: as asked for.
-        fresh: the relaxation starts from the forward pass (facts 3 and 7 hold).
+        fresh: the relaxation starts from the forward pass and moves only what errors reach (facts 3 and 7 hold).
         gram: the clamped layer runs in Gram form.
         gram_reason: why, or why not.
         precision: dtypes; they do not apply to the literal loop.
@@ -47,6 +48,8 @@ class Plan:
         shapes: per layer the shapes at its operations' boundaries; None from the first opaque one on.
         work: exact count of multiply-adds; None where shapes are not known, for the literal loop and "incremental".
         refusals: (backend, reason) for every backend that was passed over.
+        belief_optimizer: how beliefs move.
+        relaxations: run one after another from one forward pass.
     """
 
     backend: str
@@ -60,6 +63,8 @@ class Plan:
     shapes: tuple
     work: Work | None
     refusals: tuple[tuple[str, str], ...] = ()
+    belief_optimizer: BeliefOptimizer = PLAIN
+    relaxations: int = 1
 
 
 def _op_macs(network: specs.Network, shapes: tuple) -> list[list[int]]:
@@ -127,9 +132,18 @@ def strict_products(depth: int, num_steps: int, fresh: bool, layer: int) -> tupl
 
 
 def count_work(
-    network: specs.Network, shapes: tuple, method: str, num_steps: int, fresh: bool, gram: bool
+    network: specs.Network,
+    shapes: tuple,
+    method: str,
+    num_steps: int,
+    fresh: bool,
+    gram: bool,
+    relaxations: int = 1,
 ) -> Work | None:
-    """Exact multiply-adds of one training step (every parameter trained)."""
+    """Exact multiply-adds of one training step (every parameter trained).
+
+    With several ``relaxations`` the layers whose input has moved are evaluated at the forward pass again in between.
+    """
     if any(inner is None for inner in shapes):
         return None
     if method == "incremental":
@@ -141,7 +155,7 @@ def count_work(
     if method not in LOOPS:
         feedback = forward - sum(macs[0]) + _above_lowest_weights(macs[0])
         return Work(forward, feedback, forward)
-    relaxation = gradients = 0
+    relaxation = gradients = once = between = 0
     lowest_error = max(1, depth - num_steps + 1) if fresh else 1
     if num_steps == 0:
         lowest_error = depth if fresh else 1
@@ -153,14 +167,17 @@ def count_work(
         # masks at the last beliefs need every product but that of the layer's last operation
         moved_input = layer > 1 and (not fresh or layer - 1 >= depth - num_steps)
         final = sum(costs[:-1]) if moved_input else 0
+        between += cost if moved_input else 0
         if gram and layer == 2 and feedbacks:
             build, apply, head = _gram_cost(network, shapes)
-            relaxation += build + feedbacks * apply + min(feedbacks, 2) * head
+            once += build
+            relaxation += feedbacks * apply + min(feedbacks, 2) * head
             # further products inside layer 2 stay as they are
             relaxation += (predictions + feedbacks) * (cost - head) + (final - head if len(costs) > 1 else 0)
         else:
             relaxation += (predictions + feedbacks) * cost + final
-    return Work(forward, relaxation, gradients)
+    relaxation = once + relaxations * relaxation + (relaxations - 1) * between
+    return Work(forward, relaxation, relaxations * gradients)
 
 
 def _error_based_work(macs: list[list[int]], num_steps: int) -> Work:
@@ -172,15 +189,26 @@ def _error_based_work(macs: list[list[int]], num_steps: int) -> Work:
 
 
 def choose_gram(
-    network: specs.Network, shapes: tuple, method: str, num_steps: int, fresh: bool, energies: bool
+    network: specs.Network,
+    shapes: tuple,
+    method: str,
+    num_steps: int,
+    fresh: bool,
+    energies: bool,
+    belief_optimizer: BeliefOptimizer = PLAIN,
 ) -> tuple[bool, str]:
-    """Whether the clamped layer runs in Gram form (fact 7), and why."""
+    """Whether the clamped layer runs in Gram form (fact 7), and why.
+
+    One relaxation decides: with several the Gram matrix is built once, which makes it cheaper still.
+    """
     if method == "error_based":
         return False, "error_based recomputes layer 1's state from its error"
     if method == "incremental":
         return False, "the parameters move between iterations"
     if method not in LOOPS:
         return False, f"{method} has no loop"
+    if not belief_optimizer.linear:
+        return False, f"layer 1's beliefs are not linear in its errors with {belief_optimizer}"
     if not fresh:
         return False, "the relaxation does not start from the forward pass"
     if energies:
@@ -214,6 +242,8 @@ def plan(
     backend: str,
     refusals: tuple[tuple[str, str], ...],
     literal: bool = False,
+    belief_optimizer: BeliefOptimizer = PLAIN,
+    relaxations: int = 1,
 ) -> Plan:
     """Plan one problem. Cached: the arguments compare by value, the network by its layer specs.
 
@@ -223,8 +253,20 @@ def plan(
     if literal:
         gram, gram_reason, work = False, f"the {backend} backend runs the literal loop", None
     else:
-        gram, gram_reason = choose_gram(network, shapes, method, num_steps, fresh, energies)
-        work = count_work(network, shapes, method, num_steps, fresh, gram)
+        gram, gram_reason = choose_gram(network, shapes, method, num_steps, fresh, energies, belief_optimizer)
+        work = count_work(network, shapes, method, num_steps, fresh, gram, relaxations)
     return Plan(
-        backend, method, num_steps, fresh, gram, gram_reason, precision, literal, shapes, work, refusals
+        backend,
+        method,
+        num_steps,
+        fresh,
+        gram,
+        gram_reason,
+        precision,
+        literal,
+        shapes,
+        work,
+        refusals,
+        belief_optimizer,
+        relaxations,
     )

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor, nn
 
+from .belief_optimizers import PLAIN, BeliefOptimizer, StepSize, step_size_of
 from .errors import ShapeError
 from .losses import Loss
 from .network import Network
+from .nudging import Nudging
 from .status import Status
 
 
@@ -44,6 +46,8 @@ class Request:
         fresh: from the forward pass on, not from given beliefs.
         energies: of every iteration are wanted.
         loss: "cross_entropy", "mse" or "callable"; None where the gradient at the output is given instead.
+        belief_optimizer: how beliefs move. schedule: the step size differs between iterations.
+        nudging: of the target, or None.
     """
 
     network: Network
@@ -55,6 +59,9 @@ class Request:
     fresh: bool = True
     energies: bool = False
     loss: str | None = "cross_entropy"
+    belief_optimizer: BeliefOptimizer = PLAIN
+    schedule: bool = False
+    nudging: Nudging | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Problem:
         y: target; None where ``output_gradient`` is given and no loss is evaluated.
         loss: the loss described; None as for y.
         method: one of ``planning.TRAINING_METHODS``.
-        step_size, num_steps: eta and n.
+        step_size, num_steps: eta, or a tuple of one for each iteration, and n.
         start: beliefs v_0..v_L to start strict relaxation from, or None for the forward pass.
         activations: vhat_0..vhat_L given instead of a forward pass (exact and fixed prediction).
         output_gradient: dLoss/dvhat_L given instead of a loss (fixed prediction).
@@ -76,6 +83,10 @@ class Problem:
             outcome's ``status`` tells.
         check: False leaves all such checks out.
         move: "incremental" alone: takes every iteration's updates, parameter -> update, and moves the parameters.
+        may_fall_back: the backend was not asked for by name: another may run the loop where its kernels do not
+            compile.
+        belief_optimizer: how beliefs move.
+        nudging: of the target, or None.
     """
 
     model: nn.Sequential
@@ -84,7 +95,7 @@ class Problem:
     y: object
     loss: Loss | None
     method: str
-    step_size: float
+    step_size: StepSize
     num_steps: int
     start: list[Tensor] | None = None
     activations: list[Tensor] | None = None
@@ -93,6 +104,13 @@ class Problem:
     raise_now: bool = True
     check: bool = True
     move: Callable[[dict[nn.Parameter, Tensor]], None] | None = None
+    may_fall_back: bool = False
+    belief_optimizer: BeliefOptimizer = PLAIN
+    nudging: Nudging | None = None
+
+    def step_size_at(self, iteration: int) -> float:
+        """eta_t of iteration t = 1..n."""
+        return step_size_of(self.step_size, iteration)
 
 
 @dataclass
@@ -110,6 +128,7 @@ class Outcome:
         energies: (n, L): 0.5 |eps_l|^2 for l < L and the loss at mu_L, as each iteration found them.
         status: for deferred checks (see status.py), or None.
         resources: what a recorded graph reads and nothing else keeps alive, or None.
+        fell_back: the backend that ran instead of the planned one, and why; None where the planned one did.
     """
 
     loss: Tensor | None
@@ -122,6 +141,7 @@ class Outcome:
     energies: Tensor | None = None
     status: Status | None = None
     resources: object | None = None
+    fell_back: tuple[str, str] | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Outcome:
         """A copy with ``change`` applied to every tensor."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from . import graphs, status, validation
-from .backends import Backend, choose_backend
+from . import belief_optimizers, graphs, status, validation
+from .backends import Backend, choose_backend, say_passed_over
+from .belief_optimizers import BeliefOptimizer
 from .errors import ArgumentError
 from .losses import LossLike, describe_loss
 from .network import describe
+from .nudging import Nudging
+from .nudging import check as check_nudging
 from .planning import Plan, plan
 from .precision import choose_precision
 from .problem import Outcome, Problem, Request, Wanted
@@ -54,7 +57,8 @@ class Relaxation:
             except for fixed prediction. "error_based": at the beliefs, after the last iteration;
             "zero_divergence": errors and beliefs of layer l as they are when its error arrives, t = L - l.
         energies: (n, L) on request: 0.5 |eps_l|^2 summed over batch and units for l < L, and the loss at mu_L
-            in the last column, as each iteration found them before its update; else None.
+            (a nudged one to its target) in the last column, as each iteration found them before its update; else
+            None.
         run: which backend ran, and how.
     """
 
@@ -74,8 +78,10 @@ def relax(
     *,
     loss: LossLike = "cross_entropy",
     method: str = "strict",
-    step_size: float = 0.1,
+    step_size: float | Sequence[float] = 0.1,
     num_steps: int = 20,
+    belief_optimizer: BeliefOptimizer | None = None,
+    nudging: Nudging | None = None,
     backend: str = "auto",
     vinit: list[Tensor | None] | None = None,
     normalizer: int | None = None,
@@ -93,8 +99,11 @@ def relax(
             output's shape for mse, anything for a callable.
         loss: "cross_entropy", "mse" or a callable ``loss(output, y) -> scalar``.
         method: "exact", "fixed_prediction", "strict", "error_based" or "zero_divergence".
-        step_size: eta >= 0; of the beliefs, of the errors for "error_based".
+        step_size: eta >= 0, or a sequence of ``num_steps`` of them: iteration t uses step_size[t-1]. Of the
+            beliefs, of the errors for "error_based".
         num_steps: n >= 0. "exact" has no iterations and ignores both; "zero_divergence" fixes both: 1 and L.
+        belief_optimizer: :class:`pcfast.GradientDescent` or :class:`pcfast.Adam`; None is plain gradient descent.
+        nudging: strict with mse: :class:`pcfast.Nudging` of the target, not centred (which is two relaxations).
         backend: "auto", or a backend by name.
         vinit: strict only: beliefs v_0..v_L to start from (v_0 must be x or None; None entries start at the
             forward pass).
@@ -120,9 +129,14 @@ def relax(
             "a method that reads all layers at once",
             "Its loop is method='strict' with step_size=1.",
         )
+    if isinstance(nudging, Nudging) and len(nudging.pushes) > 1:
+        raise ArgumentError(
+            "nudging", f"{nudging}", 'kind "positive" or "negative"',
+            "Centred nudging is two relaxations: ask for one after the other.",
+        )  # fmt: skip
     outcome, run = solve(
         model, x, y, loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend,
-        vinit=vinit, normalizer=normalizer, check=check,
+        vinit=vinit, normalizer=normalizer, check=check, belief_optimizer=belief_optimizer, nudging=nudging,
         wanted=Wanted(
             gradients=False, states=True, input_error=method == "fixed_prediction", energies=energies
         ),
@@ -161,9 +175,11 @@ def prepare(
     *,
     loss: LossLike | None,
     method: str,
-    step_size: float,
+    step_size: float | Sequence[float],
     num_steps: int,
     wanted: Wanted,
+    belief_optimizer: BeliefOptimizer | None = None,
+    nudging: Nudging | None = None,
     backend: str = "auto",
     vinit: list[Tensor | None] | None = None,
     normalizer: int | None = None,
@@ -183,16 +199,21 @@ def prepare(
         validation.check_method(method)
     validation.check_choice(check)
     num_steps = validation.checked_steps(num_steps)
-    step_size = validation.checked_step_size(step_size)
+    step_size = validation.checked_step_sizes(step_size, num_steps)
+    if isinstance(step_size, tuple) and len(set(step_size)) <= 1:
+        step_size = step_size[0] if step_size else 0.0
+    belief_optimizer = belief_optimizers.checked(belief_optimizer, method)
     network = describe(model)
     step_size, num_steps = validation.fixed_settings(method, network.depth, step_size, num_steps)
     dtype = validation.check_input(model, x)
     if method == "incremental":
         validation.check_moving_precision(x.device.type, dtype)
     described = None if output_gradient is not None else describe_loss(loss, normalizer)
+    check_nudging(nudging, method, described and described.kind)
     if described is not None:
         validation.check_target_placement(x, y, by_rows=described.known)
     start = validation.checked_start(vinit, network.depth, x, method)
+    fresh = start is None and (belief_optimizer.rests or num_steps == 0)
     deferred = check == "deferred" or (check == "auto" and x.is_cuda)
     if check != "off" and not x.is_cuda and not deferred:
         validation.check_finite("x", x)
@@ -207,9 +228,12 @@ def prepare(
         tuple(x.shape),
         method,
         num_steps,
-        start is None,
+        fresh,
         wanted.energies,
         described and described.kind,
+        belief_optimizer,
+        isinstance(step_size, tuple),
+        nudging,
     )
     chosen, refusals = choose_backend(backend, request)
     precision = choose_precision(x.device.type, dtype)
@@ -218,12 +242,14 @@ def prepare(
         tuple(x.shape),
         method,
         num_steps,
-        start is None,
+        fresh,
         wanted.energies,
         precision,
         chosen.name,
         refusals,
         chosen.literal,
+        belief_optimizer,
+        1 if nudging is None else len(nudging.pushes),
     )
     problem = Problem(
         model=model,
@@ -241,6 +267,9 @@ def prepare(
         raise_now=not x.is_cuda and not deferred,
         check=check != "off",
         move=move,
+        may_fall_back=backend == "auto",
+        belief_optimizer=belief_optimizer,
+        nudging=nudging,
     )
     return Prepared(chosen, problem, planned, deferred)
 
@@ -253,7 +282,12 @@ def solve(*arguments, **settings) -> tuple[Outcome, Run]:
         status.defer(outcome.status, ready.problem.step_size)
         if not ready.deferred:
             status.synchronize()
-    run = _last.run = Run(ready.plan, not reason, reason)
+    planned = ready.plan
+    if outcome.fell_back is not None:
+        ran, why = outcome.fell_back
+        planned = replace(planned, backend=ran, refusals=(*planned.refusals, (planned.backend, why)))
+        say_passed_over(ran, planned.refusals)
+    run = _last.run = Run(planned, not reason, reason)
     return outcome, run
 
 

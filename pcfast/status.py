@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .belief_optimizers import StepSize
 from .errors import ArgumentError, NonFiniteError, PcfastError, RelaxationDiverged
 
 CHECKS = ("auto", "sync", "deferred", "off")
@@ -33,14 +34,14 @@ class Status:
     """
 
     word: Tensor
-    causes: tuple[Callable[[float], PcfastError], ...]
+    causes: tuple[Callable[[StepSize], PcfastError], ...]
 
 
-def _bad_input(step_size: float) -> PcfastError:
+def _bad_input(step_size: StepSize) -> PcfastError:
     return NonFiniteError("x", "NaN or infinity", "finite values", "Clean or normalise the data.")
 
 
-def bad_loss(step_size: float = 0.0) -> PcfastError:
+def bad_loss(step_size: StepSize = 0.0) -> PcfastError:
     """The loss or its gradient is not finite though the forward pass is."""
     return NonFiniteError(
         "loss",
@@ -50,11 +51,11 @@ def bad_loss(step_size: float = 0.0) -> PcfastError:
     )
 
 
-def _bad_labels(step_size: float) -> PcfastError:
+def _bad_labels(step_size: StepSize) -> PcfastError:
     return ArgumentError("y", "labels out of range", "labels from 0 to the number of classes - 1")
 
 
-def _diverged(iteration: int | None, layer: int) -> Callable[[float], PcfastError]:
+def _diverged(iteration: int | None, layer: int) -> Callable[[StepSize], PcfastError]:
     return functools.partial(RelaxationDiverged, iteration, layer)
 
 
@@ -87,7 +88,7 @@ class StatusBuilder:
     """
 
     def __init__(self) -> None:
-        self._causes: list[Callable[[float], PcfastError]] = []
+        self._causes: list[Callable[[StepSize], PcfastError]] = []
         # tensors, to be looked at in the end, or the norms of what will have changed by then
         self._noted: list[Sequence[Tensor] | Tensor] = []
 
@@ -166,14 +167,14 @@ def zeroed_if_bad(status: Status, gradients: Sequence[Tensor]) -> list[Tensor]:
 class _Pending:
     status: Status  # the word on the host
     arrived: torch.cuda.Event | None  # None where the word was on the host from the start
-    step_size: float
+    step_size: StepSize
 
 
 _pending: list[_Pending] = []
 _lock = threading.Lock()
 
 
-def defer(status: Status, step_size: float) -> None:
+def defer(status: Status, step_size: StepSize) -> None:
     """Copy a status to the host without waiting; a later call raises what it says.
 
     Not while the caller captures a CUDA graph: what a replay finds cannot be reported (its gradients are zeroed).

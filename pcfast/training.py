@@ -28,7 +28,9 @@ from torch.optim import Optimizer
 
 import pcfast
 
-from . import incremental, plots
+from . import belief_optimizers, incremental, plots
+from . import nudging as nudges
+from .belief_optimizers import BeliefOptimizer
 from .checkpoints import FORMAT, load_checkpoint, loss_name, run_settings
 from .datasets import Data, checked_data
 from .errors import ArgumentError, ArgumentTypeError
@@ -36,10 +38,11 @@ from .files import results_folder, set_aside, write_atomically, write_csv, write
 from .history import History
 from .losses import LossLike, describe_loss
 from .machine import describe_machine
+from .nudging import Nudging
 from .precision import check_precision, use_precision
 from .progress import Display, Interrupt
 from .status import synchronize
-from .validation import check_count, check_optimizer, checked_device
+from .validation import check_count, check_optimizer, checked_device, checked_step_sizes, checked_steps
 
 FILES = CHECKPOINT, CONFIG, LOG, CURVES = "checkpoint.pt", "config.json", "log.csv", "curves.png"
 LEARNING_RATE = 0.002  # of the default optimiser, Adam
@@ -56,8 +59,11 @@ def train(
     batch_size: int = 64,
     loss: LossLike = F.cross_entropy,
     method: str = "strict",
-    step_size: float = 0.1,
+    step_size: float | Sequence[float] = 0.1,
     num_steps: int = 20,
+    belief_optimizer: BeliefOptimizer | None = None,
+    nudging: Nudging | None = None,
+    nudging_growth: float = 0.0,
     optimizer: Optimizer | MakeOptimizer | None = None,
     backend: str = "auto",
     precision: str | None = None,
@@ -88,8 +94,9 @@ def train(
         loss: a callable loss(output, y) -> scalar, or a name, as for ``pcfast.pc_loss``. A callable that sums
             over the batch says so in an attribute ``reduction`` = "sum" (as torch's modules do); only the
             logged numbers depend on it.
-        method, step_size, num_steps, backend: as for ``pcfast.pc_loss``; or method "incremental", as for
-            ``pcfast.incremental_step``.
+        method, step_size, num_steps, belief_optimizer, nudging, backend: as for ``pcfast.pc_loss``; or method
+            "incremental", as for ``pcfast.incremental_step``.
+        nudging_growth: what beta gains every epoch, as far as 1.
         optimizer: makes the optimiser from the parameters, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``, or
             an optimiser of the model's parameters. Default: Adam with learning rate 0.002.
         precision: "ieee", "tf32", "bf16" or "fp64", as for :func:`pcfast.precision.use_precision`; "fp64" needs
@@ -121,6 +128,9 @@ def train(
         raise ArgumentError("model", "no parameters", "at least one parameter to train")
     if resume and out is None:
         raise ArgumentError("out", "None with resume=True", "the folder of the run to go on with")
+    nudging_growth = nudges.checked_growth(nudging_growth, nudging)
+    num_steps = checked_steps(num_steps)
+    step_size = checked_step_sizes(step_size, num_steps)
     data = checked_data(data, parameters[0].dtype)
     device = parameters[0].device if device is None else checked_device(device)
     if precision == "fp64" and parameters[0].dtype != torch.float64:
@@ -139,6 +149,9 @@ def train(
         method=method,
         step_size=step_size,
         num_steps=num_steps,
+        belief_optimizer=None if belief_optimizer is None else repr(belief_optimizer),
+        nudging=None if nudging is None else repr(nudging),
+        nudging_growth=nudging_growth or None,
         batch_size=batch_size,
         precision=precision,
         seed=seed,
@@ -151,17 +164,21 @@ def train(
         "kept": kept or {},
         "machine": describe_machine(device),
     }
-    relaxation = dict(step_size=step_size, num_steps=num_steps, backend=backend)
+    learning = dict(loss=loss, step_size=step_size, num_steps=num_steps, backend=backend, return_output=True)
     if method == "incremental":
-        update = functools.partial(
-            pcfast.incremental_step, model, optimizer=optimizer, loss=loss, **relaxation
-        )
-        kind = IncrementalRun
+        belief_optimizers.checked(belief_optimizer, method)
+        nudges.check(nudging, method, None)
+        update = functools.partial(pcfast.incremental_step, model, optimizer=optimizer, **learning)
+        run = IncrementalRun(model, optimizer, data, loss, update, batch_size, seed, device)
     else:
-        update = functools.partial(pcfast.pc_loss, model, loss=loss, method=method, **relaxation)
-        kind = Run
-    update = functools.partial(update, return_output=True)
-    run = kind(model, optimizer, data, loss, update, batch_size, seed, device)
+
+        def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            now = nudging.grown(nudging_growth, len(run.history)) if nudging_growth else nudging
+            return pcfast.pc_loss(
+                model, x, y, method=method, belief_optimizer=belief_optimizer, nudging=now, **learning
+            )
+
+        run = Run(model, optimizer, data, loss, update, batch_size, seed, device)
     with _switches(precision, device):
         _rehearse(run)
     if resume:

@@ -7,11 +7,13 @@ import numbers
 import operator
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import status
+from .belief_optimizers import StepSize
 from .errors import ArgumentError, ArgumentTypeError, ModelError, NonFiniteError, ShapeError
 from .network import common_placement
 from .planning import METHODS
@@ -65,6 +67,21 @@ def checked_step_size(step_size: float) -> float:
     if not math.isfinite(step_size) or step_size < 0:
         raise ArgumentError("step_size", repr(step_size), "a finite number >= 0")
     return step_size
+
+
+def checked_step_sizes(step_size, num_steps: int) -> StepSize:
+    """``step_size`` as a finite float >= 0; a sequence or a 1-d array as a tuple of ``num_steps`` of them."""
+    if isinstance(step_size, Tensor | np.ndarray) and step_size.ndim == 1:
+        step_size = step_size.tolist()
+    if not isinstance(step_size, list | tuple):
+        return checked_step_size(step_size)
+    sizes = tuple(map(checked_step_size, step_size))
+    if len(sizes) != num_steps:
+        raise ArgumentError(
+            "step_size", f"a schedule of {len(sizes)} numbers", f"one number, or one an iteration: {num_steps}",
+            "Iteration t uses step_size[t-1].",
+        )  # fmt: skip
+    return sizes
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:

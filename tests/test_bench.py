@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -461,9 +462,13 @@ def test_one_depth_makes_no_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+ON_A_CPU = {"rows": [{"contender": "cuda", "status": "timed"}]}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (ON_A_CPU, "leave their backends out"),
         ({"quick": True}, "no full run"),
         ({"format": 1}, "no full run"),
         ({"commit": "abc+"}, "not committed"),
@@ -553,15 +558,16 @@ def test_what_does_not_go_with_kernels_is_named(arguments, named, capsys):
 def test_cases_of_all_kernels_take_turns():
     from pcfast.bench.microbenchmarks import run
 
-    everything = run.chosen_cases(["ieee", "tf32", "bf16"], False, quick=False)
+    everything = run.chosen_cases(["ieee", "tf32", "bf16"], ["cuda", "triton"], False, quick=False)
     kernels = [case.kernel for case in everything]
-    assert len(set(kernels[:8])) == len(set(kernels)) == 8
+    assert len(set(kernels[:9])) == len(set(kernels)) == 9
     keys = [(case.kernel, case.size, case.precision) for case in everything]
     assert len(keys) == len(set(keys))
-    assert all(case.bytes > 0 for case in everything)
-    quick = run.chosen_cases(["bf16"], False, quick=True)
+    # the resident kernel's arrays stay on chip
+    assert all((case.bytes > 0) == (case.kernel != "resident") for case in everything)
+    quick = run.chosen_cases(["bf16"], ["cuda", "triton"], False, quick=True)
     assert {case.precision for case in quick} == {"bf16"}
-    assert len(quick) == 16
+    assert len(quick) == 18
     assert {case.kernel for case in quick} == set(kernels)
 
 
@@ -585,6 +591,28 @@ def kernel_row(way: str, seconds: float, precision: str = "bf16", **values) -> d
         "multiply_adds": 10**6, "bytes": 10**3, "tflops": 2e-6 / seconds, "gbs": 1e-6 / seconds,
         "floor_seconds": 1e-6, "binding": "products", **values,
     }  # fmt: skip
+
+
+def test_one_more_iteration_is_what_longer_launches_take_longer():
+    """2 us of launch and 1 us an iteration."""
+    rows = [
+        kernel_row("cuda", (2e-6 + n * 1e-6) / n, "fp32", kernel="resident", size=f"net, batch 3, n = {n}")
+        for n in (20, 50, 200)
+    ]
+    rows += [
+        kernel_row("cuda", 1.0, "bf16", kernel="resident", size="net, batch 3, n = 20"),
+        kernel_row("cuda", 1.0, "fp32", kernel="resident", size="net, batch 3", status="skipped"),
+        kernel_row("triton", 1.0),
+    ]
+    ((name, seconds),) = tables.growth(rows)
+    assert name == "net, batch 3, fp32" and seconds == pytest.approx([1e-6, 1e-6])
+    assert tables.growth_lines(rows) == [
+        "resident, net, batch 3, fp32: one more iteration takes 1 us, 1 us, 0.0% apart"
+    ]
+    rows[1]["seconds"] = 1e-9
+    assert tables.growth_lines(rows)[0].endswith("lost in noise")
+    # lengths are other work, not rivals
+    assert len(tables.fastest_ways(rows)) == 5
 
 
 def test_kernels_are_shown_only_where_they_were_timed(tmp_path, monkeypatch):
@@ -612,13 +640,14 @@ def test_kernels_are_shown_only_where_they_were_timed(tmp_path, monkeypatch):
     assert report.record(path).name == "2026-01-02-abc1234-kernels.json"
     assert report.newest() == [] and report.newest("kernels") == [record]
     path.write_text(json.dumps({**record, "device": "cpu"}))
-    with pytest.raises(Exception, match="interpreted"):
+    with pytest.raises(Exception, match="on a CPU"):
         report.record(path)
 
 
-def test_the_triton_backend_is_a_contender_that_needs_a_gpu(small_workloads):
-    record = runner.run(["small_mlp"], ["triton", "eager"], ["ieee"], CPU, quick=True)
-    row = timed(record, "triton")
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_backends_with_kernels_are_contenders_that_need_a_gpu(name, small_workloads):
+    record = runner.run(["small_mlp"], [name, "eager"], ["ieee"], CPU, quick=True)
+    row = timed(record, name)
     assert row["ours"] and row["status"] == "skipped" and "seconds" not in row
     assert "CUDA device" in row["reason"] or "not installed" in row["reason"]
     assert timed(record, "eager")["status"] == "timed"
@@ -670,10 +699,28 @@ def test_the_gpu_script_can_be_rehearsed(tmp_path):
         assert step in summary
     if kernels:
         record = json.loads((tmp_path / "out" / "kernels.json").read_text())
-        assert len({row["kernel"] for row in record["kernels"]}) == 8 and record["rows"] == []
-        assert {row["status"] for row in record["kernels"]} == {"timed"}
+        by_kernel = tables.by_kernel(record["kernels"])
+        assert len(by_kernel) == 9 and record["rows"] == []
+        resident = by_kernel.pop("resident", None)
+        assert {row["status"] for rows in by_kernel.values() for row in rows if row["size"]} == {"timed"}
+        if resident is None:  # the CUDA kernels could not be compiled for the CPU
+            assert "not rehearsed" in summary and by_kernel["those of cuda"][0]["reason"]
+        else:
+            timed_sizes = [
+                row["size"] for row in resident if row["status"] == "timed" and row["precision"] == "fp32"
+            ]
+            assert timed_sizes == [f"9-14-12-4 relu, batch 5, n = {n}" for n in (3, 4, 6)]
     assert "FAILED" not in summary and "skipped" in summary
     assert json.loads((tmp_path / "out" / "bench.json").read_text())["quick"] is True
+
+
+def test_the_sanitizers_have_tests_to_run():
+    """Names that pytest knows: -k would select nothing without a word."""
+    script = (ROOT / "bench" / "on_gpu.sh").read_text()
+    names = re.search(r'^SANITIZED="(.*)"', script, flags=re.M)[1].split(" or ")
+    for tests in re.search(r"for tests in (.*); do", script)[1].split():
+        text = (ROOT / "tests" / "gpu" / f"test_{tests}_cuda.py").read_text()
+        assert any(name in found for name in names for found in re.findall(r"def (test_\w+)", text)), tests
 
 
 def test_the_gpu_script_runs_some_steps_alone(tmp_path):
@@ -705,7 +752,7 @@ def test_the_gpu_script_names_bad_arguments(arguments, words, tmp_path):
 
 def test_the_relaxation_descends_in_every_strict_workload_that_is_small():
     """Step size 0.1 is stable for the nets as they are drawn; otherwise times would be those of nonsense."""
-    for name in ("mlp_600", "mnist_cnn", "deep_mlp_8"):
+    for name in ("mlp_600", "mnist_cnn", "mlp_128", "deep_mlp_8"):
         workload = WORKLOADS[name]
         model, x, y = workload.draw(CPU, rows=4)
         energies = pcfast.relax(

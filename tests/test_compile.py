@@ -548,6 +548,8 @@ OUTSIDE = {
     "a hook": (with_hook, {}),
     "a loss of one's own": (mlp, {"loss": doubled}),
     "the literal loop": (mlp, {"backend": "reference"}),
+    "a belief optimiser": (mlp, {"belief_optimizer": pcfast.GradientDescent(0.5)}),
+    "a schedule": (mlp, {"step_size": (0.2, 0.2, 0.1, 0.1, 0.1, 0.1)}),
 }
 
 
@@ -564,6 +566,15 @@ def test_what_does_not_fit_runs_outside_the_graph(name):
     assert set(step.steps) == {0}
     with pytest.raises(Unsupported, match=r"outside the graph: docs/behaviour\.md"):
         Compiled(train)(model, *batch(), **settings)
+
+
+def test_nudging_runs_outside_the_graph():
+    def train(model, x, y):
+        return loss_of(model, x, y, loss="mse", nudging=pcfast.Nudging("centred", 0.5))
+
+    step, model = Compiled(train, fullgraph=False), mlp()
+    assert_same_step(step, model, torch.randn(6, 5), torch.randn(6, CLASSES), function=train)
+    assert set(step.steps) <= {0}
 
 
 class Branching(nn.Module):

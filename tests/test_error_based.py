@@ -286,3 +286,29 @@ def test_deviations_keep_float32_s_digits_where_errors_are_tiny():
     found = relax(model.float(), x.float(), y, backend="eager", **settings)
     for e, t in zip(found.errors[1:], truth.errors[1:], strict=True):
         assert relative_error(e, t) < 1e-5
+
+
+def test_a_schedule_of_step_sizes(backend):
+    """eta_t of every iteration, as the linear net's closed form has it: eps(t) - eps* shrinks by 1 - eta_t H."""
+    model, x, y = linear_net(4, 6, 5, 3)
+    sizes = [0.3, 0.1, 0.05]
+    found = relax(model, x, y, loss=SUM_OF_SQUARES, step_size=sizes, num_steps=3, backend=backend).errors
+    middle, top = (layer.weight.detach() for layer in model[1:])
+    stacked = torch.cat([top @ middle, top], 1)
+    fixed = torch.cat(closed_form(model, x, y, None), 1)
+    away = -fixed
+    for eta in sizes:
+        away = away - eta * (away + 2 * away @ stacked.T @ stacked)
+    for e, t in zip(found[1:-1], (fixed + away).split([6, 5], 1), strict=True):
+        assert relative_error(e, t) < 1e-11
+
+
+@pytest.mark.parametrize("method", ["error_based", "zero_divergence"])
+def test_belief_optimisers_and_nudging_are_refused(method, backend):
+    model, x, y = tanh_net()
+    settings = dict(method=method, backend=backend)
+    for optimizer in (pcfast.GradientDescent(momentum=0.5), pcfast.Adam()):
+        with pytest.raises(pcfast.ArgumentError, match=rf"^belief_optimizer: got .* with method '{method}'"):
+            pcfast.relax(model, x, y, belief_optimizer=optimizer, **settings)
+    with pytest.raises(pcfast.ArgumentError, match=rf"^nudging: got .* with method '{method}'"):
+        pcfast.relax(model, x, torch.rand(3, 4).double(), loss="mse", nudging=pcfast.Nudging(), **settings)

@@ -142,6 +142,8 @@ def test_a_second_batch_has_the_same_key(monkeypatch):
 SETTINGS = {
     "num_steps": {"num_steps": 5},
     "step_size": {"step_size": 0.3},
+    "schedule": {"step_size": (0.2, 0.2, 0.2, 0.1)},
+    "belief optimiser": {"belief_optimizer": pcfast.GradientDescent(0.5)},
     "method": {"method": "exact"},
     "label smoothing": {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
     "ignore_index": {"loss": nn.CrossEntropyLoss(ignore_index=0)},
@@ -157,6 +159,14 @@ SETTINGS = {
 def test_settings_change_the_key(name, monkeypatch):
     model, (x, y) = mlp(), batch()
     assert key_of(model, x, y, monkeypatch) != key_of(model, x, y, monkeypatch, **SETTINGS[name])
+
+
+def test_nudging_changes_the_key(monkeypatch):
+    model, (x, _) = mlp(), batch()
+    y = torch.randn(6, CLASSES)
+    nudges = (None, pcfast.Nudging("positive"), pcfast.Nudging("negative"), pcfast.Nudging("negative", 0.5))
+    keys = {key_of(model, x, y, monkeypatch, loss="mse", nudging=nudging) for nudging in nudges}
+    assert len(keys) == 4
 
 
 def test_other_class_weights_change_the_key(monkeypatch):
@@ -321,6 +331,25 @@ def test_results_share_no_memory_with_the_graph_or_each_other(method, install):
         tensor.fill_(float("nan"))
     again = tensors_of(pcfast.relax(model, *batches[0], method=method, **STEPS))
     assert same_bits(again, plain[0])
+
+
+@pytest.mark.parametrize(
+    "optimizer", [pcfast.GradientDescent(0.8), pcfast.GradientDescent(0.5, 0.1), pcfast.Adam()], ids=repr
+)
+def test_belief_optimisers_and_nudging_are_replayed(optimizer, install):
+    model = mlp()
+    batches = [(x, torch.randn(6, CLASSES)) for x, _ in (batch() for _ in range(3))]
+    settings = dict(
+        loss="mse",
+        belief_optimizer=optimizer,
+        step_size=(0.2, 0.1, 0.05, 0.1),
+        nudging=pcfast.Nudging("centred", 0.5),
+    )
+    plain = [loss_and_updates(model, *data, **settings) for data in batches]
+    install(recorder=Recorder())
+    for data, expected in zip(batches, plain, strict=True):
+        assert same_bits(loss_and_updates(model, *data, **settings), expected)
+    assert pcfast.last_run().replayed
 
 
 def test_two_losses_then_two_backwards(install):

@@ -112,6 +112,20 @@ def test_a_loop_written_by_hand(name, num_steps, backend):
         assert apart([p.grad for p in model.parameters()], [p.grad for p in same.parameters()]) < 1e-10
 
 
+def test_a_schedule_of_step_sizes(backend):
+    found = []
+    for sizes in ([0.3, 0.1, 0.2], [0.3, 0.1, 0.4], [0.3, 0.3, 0.3], 0.3):
+        model, x, y = tanh_net()
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        pcfast.incremental_step(
+            model, x, y, optimizer, loss=SUM, step_size=sizes, num_steps=3, backend=backend
+        )
+        found.append(parameters(model))
+    assert apart(found[0], found[1]) == 0  # the last move of the beliefs reaches no parameter
+    assert apart(found[2], found[3]) == 0
+    assert apart(found[0], found[2]) > 1e-6
+
+
 def test_several_batches_with_one_optimiser(backend):
     """Its state goes on from batch to batch."""
     model, x, y = tanh_net()
@@ -595,6 +609,10 @@ def test_training_resumes_bit_by_bit(tmp_path):
 
 
 def test_training_refuses_what_does_not_fit_before_it_starts(tmp_path):
+    with pytest.raises(pcfast.ArgumentError, match=r"^belief_optimizer: got .* with method 'incremental'"):
+        toy_run(tmp_path / "run", belief_optimizer=pcfast.Adam())
+    with pytest.raises(pcfast.ArgumentError, match=r"^nudging: got .* with method 'incremental'"):
+        toy_run(tmp_path / "run", nudging=pcfast.Nudging(), loss=nn.MSELoss())
     with pytest.raises(pcfast.ArgumentTypeError, match="bfloat16 autocast with method 'incremental'"):
         toy_run(tmp_path / "run", precision="bf16")
     with pytest.raises(pcfast.BackendError, match="triton"):

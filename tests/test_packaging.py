@@ -77,6 +77,13 @@ def test_an_editable_install_imports_the_sources(editable, tmp_path, where):
     assert Path(kernels) == editable.source / "kernels" / "__init__.py"
 
 
+def test_a_checkout_beside_an_editable_install_of_another_one_is_whole(editable, tmp_path):
+    source = copy_sources(tmp_path)
+    package, kernels = editable.output(WHERE, source)
+    assert Path(package) == source / "pcfast" / "__init__.py"
+    assert Path(kernels) == source / "kernels" / "__init__.py"
+
+
 @pytest.mark.parametrize("kind", ["from_wheel", "editable"])
 def test_no_top_level_kernels_and_one_version(kind, request, tmp_path):
     installation = request.getfixturevalue(kind)

@@ -83,6 +83,31 @@ def test_work_from_a_given_start():
     assert plan.work.total == found
 
 
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 20])
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"belief_optimizer": pcfast.GradientDescent(0.5)},
+        {"belief_optimizer": pcfast.GradientDescent(0.5, 0.1)},
+        {"belief_optimizer": pcfast.Adam()},
+        {"nudging": pcfast.Nudging("positive", 0.1)},
+        {"nudging": pcfast.Nudging("centred", 0.1)},
+        {"nudging": pcfast.Nudging("centred", 0.1), "belief_optimizer": pcfast.GradientDescent(0.0, 0.1)},
+    ],
+    ids=["momentum", "decay", "adam", "positive", "centred", "centred with decay"],
+)
+def test_work_with_other_optimisers_and_targets(settings, net, num_steps):
+    build, shape = NETS[net]
+    model, x = build(), torch.rand(*shape)
+    with torch.no_grad():
+        y = torch.rand_like(model(x))
+    found = multiplied(model, x, y, num_steps=num_steps, loss="mse", **settings)
+    plan = pcfast.last_run().plan
+    assert plan.work.total == found
+    assert pcfast.explain(model, shape, num_steps=num_steps, **settings).plan.work == plan.work
+
+
 @pytest.mark.parametrize(
     ("net", "gram"), [("wide_input", True), ("no_gram", False), ("mnist_cnn", True), ("padded_cnn", False)]
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from .rounding import Judgement
 
 #: Precision of a kernel's products -> the one of :data:`pcfast.precision.PRECISIONS` that it serves. Kernels without
-#: products compute in float32 and write float32 or bfloat16 operands.
+#: products compute in float32 and write float32 or bfloat16 operands; the resident kernel's are float32, too.
 TORCH_PRECISION = {"bf16": "bf16", "tf32": "tf32", "tf32x3": "ieee", "fp32": "ieee"}
 PRODUCTS = ("bf16", "tf32", "tf32x3")
 ELEMENTWISE = ("bf16", "fp32")
@@ -27,11 +27,12 @@ class Way:
     """One way to do a case's work.
 
     Attributes:
-        name: "triton", or what else does the same.
+        name: "triton", "cuda", or what else does the same.
         tiles: the launch's configuration in words; "" where it is not ours.
         launch: does the work, on the current stream.
         judge: what :meth:`launch` computed from the case's inputs as drawn; called once, before any timing.
         times: how often one call does the work that is counted: iterations of a loop.
+        size: what this way does more or less of than the case's others, in words; they are no rivals then.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Way:
     launch: Callable[[], None]
     judge: Callable[[], Judgement]
     times: int = 1
+    size: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class Case:
     Attributes:
         kernel: whose. size: of the problem, in words.
         precision: key of :data:`TORCH_PRECISION`.
-        multiply_adds: of its products. bytes: that cannot but move, each array once.
+        multiply_adds: of its products. bytes: of device memory that cannot but move, each array once.
         ways: draws the inputs on a device and prepares all ways.
+        why_not: why none can run on a device, "" where they can.
     """
 
     kernel: str
@@ -58,6 +61,7 @@ class Case:
     multiply_adds: int
     bytes: int
     ways: Callable[[torch.device], list[Way]]
+    why_not: Callable[[torch.device], str] = lambda device: ""
 
 
 def torch_precision(precision: str, device: torch.device) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import zip_longest
 
 import torch
@@ -30,32 +30,49 @@ QUICK_SIZES = 2
 Progress = Callable[[int, int, str], None]
 
 
-def interpreted(device: torch.device) -> bool:
-    """Whether triton interprets the kernels, on a CPU: only small sizes then, and times that say nothing.
+def unable(device: torch.device) -> dict[str, str]:
+    """Backend with kernels -> why they cannot run on ``device``, "" where they can.
+
+    On a CPU those of triton are interpreted, and those of cuda compiled for it: only small sizes then, and times that
+    say nothing.
 
     Raises:
-        BackendError: kernels cannot run on ``device``.
+        BackendError: none can.
     """
     with torch.device("meta"):
         network = describe(nn.Sequential(nn.Linear(1, 1)))
-    able, reason = BACKENDS["triton"].supports(Request(network, device, torch.float32))
-    if not able:
+    request = Request(network, device, torch.float32)
+    found = {name: BACKENDS[name].supports(request)[1] for name in ("cuda", "triton")}
+    if all(found.values()):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.items())
         raise BackendError(
-            f"--kernels times the triton backend's kernels, which cannot run on {device}: {reason}."
+            f"--kernels times the cuda and triton backends' kernels, and none runs on {device}: {reasons}"
         )
-    return device.type == "cpu"
+    return found
 
 
-def chosen_cases(precisions: Sequence[str], interpreted: bool, quick: bool) -> list[Case]:
+def chosen_cases(
+    precisions: Sequence[str], backends: Collection[str], small: bool, quick: bool
+) -> list[Case]:
     """Those that serve some of torch's ``precisions``, for each kernel what matters most first.
 
     Kernels take turns: a run that has to stop early has what matters most of all.
-    """
-    from . import conv, linear, pointwise, relaxation
 
+    Args:
+        backends: whose kernels. small: sizes that say nothing, for a CPU.
+    """
+    modules = []
+    if "cuda" in backends:
+        from . import resident
+
+        modules.append(resident)
+    if "triton" in backends:
+        from . import conv, linear, pointwise, relaxation
+
+        modules += [conv, relaxation, linear, pointwise]
     by_kernel: dict[str, list[Case]] = {}
-    for module in (conv, relaxation, linear, pointwise):
-        for case in module.cases(interpreted):
+    for module in modules:
+        for case in module.cases(small):
             if TORCH_PRECISION[case.precision] in precisions:
                 by_kernel.setdefault(case.kernel, []).append(case)
     if quick:
@@ -65,6 +82,12 @@ def chosen_cases(precisions: Sequence[str], interpreted: bool, quick: bool) -> l
             for kernel, cases in by_kernel.items()
         }
     return [case for cases in zip_longest(*by_kernel.values()) for case in cases if case is not None]
+
+
+def absent(backend: str, reason: str) -> dict:
+    """A row in the place of all cases of a backend whose kernels cannot run."""
+    names = dict.fromkeys(("size", "precision", "way", "tiles"), "")
+    return {"kernel": f"those of {backend}", **names, "status": "skipped", "reason": reason}
 
 
 def run(
@@ -114,12 +137,15 @@ def _timed(case: Case, ceilings: dict, device: torch.device, quick: bool, deadli
     steps: list[tuple[str, Step]] = []
     try:
         with switches(precision, device), torch.no_grad():
+            reason = case.why_not(device)
+            if reason:
+                return [_row(case, ceilings, reason=reason)]
             ways = case.ways(device)
     except Exception as error:  # of memory, say: the other cases go on
         return [_row(case, ceilings, reason=_failure(error))]
-    rows = {way.name: _row(case, ceilings, way) for way in ways}
+    rows = {_name(way): _row(case, ceilings, way) for way in ways}
     for way in ways:
-        row = rows[way.name]
+        row = rows[_name(way)]
         try:
             with switches(precision, device), numerics(device, choose_precision(device.type, torch.float32)):
                 verdict = way.judge()
@@ -127,7 +153,7 @@ def _timed(case: Case, ceilings: dict, device: torch.device, quick: bool, deadli
                 if not verdict.right:
                     row["reason"] = f"gate closed: {verdict.excess:.3g} times what rounding explains"
                     continue
-                steps.append((way.name, _prepared(way, launches, device)))
+                steps.append((_name(way), _prepared(way, launches, device)))
         except Exception as error:  # of a compiler: the other way goes on
             row["reason"] = _failure(error)
     rounds = measure.QUICK_ROUNDS if quick else measure.ROUNDS
@@ -136,9 +162,14 @@ def _timed(case: Case, ceilings: dict, device: torch.device, quick: bool, deadli
         steps, precision, device, rounds, lambda: device.type == "cpu" or time.monotonic() >= deadline
     )
     for way in ways:
-        if way.name in times:
-            _add_times(rows[way.name], times[way.name], launches * way.times, ceilings[case.precision])
+        if _name(way) in times:
+            _add_times(rows[_name(way)], times[_name(way)], launches * way.times, ceilings[case.precision])
     return list(rows.values())
+
+
+def _name(way: Way) -> str:
+    """Of one way among its case's."""
+    return f"{way.name}, {way.size}"
 
 
 def _prepared(way: Way, launches: int, device: torch.device) -> Step:
@@ -161,7 +192,7 @@ def _row(case: Case, ceilings: dict, way: Way | None = None, reason: str = "") -
     work = {"multiply_adds": case.multiply_adds, "bytes": case.bytes}
     return {
         "kernel": case.kernel,
-        "size": case.size,
+        "size": f"{case.size}, {way.size}" if way and way.size else case.size,
         "precision": case.precision,
         "way": way.name if way else "",
         "tiles": way.tiles if way else "",

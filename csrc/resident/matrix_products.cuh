@@ -8,6 +8,7 @@
 
 #include "../tile/mma.cuh"
 #include "../tile/platform.cuh"
+#include "../tile/shared.cuh"
 #include "program.h"
 
 namespace pcfast::resident {
@@ -55,8 +56,7 @@ __device__ inline void join(uint32_t (&a)[4], const uint32_t (&upper)[2], const 
   a[0] = upper[0], a[1] = lower[0], a[2] = upper[1], a[3] = lower[1];
 }
 
-// LINEAR: rows of a tile are features, columns samples. Most tiles of a unit, side by side along the features.
-constexpr int kMostRowTiles = 4;
+// LINEAR: rows of a tile are features, columns samples. A unit has up to four tiles, side by side along the features.
 
 // The weights of one tile of rows as a, one step after another. Rows past the end are read again from the last ones:
 // nobody stores their sums.
@@ -66,10 +66,10 @@ struct LinearWeights;
 // [k][row] in float32, a row of it `weight_channel` long: k = 2t and 2t + 1 hit different banks (placement.py).
 template <>
 struct LinearWeights<Tf32, false> {
-  const float* upper;
-  const float* lower;
+  tile::SharedPointer<float> upper, lower;
   int stride;
 
+  LinearWeights() = default;
   __device__ LinearWeights(const Product& product, const float* memory, int row, int lane)
       : stride(product.weight_channel) {
     const float* first = memory + product.weights + lane % 4 * 2 * stride;
@@ -87,9 +87,9 @@ struct LinearWeights<Tf32, false> {
 // [row][k]: k = t and t + 4 do.
 template <>
 struct LinearWeights<Tf32, true> {
-  const float* upper;
-  const float* lower;
+  tile::SharedPointer<float> upper, lower;
 
+  LinearWeights() = default;
   __device__ LinearWeights(const Product& product, const float* memory, int row, int lane) {
     const float* first = memory + product.weights + lane % 4;
     upper = first + min(row + lane / 4, product.out - 1) * product.weight_row;
@@ -106,9 +106,10 @@ struct LinearWeights<Tf32, true> {
 // In bfloat16; the lane's address is of eight numbers of one k (prediction) or of one row (feedback).
 template <bool FEEDBACK>
 struct LinearWeights<Bf16, FEEDBACK> {
-  const tile::bf16* at;
+  tile::SharedPointer<tile::bf16> at;
   int step;
 
+  LinearWeights() = default;
   __device__ LinearWeights(const Product& product, const float* memory, int row, int lane) {
     const auto* first = reinterpret_cast<const tile::bf16*>(memory + product.weights);
     const int half = lane / 8 % 2 * 8, deep = lane / 16 * 8, within = lane % 8;
@@ -124,52 +125,79 @@ struct LinearWeights<Bf16, FEEDBACK> {
   __device__ void load(uint32_t (&a)[4], int k) const { tile::load_matrix<4, !FEEDBACK>(a, at + k * step); }
 };
 
-// One sample's numbers of a step as b, in the order of the weights.
+struct alignas(2 * sizeof(float)) Pair {
+  float x[2];
+};
+__device__ inline Pair load_pair(const float* from) { return *reinterpret_cast<const Pair*>(from); }
+
+// One sample's numbers of a step as b, in the order of the weights; rows of the state start at multiples of a quad.
 template <class Operand, bool FEEDBACK>
-__device__ void load_sample(uint32_t (&b)[2], const float* input, int member) {
-  float x[Operand::kLane];
+__device__ void load_sample(uint32_t (&b)[2], const tile::SharedPointer<float>& input, int member) {
   if constexpr (Operand::kLane == 4) {
-    x[0] = input[2 * member], x[1] = input[2 * member + 1];
-    x[2] = input[2 * member + 8], x[3] = input[2 * member + 9];
+    const Pair low = load_pair(input + 2 * member), high = load_pair(input + (2 * member + 8));
+    Operand::round(b, {low.x[0], low.x[1], high.x[0], high.x[1]});
+  } else if constexpr (FEEDBACK) {
+    Operand::round(b, {input[member], input[member + 4]});
   } else {
-    x[0] = input[FEEDBACK ? member : 2 * member];
-    x[1] = input[FEEDBACK ? member + 4 : 2 * member + 1];
+    Operand::round(b, load_pair(input + 2 * member).x);
   }
-  Operand::round(b, x);
 }
 
-// C[row][n] for a unit's tiles of rows and eight samples from `first_sample` on, of which `samples` exist.
-template <class Operand, bool FEEDBACK>
-__device__ void linear_tiles(const Product& product, float* memory, int unit, int first_sample, int samples, int lane) {
-  const int split = unit % product.splits;
-  const int first_row = unit / product.splits * product.tiles * kTileRows;
+// C[row][n] for a unit's TILES tiles of rows and eight samples from `first_sample` on, of which `samples` exist.
+template <class Operand, bool FEEDBACK, int TILES>
+__device__ void linear_tiles(const Product& product, float* memory, int split, int first_row, int first_sample, int samples,
+                             int lane) {
   const int begin = split * product.split, end = min(begin + product.split, product.channels);
   // the last sample stands in for those that do not exist
-  const float* input =
+  const tile::SharedPointer<float> input =
       memory + product.input.first + (first_sample + min(lane / 4, samples - 1)) * product.input.samples;
-  const int count = min(product.tiles, ceil_div(product.out - first_row, kTileRows));
+  LinearWeights<Operand, FEEDBACK> weights[TILES];
+  PCFAST_UNROLL
+  for (int tile = 0; tile < TILES; ++tile)
+    weights[tile] = LinearWeights<Operand, FEEDBACK>(product, memory, first_row + tile * kTileRows, lane);
 
-  float sum[kMostRowTiles][4] = {};
+  float sum[TILES][4] = {};
+  PCFAST_UNROLL_TWICE
   for (int k = begin; k < end; k += Operand::kDepth) {
     uint32_t b[2];
     load_sample<Operand, FEEDBACK>(b, input + k, lane % 4);
     PCFAST_UNROLL
-    for (int tile = 0; tile < kMostRowTiles; ++tile) {
-      if (tile >= count) break;
+    for (int tile = 0; tile < TILES; ++tile) {
       uint32_t a[4];
-      LinearWeights<Operand, FEEDBACK>(product, memory, first_row + tile * kTileRows, lane).load(a, k);
+      weights[tile].load(a, k);
       Operand::multiply(sum[tile], a, b);
     }
   }
   float* out = memory + product.scratch + split * product.scratch_split + first_sample * product.scratch_sample;
   PCFAST_UNROLL
-  for (int tile = 0; tile < kMostRowTiles; ++tile)
+  for (int tile = 0; tile < TILES; ++tile)
     PCFAST_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int row = first_row + tile * kTileRows + tile::accumulator_row(lane, i);
       const int n = tile::accumulator_column(lane, i);
-      if (tile < count && row < product.out && n < samples) out[n * product.scratch_sample + row] = sum[tile][i];
+      if (row < product.out && n < samples) out[n * product.scratch_sample + row] = sum[tile][i];
     }
+}
+
+template <class Operand, bool FEEDBACK>
+__device__ void run_linear_tiles(const Product& product, float* memory, int unit, int samples, int lane) {
+  const int groups = ceil_div(samples, kTileColumns), group = unit % groups * kTileColumns;
+  unit /= groups;
+  const int split = unit % product.splits, row = unit / product.splits * product.tiles * kTileRows;
+  switch (min(product.tiles, ceil_div(product.out - row, kTileRows))) {
+    case 1:
+      linear_tiles<Operand, FEEDBACK, 1>(product, memory, split, row, group, samples - group, lane);
+      return;
+    case 2:
+      linear_tiles<Operand, FEEDBACK, 2>(product, memory, split, row, group, samples - group, lane);
+      return;
+    case 3:
+      linear_tiles<Operand, FEEDBACK, 3>(product, memory, split, row, group, samples - group, lane);
+      return;
+    default:
+      linear_tiles<Operand, FEEDBACK, 4>(product, memory, split, row, group, samples - group, lane);
+      return;
+  }
 }
 
 __device__ inline int quotient(int n, const Divisor& by) {
@@ -197,8 +225,12 @@ struct alignas(16) TermPair {
 constexpr int kTermElements = sizeof(Term) / sizeof(float);
 constexpr int kNoWeight = -1;
 
-// Writes term `k` of a product.
-__device__ inline void write_term(const Product& product, float* memory, int k) {
+// Writes the table's entry `slot` of a product. A step's terms are dealt out to the four lanes of a row one by one: what
+// these read at a time lies side by side, mostly in different banks or in the same word.
+template <class Operand>
+__device__ void write_term(const Product& product, float* memory, int slot) {
+  const int inside = slot % Operand::kDepth;
+  const int k = slot - inside + inside % Operand::kLane * 4 + inside / Operand::kLane;
   const int taps = product.taps_y * product.taps_x, channel = k / taps;
   const int tap_y = k % taps / product.taps_x, tap_x = k % product.taps_x;
   Term term{0, kNoWeight};
@@ -206,7 +238,7 @@ __device__ inline void write_term(const Product& product, float* memory, int k) 
     term.input = channel * product.input.channels + tap_y * product.input_tap_y + tap_x * product.input_tap_x;
     term.weight = channel * product.weight_channel + tap_y * product.weight_tap_y + tap_x * product.weight_tap_x;
   }
-  reinterpret_cast<Term*>(memory + product.terms)[k] = term;
+  reinterpret_cast<Term*>(memory + product.terms)[slot] = term;
 }
 
 template <class Operand, int COLUMNS>
@@ -219,13 +251,13 @@ __device__ void pixel_tiles(const Product& product, float* memory, int unit, int
   const int area = product.by_area.value, places = samples * area;
   const int begin = split * product.split, end = min(begin + product.split, product.term_count);
 
-  const float* input[PLACES][2];  // rows g and g + 8
+  tile::SharedPointer<float> input[PLACES][2];  // rows g and g + 8
   PCFAST_UNROLL
   for (int i = 0; i < PLACES * 2; ++i) {
     const int p = min(first_place + i / 2 * kTileRows + i % 2 * 8 + lane / 4, places - 1);
     input[i / 2][i % 2] = memory + input_place(product, p);
   }
-  const float* weights[COLUMNS];
+  tile::SharedPointer<float> weights[COLUMNS];
   PCFAST_UNROLL
   for (int c = 0; c < COLUMNS; ++c)
     weights[c] = memory + product.weights +
@@ -299,9 +331,7 @@ __host__ __device__ inline int matrix_units(const Product& product, int samples)
 template <class Operand, bool FEEDBACK>
 __device__ void run_matrix_unit(const Product& product, float* memory, int unit, int samples, int lane) {
   if (product.kind == LINEAR) {
-    const int groups = ceil_div(samples, kTileColumns);
-    const int first = unit % groups * kTileColumns;
-    linear_tiles<Operand, FEEDBACK>(product, memory, unit / groups, first, samples - first, lane);
+    run_linear_tiles<Operand, FEEDBACK>(product, memory, unit, samples, lane);
     return;
   }
   switch (product.tiles) {

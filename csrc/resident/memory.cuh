@@ -6,35 +6,68 @@
 
 namespace pcfast::resident {
 
-// One layer's weights, rounded as its products read them, into shared memory.
+// Loads that a thread has in flight: device memory is far, and a block has few warps to hide that.
+constexpr int kLoadsAhead = 8;
+
+// Weight i in device memory, rounded as the layer's products read it.
+template <class Real>
+__device__ Real load_weight(const Layer& layer, const void* from, int i) {
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    if (layer.operand == BF16) return tile::to_float(static_cast<const tile::bf16*>(from)[i]);
+    if (layer.operand == TF32) return tile::as_float(tile::to_tf32(static_cast<const float*>(from)[i]));
+  }
+  return static_cast<const Real*>(from)[i];
+}
+
+template <class Real>
+__device__ void store_weight(const Layer& layer, Real* memory, int place, Real weight) {
+  if constexpr (sizeof(Real) == sizeof(float)) {
+    if (layer.operand == BF16 && layer.predict.kind == LINEAR) {
+      reinterpret_cast<tile::bf16*>(memory + layer.weights)[place] = tile::to_bf16(weight);
+      return;
+    }
+  }
+  memory[layer.weights + place] = weight;
+}
+
+__device__ inline void write_terms(const Layer& layer, const Product& product, float* memory, int thread, int threads) {
+  for (int slot = thread; slot < product.term_count; slot += threads)
+    if (layer.operand == BF16)
+      write_term<Bf16>(product, memory, slot);
+    else
+      write_term<Tf32>(product, memory, slot);
+}
+
+// One layer's weights, from [output][input] to [input][padded output], and the tables of its products.
 template <class Real>
 __device__ void fill_weights(const Layer& layer, const void* from, Real* memory, int thread, int threads) {
-  const int inputs = layer.weight_inputs;
-  for (int i = thread; i < inputs * layer.channels; i += threads) {
-    const int place = i % inputs * layer.weight_stride + i / inputs;
-    if constexpr (sizeof(Real) == sizeof(float)) {
-      if (layer.operand == BF16) {
-        const tile::bf16 weight = static_cast<const tile::bf16*>(from)[i];
-        if (layer.predict.kind == LINEAR)
-          reinterpret_cast<tile::bf16*>(memory + layer.weights)[place] = weight;
-        else
-          memory[layer.weights + place] = tile::to_float(weight);
-        continue;
-      }
-      if (layer.operand == TF32) {
-        memory[layer.weights + place] = tile::as_float(tile::to_tf32(static_cast<const float*>(from)[i]));
-        continue;
+  const int inputs = layer.weight_inputs, count = inputs * layer.channels;
+  if (count) {
+    // of weight i = output * inputs + input, without dividing for each
+    int input = thread % inputs, output = thread / inputs;
+    const int input_step = threads % inputs, output_step = threads / inputs;
+    for (int i = thread; i < count; i += kLoadsAhead * threads) {
+      Real weight[kLoadsAhead];
+      PCFAST_UNROLL
+      for (int j = 0; j < kLoadsAhead; ++j)
+        if (i + j * threads < count) weight[j] = load_weight<Real>(layer, from, i + j * threads);
+      PCFAST_UNROLL
+      for (int j = 0; j < kLoadsAhead; ++j) {
+        if (i + j * threads < count) store_weight(layer, memory, input * layer.weight_stride + output, weight[j]);
+        input += input_step;
+        output += output_step;
+        if (input >= inputs) input -= inputs, ++output;
       }
     }
-    memory[layer.weights + place] = static_cast<const Real*>(from)[i];
   }
   if constexpr (sizeof(Real) == sizeof(float)) {
-    for (int k = thread; k < layer.predict.term_count; k += threads) write_term(layer.predict, memory, k);
-    for (int k = thread; k < layer.feedback.term_count; k += threads) write_term(layer.feedback, memory, k);
+    write_terms(layer, layer.predict, memory, thread, threads);
+    write_terms(layer, layer.feedback, memory, thread, threads);
   }
 }
 
-// Everything that stays for the whole relaxation; vhat_1 goes where layer 2 reads d_1, or in Gram form uhat_2 to its place.
+// Everything that stays for the whole relaxation, there for the block but for the masses, which are after one more barrier;
+// vhat_1 goes where layer 2 reads d_1, or in Gram form uhat_2 to its place.
 template <class Real>
 __device__ void fill(const Moment<Real>& now, int thread, int threads, const Warp& warp) {
   const Program& program = now.program;
@@ -60,7 +93,6 @@ __device__ void fill(const Moment<Real>& now, int thread, int threads, const War
     }
   }
   fill_targets(now, thread, threads, warp);
-  tile::block_barrier();
 }
 
 // From vhat, which the forward pass left in its place, to d: zero, or what the caller's beliefs are off it.

@@ -25,7 +25,8 @@ __device__ Row<Real> row_at(const Moment<Real>& now, int64_t row) {
   return {inside, ignored ? Real(0) : weights ? weights[inside] : Real(1), ignored, wrong};
 }
 
-// The sum of the weights of all rows of the batch: every block finds the same, in the same order.
+// The sum of the weights of all rows of the batch: every block finds the same, in the same order. `parts`, one a warp, may
+// be written again after the next barrier.
 template <class Real>
 __device__ Real batch_weight(const Moment<Real>& now, Real* parts, int thread, int threads, const Warp& warp) {
   Real sum = 0;
@@ -41,10 +42,11 @@ __device__ Real batch_weight(const Moment<Real>& now, Real* parts, int thread, i
   tile::block_barrier();
   sum = 0;
   for (int i = 0; i < warp.count; ++i) sum += parts[i];
-  tile::block_barrier();
   return sum;
 }
 
+// All that was written before it is there for the block after it; the masses are after one more barrier.
+//
 // Cross-entropy is -sum_c dense[c] log_softmax(mu)[c] (pcfast/losses.py), its mass the sum of dense; mse compares with dense.
 template <class Real>
 __device__ void fill_targets(const Moment<Real>& now, int thread, int threads, const Warp& warp) {
@@ -89,6 +91,11 @@ __device__ void fill_targets(const Moment<Real>& now, int thread, int threads, c
   }
 }
 
+// Warps that have the output layer in a predict stage, the last ones of the block; the others have the hidden layers.
+__device__ inline int output_warps(const Program& program) {
+  return max(min(program.samples, static_cast<int>(blockDim.x) / kWarpSize / 2), 1);
+}
+
 // One warp a sample. The gradient at mu = vhat + bracket as eps and delta of the output layer; before the iterations
 // (`forward`) at vhat, and the sample's share of the loss there.
 template <class Real>
@@ -99,17 +106,24 @@ __device__ void output_error(const Moment<Real>& now, bool forward, bool moved, 
   const int classes = program.classes;
   const Real loss_scale = Real(now.run.loss_scale);
   void* kept = forward ? now.tensors.output_gradient : now.last ? now.tensors.error[program.depth - 1] : nullptr;
-  // from the last warp on, since the first ones have the hidden layers
-  for (int n = warp.count - 1 - warp.index; n < now.samples; n += warp.count) {
+  const int warps = output_warps(program);
+  if (warp.count - 1 - warp.index >= warps) return;
+  for (int n = warp.count - 1 - warp.index; n < now.samples; n += warps) {
     const Real* vhat = now.memory + program.vhat + n * program.classes_stride;
     const Real* dense = now.memory + program.dense + n * program.classes_stride;
     Real highest = Real(-3.0e38), sum = 0, loss = 0;
+    const int first_pass = program.loss == CROSS_ENTROPY ? HIGHEST : ERROR;
+    Moved<Real> own{};  // the lane's first class, often its only one: found in the first pass
     PCFAST_NO_UNROLL
-    for (int pass = program.loss == CROSS_ENTROPY ? HIGHEST : ERROR; pass <= ERROR; ++pass) {
+    for (int pass = first_pass; pass <= ERROR; ++pass) {
       for (int c = warp.lane; c < classes; c += kWarpSize) {
         const Element<Real> where{n, c, 0, 0, c};
-        int winner;
-        const Moved<Real> found = Tail<Real>{layer, now.memory, moved, where}.evaluate(winner);
+        Moved<Real> found = own;
+        if (pass == first_pass || c != warp.lane) {
+          int winner;
+          found = Tail<Real>{layer, now.memory, moved, where}.evaluate(winner);
+          if (c == warp.lane) own = found;
+        }
         const Real output = vhat[c] + found.bracket;
         if (pass == HIGHEST) {
           highest = fmax(highest, output);

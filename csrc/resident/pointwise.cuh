@@ -33,7 +33,10 @@ __device__ void forward_values(const Moment<Real>& now, int l, int thread, int t
   }
 }
 
-// An error that has reached the product of layer l: delta, or in Gram form S <- S + eta (delta - S).
+// Beliefs move along g = eps - r: d += eta g. With momentum m <- momentum m + g, d += eta m; eps comes in the predict stage,
+// r in the feedback stage, which moves d. A layer that nothing has reached has no velocity.
+
+// An error that has reached the product of layer l: delta, or in Gram form S, which moves along delta - S.
 template <class Real>
 __device__ void pull_back(const Moment<Real>& now, int l, const Element<Real>& where, const Source& source,
                           Real value) {
@@ -48,11 +51,16 @@ __device__ void pull_back(const Moment<Real>& now, int l, const Element<Real>& w
     const int inner = layer.channels * layer.height * layer.width;
     static_cast<Real*>(now.tensors.gram_sum_before)[sample * inner + source.index] = stored;
   }
-  stored += now.eta * (value - stored);
+  Real step = value - stored;
+  if (now.momentum != 0) {
+    Real& m = velocity(now, 1, where.sample, source.index);
+    step = m = now.momentum * m + step;
+  }
+  stored += now.eta * step;
   note_bad(now, 1, stored);
 }
 
-// Predict stage of a hidden layer: eps = bracket - d, delta = eps pulled back to the product, d += eta eps.
+// Predict stage of a hidden layer: eps = bracket - d, delta = eps pulled back to the product; eps's part of the move.
 //
 // `finish`: after the last iteration, of any layer: its last errors, pulled back at the last beliefs, into device memory
 // for the weight gradients.
@@ -74,7 +82,12 @@ __device__ void pull_errors(const Moment<Real>& now, int l, bool moved, bool fin
     } else {
       Real& d = now.memory[at(layer.d, where.sample, where.channel, where.y, where.x)];
       error = found.bracket - d;
-      if (now.moves) d += now.eta * error;
+      if (now.momentum != 0) {
+        Real& m = velocity(now, l, where.sample, where.index);
+        m = now.momentum * m + error;
+      } else if (now.moves) {
+        d += now.eta * error;
+      }
       if (now.last) errors[e] = error;
     }
     PCFAST_NO_UNROLL
@@ -89,7 +102,7 @@ __device__ void pull_errors(const Moment<Real>& now, int l, bool moved, bool fin
   }
 }
 
-// Feedback stage: d -= eta r; layer 1, whose prediction is constant, has eps = -d besides.
+// Feedback stage: r's part of the move; layer 1, whose prediction is constant, has eps = -d besides.
 template <class Real>
 __device__ void update(const Moment<Real>& now, int l, int thread, int threads) {
   const Layer& layer = now.program.layers[l - 1];
@@ -105,6 +118,11 @@ __device__ void update(const Moment<Real>& now, int l, int thread, int threads) 
         static_cast<Real*>(now.tensors.error[0])[sample * size + where.index] = -d;
       }
       pulled += d;
+    }
+    if (now.momentum != 0) {
+      Real& m = velocity(now, l, where.sample, where.index);
+      m = (l == 1 ? now.momentum * m : m) - pulled;
+      pulled = -m;
     }
     d -= now.eta * pulled;
     note_bad(now, l, d);

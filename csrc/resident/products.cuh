@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../tile/platform.cuh"
+#include "../tile/shared.cuh"
 #include "../tile/shuffle.cuh"
 #include "matrix_products.cuh"
 #include "program.h"
@@ -52,28 +53,28 @@ __device__ void linear_prediction(const Product& product, Real* memory, int unit
     const Real* input = memory + product.input.first + first_sample * product.input.samples;
     for (int k = begin + share * kQuad; k < end; k += sharing * kQuad) {
       Quad<Real> b[SAMPLES];
-  PCFAST_UNROLL
+      PCFAST_UNROLL
       for (int n = 0; n < SAMPLES; ++n) b[n] = load_quad(input + n * product.input.samples + k);
-  PCFAST_UNROLL
+      PCFAST_UNROLL
       for (int j = 0; j < kQuad; ++j) {
         Quad<Real> a = load_quad(weights + (k + j) * product.weight_channel);
-  PCFAST_UNROLL
+        PCFAST_UNROLL
         for (int i = 0; i < kQuad; ++i)
-  PCFAST_UNROLL
+          PCFAST_UNROLL
           for (int n = 0; n < SAMPLES; ++n) sum[i][n] += a.x[i] * b[n].x[j];
       }
     }
   }
   for (int lanes = product.lanes; lanes < kWarpSize; lanes *= 2)
-  PCFAST_UNROLL
+    PCFAST_UNROLL
     for (int i = 0; i < kQuad; ++i)
-  PCFAST_UNROLL
+      PCFAST_UNROLL
       for (int n = 0; n < SAMPLES; ++n) sum[i][n] += tile::shuffle_xor(sum[i][n], lanes);
   if (!active || share != 0) return;
   Real* out = memory + product.scratch + split * product.scratch_split + first_sample * product.scratch_sample + row;
   PCFAST_UNROLL
   for (int i = 0; i < kQuad; ++i)
-  PCFAST_UNROLL
+    PCFAST_UNROLL
     for (int n = 0; n < SAMPLES; ++n)
       if (row + i < product.out && n < samples) out[n * product.scratch_sample + i] = sum[i][n];
 }
@@ -94,28 +95,28 @@ __device__ void linear_feedback(const Product& product, Real* memory, int unit, 
   Real sum[kFeedbackRowsALane][SAMPLES] = {};
   for (int k = begin; k < end; k += kQuad) {
     Quad<Real> b[SAMPLES];
-  PCFAST_UNROLL
+    PCFAST_UNROLL
     for (int n = 0; n < SAMPLES; ++n) b[n] = load_quad(input + n * product.input.samples + k);
-  PCFAST_UNROLL
+    PCFAST_UNROLL
     for (int i = 0; i < kFeedbackRowsALane; ++i) {
       Quad<Real> a = load_quad(weights[i] + k);
-  PCFAST_UNROLL
+      PCFAST_UNROLL
       for (int j = 0; j < kQuad; ++j)
-  PCFAST_UNROLL
+        PCFAST_UNROLL
         for (int n = 0; n < SAMPLES; ++n) sum[i][n] += a.x[j] * b[n].x[j];
     }
   }
   Real* out = memory + product.scratch + split * product.scratch_split + first_sample * product.scratch_sample;
   PCFAST_UNROLL
   for (int i = 0; i < kFeedbackRowsALane; ++i)
-  PCFAST_UNROLL
+    PCFAST_UNROLL
     for (int n = 0; n < SAMPLES; ++n)
       if (row + i * kWarpSize < product.out && n < samples) out[n * product.scratch_sample + row + i * kWarpSize] = sum[i][n];
 }
 
 // PIXELS: lanes run over (sample, y, x); a lane has ROWS rows of A at kPixelsALane places. Weights of a term are the
-// same number for all lanes.
-template <class Real, int ROWS>
+// same numbers for all lanes. ADJACENT: those of the rows lie side by side, padded to a quad.
+template <class Real, int ROWS, bool ADJACENT>
 __device__ void pixels(const Product& product, Real* memory, int unit, int samples, int lane) {
   const int split = unit % product.splits;
   const int row_tiles = ceil_div(product.out, ROWS);
@@ -125,13 +126,14 @@ __device__ void pixels(const Product& product, Real* memory, int unit, int sampl
   const int end = min(begin + product.split, product.channels);
   const int area = product.by_area.value, places = samples * area;
 
-  const Real* input[kPixelsALane];
+  tile::SharedPointer<Real> input[kPixelsALane];
   PCFAST_UNROLL
   for (int j = 0; j < kPixelsALane; ++j)
     input[j] = memory + input_place(product, min(place + j * kWarpSize, places - 1));
-  const Real* weights[ROWS];  // the last row again past the end: read, never written
+  constexpr int kPointers = ADJACENT ? 1 : ROWS;
+  tile::SharedPointer<Real> weights[kPointers];  // the last row again past the end: read, never written
   PCFAST_UNROLL
-  for (int i = 0; i < ROWS; ++i)
+  for (int i = 0; i < kPointers; ++i)
     weights[i] = memory + product.weights + min(row + i, product.out - 1) * product.weight_row;
 
   Real sum[ROWS][kPixelsALane] = {};
@@ -139,15 +141,25 @@ __device__ void pixels(const Product& product, Real* memory, int unit, int sampl
     for (int tap_y = 0; tap_y < product.taps_y; ++tap_y) {
       int a_step = channel * product.weight_channel + tap_y * product.weight_tap_y;
       int b_step = channel * product.input.channels + tap_y * product.input_tap_y;
+      PCFAST_UNROLL_TWICE  // rows of taps are short
       for (int tap_x = 0; tap_x < product.taps_x; ++tap_x) {
-        Real a[ROWS], b[kPixelsALane];
-  PCFAST_UNROLL
-        for (int i = 0; i < ROWS; ++i) a[i] = weights[i][a_step];
-  PCFAST_UNROLL
+        Real a[ceil_div(ROWS, kQuad) * kQuad], b[kPixelsALane];
+        if constexpr (ADJACENT) {
+          PCFAST_UNROLL
+          for (int i = 0; i < ROWS; i += kQuad) {
+            const Quad<Real> four = load_quad<Real>(weights[0] + (a_step + i));
+            PCFAST_UNROLL
+            for (int j = 0; j < kQuad; ++j) a[i + j] = four.x[j];
+          }
+        } else {
+          PCFAST_UNROLL
+          for (int i = 0; i < ROWS; ++i) a[i] = weights[i][a_step];
+        }
+        PCFAST_UNROLL
         for (int j = 0; j < kPixelsALane; ++j) b[j] = input[j][b_step];
-  PCFAST_UNROLL
+        PCFAST_UNROLL
         for (int i = 0; i < ROWS; ++i)
-  PCFAST_UNROLL
+          PCFAST_UNROLL
           for (int j = 0; j < kPixelsALane; ++j) sum[i][j] += a[i] * b[j];
         a_step += product.weight_tap_x;
         b_step += product.input_tap_x;
@@ -160,10 +172,18 @@ __device__ void pixels(const Product& product, Real* memory, int unit, int sampl
     if (p >= places) continue;
     const int sample = quotient(p, product.by_area);
     Real* at = out + sample * product.scratch_sample + (p - sample * area);
-  PCFAST_UNROLL
+    PCFAST_UNROLL
     for (int i = 0; i < ROWS; ++i)
       if (row + i < product.out) at[(row + i) * area] = sum[i][j];
   }
+}
+
+template <class Real, int ROWS>
+__device__ void run_pixels_unit(const Product& product, Real* memory, int unit, int samples, int lane) {
+  if (product.weight_row == 1)
+    pixels<Real, ROWS, true>(product, memory, unit, samples, lane);
+  else
+    pixels<Real, ROWS, false>(product, memory, unit, samples, lane);
 }
 
 // COPY: one sample.
@@ -232,13 +252,13 @@ __device__ void run_unit(const Product& product, int operand, Real* memory, int 
     case PIXELS:
       switch (product.rows_a_thread) {
         case 8:
-          return pixels<Real, 8>(product, memory, unit, samples, lane);
+          return run_pixels_unit<Real, 8>(product, memory, unit, samples, lane);
         case 5:  // the paper's MNIST network has five channels
-          return pixels<Real, 5>(product, memory, unit, samples, lane);
+          return run_pixels_unit<Real, 5>(product, memory, unit, samples, lane);
         case 4:
-          return pixels<Real, 4>(product, memory, unit, samples, lane);
+          return run_pixels_unit<Real, 4>(product, memory, unit, samples, lane);
         default:
-          return pixels<Real, 1>(product, memory, unit, samples, lane);
+          return pixels<Real, 1, false>(product, memory, unit, samples, lane);
       }
     default:
       return;

@@ -8,6 +8,7 @@
 //     delta     per layer  errors at the product's output, with the halo that the feedback reads
 //                          (Gram form of layer 2: its sum S instead; docs/method.md fact 7)
 //     uhat      per layer  pre-activations of the forward pass
+//     velocity  per layer  of d, or of S, where beliefs move with momentum
 //     top       vhat, dense target and mass of the output layer
 //     scratch   partial sums of a stage's products
 //
@@ -84,6 +85,7 @@ struct Layer {
   int32_t before, after;              // activations in front of and behind the pool: codes of activations.cuh
   double before_negative_slope, after_negative_slope;
   int32_t uhat, uhat_sample;          // (channel, y, x) packed; not of layer 1
+  int32_t velocity, velocity_sample;  // of its beliefs, packed; layer 1's in Gram form: of S. 0 numbers a sample: none
   int32_t operand;                    // of both products
   // As in shared memory, the stride in numbers of the kind that is kept there; weight_inputs 0: none to load.
   int32_t weights, weight_inputs, weight_stride;
@@ -114,6 +116,7 @@ struct Tensors {
   const int64_t* labels;              // null: targets are dense
   const void* dense;                  // (batch, classes): probabilities, or what mse compares with
   const void* class_weight;           // of cross-entropy
+  const void* step_sizes;             // (iterations,); null: eta is the same in all
   // Written.
   void* vhat[kMostLayers];            // from layer 2 on
   void* belief[kMostLayers];          // after the last iteration
@@ -134,7 +137,7 @@ struct Run {
   int32_t mean;                       // cross-entropy: over rows, weighed by their classes
   int32_t every_row;                  // no label may be ignored: the mean is over more rows than the batch's
   int64_t ignored_label;
-  double eta;
+  double eta, momentum;
   double smoothing;                   // of labels
   double share;                       // of the batch in a mean over more rows
   double loss_scale;                  // mse: of mu - y in the gradient

@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const Warp warp{thread / kWarpSize, threads / kWarpSize, thread % kWarpSize};
   const int first_sample = blockIdx.x * program.samples;
   Moment<Real> now{program, tensors, run, reinterpret_cast<Real*>(bytes), first_sample,
-                   min(program.samples, run.batch - first_sample), Real(run.eta), 0, false, run.iterations > 0};
+                   min(program.samples, run.batch - first_sample), Real(run.eta), Real(run.momentum), 0, false,
+                   run.iterations > 0};
   fill(now, thread, threads, warp);
 
   const int depth = program.depth;
@@ -37,6 +38,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     const int layer = depth + t;  // of the forward pass
     now.iteration = t;
     now.last = t == iterations;
+    if (tensors.step_sizes && t > 0 && t <= run.iterations) now.eta = static_cast<const Real*>(tensors.step_sizes)[t - 1];
     // The lowest layer with an error, and the lowest whose prediction has moved (fact 3). Below it beliefs are where they
     // were, and so is the prediction.
     const int front = fresh ? max(depth - t + 1 + finish, 2) : 2;
@@ -56,7 +58,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       tile::block_barrier();
       continue;
     }
-    for (int l = depth - !finish; l >= front; --l) pull_errors(now, l, l >= moved, finish, thread, threads);
+    // the output layer's warps are busy with it
+    const int free = finish || warp.count == 1 ? threads : threads - output_warps(program) * kWarpSize;
+    for (int l = depth - !finish; l >= front && thread < free; --l)
+      pull_errors(now, l, l >= moved, finish, thread, free);
     if (finish) break;
     tile::block_barrier();
     if (now.moves) {

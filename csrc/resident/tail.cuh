@@ -27,7 +27,7 @@ struct Moment {
   Real* memory;
   int first_sample;  // of the batch
   int samples;
-  Real eta;
+  Real eta, momentum;
   int iteration;     // from 1 on
   bool last;         // errors go to device memory
   bool moves;        // beliefs move
@@ -35,6 +35,13 @@ struct Moment {
 
 __device__ inline int at(const Place& place, int sample, int channel, int y, int x) {
   return place.first + sample * place.samples + channel * place.channels + y * place.rows + x * place.columns;
+}
+
+// The velocity of number `index` of layer l's beliefs, which has momentum; of S for layer 1 in Gram form.
+template <class Real>
+__device__ Real& velocity(const Moment<Real>& now, int l, int sample, int index) {
+  const Layer& layer = now.program.layers[l - 1];
+  return now.memory[layer.velocity + sample * layer.velocity_sample + index];
 }
 
 template <class Real>

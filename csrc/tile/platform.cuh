@@ -23,9 +23,11 @@
 
 #ifdef __CUDACC__
 #define PCFAST_UNROLL _Pragma("unroll")
+#define PCFAST_UNROLL_TWICE _Pragma("unroll 2")
 #define PCFAST_NO_UNROLL _Pragma("unroll 1")
 #else
 #define PCFAST_UNROLL
+#define PCFAST_UNROLL_TWICE
 #define PCFAST_NO_UNROLL
 #endif
 

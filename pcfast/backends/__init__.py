@@ -35,10 +35,13 @@ def choose_backend(name: str, request: Request) -> tuple[Backend, tuple[tuple[st
         if ok:
             ok, reason = backend.supports(request)
         if ok:
-            if refusals:
-                say_once(
-                    f"running on {backend.name}: " + "; ".join(f"{n} refused ({why})" for n, why in refusals)
-                )
+            say_passed_over(backend.name, tuple(refusals))
             return backend, tuple(refusals)
         refusals.append((backend.name, reason))
     raise BackendError("no backend can run this: " + "; ".join(f"{n}: {why}" for n, why in refusals))
+
+
+def say_passed_over(name: str, refusals: tuple[tuple[str, str], ...]) -> None:
+    """Say once which backend runs where "auto" passed over others."""
+    if refusals:
+        say_once(f"running on {name}: " + "; ".join(f"{n} refused ({why})" for n, why in refusals))

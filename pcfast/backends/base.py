@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network import Network
-from ..planning import Plan
+from ..planning import LOOPS, Plan
 from ..precision import Precision
 from ..problem import Outcome, Problem, Request
 
@@ -17,6 +17,35 @@ from ..problem import Outcome, Problem, Request
 def on_device(device: torch.device):
     """Makes ``device`` CUDA's current one, where kernels start whatever device their tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def without_closed_form(request: Request) -> str:
+    """Why one backward pass does not give the updates of fixed prediction; "" where it does, or for other methods."""
+    optimizer = request.belief_optimizer
+    if request.method != "fixed_prediction" or optimizer.linear:
+        return ""
+    return f"fixed prediction has no closed form with {optimizer}: only the literal loop computes it"
+
+
+def without_kernels(request: Request, *, momentum: bool = False) -> str:
+    """Which of a request's settings the kernels of strict relaxation do not know; "" where they know all.
+
+    Args:
+        momentum: they move beliefs with momentum, and by schedules of step sizes.
+    """
+    if request.method != "strict":
+        if request.method in LOOPS:
+            return f"its kernels relax strict predictive coding, not {request.method}: use eager"
+        return without_closed_form(request)
+    optimizer = request.belief_optimizer
+    if not optimizer.plain and not (momentum and optimizer.linear):
+        known = "gradient descent without weight decay" if momentum else "plain gradient descent"
+        return f"its kernels move beliefs by {known}, not by {optimizer}: use eager"
+    if request.schedule and not momentum:
+        return "its kernels take one step size for all iterations, not a schedule: use eager"
+    if request.nudging is not None:
+        return "its kernels take no nudged target: use eager"
+    return ""
 
 
 class Backend(ABC):

@@ -6,20 +6,25 @@ cuDNN, as in eager.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .. import constants, native
+from ..belief_optimizers import BeliefOptimizer
 from ..deviation import Chain
 from ..planning import choose_gram
 from ..precision import Operands, choose_precision, kernel_operands, numerics
 from ..problem import check_start
 from ..resident.placement import Chip, Placement, place
-from .base import on_device
+from .base import on_device, without_kernels
 from .eager import Eager
-from .kernel_run import KernelRun, first_product, refused_method
+from .kernel_run import KernelRun, first_product
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
+# int32 in the kernel, whose largest value stands for "never"
+_MOST_STEPS = torch.iinfo(torch.int32).max - 1
 
 
 class Cuda(Eager):
@@ -32,11 +37,13 @@ class Cuda(Eager):
 
     def supports(self, request):
         reason = _unavailable(request.device)
-        reason = reason or refused_method(request.method)
         if reason:
             return False, reason
         if request.dtype not in _DTYPES and not (native.on_host() and request.dtype == torch.float64):
             return False, f"its kernels compute in float32, not {request.dtype}: use eager"
+        reason = without_kernels(request, momentum=True)
+        if reason:
+            return False, reason
         network = request.network
         if network.opaque:
             op = network.opaque[0]
@@ -44,6 +51,8 @@ class Cuda(Eager):
             return False, f"{layer.label}: {op.why}"
         if request.x_shape is None or request.method != "strict" or network.depth == 1:
             return True, ""
+        if request.num_steps > _MOST_STEPS:
+            return False, f"its kernel counts up to {_MOST_STEPS:,} iterations, not {request.num_steps:,}"
         if request.energies:
             return False, "energies need every iteration's errors, which stay on chip"
         if request.loss not in ("cross_entropy", "mse"):
@@ -53,11 +62,14 @@ class Cuda(Eager):
             )
         shapes = network.shapes(request.x_shape)
         gram, _ = choose_gram(
-            network, shapes, request.method, request.num_steps, request.fresh, request.energies
-        )
+            network, shapes, request.method, request.num_steps, request.fresh, request.energies,
+            request.belief_optimizer,
+        )  # fmt: skip
         precision = choose_precision(request.device.type, request.dtype)
         with numerics(request.device, precision):
-            found = _place(network, shapes, gram, request.loss, precision, request.device)
+            found = _place(
+                network, shapes, gram, request.loss, precision, request.device, request.belief_optimizer
+            )
         return (False, found) if isinstance(found, str) else (True, "")
 
     def run(self, problem, plan):
@@ -73,8 +85,16 @@ class Cuda(Eager):
         from ..resident.words import describe
 
         with numerics(device, plan.precision):
-            placed = _place(network, plan.shapes, plan.gram, "cross_entropy", plan.precision, device)
-        return describe(network, placed)
+            placed = _place(
+                network,
+                plan.shapes,
+                plan.gram,
+                "cross_entropy",
+                plan.precision,
+                device,
+                plan.belief_optimizer,
+            )
+        return describe(network, placed, constants.load())
 
 
 def _unavailable(device: torch.device) -> str:
@@ -112,33 +132,56 @@ def _chip(device: torch.device, scalar_bytes: int) -> Chip:
     )
 
 
-def _place(network, shapes, gram: bool, loss: str, precision, device: torch.device) -> Placement | str:
+def _place(
+    network, shapes, gram: bool, loss: str, precision, device: torch.device, optimizer: BeliefOptimizer
+) -> Placement | str:
     """See :func:`pcfast.resident.placement.place`; call it inside the relaxation's numerics."""
     scalar_bytes = precision.state.itemsize
     # doubles, which only the CPU's build has, have no matrix unit
     operands = kernel_operands(device, precision) if scalar_bytes == 4 else Operands("ieee", "ieee")
-    return place(network, shapes, gram, loss, operands, scalar_bytes, _chip(device, scalar_bytes))
+    chip = _chip(device, scalar_bytes)
+    return place(network, shapes, gram, loss, operands, scalar_bytes, chip, optimizer.momentum > 0)
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(step_sizes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A schedule where the kernel reads it. Uploaded once: a CUDA graph cannot record a copy from the host."""
+    return torch.tensor(step_sizes, dtype=dtype, device=device)
 
 
 class _Run(KernelRun):
     """One strict relaxation. The kernel runs the forward pass, too: only its lowest product is torch's."""
 
     def _forward(self):
-        from ..resident.loop import Inputs, relax
+        from ..resident.loop import relax
 
-        problem, plan, depth = self.problem, self.plan, self.depth
-        shapes, loss = [inner[-1] for inner in plan.shapes], problem.loss
+        problem = self.problem
+        shapes, loss = [inner[-1] for inner in self.plan.shapes], problem.loss
         loss.check_target(shapes[-1], problem.y)
         if problem.raise_now and loss.kind == "cross_entropy":  # labels
             loss.prepare(torch.empty(shapes[-1]), problem.y, raise_now=True)
         self.starts = None
         if problem.start is not None:
-            check_start(problem.start, [plan.shapes[0][0], *shapes])
+            check_start(problem.start, [self.plan.shapes[0][0], *shapes])
             self.starts = [v if v is None else self.precision.to_state(v) for v in problem.start]
         self.heads = [None if chain is None else first_product(chain) for chain in self.chains]
         x = self.precision.to_state(problem.x)
         first = self.chains[1].forward(x)
-        placed = _place(problem.network, plan.shapes, plan.gram, loss.kind, self.precision, problem.x.device)
+        self.found = relax(
+            *self.arguments(first), problem.num_steps, gradients=problem.wanted.gradients,
+            output_gradient=problem.wanted.states or problem.wanted.activations or problem.check,
+        )  # fmt: skip
+        return [x, first, *self.found.vhat[2:]]
+
+    def arguments(self, first: torch.Tensor):
+        """Placement and inputs of :func:`pcfast.resident.loop.relax`. first: vhat_1."""
+        from ..resident.loop import Inputs
+
+        problem, plan = self.problem, self.plan
+        placed = _place(
+            problem.network, plan.shapes, plan.gram, problem.loss.kind, self.precision, problem.x.device,
+            problem.belief_optimizer,
+        )  # fmt: skip
         steps = [None if head is None else self.chains[l].steps[head] for l, head in enumerate(self.heads)]
         weights = [None if step is None else step.weight for step in steps]
         biases = [None if step is None else step.bias for step in steps]
@@ -146,28 +189,28 @@ class _Run(KernelRun):
         if plan.gram:
             below = steps[2].forward(first)
             weights[2], biases[2] = steps[2].gram(), None
-        inputs = Inputs(
-            [None, None, *weights[2:]], [None, None, *biases[2:]], below, self.starts, loss, problem.y,
-            [None, *shapes],
-            [None, None, *(self._inner_shape(l) for l in range(2, depth + 1))],
+        self.step_size = problem.step_size
+        if isinstance(self.step_size, tuple):
+            self.step_size = _on_device(self.step_size, first.dtype, first.device)
+        inner_shapes = (self._inner_shape(l) for l in range(2, self.depth + 1))
+        return placed, Inputs(
+            [None, None, *weights[2:]], [None, None, *biases[2:]], below, self.starts, problem.loss, problem.y,
+            self.step_size, problem.belief_optimizer.momentum, [None, *(inner[-1] for inner in plan.shapes)],
+            [None, None, *inner_shapes],
         )  # fmt: skip
-        self.found = relax(
-            placed, inputs, problem.num_steps, problem.step_size, gradients=problem.wanted.gradients,
-            output_gradient=problem.wanted.states or problem.wanted.activations or problem.check,
-        )  # fmt: skip
-        return [x, first, *self.found.vhat[2:]]
 
     def _inner_shape(self, l: int) -> tuple[int, ...]:
         inner, head = self.plan.shapes[l - 1], self.heads[l]
         return inner[0] if head is None else inner[head + 1]
 
     def _prepare_loss(self):
-        self.loss, self.output_gradient = self.found.loss, self.found.output_gradient
-        self.flaw = self.found.flaw
+        self.loss, self.output_gradient = self.found.loss_rows.sum(), self.found.output_gradient
+        self.flaw = self.found.first_bad[-1] == 0
 
     def _strict(self):
         problem, plan, depth, steps = self.problem, self.plan, self.depth, self.problem.num_steps
         found, out = self.found, self.result
+        out.resources = self.step_size  # what the cache may let go
         beliefs, errors = [self.vhat[0], *found.beliefs[1:depth], self.vhat[depth]], [None] * (depth + 1)
         # error l is there from iteration L - l + 1 on (fact 3)
         lowest = max(depth - max(steps, 1) + 1, 1) if plan.fresh else 1
@@ -179,7 +222,7 @@ class _Run(KernelRun):
             errors[1] = head.pullback(found.gram_sum_before)
         elif lowest == 1 and not steps:
             errors[1] = self.vhat[1] - beliefs[1]  # written in the feedback stage, of which there was none
-        self.first_bad = found.first_bad
+        self.first_bad = found.first_bad[:-1]
         if self.builder is not None:
             self.builder.observe_first(self.first_bad, steps)
         self.checked = [(l, v) for l, v in enumerate(beliefs) if 0 < l < depth]

@@ -10,7 +10,7 @@ error_based and incremental: files of these names.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..fixed_prediction import fixed_prediction_factors, scalar_chain
 from ..precision import numerics
 from ..problem import Outcome, Problem, energy_row, filled_start, layer_of_parameters
 from ..replay import recorded_buffers
-from .base import Backend
+from .base import Backend, without_closed_form
 from .error_based import FreeErrors
 from .incremental import Moving, check_iteration
 from .links import GramLink, Link
@@ -34,7 +34,8 @@ class Eager(Backend):
     def supports(self, request):
         if not request.dtype.is_floating_point:
             return False, f"eager relaxes real floating dtypes, not {request.dtype}"
-        return True, ""
+        reason = without_closed_form(request)
+        return not reason, reason
 
     def replays(self, problem, plan):
         if problem.network.opaque:
@@ -139,7 +140,15 @@ class Run:
         problem = self.problem
         limit = torch.finfo(self.precision.state).max if problem.check else None
         lowest = 0 if problem.wanted.input_error else 1
-        return fixed_prediction_factors(self.depth, problem.num_steps, problem.step_size, limit, lowest)
+        return fixed_prediction_factors(
+            self.depth, problem.num_steps, problem.step_size, limit, lowest, problem.belief_optimizer.momentum
+        )
+
+    def _chain(self):
+        """The scalars c_d(t) for t = 0..n."""
+        problem = self.problem
+        rows = scalar_chain(self.depth, problem.step_size, problem.belief_optimizer.momentum)
+        return itertools.islice(rows, problem.num_steps + 1)
 
     def _one_backward(self) -> None:
         problem, depth, out = self.problem, self.depth, self.result
@@ -172,7 +181,7 @@ class Run:
             self.checked += [(max(l, 1), v) for l, v in enumerate(out.beliefs)]
             self.checked += [(max(l, 1), e) for l, e in enumerate(out.errors) if e is not None]
         if wanted.energies and problem.method == "fixed_prediction":
-            for row in itertools.islice(scalar_chain(depth, problem.step_size), problem.num_steps):
+            for row in itertools.islice(self._chain(), problem.num_steps):
                 errors = [None if g is None else g * row[depth - l] for l, g in enumerate(gradients)]
                 self.energies.append(energy_row(errors, self.loss))
 
@@ -190,40 +199,76 @@ class Run:
 
     def _strict(self) -> None:
         problem, depth, out = self.problem, self.depth, self.result
-        starts = None if problem.start is None else filled_start(problem.start, self.vhat)
+        starts = self.vhat if problem.start is None else filled_start(problem.start, self.vhat)
         self.links: list[Link] = [None]  # index l couples v_l to layer l+1
         for l in range(1, depth):
             kind = GramLink if l == 1 and self.plan.gram else Link
-            start = None if problem.start is None else self.precision.to_state(starts[l])
-            self.links.append(kind(self.chains[l + 1], self.vhat[l], start))
-        errors = self._relax(self.builder.observe if self.builder else None)
-        for link in self.links[1:]:
-            link.settle()
-        if self.plan.gram:
-            errors[1] = self.links[1].last_error()
-        self.checked = [(l, link.d) for l, link in enumerate(self.links) if l and link.d is not None]
-        self.checked.append((depth, errors[depth]))
-        self._add_local_gradients(errors)
+            start = None if self.plan.fresh else self.precision.to_state(starts[l])
+            self.links.append(kind(self.chains[l + 1], self.vhat[l], start, problem.belief_optimizer))
+        self.checked = []
+        for share in self._pushes():
+            errors = self._relax(self.builder.observe if self.builder else None)
+            for link in self.links[1:]:
+                link.settle()
+            if self.plan.gram:
+                errors[1] = self.links[1].last_error()
+            self.checked += [(l, link.d) for l, link in enumerate(self.links) if l and link.d is not None]
+            self.checked.append((depth, errors[depth]))
+            if problem.wanted.gradients:
+                self._add_updates(errors, share)
         if problem.wanted.states:
-            top = self.vhat[depth] if problem.start is None else self.precision.to_state(starts[depth])
+            top = self.precision.to_state(starts[depth])
             out.beliefs = [self.vhat[0].clone(), *(link.beliefs() for link in self.links[1:]), top.clone()]
             out.errors = self._filled(errors)
-
-    def _add_local_gradients(self, errors: list[Tensor | None]) -> None:
-        """(df_l/dtheta_l)^T eps_l at the chains' current points; an error that is None is zero."""
-        if self.problem.wanted.gradients:
-            for chain, error in zip(self.chains[1:], errors[1:], strict=True):
-                found = chain.zero_gradients() if error is None else chain.gradients(error)
-                self.result.add_gradients(found)
 
     def _filled(self, errors: list[Tensor | None]) -> list[Tensor | None]:
         """The errors of layers 1..L, zeros for None; eps_0 is None."""
         found = zip(errors[1:], self.vhat[1:], strict=True)
         return [None, *(torch.zeros_like(v) if e is None else e for e, v in found)]
 
+    def _pushes(self) -> Iterator[float]:
+        """Get ready for one relaxation after the other, from the start; yields what each one's updates count."""
+        self.away: Tensor | None = None  # mu_L minus the nudged target, at the forward pass
+        if self.problem.nudging is None:
+            yield 1.0
+            return
+        distance = self.vhat[-1] - self.target.dense
+        for push, share in self.problem.nudging.pushes:
+            if self.away is not None:
+                self._rewind()
+            self.away = distance * push
+            yield share
+
+    def _rewind(self) -> None:
+        for link in self.links[1:]:
+            if link.moved:
+                link.rewind()
+
+    def _add_updates(self, errors: list[Tensor | None], share: float = 1.0) -> None:
+        """``share`` of (df_l/dtheta_l)^T eps_l at the chains' current points; an error that is None is zero."""
+        for l in range(1, self.depth + 1):
+            chain = self.chains[l]
+            found = chain.zero_gradients() if errors[l] is None else chain.gradients(errors[l])
+            self.result.add_gradients([(p, g if share == 1 else g * share) for p, g in found])
+
+    def _top_error(self, deviation: Tensor | None) -> Tensor:
+        """dLoss/dmu_L at mu_L = vhat_L + deviation; a nudged loss without the cancellation of mu_L - target."""
+        if self.away is None:
+            return self.gradient_at(self._top(deviation))
+        return (self.away if deviation is None else self.away + deviation) * self.target.scale
+
+    def _top_loss(self, deviation: Tensor | None) -> Tensor:
+        if self.away is None:
+            return self.loss_at(self._top(deviation))
+        away = self.away if deviation is None else self.away + deviation
+        return away.square().sum() * (self.target.scale / 2)
+
+    def _top(self, deviation: Tensor | None) -> Tensor:
+        return self.vhat[self.depth] if deviation is None else self.vhat[self.depth] + deviation
+
     def _relax(self, observe) -> list[Tensor | None]:
         """Run the iterations; returns the last iteration's errors, None where they are zero."""
-        problem, depth, eta = self.problem, self.depth, self.problem.step_size
+        problem, depth = self.problem, self.depth
         links, fresh = self.links, self.plan.fresh
         errors: list[Tensor | None] = [None] * (depth + 1)
         # with num_steps = 0 the errors are evaluated once and no belief moves
@@ -235,14 +280,14 @@ class Run:
                     deviations[l] = links[l - 1].predict()
             for l in range(max(front, 1), depth):
                 errors[l] = links[l].error(deviations[l])
-            top = self.vhat[depth] if deviations[depth] is None else self.vhat[depth] + deviations[depth]
-            errors[depth] = self.gradient_at(top)
+            errors[depth] = self._top_error(deviations[depth])
             if problem.num_steps == 0:
                 break
             if problem.wanted.energies:
-                self.energies.append(energy_row(errors, self.loss_at(top)))
+                self.energies.append(energy_row(errors, self._top_loss(deviations[depth])))
+            eta = problem.step_size_at(t)
             for l in range(max(front - 1, 1), depth):
-                links[l].descend(errors[l], errors[l + 1], eta)
+                links[l].descend(errors[l], errors[l + 1], eta, t)
             if observe is not None:
                 states = {l: links[l].state for l in range(1, depth) if links[l].moved}
                 observe(t, {**states, depth: errors[depth]})
@@ -259,7 +304,8 @@ class Run:
             for l, value in enumerate(found)
             if value is not None
         ]
-        self._add_local_gradients(free.errors)
+        if self.problem.wanted.gradients:
+            self._add_updates(free.errors)
         if self.problem.wanted.states:
             out.beliefs = [v.clone() if d is None else v + d for v, d in zip(self.vhat, free.d, strict=True)]
             out.errors = self._filled(free.errors)
@@ -272,7 +318,7 @@ class Run:
             output = free.output()
             if problem.wanted.energies:
                 self.energies.append(energy_row(free.errors, self.loss_at(output)))
-            free.descend(self.gradient_at(output), problem.step_size)
+            free.descend(self.gradient_at(output), problem.step_size_at(t))
             if observe is not None:
                 observe(t, {**dict(enumerate(free.errors[1:-1], start=1)), self.depth: output})
         free.errors[self.depth] = self.gradient_at(free.output())
@@ -292,9 +338,9 @@ class Run:
             if t > 1:
                 moving.evaluate(self.gradient_at)
             out.gradients = {}
-            self._add_local_gradients(moving.errors)
+            self._add_updates(moving.errors)
             if t < problem.num_steps:
-                moving.descend(problem.step_size)
+                moving.descend(problem.step_size_at(t))
             found = [(l, e) for l, e in enumerate(moving.errors) if e is not None]
             found += [(owners[p], g) for p, g in out.gradients.items()]
             if self.builder is not None:
@@ -344,9 +390,7 @@ class Run:
 
     def _locate_by_factors(self) -> None:
         """Raise where a belief vhat_l - c g_l of fixed prediction was first not finite."""
-        chain = scalar_chain(self.depth, self.problem.step_size)
-        rows = itertools.islice(chain, self.problem.num_steps + 1)
-        for t, row in enumerate(rows):
+        for t, row in enumerate(self._chain()):
             for l, g in enumerate(self.activation_gradients[:-1]):
                 if g is not None and not status.all_finite([self.vhat[l] - g * row[self.depth - l]]):
                     raise RelaxationDiverged(t or None, max(l, 1), self.problem.step_size)
@@ -357,7 +401,8 @@ class Run:
         for link in self.links[1:]:
             link.rewind()
         self.energies.clear()
-        self._relax(self._raise_where_bad)
+        for _ in self._pushes():
+            self._relax(self._raise_where_bad)
 
     def _locate_errors(self) -> None:
         """As :meth:`_locate`, for error_based."""

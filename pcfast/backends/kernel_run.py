@@ -7,15 +7,7 @@ from torch import Tensor
 from ..deviation import Chain
 from ..deviation.affine import Conv2dStep, LinearStep
 from ..errors import RelaxationDiverged
-from ..planning import LOOPS
 from .eager import Run
-
-
-def refused_method(method: str) -> str:
-    """Why kernels do not run a method; "" for strict, and for those that have no loop, which run as in eager."""
-    if method == "strict" or method not in LOOPS:
-        return ""
-    return f"its kernels relax strict predictive coding, not {method}: use eager"
 
 
 def first_product(chain: Chain) -> int | None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from ..belief_optimizers import PLAIN, BeliefOptimizer
 from ..deviation import Chain
 
 
 class Link:
     """Beliefs v_l, kept as d = v_l - vhat_l, and layer l+1 above them."""
 
-    def __init__(self, chain: Chain, vhat: Tensor, start: Tensor | None) -> None:
-        self.chain, self.vhat, self._start = chain, vhat, start
+    def __init__(
+        self, chain: Chain, vhat: Tensor, start: Tensor | None, optimizer: BeliefOptimizer = PLAIN
+    ) -> None:
+        self.chain, self.vhat, self._start, self._optimizer = chain, vhat, start, optimizer
         self.d: Tensor | None = None if start is None else start - vhat
+        self._descent = optimizer.descent()
 
     @property
     def moved(self) -> bool:
@@ -28,6 +34,7 @@ class Link:
     def rewind(self) -> None:
         """Back to the start, the chain's current point too."""
         self.d = None if self._start is None else self._start - self.vhat
+        self._descent = self._optimizer.descent()
         self.chain.deviate(torch.zeros_like(self.vhat))
 
     def adopt(self, d: Tensor) -> None:
@@ -44,13 +51,20 @@ class Link:
             return deviation
         return self.d.neg() if deviation is None else deviation - self.d
 
-    def descend(self, error: Tensor | None, error_above: Tensor, eta: float) -> None:
-        """d_l += eta (eps_l - J_{l+1}^T eps_{l+1})."""
+    def descend(self, error: Tensor | None, error_above: Tensor, eta: float, iteration: int = 1) -> None:
+        """d_l += eta (eps_l - J_{l+1}^T eps_{l+1}), or what the optimiser makes of that gradient in ``iteration``."""
         if self.d is None:
             self.d = torch.zeros_like(self.vhat)
-        if error is not None:
-            self.d.add_(error, alpha=eta)
-        self.chain.descend(self.d, error_above, eta)
+        if self._optimizer.plain:
+            if error is not None:
+                self.d.add_(error, alpha=eta)
+            self.chain.descend(self.d, error_above, eta)
+            return
+        gradient = torch.zeros_like(self.vhat) if error is None else error.neg()
+        self.chain.descend(gradient, error_above, -1.0)
+        if self._optimizer.weight_decay:
+            gradient.add_(self.vhat + self.d, alpha=self._optimizer.weight_decay)
+        self.d.add_(self._descent.move(gradient, eta, iteration))
 
     def settle(self) -> None:
         """Evaluate layer l+1's masks and arg-maxima at the last beliefs, for the weight gradient."""
@@ -66,16 +80,22 @@ class GramLink(Link):
 
         s <- (1 - eta) s - eta delta_2 G        S <- (1 - eta) S + eta delta_2        d_1 = -S W
 
-    where delta_2 is eps_2 pulled back to u_2, and the last eps_1 = S W before the last update.
+    where delta_2 is eps_2 pulled back to u_2, and the last eps_1 = S W before the last update. With momentum s and S
+    descend along s + delta_2 G and S - delta_2, as d_1 does along d_1 + delta_2 W.
     """
 
-    def __init__(self, chain, vhat, start):
-        super().__init__(chain, vhat, start)
+    def __init__(self, chain, vhat, start, optimizer=PLAIN):
+        super().__init__(chain, vhat, start, optimizer)
         self._head, self._tail = chain.steps[0], chain.tail
-        self._gram = self._head.gram()
         self._s: Tensor | None = None
         self._sum: Tensor | None = None
         self._sum_before: Tensor | None = None
+        self._sum_descent = optimizer.descent()
+
+    @functools.cached_property
+    def gram(self) -> Tensor:
+        """G."""
+        return self._head.gram()
 
     @property
     def moved(self):
@@ -88,6 +108,7 @@ class GramLink(Link):
     def rewind(self):
         super().rewind()
         self._s = self._sum = self._sum_before = None
+        self._sum_descent = self._optimizer.descent()
 
     def adopt(self, s: Tensor, sum: Tensor, sum_before: Tensor) -> None:
         """Take s and the sum from a loop that ran elsewhere; ``sum_before``: before the last iteration."""
@@ -99,16 +120,29 @@ class GramLink(Link):
     def error(self, deviation):
         return None
 
-    def descend(self, error, error_above, eta):
+    def descend(self, error, error_above, eta, iteration=1):
         delta = self._tail.pullback(error_above)
+        if not self._optimizer.plain:
+            self._descend_by_optimizer(delta, eta, iteration)
+            return
         if self._s is None:
-            self._s = self._head.gram_product(self._gram, delta).mul_(-eta)
+            self._s = self._head.gram_product(self.gram, delta).mul_(-eta)
             self._sum = delta * eta
             return
-        self._head.gram_descend(self._gram, self._s, delta, eta)
+        self._head.gram_descend(self.gram, self._s, delta, eta)
         # the sum before this update gives eps_1 should this iteration be the last
         self._sum_before = self._sum
         self._sum = torch.add(self._sum * (1 - eta), delta, alpha=eta)
+
+    def _descend_by_optimizer(self, delta: Tensor, eta: float, iteration: int) -> None:
+        step, sum_step = self._head.gram_product(self.gram, delta), -delta
+        if self._s is None:
+            self._s = self._descent.move(step, eta, iteration)
+            self._sum = self._sum_descent.move(sum_step, eta, iteration)
+            return
+        self._s = self._s + self._descent.move(self._s + step, eta, iteration)
+        self._sum_before = self._sum
+        self._sum = self._sum + self._sum_descent.move(self._sum + sum_step, eta, iteration)
 
     def last_error(self) -> Tensor | None:
         return None if self._sum_before is None else self._head.pullback(self._sum_before)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import status, validation
 from ..errors import ModelError, RelaxationDiverged
+from ..nudging import target_of
 from ..problem import Outcome, energy_row, filled_start, layer_of_parameters
 from ..replay import recorded_buffers, replaying
 from .base import Backend
@@ -120,36 +121,39 @@ class Reference(Backend):
                 raise status.bad_loss()
 
         energies: list[Tensor] = []
+        relaxed = []  # (beliefs, errors, points that the updates are taken at, what they count)
         if problem.method == "exact":
-            beliefs, errors = _exact(layers, vhat, output_gradient)
-            points = vhat
+            relaxed.append((*_exact(layers, vhat, output_gradient), vhat, 1.0))
         elif problem.method == "fixed_prediction":
-            beliefs, errors = _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss)
-            points = vhat
+            found = _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss)
+            relaxed.append((*found, vhat, 1.0))
         elif problem.method == "error_based":
             beliefs, errors = _error_based(layers, vhat, problem, energies)
-            points = beliefs
+            relaxed.append((beliefs, errors, beliefs, 1.0))
         elif problem.method == "incremental":
             outcome = _incremental(layers, vhat, problem)
             outcome.loss, outcome.output = loss, vhat[-1]
             return outcome
         elif problem.method == "zero_divergence":
-            beliefs, errors, points = _zero_divergence(layers, vhat, problem)
+            relaxed.append((*_zero_divergence(layers, vhat, problem), 1.0))
         else:
             start = vhat if problem.start is None else filled_start(problem.start, vhat)
-            beliefs, errors = _strict(layers, start, problem, energies)
-            points = beliefs
+            for y, share in _targets(problem, vhat[-1]):
+                beliefs, errors = _strict(layers, start, y, problem, energies)
+                relaxed.append((beliefs, errors, beliefs, share))
 
         outcome = Outcome(loss, vhat[-1], activations=vhat, output_gradient=output_gradient)
-        outcome.beliefs, outcome.errors = beliefs, errors
+        outcome.beliefs, outcome.errors, *_ = relaxed[0]
         if problem.wanted.energies:
             outcome.energies = torch.stack(energies) if energies else vhat[-1].new_zeros((0, depth))
         if problem.wanted.gradients:
-            for l in range(1, depth + 1):
-                outcome.add_gradients(layers[l].parameter_gradients(points[l - 1], errors[l]))
+            for _, errors, points, share in relaxed:
+                for l in range(1, depth + 1):
+                    found = layers[l].parameter_gradients(points[l - 1], errors[l])
+                    outcome.add_gradients([(p, g if share == 1 else g * share) for p, g in found])
         if problem.check:
             owners = layer_of_parameters(problem.network, problem.model)
-            results = [*enumerate(beliefs), *enumerate(errors)]
+            results = [entry for v, errors, *_ in relaxed for entry in (*enumerate(v), *enumerate(errors))]
             if not problem.wanted.input_error:
                 results = [(l, value) for l, value in results if l]
             results += [(owners[parameter], update) for parameter, update in outcome.gradients.items()]
@@ -157,6 +161,13 @@ class Reference(Backend):
             if bad:
                 raise RelaxationDiverged(None, max(min(bad), 1), problem.step_size)
         return outcome
+
+
+def _targets(problem, vhat):
+    """(target, what its relaxation's updates count): y, or what nudging makes of it."""
+    if problem.nudging is None:
+        return [(problem.y, 1.0)]
+    return [(target_of(push, vhat, problem.y), share) for push, share in problem.nudging.pushes]
 
 
 def _exact(layers, vhat, output_gradient):
@@ -170,8 +181,9 @@ def _exact(layers, vhat, output_gradient):
 
 def _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss):
     """Predictions and Jacobians stay at the forward pass (algorithm 3)."""
-    depth, eta = len(layers) - 1, problem.step_size
+    depth = len(layers) - 1
     v = [value.clone() for value in vhat]
+    move = _mover(problem, v)
     errors = [vhat[l] - v[l] for l in range(depth)] + [output_gradient]
     for t in range(problem.num_steps):
         errors = [vhat[l] - v[l] for l in range(depth)] + [output_gradient]
@@ -179,7 +191,7 @@ def _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss):
             energies.append(energy_row(errors, loss))
         for l in range(depth):
             _, feedback = layers[l + 1].vjp(vhat[l], errors[l + 1])
-            v[l] = v[l] + eta * (errors[l] - feedback)
+            move(l, feedback - errors[l], t + 1)
         if problem.check:
             _check(t + 1, v[1:], problem)
             if problem.wanted.input_error:
@@ -187,27 +199,28 @@ def _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss):
     return v, errors
 
 
-def _evaluate(layers, v, problem):
+def _evaluate(layers, v, y, problem):
     """Predictions mu_l = f_l(v_{l-1}), and errors eps_l = mu_l - v_l, eps_L = dLoss/dmu_L; l = 1..L."""
     depth = len(layers) - 1
     mu = [None] + [layers[l](v[l - 1]).detach() for l in range(1, depth + 1)]
-    top = problem.loss.gradient_by_autograd(mu[depth], problem.y)
+    top = problem.loss.gradient_by_autograd(mu[depth], y)
     return mu, [None] + [mu[l] - v[l] for l in range(1, depth)] + [top]
 
 
-def _strict(layers, start, problem, energies):
+def _strict(layers, start, y, problem, energies):
     """All layers at once, from the state before the iteration (algorithm 2)."""
-    depth, eta = len(layers) - 1, problem.step_size
+    depth = len(layers) - 1
     v = [value.clone() for value in start]
+    move = _mover(problem, v)
     if problem.num_steps == 0:
-        return v, _evaluate(layers, v, problem)[1]
+        return v, _evaluate(layers, v, y, problem)[1]
     for t in range(problem.num_steps):
-        mu, errors = _evaluate(layers, v, problem)
+        mu, errors = _evaluate(layers, v, y, problem)
         if problem.wanted.energies:
-            energies.append(energy_row(errors, problem.loss.value(mu[depth], problem.y)))
+            energies.append(energy_row(errors, problem.loss.value(mu[depth], y)))
         for l in range(1, depth):  # errors were taken before any belief moves
             _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
-            v[l] = v[l] + eta * (errors[l] - feedback)
+            move(l, feedback - errors[l], t + 1)
         if problem.check:
             _check(t + 1, [*v[1:depth], errors[depth]], problem)
     return v, errors
@@ -223,7 +236,7 @@ def _zero_divergence(layers, vhat, problem):
     beliefs, points, read = [v[0]] + [None] * depth, [None] * depth, [None] * (depth + 1)
     for t in range(depth):
         l = depth - t
-        _, errors = _evaluate(layers, v, problem)
+        _, errors = _evaluate(layers, v, problem.y, problem)
         beliefs[l], points[l - 1], read[l] = v[l], v[l - 1], errors[l]
         for k in range(1, depth):
             _, feedback = layers[k + 1].vjp(v[k], errors[k + 1])
@@ -236,17 +249,17 @@ def _incremental(layers, vhat, problem):
 
     Returns the last iteration's updates.
     """
-    depth, eta = len(layers) - 1, problem.step_size
+    depth = len(layers) - 1
     owners = layer_of_parameters(problem.network, problem.model)
     v, outcome = [value.clone() for value in vhat], Outcome(None, None)
     for t in range(problem.num_steps):
-        _, errors = _evaluate(layers, v, problem)
+        _, errors = _evaluate(layers, v, problem.y, problem)
         outcome = Outcome(None, None)
         for l in range(1, depth + 1):
             outcome.add_gradients(layers[l].parameter_gradients(v[l - 1], errors[l]))
         for l in range(1, depth):
             _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
-            v[l] = v[l] + eta * (errors[l] - feedback)
+            v[l] = v[l] + problem.step_size_at(t + 1) * (errors[l] - feedback)
         if problem.check:
             found = [*enumerate(errors[1:], start=1), *((owners[p], g) for p, g in outcome.gradients.items())]
             check_iteration(t + 1, found, problem.step_size)
@@ -261,7 +274,7 @@ def _error_based(layers, vhat, problem, energies):
 
     from eps = 0. lambda_l = dLoss/dv_l through the net above, which -eps_l moves, so dE/deps_l = eps_l - lambda_l.
     """
-    depth, eta = len(layers) - 1, problem.step_size
+    depth = len(layers) - 1
     errors: list = [None, *(torch.zeros_like(value) for value in vhat[1:depth]), None]
 
     def states():
@@ -277,11 +290,24 @@ def _error_based(layers, vhat, problem, energies):
             energies.append(energy_row([*errors[:depth], signal], problem.loss.value(mu, problem.y)))
         for l in range(depth - 1, 0, -1):
             _, signal = layers[l + 1].vjp(v[l], signal)  # lambda_l
-            errors[l] = errors[l] + eta * (signal - errors[l])
+            errors[l] = errors[l] + problem.step_size_at(t + 1) * (signal - errors[l])
         if problem.check:
             _check(t + 1, [*errors[1:depth], mu], problem)
     v, mu, errors[depth] = states()
     return [*v, vhat[depth].clone()], errors
+
+
+def _mover(problem, v):
+    """``move(l, gradient, t)`` moves beliefs v[l] down their gradient of the energy, as the optimiser does."""
+    optimizer = problem.belief_optimizer
+    descents = [optimizer.descent() for _ in v]
+
+    def move(l, gradient, t):
+        if optimizer.weight_decay:
+            gradient = gradient + optimizer.weight_decay * v[l]
+        v[l] = v[l] + descents[l].move(gradient, problem.step_size_at(t), t)
+
+    return move
 
 
 def _check(iteration, tensors, problem):

@@ -12,16 +12,18 @@ import importlib
 import importlib.util
 import os
 import traceback
+from collections.abc import Callable
 
 import torch
 
 from .. import constants
 from ..errors import BackendError
+from ..network import Network
 from ..precision import kernel_operands, numerics
 from ..problem import energy_row, filled_start
-from .base import on_device
-from .eager import Eager
-from .kernel_run import KernelRun, first_product, refused_method
+from .base import on_device, without_kernels
+from .eager import Eager, Run
+from .kernel_run import KernelRun, first_product
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
@@ -39,17 +41,21 @@ class Triton(Eager):
 
     def supports(self, request):
         reason = _unavailable(request.device.type, request.device.index)
-        reason = reason or refused_method(request.method)
         if reason:
             return False, reason
         if request.dtype not in _DTYPES:
             return False, f"its kernels compute in float32, not {request.dtype}: use eager"
+        reason = without_kernels(request)
+        if reason:
+            return False, reason
         network = request.network
         if network.opaque:
             op = network.opaque[0]
             layer = next(layer for layer in network.layers if op in layer.ops)
             return False, f"{layer.label}: {op.why}"
-        reason = _too_large(network, request.x_shape) if request.x_shape else ""
+        reason = _failures.get(_place(network, request.device), "")
+        if not reason and request.x_shape:
+            reason = _too_large(network, request.x_shape)
         return not reason, reason
 
     def run(self, problem, plan):
@@ -133,41 +139,73 @@ def design_of(problem, plan):
     return _design(problem.network, plan, problem.loss.kind if _fuses_loss(problem, plan) else None, target)
 
 
-# Elements between samples, and samples times pixels, that 32-bit offsets inside a tile reach.
+# Elements between samples that 32-bit offsets inside a tile of a linear layer reach; likewise samples times pixels.
 _LONGEST_ROW = 2**24
 _MOST_PIXELS = 2**31
+# Programs that CUDA starts along a grid's second axis, times the channels of each (pointwise_error.tile).
+_MOST_CHANNELS = 65535 * 128
 
 
 @functools.lru_cache(maxsize=256)
 def _too_large(network, x_shape: tuple[int, ...]) -> str:
-    """Where an offset would not fit its integer, by layer; "" where all fit."""
+    """Where an offset would not fit its integer, or a grid CUDA, by layer; "" where all fit."""
+    from ..forms import LinearForm, layer_form
     from ..streamed.boundary import boundaries
 
-    batch = x_shape[0]
-    for layer, bound in zip(network.layers, boundaries(network, network.shapes(x_shape))[1:], strict=True):
-        pixels = batch * (bound.map[1] * bound.map[2] if bound.map else 1)
-        if bound.stride >= _LONGEST_ROW or pixels >= _MOST_PIXELS:
-            return (
-                f"{layer.label} has {bound.size:,} outputs a sample for {batch:,} samples; its kernels take fewer "
-                f"than {_LONGEST_ROW:,} a sample and {_MOST_PIXELS:,} pixels in all: use smaller batches or eager"
-            )
+    batch, shapes = x_shape[0], network.shapes(x_shape)
+    bounds = boundaries(network, shapes)
+    linear = [None, None]  # whether linear kernels run a layer, which stands outside the loop up to layer 1
+    for layer, inner, below in zip(network.layers[1:], shapes[1:], bounds[1:-1], strict=True):
+        linear.append(isinstance(layer_form(layer, inner, below.map), LinearForm))
+    for layer, bound in zip(network.layers, bounds[1:], strict=True):
+        # kernels of this layer and of the one above work on what lies between them
+        kinds = linear[layer.index : layer.index + 2]
+        channels, height, width = bound.map or (bound.size, 1, 1)
+        pixels = batch * height * width
+        limits = [(pixels, _MOST_PIXELS, "samples times pixels")]
+        if True in kinds:
+            limits.append((bound.stride, _LONGEST_ROW, "outputs a sample"))
+        if False in kinds:
+            limits.append((channels, _MOST_CHANNELS, "channels"))
+        for found, limit, what in limits:
+            if found >= limit:
+                return (
+                    f"{layer.label} has {found:,} {what}, of which its kernels take fewer than {limit:,}: use "
+                    f"{'smaller batches' if what.startswith('samples') else 'smaller layers'} or eager"
+                )
     return ""
 
 
+# Why kernels did not compile for a network on a device: "auto" does not try them there again.
+_failures: dict[tuple[Network, str, int | None], str] = {}
+
+
+def _place(network: Network, device: torch.device) -> tuple[Network, str, int | None]:
+    unnamed = device.type == "cuda" and device.index is None
+    return network, device.type, torch.cuda.current_device() if unnamed else device.index
+
+
+class KernelsFailed(BackendError):
+    """Triton could not compile or launch a kernel."""
+
+
 @contextlib.contextmanager
-def _compiling(device: torch.device):
-    """Kernels are compiled at their first launch: say so where triton fails at it."""
+def _compiling(labels: Callable[[], str]):
+    """Kernels are compiled at their first launch: say so where triton fails at it. labels: of layers at work."""
     try:
         yield
     except Exception as failure:
-        frames = (
+        frames = {
             frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(failure.__traceback__)
-        )
-        if device.type == "cpu" or not any(name.split(".")[0] == "triton" for name in frames):
+        }
+        interpreted = (
+            "triton.runtime.interpreter" in frames
+        )  # nothing is compiled: the fault is a kernel's own
+        if interpreted or not any(name.split(".")[0] == "triton" for name in frames):
             raise
-        raise BackendError(
-            f"triton could not compile or launch a kernel: {type(failure).__name__}: {failure}. Check that triton "
-            "fits torch and the driver (pcfast info) and that a C compiler is installed, or use "
+        raise KernelsFailed(
+            f"{labels()}: triton could not compile or launch a kernel: {type(failure).__name__}: {failure}. Check "
+            "that triton fits torch and the driver (pcfast info) and that a C compiler is installed, or use "
             'backend="eager".'
         ) from failure
 
@@ -190,6 +228,8 @@ class _Run(KernelRun):
                 value = step.forward(value)
                 if i == head:
                     value = pre_activation = self._placed(l, value)
+            if l > 1:  # kernels find the loop's arg-maxima, and the last beliefs have others
+                chain.release()
             # the arena is the loop's own
             vhat.append(value.clone() if value is pre_activation else value)
             self.pre_activations.append(pre_activation)
@@ -212,14 +252,15 @@ class _Run(KernelRun):
     def _relax(self, observe):
         from ..streamed.loop import Inputs, Loop
 
+        if self.result.fell_back:
+            return super()._relax(observe)
         problem, plan, depth = self.problem, self.plan, self.depth
         steps = problem.num_steps
         planned = self.planned
         fused = _fuses_loss(problem, plan)
-        torch_gram = plan.gram and not planned.gram
         inputs = Inputs(
             self.chains, self.vhat, self.pre_activations, self._starts(), self.target if fused else None,
-            self.gradient_at, self.links[1] if torch_gram else None,
+            self.gradient_at, self.links[1] if plan.gram else None,
         )  # fmt: skip
         loop = Loop(planned, self.arena, inputs, problem.step_size)
         errors = [None] * (depth + 1)
@@ -230,13 +271,20 @@ class _Run(KernelRun):
             found = [None if l < max(lowest, 1) else self._error(loop, l) for l in range(depth + 1)]
             self.energies.append(energy_row(found, self.loss_at(loop.output)))
 
-        with _compiling(problem.x.device):
-            loop.run(steps, record if problem.wanted.energies else None)
+        try:
+            with _compiling(
+                lambda: ", ".join(problem.network.layers[l - 1].label for l in sorted(loop.at_work))
+            ):
+                loop.run(steps, record if problem.wanted.energies else None)
+        except KernelsFailed as failure:
+            if not problem.may_fall_back:
+                raise
+            return self._relax_in_eager(str(failure), observe)
         for l in range(1, depth):
             if plan.fresh and l < depth - steps:
                 continue
             if l == 1 and plan.gram:
-                if planned.gram:
+                if not planned.gram_by_torch:
                     self.links[1].adopt(*loop.gram_state())
             else:
                 self.links[l].adopt(loop.deviation(l))
@@ -250,6 +298,19 @@ class _Run(KernelRun):
             self.builder.observe_first(self.first_bad, steps)
         self.result.resources = loop.resources
         return errors
+
+    def _relax_in_eager(self, why: str, observe):
+        """The loop from the same forward pass on, which has drawn masks and moved statistics already."""
+        _failures[_place(self.problem.network, self.problem.x.device)] = why
+        self.result.fell_back = (Eager.name, why)
+        self.energies.clear()
+        return super()._relax(observe)
+
+    def _locate(self):
+        if self.result.fell_back:
+            Run._locate(self)
+        else:
+            super()._locate()
 
     def _error(self, loop, l: int):
         """eps_l between the stages, where layer 1's has not been written yet."""

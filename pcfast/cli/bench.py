@@ -10,7 +10,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from ..bench import runner
 from ..bench.contenders import CONTENDERS
-from ..bench.tables import by_case, by_kernel, cells, headings, kernel_cells, kernel_headings
+from ..bench.tables import by_case, by_kernel, cells, growth_lines, headings, kernel_cells, kernel_headings
 from ..bench.workloads import WORKLOADS
 from ..checking import default_precisions
 from ..errors import ArgumentError
@@ -43,7 +43,7 @@ KERNEL_PRECISIONS = ("ieee", "tf32", "bf16")
 @click.option(
     "--kernels",
     is_flag=True,
-    help="Time the kernels of the triton backend instead, each alone. Needs a GPU.",
+    help="Time the kernels of the cuda and triton backends instead, each alone. Needs a GPU.",
 )
 @device_option
 @click.option("--quick", is_flag=True, help="A few small workloads and few rounds: about a minute.")
@@ -123,7 +123,7 @@ def _print_kernels(record: dict) -> None:
     """A table a kernel."""
     out = console()
     machine = record["machine"]
-    interpreted = "" if record["device"] == "cuda" else ", interpreted, which says nothing of their speed"
+    interpreted = "" if record["device"] == "cuda" else ", on a CPU, which says nothing of their speed"
     out.print(
         f"Kernels on {machine['processor']}, torch {machine['torch']}{interpreted}. Medians of ways that took turns, "
         "a launch or, where a loop is timed, an iteration."
@@ -139,6 +139,8 @@ def _print_kernels(record: dict) -> None:
         "this machine, measured in this run; more than all where the arrays stay in L2. error: relative, against "
         "float64. For what was not timed the last column says why."
     )
+    for line in growth_lines(record["kernels"]):
+        out.print(line)
     timed = sum(row["status"] == "timed" for row in record["kernels"])
     left_out = len(record["kernels"]) - timed
     out.print(f"{timed} timed, {left_out} left out, {len(_failed(record))} refused or broken")

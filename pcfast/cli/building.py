@@ -13,9 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .. import datasets, networks
+from ..belief_optimizers import Adam, BeliefOptimizer, GradientDescent
 from ..datasets import Data
 from ..errors import ArgumentError
 from ..network import Linear, describe
+from ..nudging import Nudging
 from ..precision import parameter_dtype
 from ..validation import checked_device
 from .defaults import DEFAULTS
@@ -44,6 +46,31 @@ def optimizer_of(options: dict) -> Callable[[Iterable[nn.Parameter]], Optimizer]
     elif momentum is not None:
         raise ArgumentError("momentum", f"{momentum} with --optimizer {name}", "--optimizer sgd")
     return partial(OPTIMIZERS[name], **settings)
+
+
+def belief_optimizer_of(options: dict) -> BeliefOptimizer | None:
+    """What --belief-optimizer, --belief-momentum and --belief-weight-decay ask for; None for the default."""
+    momentum, decay = options["belief_momentum"], options["belief_weight_decay"]
+    if options["belief_optimizer"] == "adam":
+        for name, given in (("belief_momentum", momentum), ("belief_weight_decay", decay)):
+            if given is not None:
+                raise ArgumentError(name, f"{given} with --belief-optimizer adam", "--belief-optimizer gd")
+        return Adam()
+    made = GradientDescent(momentum or 0.0, decay or 0.0)
+    return None if made.plain else made
+
+
+def nudging_of(options: dict) -> Nudging | None:
+    """What --nudging and --nudging-beta ask for."""
+    kind, beta = options["nudging"], options["nudging_beta"]
+    if kind is not None:
+        return Nudging(kind, 1.0 if beta is None else beta)
+    for name in ("nudging_beta", "nudging_growth"):
+        if options[name] is not None:
+            raise ArgumentError(
+                name, f"{options[name]} without --nudging", "--nudging positive, negative or centred"
+            )
+    return None
 
 
 def device_of(name: str) -> torch.device:

@@ -10,6 +10,7 @@ import click
 import torch
 
 from ..backends import BACKENDS
+from ..nudging import KINDS as NUDGES
 from ..planning import TRAINING_METHODS
 from ..precision import PRECISIONS
 from .defaults import DEFAULTS, NUM_STEPS
@@ -17,6 +18,7 @@ from .output import only_json
 
 NETS = ("mlp", "cnn", "cifar-cnn")
 LOSSES = ("cross_entropy", "mse")
+BELIEF_OPTIMIZERS = ("gd", "adam")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
@@ -153,6 +155,44 @@ relaxation_options = _together(
     ),
     click.option(
         "--loss", type=click.Choice(LOSSES), default="cross-entropy", show_default=True, help="Loss."
+    ),
+)
+belief_options = _together(
+    click.option(
+        "--belief-optimizer",
+        type=click.Choice(BELIEF_OPTIMIZERS),
+        default="gd",
+        show_default=True,
+        help="What moves the beliefs: gradient descent or Adam.",
+    ),
+    click.option(
+        "--belief-momentum",
+        metavar="X",
+        type=Finite(0, 1, max_open=True),
+        help="Of --belief-optimizer gd.  [default: 0]",
+    ),
+    click.option(
+        "--belief-weight-decay",
+        metavar="X",
+        type=Finite(min=0),
+        help="Pulls beliefs towards 0; of --belief-optimizer gd.  [default: 0]",
+    ),
+    click.option(
+        "--nudging",
+        type=click.Choice(NUDGES),
+        help="Relax towards (or away from) a target part of the way to y; with --method strict --loss mse.",
+    ),
+    click.option(
+        "--nudging-beta",
+        metavar="X",
+        type=Finite(min=0, min_open=True),
+        help="What part of the way.  [default: 1]",
+    ),
+    click.option(
+        "--nudging-growth",
+        metavar="X",
+        type=Finite(min=0),
+        help="What --nudging-beta gains every epoch, as far as 1.  [default: 0]",
     ),
 )
 optimizer_options = _together(

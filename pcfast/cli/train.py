@@ -12,9 +12,18 @@ from click.core import ParameterSource
 
 from .. import training
 from ..errors import ArgumentError
-from .building import data_of, device_of, network_of, optimizer_of, with_defaults
+from .building import (
+    belief_optimizer_of,
+    data_of,
+    device_of,
+    network_of,
+    nudging_of,
+    optimizer_of,
+    with_defaults,
+)
 from .options import (
     Folder,
+    belief_options,
     data_options,
     epochs_option,
     json_option,
@@ -35,6 +44,7 @@ _OF_THE_CALL = ("out", "resume", "as_json")  # options that say nothing about th
 @network_options
 @method_option
 @relaxation_options
+@belief_options
 @optimizer_options
 @epochs_option
 @machine_options
@@ -87,6 +97,9 @@ def train(context: click.Context, **options) -> int:
             model,
             data,
             **{name: chosen[name] for name in passed_on},
+            belief_optimizer=belief_optimizer_of(chosen),
+            nudging=nudging_of(chosen),
+            nudging_growth=chosen["nudging_growth"] or 0.0,
             optimizer=optimizer_of(chosen),
             device=device,
             out=out,

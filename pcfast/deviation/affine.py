@@ -147,8 +147,9 @@ class Conv2dStep(_AffineStep):
         if a.is_cuda:
             self.weight = self.weight.contiguous(memory_format=torch.channels_last)
         self._input, self._deviation = a, None
-        self._input_operand = self._as_operand(a)
-        u = self._convolve(self._input_operand)
+        operand = self._as_operand(a)
+        self._like_input = operand if operand is a else None  # a copy need not live on
+        u = self._convolve(operand)
         return u if self.bias is None else u.add_(self.bias.view(1, -1, 1, 1))
 
     def product(self, a: Tensor) -> Tensor:
@@ -171,10 +172,20 @@ class Conv2dStep(_AffineStep):
             e, inputs, self.weight, None, *self._geometry, False, [0, 0], self.spec.groups, mask
         )
 
-    def product_pulled_back(self, e: Tensor) -> Tensor:
-        """The transposed convolution of e, in the operand dtype."""
-        # only shape and layout of the input count for its gradient
-        return self._backward(self._as_operand(e), self._input_operand, [True, False, False])[0]
+    def product_pulled_back(self, e: Tensor, like: Tensor | None = None) -> Tensor:
+        """The transposed convolution of e, in the operand dtype.
+
+        Args:
+            like: of the input's shape, in the operand dtype: only shape and layout count for its gradient.
+        """
+        if like is None:
+            if self._like_input is None:
+                layout = torch.channels_last if self._input.is_cuda else torch.preserve_format
+                self._like_input = torch.empty_like(
+                    self._input, dtype=self.precision.operand, memory_format=layout
+                )
+            like = self._like_input
+        return self._backward(self._as_operand(e), like, [True, False, False])[0]
 
     def pullback(self, e):
         return self.precision.to_state(self.product_pulled_back(e))
@@ -193,10 +204,13 @@ class Conv2dStep(_AffineStep):
         rows, columns = self.spec.kernel
         return F.conv2d(self.weight, self.weight, padding=(rows - 1, columns - 1))
 
-    def gram_product(self, gram: Tensor, delta: Tensor) -> Tensor:
+    def gram_convolved(self, gram: Tensor, delta: Tensor) -> Tensor:
+        """delta G in the operand dtype."""
         rows, columns = self.spec.kernel
-        product = F.conv2d(self._as_operand(delta), gram, padding=(rows - 1, columns - 1))
-        return self.precision.to_state(product)
+        return F.conv2d(self._as_operand(delta), gram, padding=(rows - 1, columns - 1))
+
+    def gram_product(self, gram: Tensor, delta: Tensor) -> Tensor:
+        return self.precision.to_state(self.gram_convolved(gram, delta))
 
     def gram_descend(self, gram: Tensor, s: Tensor, delta: Tensor, rate: float) -> None:
         s.mul_(1 - rate).sub_(self.gram_product(gram, delta), alpha=rate)

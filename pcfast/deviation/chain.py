@@ -99,6 +99,11 @@ class Chain:
         for step in self.steps[-1:]:
             step.at(d)
 
+    def release(self) -> None:
+        """As :meth:`Step.release`."""
+        for step in self.steps:
+            step.release()
+
     @property
     def has_gradients(self) -> bool:
         return any(step.has_gradients for step in self.steps)

@@ -50,7 +50,12 @@ class MaxPool2dStep(Step):
         base = self._input.flatten(2).gather(2, chosen).view_as(self._pooled)
         return (base - self._pooled) + d.flatten(2).gather(2, chosen).view_as(self._pooled)
 
+    def release(self):
+        self._winners = None  # eight bytes each
+
     def pullback(self, e):
+        if self._winners is None:
+            self._winners = self._pool(self._input)[1]
         return _aten.max_pool2d_with_indices_backward(
             e, self._input, *self._geometry, (1, 1), self.spec.ceil_mode, self._winners
         )

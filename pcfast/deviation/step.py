@@ -47,6 +47,9 @@ class Step:
         """Make a + d the current point where nobody reads the deviation itself."""
         self.deviate(d)
 
+    def release(self) -> None:
+        """Drop what a loop that runs elsewhere would leave unread: whoever needs it evaluates it again."""
+
     def gradients(self, e: Tensor) -> Gradients:
         """(parameter, (df/dtheta)^T e) at the current point, for parameters that require it."""
         return []

@@ -22,7 +22,8 @@ _MOST_GROUP = 4
 _WARPS = 16
 # Of shared memory, for every block, which the driver keeps.
 _RESERVED_BYTES = 1024
-_THREADS_OF_AN_SM = 2048
+# Registers of a multiprocessor, and of a thread (tests/native/compile_limits.json).
+_SM_REGISTERS, _THREAD_REGISTERS = 65536, 128
 # A part of a sum is no shorter than so many quads a lane: a shorter one costs more in the scratch than it saves.
 _FEWEST_QUADS = 4
 # csrc/resident/products.cuh
@@ -426,8 +427,19 @@ def _place_scratch(memory: _Memory, what: p.Program) -> None:
     memory.add("scratch", 0, once=max(max(ends) - first, _WARPS))
 
 
+def _place_velocity(memory: _Memory, layer: p.Layer, l: int, shape: tuple[int, int, int]) -> None:
+    size = math.prod(shape)
+    layer.velocity, layer.velocity_sample = memory.add("velocity", l, size), memory.padded(size)
+
+
 def _program(
-    network: specs.Network, shapes: tuple, layers: list[_Shape | None], gram: bool, loss: str, samples: int
+    network: specs.Network,
+    shapes: tuple,
+    layers: list[_Shape | None],
+    gram: bool,
+    loss: str,
+    momentum: bool,
+    samples: int,
 ) -> tuple[p.Program, _Memory]:
     operands = {shape.operand for shape in layers[2:]}
     memory = _Memory(samples, max(_DEPTHS.get(operand, _QUAD) for operand in operands))
@@ -438,6 +450,8 @@ def _program(
     d_first = d_columns = 0
     if not gram:
         what.layers[0].d, d_first, d_columns = _place_beliefs(memory, 1, layers[2].below, layers[2])
+    if momentum:
+        _place_velocity(memory, what.layers[0], 1, layers[2].inner if gram else layers[2].below)
     for l in range(2, network.depth + 1):
         layer, shape = what.layers[l - 1], layers[l]
         layer.operand = p.OPERANDS[shape.operand]
@@ -450,6 +464,8 @@ def _program(
         layer.uhat, layer.uhat_sample = memory.add("uhat", l, size), memory.padded(size)
         if l < network.depth:
             layer.d, d_first, d_columns = _place_beliefs(memory, l, shape.out, layers[l + 1])
+            if momentum:
+                _place_velocity(memory, layer, l, shape.out)
     what.classes = layers[network.depth].out[0]
     what.classes_stride = memory.padded(what.classes)
     what.vhat = memory.add("vhat", network.depth, what.classes)
@@ -469,6 +485,7 @@ def place(
     operands: Operands,
     scalar_bytes: int,
     chip: Chip,
+    momentum: bool = False,
 ) -> Placement | str:
     """Place a network of at least two layers, or say why it cannot be.
 
@@ -478,6 +495,7 @@ def place(
         loss: "cross_entropy" or "mse".
         operands: what products read; matrix units need a state of float32.
         scalar_bytes: of a number of the state.
+        momentum: beliefs move with it.
     """
     if network.depth > p.MOST_LAYERS:
         return f"it has {network.depth} layers; the kernel's argument has room for {p.MOST_LAYERS}"
@@ -486,7 +504,7 @@ def place(
         return layers
     batch, chosen = shapes[0][0][0], None
     for samples in SAMPLES:
-        what, memory = _program(network, shapes, layers, gram, loss, samples)
+        what, memory = _program(network, shapes, layers, gram, loss, momentum, samples)
         needed = memory.elements * scalar_bytes
         if needed > chip.block_bytes:
             if chosen is None:
@@ -496,7 +514,8 @@ def place(
                 )
             break
         threads = _WARPS * _WARP
-        per_sm = max(min(chip.sm_bytes // (needed + _RESERVED_BYTES), _THREADS_OF_AN_SM // threads), 1)
+        by_registers = _SM_REGISTERS // (_THREAD_REGISTERS * threads)
+        per_sm = max(min(chip.sm_bytes // (needed + _RESERVED_BYTES), by_registers), 1)
         blocks = -(-batch // samples)
         waves = -(-blocks // (chip.sm_count * per_sm))
         if chosen is None or waves < chosen.waves:

@@ -66,7 +66,17 @@ class Layer(Structure):
         *_ints("before", "after"),
         ("before_negative_slope", c_double),
         ("after_negative_slope", c_double),
-        *_ints("uhat", "uhat_sample", "operand", "weights", "weight_inputs", "weight_stride", "gram"),
+        *_ints(
+            "uhat",
+            "uhat_sample",
+            "velocity",
+            "velocity_sample",
+            "operand",
+            "weights",
+            "weight_inputs",
+            "weight_stride",
+            "gram",
+        ),
         ("delta", Place),
         ("d", Place),
     ]
@@ -86,7 +96,7 @@ _PerLayer = c_void_p * MOST_LAYERS
 class Tensors(Structure):
     _fields_ = [
         *((name, _PerLayer) for name in ("weight", "bias", "start")),
-        *((name, c_void_p) for name in ("vhat_1", "uhat_2", "labels", "dense", "class_weight")),
+        *((name, c_void_p) for name in ("vhat_1", "uhat_2", "labels", "dense", "class_weight", "step_sizes")),
         *((name, _PerLayer) for name in ("vhat", "belief", "error", "local_error")),
         *((name, c_void_p) for name in ("loss_rows", "output_gradient", "gram_sum", "gram_sum_before")),
         ("first_bad", c_void_p),
@@ -97,7 +107,7 @@ class Run(Structure):
     _fields_ = [
         *_ints("batch", "iterations", "fresh", "mean", "every_row"),
         ("ignored_label", c_int64),
-        *((name, c_double) for name in ("eta", "smoothing", "share", "loss_scale")),
+        *((name, c_double) for name in ("eta", "momentum", "smoothing", "share", "loss_scale")),
     ]
 
 

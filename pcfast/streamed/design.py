@@ -112,7 +112,7 @@ class Design:
         boundaries: of v_0..v_L.
         forms: per layer, from index 2 on (0 and 1 are None: the input is clamped).
         layout: of the arenas.
-        gram: layer 1's beliefs are out of the loop, and a row of the launches stands for them.
+        gram: layer 1's beliefs are out of the loop (docs/method.md fact 7).
         predicts, feedback: the launches of linear layers.
         wide_top: the output layer's product and its loss are two launches.
         whole: mlp_relaxation does all; whole_reason: why, or why not.
@@ -136,6 +136,11 @@ class Design:
     def depth(self) -> int:
         return len(self.boundaries) - 1
 
+    @property
+    def gram_by_torch(self) -> bool:
+        """Whether torch's operations move layer 1's stand-ins, instead of a kernel."""
+        return self.gram and isinstance(self.forms[2], TorchForm)
+
 
 @functools.lru_cache(maxsize=256)
 def design(
@@ -157,7 +162,7 @@ def design(
     _place_beliefs(builder, batch, bounds, forms, gram, target)
     for l in range(2, depth + 1):
         if isinstance(forms[l], PointwiseForm):
-            _place_pointwise(builder, l, batch, bounds, forms[l])
+            _place_pointwise(builder, l, batch, bounds, forms[l], gram and l == 2)
         elif isinstance(forms[l], ConvForm):
             _place_convolution(builder, l, batch, bounds[l], forms[l].geometry)
     for l in linear:
@@ -180,7 +185,7 @@ def design(
         bounds,
         forms,
         builder.layout(),
-        gram_rows,
+        gram,
         predicts,
         feedback,
         wide_top,
@@ -217,9 +222,9 @@ def _forms(
             form = TorchForm("the output layer is not a linear one")
         elif layer.index == network.depth and loss is None:
             form = TorchForm("torch evaluates the loss")
-        elif gram and layer.index == 2 and not isinstance(form, LinearForm):
-            form = TorchForm("torch does the Gram form of a convolution")
-        multiplied = conv_form(form, layer, bounds[layer.index - 1])
+        # the Gram matrix of a convolution is another convolution's weight, and cuDNN's to multiply with
+        in_gram_form = gram and layer.index == 2
+        multiplied = None if in_gram_form else conv_form(form, layer, bounds[layer.index - 1])
         forms.append(multiplied if multiplied and implicit(multiplied.geometry, target) else form)
     return tuple(forms)
 
@@ -239,9 +244,12 @@ def _place_beliefs(builder, batch, bounds, forms, gram, target) -> None:
             builder.matrices[f"d_operand{l}"] = d
 
 
-def _place_pointwise(builder, l, batch, bounds, form: PointwiseForm) -> None:
+def _place_pointwise(builder, l, batch, bounds, form: PointwiseForm, in_gram_form: bool) -> None:
     height, width, channels = form.inner
     size = height * width * channels
+    if in_gram_form:
+        builder.add(f"s{l}", batch, size)
+        builder.add(f"sum{l}", batch, size)
     if form.convolution is None:  # the error is added to the beliefs below as it is: state, in their layout
         builder.add(f"delta{l}", batch, size, bounds[l - 1].stride)
     else:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .. import network as specs
 from ..constants import Constants
-from ..forms import LinearForm
-from ..planning import gram_macs, layer_macs
-from .design import Design
+from ..forms import PointwiseForm
+from ..planning import gram_macs
+from .design import Design, Target
+from .layers import ConvForm
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,9 @@ class Floor:
     """Of one layer, for one iteration in which it is fully live.
 
     Attributes:
-        macs: multiply-adds of its two products (of one, in Gram form).
-        bytes: state and operands that its kernels read and write.
+        macs: multiply-adds of its two products (in Gram form of one, with the Gram matrix).
+        bytes: state and operands that its stages have to read and write, each once; what one launch leaves for the
+            next is not among them.
         seconds: the larger of both at the GPU's rates; traffic that L2 can hold does not count.
         binding: "matrix units" or "memory".
     """
@@ -37,33 +40,87 @@ def matrix_rate(precision: str, constants: Constants) -> tuple[float, str]:
 
 def floors(network: specs.Network, shapes: tuple, design: Design, constants: Constants) -> dict[int, Floor]:
     """Layer -> its floor, for layers 2..L."""
-    rate, _ = matrix_rate(design.target.precision, constants)
-    macs = layer_macs(network, shapes)
-    found = {}
-    traffic = {l: _traffic(design, l) for l in range(2, design.depth + 1)}
+    target = design.target
+    rates = {kind: matrix_rate(precision, constants)[0] for kind, precision in _precisions(target).items()}
+    traffic = {l: _traffic(network, design, l) for l in range(2, design.depth + 1)}
     outside_l2 = (
         sum(traffic.values()) / 2 > constants.l2_bytes
     )  # each array is touched about twice an iteration
+    found = {}
     for l, moved in traffic.items():
-        products = 2 * macs[l - 1]
-        if design.gram and l == 2:
-            products = gram_macs(network, shapes)
-        by_units = products / rate
+        products = _products(network, shapes, design, l)
+        by_units = sum(macs / rates[kind] for kind, macs in products.items())
         by_memory = moved / (constants.copy_bandwidth_gbs * 1e9) if outside_l2 else 0.0
         binding = "matrix units" if by_units >= by_memory else "memory"
-        found[l] = Floor(products, moved, max(by_units, by_memory), binding)
+        found[l] = Floor(sum(products.values()), moved, max(by_units, by_memory), binding)
     return found
 
 
-def _traffic(design: Design, l: int) -> int:
-    """Bytes of layer l's predict and of the feedback through it, every array once a stage."""
-    batch = next(m.rows for name, m in design.layout.matrices if name.startswith("error"))
-    operand = 2 if design.target.separate_operands else 4
-    copy = operand if design.target.separate_operands else 0
-    above, below = batch * design.boundaries[l].size, batch * design.boundaries[l - 1].size
+def _precisions(target: Target) -> dict[type, str]:
+    """Precision of products by the operation that they belong to: torch has a switch for each."""
+    return {specs.Linear: target.precision, specs.Conv2d: target.convolutions}
+
+
+def rate_names(network: specs.Network, target: Target, constants: Constants) -> set[str]:
+    """Fields of the constants that the floors of a network rest on."""
+    kinds = {type(op) for layer in network.layers[1:] for op in layer.ops}
+    return {
+        matrix_rate(precision, constants)[1]
+        for kind, precision in _precisions(target).items()
+        if kind in kinds
+    }
+
+
+def _products(network: specs.Network, shapes: tuple, design: Design, l: int) -> dict[type, int]:
+    """Multiply-adds of layer l in an iteration, by the kind of operation."""
+    found = {specs.Linear: 0, specs.Conv2d: 0}
+    for i, (op, shape) in enumerate(zip(network.layers[l - 1].ops, shapes[l - 1][:-1], strict=True)):
+        if type(op) in found:
+            in_gram_form = design.gram and l == 2 and i == 0
+            found[type(op)] += gram_macs(network, shapes) if in_gram_form else 2 * op.macs(shape)
+    return found
+
+
+def _weights(network: specs.Network, design: Design, l: int) -> int:
+    """Elements of the matrices that layer l multiplies by in one stage."""
+    count = 0
+    for i, op in enumerate(network.layers[l - 1].ops):
+        in_gram_form = design.gram and l == 2 and i == 0
+        if isinstance(op, specs.Linear):
+            count += op.out_features * (op.out_features if in_gram_form else op.in_features)
+        elif isinstance(op, specs.Conv2d):
+            taps = math.prod(2 * k - 1 for k in op.kernel) if in_gram_form else math.prod(op.kernel)
+            count += (
+                taps * op.out_channels * (op.out_channels if in_gram_form else op.in_channels // op.groups)
+            )
+    return count
+
+
+def inner_size(design: Design, l: int) -> int:
+    """Elements of a sample's uhat: of what the layer's tail reads, before it is pooled."""
     form = design.forms[l]
-    weights = form.in_features * form.out_features * operand if isinstance(form, LinearForm) else 0
-    # predict reads d below, uhat, d and writes the error and delta; feedback reads delta, the error, d and writes d
-    predict = below * operand + above * (4 + 4 + 4 + operand)
-    feedback = above * operand + below * (4 + 4 + 4 + copy)
-    return predict + feedback + 2 * weights
+    if isinstance(form, PointwiseForm):
+        return math.prod(form.inner)
+    if isinstance(form, ConvForm):
+        return math.prod(form.geometry.out) * form.geometry.out_channels
+    return design.boundaries[l].size
+
+
+def _traffic(network: specs.Network, design: Design, l: int) -> int:
+    """Bytes of layer l's predict and of the feedback through it, every array once a stage."""
+    state, operand = 4, 2 if design.target.separate_operands else 4
+    batch = next(m.rows for name, m in design.layout.matrices if name.startswith("error"))
+    above, below = batch * design.boundaries[l].size, batch * design.boundaries[l - 1].size
+    inner, weights = batch * inner_size(design, l), operand * _weights(network, design, l)
+    if not weights:
+        operand = state  # what is elementwise alone works on the state
+    # read: uhat and d, at the top vhat and the target instead of d; written: the error and delta
+    epilogue = state * inner + above * (state * (3 if l == design.depth else 2) + operand)
+    if design.gram and l == 2:
+        # s stands for the product; s and its sum move
+        return epilogue + state * inner + operand * above + 4 * state * inner + weights
+    copied = operand if design.target.separate_operands and weights else 0
+    predict = operand * below + epilogue + weights
+    # the error below is read, layer 1's written
+    feedback = operand * above + below * (3 * state + copied) + weights
+    return predict + feedback

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from ..kernels.linear_rows import as_numbers
 from ..kernels.mlp_relaxation import launch_mlp_relaxation
 from ..kernels.output_error import CROSS_ENTROPY, MSE, output_error
 from ..kernels.pointwise_error import Tail, error_and_delta
+from ..kernels.pointwise_gram import gram_update
 from ..kernels.pointwise_update import update
 from ..kernels.tf32 import rounded_to_tf32
 from ..losses import Target as LossTarget
@@ -35,6 +37,9 @@ from .branches import Branches
 from .design import Design, FeedbackLaunch, PredictLaunch
 from .layers import ConvForm
 from .layout import Arena
+
+if TYPE_CHECKING:
+    from ..backends.links import GramLink
 
 _LOSSES = {"cross_entropy": CROSS_ENTROPY.value, "mse": MSE.value}
 # larger than any number of iterations
@@ -62,7 +67,7 @@ class Inputs:
         starts: beliefs to start from, as deviations; None from the forward pass.
         target: of the loss, where kernels evaluate it.
         gradient_at: dLoss/dmu at an output, where torch does.
-        gram_link: layer 1's coupling where torch does its Gram form.
+        gram_link: layer 1's coupling in Gram form, or None.
     """
 
     chains: list[Chain | None]
@@ -71,7 +76,7 @@ class Inputs:
     starts: list[Tensor] | None
     target: LossTarget | None
     gradient_at: Callable[[Tensor], Tensor]
-    gram_link: object | None
+    gram_link: GramLink | None
 
 
 def arena_of(design: Design, device: torch.device, operand: torch.dtype) -> Arena:
@@ -104,6 +109,8 @@ class Loop:
         #: mu_L and eps_L of the last iteration where torch evaluates the loss.
         self.output = inputs.vhat[self.depth]
         self.output_error: Tensor | None = None
+        #: Layers of the piece that was started last, for messages.
+        self.at_work: tuple[int, ...] = ()
         self._branches = Branches(self.device)
         self._images: dict[int, Tensor] = {}  # uhat of convolutions and pointwise layers, channels-last
         self._winners: dict[int, Tensor] = {}  # of max-pooled implicit convolutions
@@ -170,7 +177,7 @@ class Loop:
                 each(t)
             if num_steps == 0:
                 return
-            if t == num_steps and self.design.gram:
+            if t == num_steps and self.design.gram and not self.design.gram_by_torch:
                 self.sum_before = self.arena.matrix("sum2").clone()
             self._branches.run(self._feedback_pieces(t))
 
@@ -182,21 +189,30 @@ class Loop:
         """Whether v_l differs from its forward pass when iteration t begins."""
         return l >= 1 and (not self.design.fresh or l >= self.depth - t + 1)
 
+    def _piece(self, layers: Sequence[int], work: Callable, *arguments) -> Callable[[], None]:
+        """``work`` on the predictions of some layers, or on the feedback through them."""
+
+        def piece() -> None:
+            self.at_work = tuple(layers)
+            work(*arguments)
+
+        return piece
+
     def _predict_pieces(self, t: int) -> list[Callable[[], None]]:
         front = max(self.front(t), 2)
         pieces = []
         for launch, rows in zip(self.design.predicts, self._tables, strict=True):
             live = [l for l in launch.layers if l >= front]
             if live:
-                pieces.append(partial(self._predict_linear, launch, rows, live, t))
+                pieces.append(self._piece(live, self._predict_linear, launch, rows, live, t))
         for l in range(front, self.depth + 1):
             form = self.design.forms[l]
             if isinstance(form, PointwiseForm):
-                pieces.append(partial(self._predict_pointwise, l, form, self._moved(l - 1, t)))
+                pieces.append(self._piece([l], self._predict_pointwise, l, form, self._moved(l - 1, t)))
             elif isinstance(form, ConvForm):
-                pieces.append(partial(self._predict_convolution, l, form, self._moved(l - 1, t)))
+                pieces.append(self._piece([l], self._predict_convolution, l, form, self._moved(l - 1, t)))
             elif isinstance(form, TorchForm):
-                pieces.append(partial(self._predict_torch, l, self._moved(l - 1, t)))
+                pieces.append(self._piece([l], self._predict_torch, l, self._moved(l - 1, t)))
         return pieces
 
     def _feedback_pieces(self, t: int) -> list[Callable[[], None]]:
@@ -204,17 +220,17 @@ class Loop:
         pieces = []
         launch = self.design.feedback
         if launch is not None:
-            count = sum(link >= lowest for link in launch.links)
-            if count:
-                pieces.append(partial(self._feedback_linear, launch, count, t))
+            through = [link + 1 for link in launch.links if link >= lowest]
+            if through:
+                pieces.append(self._piece(through, self._feedback_linear, launch, len(through), t))
         for link in range(lowest, self.depth):
             form = self.design.forms[link + 1]
             if isinstance(form, PointwiseForm):
-                pieces.append(partial(self._feedback_pointwise, link, form, t))
+                pieces.append(self._piece([link + 1], self._feedback_pointwise, link, form, t))
             elif isinstance(form, ConvForm):
-                pieces.append(partial(self._feedback_convolution, link, form, t))
+                pieces.append(self._piece([link + 1], self._feedback_convolution, link, form, t))
             elif isinstance(form, TorchForm):
-                pieces.append(partial(self._feedback_torch, link, t))
+                pieces.append(self._piece([link + 1], self._feedback_torch, link, t))
         return pieces
 
     # linear layers
@@ -250,6 +266,7 @@ class Loop:
             warps=launch.tiles.warps, stages=launch.tiles.stages,
         )  # fmt: skip
         if self.design.wide_top and self.depth in live:
+            self.at_work = (self.depth,)
             self._wide_output_error()
 
     def _wide_output_error(self) -> None:
@@ -275,6 +292,7 @@ class Loop:
 
     def _run_whole(self, num_steps: int) -> None:
         (launch,) = self.design.predicts
+        self.at_work = launch.layers
 
         def iterations(first: int, last: int) -> None:
             launch_mlp_relaxation(
@@ -331,7 +349,9 @@ class Loop:
 
     def _predict_pointwise(self, l: int, form: PointwiseForm, moved: bool) -> None:
         product = None
-        if moved and form.convolution is not None:
+        if moved and self.design.gram and l == 2:
+            product = self._gram_image("s", form)
+        elif moved and form.convolution is not None:
             d = self._image("d_operand", l - 1).permute(0, 3, 1, 2)
             product = self._convolution(l, form).product(d).permute(0, 2, 3, 1).contiguous()
         elif moved:
@@ -347,10 +367,31 @@ class Loop:
 
     def _feedback_pointwise(self, link: int, form: PointwiseForm, t: int) -> None:
         pulled = self._delta_image(link + 1, form)
+        if self.design.gram and link == 1:
+            self._move_in_gram_form(form, pulled, t)
+            return
         if form.convolution is not None:
-            step = self._convolution(link + 1, form)
-            pulled = step.product_pulled_back(pulled.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+            step, below = self._convolution(link + 1, form), self._image("d_operand", link)
+            pulled = step.product_pulled_back(pulled.permute(0, 3, 1, 2), like=below.permute(0, 3, 1, 2))
+            pulled = pulled.permute(0, 2, 3, 1).contiguous()
         self._move(link, pulled, t)
+
+    def _gram_image(self, name: str, form: PointwiseForm) -> Tensor:
+        """s or sum of layer 2's convolution (batch, height, width, channels)."""
+        return as_image(self.arena.matrix(f"{name}2"), *form.inner)
+
+    def _move_in_gram_form(self, form: PointwiseForm, delta: Tensor, t: int) -> None:
+        step, gram = self._convolution(2, form), self.inputs.gram_link.gram
+        gram_update(
+            s=self._gram_image("s", form),
+            total=self._gram_image("sum", form),
+            delta=delta,
+            pulled=step.gram_convolved(gram, delta.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous(),
+            step_size=self.eta,
+            first_bad=self.first_bad,
+            layer=1,
+            iteration=t,
+        )
 
     def _move(self, link: int, pulled: Tensor, t: int) -> None:
         """d += eta (error - pulled); ``pulled`` (batch, height, width, channels)."""
@@ -374,7 +415,7 @@ class Loop:
     # what torch does
 
     def _predict_torch(self, l: int, moved: bool) -> None:
-        link = self.inputs.gram_link if l == 2 else None
+        link = self.inputs.gram_link if l == 2 else None  # None unless in Gram form
         deviation = None
         if link is not None:
             deviation = link.predict() if link.moved else None
@@ -412,12 +453,14 @@ class Loop:
         return self._logical("d", l)
 
     def gram_state(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(s, sum, sum before the last iteration), where design.gram."""
-        return (
-            self._logical("s", 2),
-            self._logical("sum", 2),
-            self.design.boundaries[2].logical(self.sum_before),
+        """(s, sum, sum before the last iteration) as torch has u_2, where kernels move them."""
+        form, found = (
+            self.design.forms[2],
+            (self.arena.matrix("s2"), self.arena.matrix("sum2"), self.sum_before),
         )
+        if isinstance(form, LinearForm):
+            return tuple(map(self.design.boundaries[2].logical, found))
+        return tuple(as_image(matrix, *form.inner).permute(0, 3, 1, 2) for matrix in found)
 
     def error(self, l: int) -> Tensor:
         """eps_l of the last iteration as torch has it; at L (batch, outputs)."""

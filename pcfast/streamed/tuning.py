@@ -328,6 +328,8 @@ class _Tuner:
         for layer in self.problem.network.layers[1:]:
             form, below = design.forms[layer.index], design.boundaries[layer.index - 1]
             now = COMPOSED
+            if design.gram and layer.index == 2:
+                continue  # cuDNN multiplies with the Gram matrix, whatever is chosen
             if isinstance(form, ConvForm):
                 now = IMPLICIT
             elif isinstance(form, PointwiseForm):

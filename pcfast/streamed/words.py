@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from .. import network as specs
 from ..constants import Constants
 from ..forms import LinearForm, PointwiseForm
+from ..kernels import conv_feedback, conv_predict, pointwise_error
+from ..kernels.conv_geometry import Tiles
 from .design import Design
-from .floor import floors, matrix_rate
+from .floor import floors, rate_names
 from .layers import ConvForm
+from .tiles import LinearTiles
 
 
 def describe(network: specs.Network, shapes: tuple, design: Design, constants: Constants) -> list[str]:
@@ -17,29 +22,26 @@ def describe(network: specs.Network, shapes: tuple, design: Design, constants: C
     if design.whole:
         tiles = design.predicts[0].tiles
         lines.append(
-            f"one launch for all iterations, mlp_relaxation, {tiles.rows} samples a program ({design.whole_reason})"
+            f"one launch for all iterations, mlp_relaxation, {tiles.rows} samples a program, {_tiles(tiles)} "
+            f"({design.whole_reason})"
         )
     else:
         lines.append(f"two stages an iteration, no single launch for all of them: {design.whole_reason}")
         for launch in design.predicts:
-            lines.append(
-                f"linear_predict for {_layers(launch.layers)}: tiles of {launch.tiles.rows} x "
-                f"{launch.tiles.columns} x {launch.tiles.reduction} ({launch.tiles.reason})"
-            )
+            tiles = launch.tiles
+            lines.append(f"linear_predict for {_layers(launch.layers)}: {_tiles(tiles)} ({tiles.reason})")
         if design.feedback is not None:
             tiles = design.feedback.tiles
-            lines.append(
-                f"linear_feedback into {_layers(design.feedback.links)}: tiles of {tiles.rows} x {tiles.columns} x "
-                f"{tiles.reduction} ({tiles.reason})"
-            )
+            links = _layers(design.feedback.links)
+            lines.append(f"linear_feedback into {links}: {_tiles(tiles)} ({tiles.reason})")
     least = floors(network, shapes, design, constants)
     for l in range(1, depth + 1):
-        line = f"{network.layers[l - 1].label}: {_how(design, l)}"
+        line = f"{network.layers[l - 1].label}: {_how(design, l, shapes[0][0][0])}"
         if l in least:
             line += f"; floor {1e6 * least[l].seconds:.3g} us an iteration ({least[l].binding})"
         lines.append(line)
-    _, rate = matrix_rate(precision, constants)
-    sources = {name: constants.source[name] for name in (rate, "copy_bandwidth_gbs")}
+    names = [*sorted(rate_names(network, design.target, constants)), "copy_bandwidth_gbs"]
+    sources = {name: constants.source[name] for name in names}
     lines.append("floors from " + ", ".join(f"{name} ({source})" for name, source in sources.items()))
     return lines
 
@@ -48,7 +50,25 @@ def _layers(indices: tuple[int, ...]) -> str:
     return ("layer " if len(indices) == 1 else "layers ") + ", ".join(map(str, sorted(indices)))
 
 
-def _how(design: Design, l: int) -> str:
+def _tiles(tiles: LinearTiles | Tiles) -> str:
+    return f"tiles of {tiles.rows} x {tiles.columns} x {tiles.reduction}"
+
+
+def _convolution(form: ConvForm, precision: str) -> str:
+    predict = conv_predict.predict_tiles(form.geometry, precision, form.before, form.after)
+    feedback = conv_feedback.feedback_tiles(form.geometry, precision)
+    return f"conv_predict in {_tiles(predict)}, conv_feedback in {_tiles(feedback)}, products in {precision}"
+
+
+def _pointwise(form: PointwiseForm, batch: int) -> str:
+    height, width, channels = form.inner
+    window = (1, 1) if form.pool is None else form.pool.kernel
+    positions = batch * (height // window[0]) * (width // window[1])
+    places, beside = pointwise_error.tile(positions, channels, math.prod(window))
+    return f"pointwise_error in tiles of {places} x {beside}"
+
+
+def _how(design: Design, l: int, batch: int) -> str:
     if l == 1:
         return "its input is clamped: evaluated once, outside the loop"
     form = design.forms[l]
@@ -57,8 +77,10 @@ def _how(design: Design, l: int) -> str:
         gram = ", Gram form" if l == 2 and design.gram else ""
         return ("mlp_relaxation" if design.whole else "linear_predict, linear_feedback") + wide + gram
     if isinstance(form, ConvForm):
-        return "conv_predict, conv_feedback"
+        return _convolution(form, design.target.convolutions)
     if isinstance(form, PointwiseForm):
         product = "" if form.convolution is None else "cuDNN's convolution, "
-        return product + "pointwise_error, pointwise_update"
-    return f"torch ({form.reason})"
+        if design.gram and l == 2:
+            return f"{product}{_pointwise(form, batch)}, pointwise_gram, Gram form"
+        return f"{product}{_pointwise(form, batch)}, pointwise_update"
+    return f"torch ({form.reason})" + (", Gram form" if design.gram and l == 2 else "")

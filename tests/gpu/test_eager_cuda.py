@@ -1,19 +1,28 @@
 """The eager backend on a CUDA device: right, replayed from graphs, and quiet about the device.
 
-The oracle is the literal reference in float64 on the CPU. Allowed error in float32 and bfloat16: three times the
-larger of backpropagation's in the same precision on the same device, and the eager backend's on the CPU, whose
-arithmetic is another. Networks are smooth, so that no flipped gate decides a result.
+What is judged how: gpu_helpers.py. Networks are smooth, so that no flipped gate decides a result.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_helpers import (
+    CLASSES,
+    FIRST,
+    ROWS,
+    STEPS,
+    allowed,
+    distance,
+    in_float64,
+    last,
+    no_waiting,
+    same_bits,
+    updates,
+)
 from torch import Tensor, nn
 
 import pcfast
@@ -25,25 +34,6 @@ pytestmark = [
 ]
 
 METHODS = ("exact", "fixed_prediction", "strict")
-STEPS = {"step_size": 0.1, "num_steps": 8}
-ROWS, CLASSES = 33, 10
-FIRST = "first call of its kind: recorded from the next on"
-
-
-@pytest.fixture(autouse=True)
-def _clean():
-    """IEEE float32, no graphs and no reports left over from another test, before and after."""
-    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    graphs.CACHE.clear()
-    pcfast.synchronize()
-    yield
-    graphs.CACHE.clear()
-    for switch, precision in zip(switches, before, strict=True):
-        switch.fp32_precision = precision
-    pcfast.synchronize()
 
 
 def mlp() -> nn.Sequential:
@@ -69,54 +59,6 @@ def problem(name: str = "mlp", rows: int = ROWS):
     """A network, x and y on the CPU in float32."""
     make, shape = NETWORKS[name]
     return make(), torch.randn(rows, *shape), torch.randint(0, CLASSES, (rows,))
-
-
-def updates(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:
-    model.zero_grad(set_to_none=True)
-    pcfast.pc_loss(model, x, y, **{**STEPS, **settings}).backward()
-    found = [parameter.grad for parameter in model.parameters()]
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-def backpropagation(model: nn.Sequential, x: Tensor, y: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters())))
-
-
-def in_float64(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:
-    model, x, y = copy.deepcopy(model).cpu().double(), x.cpu().double(), y.cpu()
-    return updates(model, x, y, backend="reference", **settings)
-
-
-def distance(found: list[Tensor], truth: list[Tensor]) -> float:
-    """The largest relative Frobenius distance of a tensor from its truth, in float64 on the CPU."""
-    assert len(found) == len(truth)
-    pairs = [
-        (f.detach().double().cpu(), t.detach().double().cpu()) for f, t in zip(found, truth, strict=True)
-    ]
-    return max(float((f - t).norm() / t.norm()) for f, t in pairs)
-
-
-def allowed(
-    model: nn.Sequential, x: Tensor, y: Tensor, truth: list[Tensor], autocast=None, **settings
-) -> float:
-    """Bound on the error of ``model`` on CUDA, see above."""
-    on_cpu = copy.deepcopy(model).cpu()
-    with torch.autocast("cuda", autocast, enabled=autocast is not None):
-        by_backpropagation = backpropagation(model, x, y)
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        by_cpu = updates(on_cpu, x.cpu(), y.cpu(), backend="eager", **settings)
-    exact = in_float64(model, x, y, method="exact")
-    return 3 * max(distance(by_backpropagation, exact), distance(by_cpu, truth))
-
-
-def same_bits(found: list[Tensor], truth: list[Tensor]) -> bool:
-    return len(found) == len(truth) > 0 and all(map(torch.equal, found, truth))
-
-
-def last() -> tuple[str, bool, str]:
-    run = pcfast.last_run()
-    return run.plan.backend, run.replayed, run.not_replayed_because
 
 
 # Right, plain and replayed -------------------------------------------------------------------------------------
@@ -382,18 +324,6 @@ def test_labels_out_of_range_do_not_kill_the_context(check):
     truth = in_float64(model, x, y)
     found = updates(model, x, y.cuda(), backend="eager", check=check)
     assert distance(found, truth) <= allowed(model, x, y.cuda(), truth)
-
-
-@contextlib.contextmanager
-def no_waiting():
-    """Operations that wait for the device raise."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls this mode a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("check", ["auto", "off"])

@@ -1,30 +1,33 @@
 """The triton backend on a CUDA device: its fused kernels within the project's bounds, replayed, and repeatable.
 
-The oracle is the literal reference in float64. Bounds are those of pcfast.checking where a whole network is judged,
-and those of test_eager_cuda.py where one step is. Rows are compared bit for bit in the loop alone: the forward pass
-before it is cuBLAS's, which picks its kernels by the batch.
+What is judged how: gpu_helpers.py.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import replace
 
 import pytest
 import torch
-from test_eager_cuda import (
+from gpu_helpers import (
     CLASSES,
+    DEVICE,
     FIRST,
+    PRECISIONS,
     ROWS,
     STEPS,
-    _clean,  # noqa: F401  (a fixture, and autouse here too)
+    TOO_FAST,
+    Batch,
+    Case,
     allowed,
     distance,
     in_float64,
+    in_threads,
     last,
     no_waiting,
+    problem,
     same_bits,
     updates,
 )
@@ -33,38 +36,16 @@ from torch import Tensor, nn
 import pcfast
 from pcfast import checking, networks
 from pcfast.backends import triton as backend
-from pcfast.precision import numerics, use_precision
-from pcfast.problem import Wanted
-from pcfast.relaxation import prepare
+from pcfast.precision import use_precision
+from pcfast.streamed.choices import IMPLICIT, Choices, ConvolutionKey
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-DEVICE = torch.device("cuda")
-PRECISIONS = ("ieee", "tf32", "bf16")
 ONE_LAUNCH, TWO_STAGES = "one launch for all iterations, mlp_relaxation", "two stages an iteration"
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network to check.
-
-    Attributes:
-        make: a fresh one. sample: shape of one input. batch: rows.
-        says: what explain has to say of it, in any precision.
-        loss, num_steps, precisions: of the check.
-    """
-
-    make: Callable[[], nn.Sequential]
-    sample: tuple[int, ...]
-    says: str
-    batch: int = ROWS
-    loss: str = "cross_entropy"
-    num_steps: int = 12
-    precisions: tuple[str, ...] = PRECISIONS
 
 
 def bare_layers() -> nn.Sequential:
@@ -163,17 +144,29 @@ CASES = {
 }
 
 
-def problem(make: Callable[[], nn.Sequential] = smooth_mlp, sample: Sequence[int] = (37,), rows: int = ROWS):
-    """A network, x and y on the device, float32."""
-    x, y = torch.randn(rows, *sample), torch.randint(0, CLASSES, (rows,))
-    return make().to(DEVICE), x.to(DEVICE), y.to(DEVICE)
-
-
 SMOOTH = {
     "one_launch": (smooth_mlp, (37,)),
     "two_stages": (smooth_staged, (64,)),
     "convolutions": (smooth_cnn, (3, 12, 12)),
 }
+
+
+class EveryConvolution(Choices):
+    """Implicit wherever it is possible."""
+
+    def get(self, key, default=None):
+        return IMPLICIT if isinstance(key, ConvolutionKey) else super().get(key, default)
+
+    def __eq__(self, other):
+        return isinstance(other, EveryConvolution)
+
+    __hash__ = Choices.__hash__
+
+
+@pytest.fixture
+def implicit(monkeypatch):
+    find = backend._target
+    monkeypatch.setattr(backend, "_target", lambda *a: replace(find(*a), choices=EveryConvolution()))
 
 
 def ours(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:
@@ -205,6 +198,60 @@ def test_networks_are_within_the_projects_bounds(name, precision):
     assert last() == ("triton", True, "")
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["cifar_cnn", "average_pools"])
+def test_implicit_convolutions_are_within_the_projects_bounds(name, precision, implicit):
+    make, sample = (small_cifar_cnn if name == "cifar_cnn" else smooth_cnn), (3, 12, 12)
+    model = make()
+    with use_precision(precision, DEVICE):
+        assert "conv_predict in tiles" in str(
+            pcfast.explain(model, (ROWS, *sample), DEVICE, num_steps=12, backend="triton")
+        )
+    report = checking.check(
+        model,
+        (ROWS, *sample),
+        num_steps=12,
+        backends=["triton"],
+        precisions=[precision],
+        device=DEVICE,
+        draws=5,
+    )
+    assert report.ok, report.failures
+    assert {row.backend for row in report.rows} == {"triton"} and not report.refused
+    assert last() == ("triton", True, "")
+
+
+def test_implicit_convolutions_follow_weights_updated_in_place(implicit):
+    model, x, y = problem(*SMOOTH["convolutions"])
+    for _ in range(2):
+        ours(model, x, y)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    replayed = ours(model, x, y)
+    assert last()[1]
+    truth = in_float64(model, x, y)
+    assert distance(replayed, truth) <= allowed(model, x, y, truth)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_gram_form_of_a_convolution(precision):
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.Tanh()),
+        nn.Sequential(nn.Conv2d(24, 4, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten()),
+        nn.Sequential(nn.Linear(100, 32), nn.Tanh()),
+        nn.Linear(32, CLASSES),
+    )
+    shape = (ROWS, 3, 12, 12)
+    with use_precision(precision, DEVICE):
+        assert "pointwise_gram" in str(pcfast.explain(model, shape, DEVICE, num_steps=12, backend="triton"))
+    report = checking.check(
+        model, shape, num_steps=12, backends=["triton"], precisions=[precision], device=DEVICE, draws=5
+    )
+    assert report.ok, report.failures
+    assert last() == ("triton", True, "")
+
+
 @pytest.mark.parametrize("name", SMOOTH)
 def test_one_step_agrees_plain_recorded_and_replayed(name):
     model, _, _ = problem(*SMOOTH[name])
@@ -218,13 +265,13 @@ def test_one_step_agrees_plain_recorded_and_replayed(name):
 
 @pytest.mark.parametrize("method", ["exact", "fixed_prediction"])
 def test_methods_without_a_loop_are_those_of_eager(method):
-    model, x, y = problem()
+    model, x, y = problem(*SMOOTH["one_launch"])
     eager = updates(model, x, y, method=method, backend="eager")
     assert distance(ours(model, x, y, method=method), eager) < 1e-6
 
 
 def test_energies_and_given_beliefs_take_the_stages_one_by_one():
-    model, x, y = problem()
+    model, x, y = problem(*SMOOTH["one_launch"])
     wide, settings = copy.deepcopy(model).double(), {"loss": nn.CrossEntropyLoss(reduction="sum"), **STEPS}
     truth = pcfast.relax(wide, x.double(), y, backend="reference", energies=True, **settings)
     found = pcfast.relax(model, x, y, backend="triton", energies=True, **settings)
@@ -241,9 +288,14 @@ def test_energies_and_given_beliefs_take_the_stages_one_by_one():
 # Repeatable ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", SMOOTH)
-def test_runs_are_bit_for_bit_equal(name, precision):
+@pytest.mark.parametrize("convolutions", ["composed", "implicit"])
+def test_runs_are_bit_for_bit_equal(name, precision, convolutions, request):
+    if convolutions == "implicit":
+        if name != "convolutions":
+            pytest.skip("a network without convolutions")
+        request.getfixturevalue("implicit")
     model, x, y = problem(*SMOOTH[name])
     with use_precision(precision, DEVICE):
         pcfast.use_cuda_graphs(False)
@@ -258,68 +310,19 @@ def test_runs_are_bit_for_bit_equal(name, precision):
     assert all(same_bits(run, replayed[0]) for run in replayed)
 
 
-class _OnGivenForwardPass(backend._Run):
-    """A relaxation of some rows from what another one's forward pass gave for them."""
-
-    def __init__(self, problem, plan, whole: backend._Run, rows: slice) -> None:
-        super().__init__(problem, plan)
-        self.whole, self.rows = whole, rows
-
-    def _forward(self):
-        super()._forward()
-        self.pre_activations = [u if u is None else u[self.rows] for u in self.whole.pre_activations]
-        return [value[self.rows] for value in self.whole.vhat]
-
-
-class Batch:
-    """A batch relaxed as a whole, and parts of it relaxed alone from the same forward pass."""
-
-    def __init__(self, make, sample, rows: int, gram: bool, num_steps: int = 8) -> None:
-        self.model, self.x, self.y = problem(make, sample, rows)
-        self.gram, self.num_steps, self.whole = gram, num_steps, None
-        self.run = self.relaxed(slice(0, rows))
-        self.whole = self.run
-
-    def relaxed(self, rows: slice) -> backend._Run:
-        # a sum: every row's loss is its own
-        ready = prepare(
-            self.model, self.x[rows], self.y[rows], loss=nn.CrossEntropyLoss(reduction="sum"), method="strict",
-            step_size=0.1, num_steps=self.num_steps, wanted=Wanted(gradients=False), backend="triton", check="off",
-        )  # fmt: skip
-        plan = replace(ready.plan, gram=self.gram)
-        with numerics(self.x.device, plan.precision):
-            if self.whole is None:
-                run = backend._Run(ready.problem, plan)
-            else:
-                run = _OnGivenForwardPass(ready.problem, plan, self.whole, rows)
-            run.outcome()
-        return run
-
-    def values(self, run: backend._Run) -> list[Tensor]:
-        """Deviations and errors that the loop left. Layer 1's in Gram form is a product of torch's."""
-        lowest = 2 if self.gram else 1
-        states = [link.d for link in run.links[lowest:]]
-        return states + [value for _, value in run.checked[-1:]]
-
-    def assert_alone_as_in_the_batch(self, rows: slice) -> None:
-        alone, together = self.values(self.relaxed(rows)), [value[rows] for value in self.values(self.run)]
-        assert all(bool(value.any()) for value in together)
-        assert same_bits(alone, together), rows
-
-
 @pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["one_launch", "two_stages"])
 def test_a_row_does_not_depend_on_its_batch(name, precision, gram):
     with use_precision(precision, DEVICE):
-        batch = Batch(*SMOOTH[name], 300, gram)
+        batch = Batch(backend, *SMOOTH[name], 300, gram)
         for rows in (slice(0, 1), slice(299, 300), slice(0, 37), slice(100, 137)):
             batch.assert_alone_as_in_the_batch(rows)
 
 
 def test_a_row_does_not_depend_on_its_batch_where_tiles_grow():
     with use_precision("bf16", DEVICE):
-        batch = Batch(*SMOOTH["two_stages"], 9000, gram=False, num_steps=5)
+        batch = Batch(backend, *SMOOTH["two_stages"], 9000, gram=False, num_steps=5)
         for rows in (slice(0, 40), slice(8963, 9000)):
             batch.assert_alone_as_in_the_batch(rows)
 
@@ -332,7 +335,12 @@ def test_a_matrix_of_more_than_two_to_the_31_elements():
     rows = 2**31 // width + 130
     with use_precision("bf16", DEVICE):
         batch = Batch(
-            lambda: networks.mlp([16, 16, width, CLASSES], nn.Tanh), (16,), rows, gram=False, num_steps=4
+            backend,
+            lambda: networks.mlp([16, 16, width, CLASSES], nn.Tanh),
+            (16,),
+            rows,
+            gram=False,
+            num_steps=4,
         )
         assert batch.run.links[2].d.numel() > 2**31
         for ends in (slice(0, 40), slice(rows - 40, rows)):
@@ -393,15 +401,15 @@ def test_step_size_and_number_of_steps_may_change(name):
 
 def test_batches_of_several_sizes_take_turns():
     """An epoch whose last batch is smaller, twice."""
-    model, _, _ = problem()
+    model, _, _ = problem(*SMOOTH["one_launch"])
     for rows in (ROWS, ROWS, 20, ROWS, ROWS, 20, 1):
-        _, x, y = problem(rows=rows)
+        _, x, y = problem(*SMOOTH["one_launch"], rows=rows)
         truth = in_float64(model, x, y)
         assert distance(ours(model, x, y), truth) <= allowed(model, x, y, truth)
 
 
 def test_inputs_that_are_views():
-    model, x, y = problem()
+    model, x, y = problem(*SMOOTH["one_launch"])
     large = torch.randn(ROWS + 3, 2 * 37 + 5, device=DEVICE)
     views = {
         "sliced": large[:ROWS, 5:42],
@@ -445,6 +453,38 @@ def test_another_stream(name):
     assert distance(found, truth) <= bound
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", SMOOTH)
+def test_another_device_than_the_current_one(name):
+    model, x, y = problem(*SMOOTH[name])
+    truth = in_float64(model, x, y)
+    bound = allowed(model, x, y, truth)
+    model, x, y = model.to("cuda:1"), x.to("cuda:1"), y.to("cuda:1")
+    for expected in (False, True, True):
+        found = ours(model, x, y)
+        assert last()[1] == expected and found[0].device == x.device
+        assert torch.cuda.current_device() == 0
+        assert distance(found, truth) <= bound
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_under_torch_compile(name):
+    model, x, y = problem(*SMOOTH[name])
+    expected = ours(copy.deepcopy(model), x, y)
+    torch.compiler.reset()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(each):
+        return pcfast.pc_loss(each, x, y, backend="triton", **STEPS)
+
+    for _ in range(3):
+        model.zero_grad(set_to_none=True)
+        step(model).backward()
+        assert last()[0] == "triton"
+        assert distance([parameter.grad for parameter in model.parameters()], expected) < 1e-5
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("name", SMOOTH)
 def test_inside_a_capture_of_the_callers(name):
     model, x, y = problem(*SMOOTH[name])
@@ -475,30 +515,17 @@ def test_inside_a_capture_of_the_callers(name):
 def test_threads_do_not_disturb_each_other():
     cases = [(name, problem(*SMOOTH[name])) for name in SMOOTH for _ in range(2)]
     alone = [ours(*case) for _, case in cases]
-    found: dict[int, list[list[Tensor]]] = {}
-    failures: list[Exception] = []
 
-    def work(index: int) -> None:
-        try:
-            model, x, y = cases[index][1]
-            found[index] = []
-            for _ in range(4):
-                loss = pcfast.pc_loss(model, x, y, backend="triton", **STEPS)
-                gradients = torch.autograd.grad(loss, list(model.parameters()))
-                found[index].append(list(gradients))
-            torch.cuda.current_stream().synchronize()
-        except Exception as error:
-            failures.append(error)
+    def gradients(model, x, y) -> list[Tensor]:
+        loss = pcfast.pc_loss(model, x, y, backend="triton", **STEPS)
+        return list(torch.autograd.grad(loss, list(model.parameters())))
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(cases))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures
-    for index, expected in enumerate(alone):
-        assert len(found[index]) == 4
-        assert all(distance(run, expected) < 1e-5 for run in found[index]), cases[index][0]
+    def work(case) -> list[list[Tensor]]:
+        return [gradients(*case) for _ in range(4)]
+
+    found = in_threads([functools.partial(work, case) for _, case in cases])
+    for (name, _), expected, runs in zip(cases, alone, found, strict=True):
+        assert all(distance(run, expected) < 1e-5 for run in runs), name
     pcfast.synchronize()
 
 
@@ -521,8 +548,6 @@ def test_a_step_never_waits_for_the_device(name, check):
 
 
 # What goes wrong -----------------------------------------------------------------------------------------------
-
-TOO_FAST = {"loss": nn.MSELoss(reduction="sum"), "step_size": 1e3, "num_steps": 100}
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -554,7 +579,7 @@ def test_deferred_divergence_zeroes_the_updates_and_is_reported_once(name):
 
 
 def test_what_the_kernels_cannot_do_is_refused_by_name():
-    model, x, y = problem()
+    model, x, y = problem(*SMOOTH["one_launch"])
     with pytest.raises(pcfast.BackendError, match="compute in float32, not"):
         updates(model.double(), x.double(), y, backend="triton")
     opaque = nn.Sequential(nn.Sequential(nn.Linear(37, 12), nn.Softmax(1)), nn.Linear(12, CLASSES)).to(DEVICE)

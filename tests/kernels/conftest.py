@@ -40,7 +40,7 @@ def launches(monkeypatch):
     seen = []
     names = (
         "launch_linear_predict", "launch_linear_feedback", "launch_mlp_relaxation", "launch_conv_predict",
-        "launch_conv_feedback", "error_and_delta", "update", "output_error",
+        "launch_conv_feedback", "error_and_delta", "update", "gram_update", "output_error",
     )  # fmt: skip
     for name in names:
         run = getattr(loop, name)

@@ -12,7 +12,7 @@ import torch
 from compilation import Case, matrix_instruction
 
 from pcfast import activations
-from pcfast.kernels import conv_feedback, conv_predict, pointwise_error
+from pcfast.kernels import conv_feedback, conv_predict, pointwise_error, pointwise_gram
 from pcfast.kernels.activations import code
 from pcfast.kernels.conv_geometry import ConvGeometry
 from pcfast.kernels.linear_predict import MAX_REGISTERS, NO_TOP
@@ -244,6 +244,19 @@ def pointwise_cases(chips) -> list[Case]:
                 divisible=(*views, *strides, "channels"),
             )
         )  # fmt: skip
+    for capability in chips:
+        arrays = {"s": "*fp32", "total": "*fp32", "delta": "*bf16", "pulled": "*bf16"}
+        sizes = dict.fromkeys(("elements", "layer", "iteration"), "i32")
+        cases.append(
+            Case(
+                name="pointwise_gram",
+                kernel="pcfast.kernels.pointwise_gram:pointwise_gram_kernel",
+                signature={**arrays, "first_bad": "*i32", **sizes, "step_size": "fp32"},
+                constexprs=dict(BLOCK=pointwise_gram.BLOCK),
+                capability=capability,
+                divisible=(*arrays, "elements"),
+            )
+        )
     return cases
 
 

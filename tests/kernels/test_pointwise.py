@@ -16,7 +16,7 @@ import triton.language as tl
 
 from pcfast import activations, losses
 from pcfast.kernels import activations as device_activations
-from pcfast.kernels import output_error, pointwise_error, pointwise_update
+from pcfast.kernels import output_error, pointwise_error, pointwise_gram, pointwise_update
 from pcfast.kernels.pointwise_error import Tail
 
 EPS = torch.finfo(torch.float32).eps
@@ -477,6 +477,38 @@ def test_overflow_is_noted_where_the_operand_stays_finite():
         operand=operand,
     )
     assert first_bad.item() == 1 and operand.isinf().all()
+
+
+# pointwise_gram ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7), (3, 8, 8, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gram_update(shape, dtype):
+    s, total = torch.randn(shape), torch.randn(shape)
+    delta, pulled = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    expected_s = 0.7 * s.double() - 0.3 * pulled.double()
+    expected_total = 0.7 * total.double() + 0.3 * delta.double()
+    first_bad = torch.full((2,), MANY, dtype=torch.int32)
+    arrays = dict(s=s, total=total, delta=delta, pulled=pulled)
+    pointwise_gram.gram_update(**arrays, step_size=0.3, first_bad=first_bad, layer=1, iteration=4)
+    close(s, expected_s, roundings=3)
+    close(total, expected_total, roundings=3)
+    assert (first_bad == MANY).all()
+    s.view(-1)[-1] = math.inf
+    pointwise_gram.gram_update(**arrays, step_size=0.3, first_bad=first_bad, layer=1, iteration=5)
+    assert first_bad.tolist() == [MANY, 5]
+
+
+def test_gram_update_wants_arrays_that_lie_alike():
+    right = dict.fromkeys(("s", "total", "delta", "pulled"), torch.randn(2, 3, 4, 5))
+    first_bad = torch.full((2,), MANY, dtype=torch.int32)
+    for name in ("total", "delta", "pulled"):
+        for wrong in (torch.randn(2, 3, 4, 4), torch.randn(2, 5, 3, 4).permute(0, 2, 3, 1)):
+            with pytest.raises(ValueError, match=f"{name} .* does not lie as s"):
+                pointwise_gram.gram_update(
+                    **{**right, name: wrong}, step_size=0.1, first_bad=first_bad, layer=1, iteration=1
+                )
 
 
 # output_error -----------------------------------------------------------------------------------------------

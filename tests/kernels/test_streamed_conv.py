@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
+from against_reference import in_double, updates
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_streamed import (
     _gaps_between_matrices_are_out_of_bounds,  # noqa: F401 - a fixture
     assert_close_to_float64,
     conv_net,
-    in_double,
-    updates,
 )
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -200,8 +200,9 @@ def test_each_geometry_and_precision_is_chosen_for_itself():
     assert letters(designed(name, "tf32", chosen)) == "pppll"
 
 
-def test_the_gram_form_of_a_convolution_is_torchs():
-    assert letters(designed("3x3 relu max", "tf32", EveryConvolution(), gram=True)) == "tll"
+def test_the_gram_form_of_a_convolution_is_another_convolution():
+    """Its weight is the Gram matrix, and cuDNN multiplies with it."""
+    assert letters(designed("3x3 relu max", "tf32", EveryConvolution(), gram=True)) == "pll"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
@@ -368,6 +369,15 @@ def test_one_launch_a_stage_and_no_convolution_of_torchs(launches, torchs, impli
     expected = {"linear_predict": 8, "linear_feedback": 8, "conv_predict": 6, "conv_feedback": 6}
     assert Counter(name for name, _ in launches) == expected
     assert torchs.count == 0
+
+
+def test_explain_names_their_tiles(implicit):
+    model, x, _ = drawn("3x3 relu max")
+    text = str(pcfast.explain(model, tuple(x.shape), backend="triton"))
+    (line,) = (line for line in text.splitlines() if "conv_predict" in line)
+    assert line.startswith("layer 2 (") and "; floor " in line
+    tiles = r"tiles of \d+ x 16 x 32"
+    assert re.search(f"conv_predict in {tiles}, conv_feedback in {tiles}, products in tf32x3", line)
 
 
 def test_torchs_convolutions_are_counted(torchs):

@@ -175,6 +175,18 @@ def test_convolutions(launched, monkeypatch):
     assert multiplied
 
 
+def test_a_convolution_in_gram_form_leaves_no_choice():
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 12, 3), nn.Tanh()),
+        nn.Sequential(nn.Conv2d(12, 3, 3), nn.Tanh(), nn.Flatten()),
+        nn.Linear(12, 5),
+    )
+    x, y = batch(5, (2, 6, 6))
+    assert pcfast.explain(model, tuple(x.shape), num_steps=7).plan.gram
+    report = pcfast.tune(model, x, y, num_steps=7, clock=lambda run: 1.0)
+    assert report.decisions and not [made for made in report.decisions if "convolution" in made.what]
+
+
 def test_what_runs_now_stays_where_nothing_is_faster(priced, folder):
     report = tune(network(), priced({("mlp_relaxation", 16, 16): 1.0}))
     assert not len(report.choices) and report.check is None and report.path is None

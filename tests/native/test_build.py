@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -16,23 +15,19 @@ from zipfile import ZipFile
 
 import pytest
 import torch
-from installing import ROOT, build_wheel, copy_sources, install, run_pip, run_python
+from installing import build_wheel, copy_sources, install, run_pip, run_python
+from native_build import CSRC, SUFFIX, configure, needs_gcc, tool
 
 from pcfast import native
 from pcfast.cli import main
 from pcfast.errors import BackendError
 
-CSRC = ROOT / "csrc"
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 NVCC_VARIABLES = ("CUDACXX", "CUDA_HOME", "CUDA_PATH")
 
 needs_nvcc = pytest.mark.skipif(
     os.environ.get("PCFAST_NATIVE") == "0"
     or (shutil.which("nvcc") is None and not any(map(os.environ.get, NVCC_VARIABLES))),
     reason="no nvcc, or PCFAST_NATIVE=0",
-)
-needs_gcc = pytest.mark.skipif(
-    shutil.which("g++") is None or platform.machine() != "x86_64", reason="no g++, or not x86-64"
 )
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -47,31 +42,6 @@ def _nothing_found_before(monkeypatch) -> Iterator[None]:
 
 def output_of(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def tool(name: str) -> str:
-    """Of this environment, in which pcfast's test extra has it, else on PATH."""
-    found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
-    assert found is not None, f"{name} is missing: pip install -e '.[test]'"
-    return found
-
-
-def configure(folder: Path, *definitions: str) -> subprocess.CompletedProcess:
-    import pybind11
-
-    command = [
-        tool("cmake"),
-        "-G",
-        "Ninja",
-        "-S",
-        ROOT,
-        "-B",
-        folder,
-        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-    ]
-    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    command += [f"-D{definition}" for definition in definitions]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 # ---- the module of this checkout
@@ -357,16 +327,11 @@ def test_what_is_missing_to_compile_is_named(tmp_path):
 
 
 @needs_gcc
-def test_a_module_for_the_cpu(tmp_path, monkeypatch):
-    done = configure(tmp_path, "PCFAST_HOST=ON")
-    assert done.returncode == 0, done.stderr
-    built = subprocess.run([tool("ninja"), "-C", tmp_path], capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout
-    path = tmp_path / f"_native_host{SUFFIX}"
-    monkeypatch.setenv(native.ON_HOST, str(path))
+def test_a_module_for_the_cpu(host_module, monkeypatch):
+    monkeypatch.setenv(native.ON_HOST, str(host_module))
     module = native.load()
-    assert Path(module.__file__) == path
-    assert module.resident_sizes() and module.error_text(9) == "invalid configuration argument"
+    assert Path(module.__file__) == host_module
+    assert module.error_text(9) == "invalid configuration argument"
     assert native.probe() == native.Probe(None, None, 0, (), "the kernels are compiled for the CPU")
 
 

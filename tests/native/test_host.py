@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -15,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from native_build import CSRC, needs_gcc, once, shared_folder
 
 HERE = Path(__file__).parent / "host"
-CSRC = Path(__file__).parents[2] / "csrc"
 
 STRICT = ["-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}"]
 LIBRARY = ["-O1", "-fPIC", "-shared"]
@@ -34,28 +32,23 @@ RACE = 77  # ThreadSanitizer's own is 66
 LANES = np.arange(32)
 GROUP, MEMBER = LANES // 4, LANES % 4  # of a lane, as the PTX manual names them
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
-    pytest.mark.skipif(platform.machine() != "x86_64", reason="the fibers switch with x86-64 assembly"),
-]
+pytestmark = needs_gcc
 
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory):
     """A function that compiles a program once, for all of the workers."""
-    base = tmp_path_factory.getbasetemp()
-    folder = base.parent / "host_builds" if "PYTEST_XDIST_WORKER" in os.environ else base / "host_builds"
-    folder.mkdir(exist_ok=True)
+    folder = shared_folder(tmp_path_factory, "host_builds")
 
     def compiled(source, flags, name):
         target = folder / name
-        with open(folder / f"{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.exists():
-                command = ["g++", *STRICT, *flags, str(HERE / source), "-o", str(target)]
-                outcome = subprocess.run(command, capture_output=True, text=True)
-                assert outcome.returncode == 0, outcome.stderr
-        return target
+
+        def compile_it():
+            command = ["g++", *STRICT, *flags, str(HERE / source), "-o", str(target)]
+            outcome = subprocess.run(command, capture_output=True, text=True)
+            assert outcome.returncode == 0, outcome.stderr
+
+        return once(target, compile_it)
 
     return compiled
 

@@ -1,0 +1,171 @@
+"""The resident kernel alone: relaxations of several lengths, so that one more iteration can be told from the rest.
+
+A launch loads the weights, runs the forward pass, relaxes, and pulls the last errors back to the products. Times are
+those of an iteration as a share of its launch; :func:`pcfast.bench.tables.growth` takes the launch away.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import pcfast
+from pcfast import checking, networks
+from pcfast.accuracy import FACTOR, relative_error
+from pcfast.backends import BACKENDS
+from pcfast.backends import cuda as backend
+from pcfast.network import Network, describe
+from pcfast.planning import choose_gram, gram_macs, layer_macs
+from pcfast.precision import numerics
+from pcfast.problem import Request, Wanted
+from pcfast.relaxation import prepare
+from pcfast.resident import loop
+
+from .case import Case, Way, normal, torch_precision
+from .rounding import TF32, Judgement
+
+KERNEL = "resident"
+PRECISIONS = ("fp32", "tf32", "bf16")
+STEP_SIZE = 0.1
+#: Name -> (network, shape of x).
+NETWORKS = {
+    "mnist_cnn": (networks.mnist_cnn, (300, 1, 28, 28)),
+    "784-128-128-10 relu": (partial(networks.mlp, (784, 128, 128, 10)), (128, 784)),
+}
+#: Iterations of a launch.
+STEPS = (20, 50, 100, 200)
+TINY, TINY_STEPS = {"9-14-12-4 relu": (partial(networks.mlp, (9, 14, 12, 4)), (5, 9))}, (3, 4, 6)
+# What operands lose in products.
+_LOST = {"bf16": 2.0**-8, "tf32": TF32, "fp32": 2.0**-24}
+
+
+def cases(small: bool) -> list[Case]:
+    """Every precision of a network together."""
+    return [
+        _case(name, make, shape, TINY_STEPS if small else STEPS, precision)
+        for name, (make, shape) in (TINY if small else NETWORKS).items()
+        for precision in PRECISIONS
+    ]
+
+
+def _case(
+    name: str,
+    make: Callable[[], nn.Sequential],
+    shape: tuple[int, ...],
+    steps: tuple[int, ...],
+    precision: str,
+) -> Case:
+    with torch.device("meta"):
+        network = describe(make())
+    shapes = network.shapes(shape)
+    gram, _ = choose_gram(network, shapes, "strict", steps[0], True, False)
+    macs = layer_macs(network, shapes)
+    products = 2 * sum(macs[1:])
+    if gram:
+        products += gram_macs(network, shapes) - 2 * macs[1]
+    # nothing moves through device memory but before and after the loop
+    ways = partial(_ways, make, shape, steps, precision)
+    why_not = partial(_why_not, network, shape, steps[0])
+    return Case(KERNEL, f"{name}, batch {shape[0]}", precision, products, 0, ways, why_not)
+
+
+def _why_not(network: Network, shape: tuple[int, ...], num_steps: int, device: torch.device) -> str:
+    return BACKENDS["cuda"].supports(Request(network, device, torch.float32, shape, "strict", num_steps))[1]
+
+
+class _Relaxation:
+    """A network and a batch, relaxed by the backend; and the launch of its kernel."""
+
+    def __init__(
+        self,
+        make: Callable[[], nn.Sequential],
+        shape: tuple[int, ...],
+        num_steps: int,
+        precision: str,
+        device: torch.device,
+    ) -> None:
+        torch.manual_seed(0)
+        self.model, self.x, self.num_steps = make().to(device), normal(shape, device), num_steps
+        self.precision, self.lost = torch_precision(precision, device), _LOST[precision]
+        with torch.no_grad():
+            classes = self.model(self.x[:1]).shape[1]
+        self.y = (torch.arange(shape[0]) % classes).to(device)
+        ready = prepare(
+            self.model, self.x, self.y, loss="cross_entropy", method="strict", step_size=STEP_SIZE,
+            num_steps=num_steps, wanted=Wanted(), backend="cuda", check="off",
+        )  # fmt: skip
+        with numerics(device, ready.plan.precision):
+            run = backend._Run(ready.problem, ready.plan)
+            run.outcome()
+            self.by_backend = run.found.beliefs
+            self.first = run.vhat[1]
+            self.placement, inputs = run.arguments(self.first)
+            self.found, self.launch = loop.prepare(
+                self.placement, inputs, num_steps, gradients=True, output_gradient=False
+            )
+
+    def words(self) -> str:
+        placed = self.placement
+        samples = f"{placed.samples} sample{'s' * (placed.samples > 1)} a block"
+        return f"{samples}, {placed.blocks} blocks of {placed.threads} threads"
+
+    def judge(self, by_the_rules: bool) -> Judgement:
+        """Of the launch: the backend's bits, and norms as near float64's as eager's results are.
+
+        Args:
+            by_the_rules: also hold the backend to `pcfast check`. Of many iterations of relu, where a gate within
+                rounding of its kink decides digits, norms are all that can be told.
+        """
+        self.launch()
+        pairs = list(zip(self.found.beliefs, self.by_backend, strict=True))
+        if not all(v is None or torch.equal(v, own) for v, own in pairs):
+            return Judgement(math.nan, math.nan)
+        found = [
+            v.double() - vhat.double()
+            for v, vhat in zip(self.found.beliefs, [None, self.first, *self.found.vhat[2:]], strict=True)
+            if v is not None
+        ]
+        wide = copy.deepcopy(self.model).double()
+        truth = self._relaxed(wide, self.x.double())[-len(found) :]
+        eager = self._relaxed(self.model, self.x)[-len(found) :]
+        error = max(map(relative_error, found, truth))
+        bound = FACTOR * max(self.lost, *map(relative_error, eager, truth))
+        excess = [
+            abs(float(d.double().norm() / t.norm()) - 1) / bound for d, t in zip(found, truth, strict=True)
+        ]
+        if by_the_rules:
+            batches = [(self.x + draw, self.y) for draw in (0.0, 0.1, -0.1)]
+            report = checking.check(
+                self.model, batches, step_size=STEP_SIZE, num_steps=self.num_steps, backends=["cuda"],
+                precisions=[self.precision],
+            )  # fmt: skip
+            excess += [row.ratio for row in report.rows]
+        return Judgement(error, max(excess) if all(map(math.isfinite, excess)) else math.nan)
+
+    def _relaxed(self, model: nn.Sequential, x: Tensor) -> list[Tensor]:
+        """Deviations of the hidden layers, by eager."""
+        found = pcfast.relax(
+            model, x, self.y, step_size=STEP_SIZE, num_steps=self.num_steps, backend="eager", check="sync"
+        )
+        pairs = zip(found.beliefs[1:-1], found.activations[1:-1], strict=True)
+        return [v.double() - vhat.double() for v, vhat in pairs]
+
+
+def _ways(
+    make: Callable[[], nn.Sequential],
+    shape: tuple[int, ...],
+    steps: tuple[int, ...],
+    precision: str,
+    device: torch.device,
+) -> list[Way]:
+    ways = []
+    for num_steps in steps:
+        relaxation = _Relaxation(make, shape, num_steps, precision, device)
+        judge = partial(relaxation.judge, num_steps == steps[0])
+        ways.append(Way("cuda", relaxation.words(), relaxation.launch, judge, num_steps, f"n = {num_steps}"))
+    return ways

@@ -1,0 +1,48 @@
+"""A kernel backend in float32 against the literal loop in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+import pcfast
+from pcfast.accuracy import relative_error
+from pcfast.checking import loss_in
+
+__all__ = ["assert_close_to_float64", "in_double", "updates"]
+
+
+def in_double(model, *tensors):
+    return copy.deepcopy(model).double(), *(t.double() if t.is_floating_point() else t for t in tensors)
+
+
+def updates(model, x, y, **arguments) -> list[torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    pcfast.pc_loss(model, x, y, **arguments).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def assert_close_to_float64(
+    model, x, y, backend: str, bound=3e-6, loss="cross_entropy", vinit=None, **arguments
+) -> None:
+    """Errors, beliefs and updates of a backend against the literal loop in float64, and that it ran."""
+    double = in_double(model, x, y)
+    wide = dict(
+        arguments,
+        backend="reference",
+        loss=loss_in(loss, x.device, torch.float64),
+        vinit=vinit and [v if v is None else v.double() for v in vinit],
+    )
+    arguments = dict(arguments, backend=backend, loss=loss, vinit=vinit)
+    truth = pcfast.relax(*double, **wide)
+    found = pcfast.relax(model, x, y, **arguments)
+    assert found.run.plan.backend == backend
+    for l in range(1, len(truth.beliefs)):
+        assert relative_error(found.errors[l], truth.errors[l]) <= bound, f"eps_{l}"
+        moved, really = (r.beliefs[l].double() - r.activations[l].double() for r in (found, truth))
+        # beliefs are returned as vhat + d in float32: their deviation keeps what that rounding leaves
+        rounding = 2**-23 * float(truth.beliefs[l].norm())
+        assert float((moved - really).norm()) <= bound * float(really.norm()) + 2 * rounding, f"v_{l}"
+    for p, q in zip(updates(model, x, y, **arguments), updates(*double, **wide), strict=True):
+        assert relative_error(p, q) <= bound or float(q.norm()) < 1e-12

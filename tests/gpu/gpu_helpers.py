@@ -1,0 +1,185 @@
+"""What the tests on a CUDA device share: networks to check, updates and their truth, bounds, and what ran.
+
+The truth is the literal reference in float64 on the CPU. Allowed error in float32, TF32 and bfloat16: three times the
+larger of backpropagation's in the same precision on the same device, and the eager backend's on the CPU, whose
+arithmetic is another. A whole network is judged by pcfast.checking instead. Rows are compared bit for bit in the loop
+alone: the forward pass before it is cuBLAS's, which picks its kernels by the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pcfast
+from pcfast.precision import numerics
+from pcfast.problem import Wanted
+from pcfast.relaxation import prepare
+
+DEVICE = torch.device("cuda")
+PRECISIONS = ("ieee", "tf32", "bf16")
+STEPS = {"step_size": 0.1, "num_steps": 8}
+ROWS, CLASSES = 33, 10
+FIRST = "first call of its kind: recorded from the next on"
+TOO_FAST = {"loss": nn.MSELoss(reduction="sum"), "step_size": 1e3, "num_steps": 100}
+
+
+def updates(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:
+    model.zero_grad(set_to_none=True)
+    pcfast.pc_loss(model, x, y, **{**STEPS, **settings}).backward()
+    found = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def backpropagation(model: nn.Sequential, x: Tensor, y: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters())))
+
+
+def in_float64(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:
+    model, x, y = copy.deepcopy(model).cpu().double(), x.cpu().double(), y.cpu()
+    return updates(model, x, y, backend="reference", **settings)
+
+
+def distance(found: list[Tensor], truth: list[Tensor]) -> float:
+    """The largest relative Frobenius distance of a tensor from its truth, in float64 on the CPU."""
+    assert len(found) == len(truth)
+    pairs = [
+        (f.detach().double().cpu(), t.detach().double().cpu()) for f, t in zip(found, truth, strict=True)
+    ]
+    return max(float((f - t).norm() / t.norm()) for f, t in pairs)
+
+
+def allowed(
+    model: nn.Sequential, x: Tensor, y: Tensor, truth: list[Tensor], autocast=None, **settings
+) -> float:
+    """Bound on the error of ``model`` on CUDA, see above; TF32 as torch's switches have it."""
+    on_cpu = copy.deepcopy(model).cpu()
+    with torch.autocast("cuda", autocast, enabled=autocast is not None):
+        by_backpropagation = backpropagation(model, x, y)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        by_cpu = updates(on_cpu, x.cpu(), y.cpu(), backend="eager", **settings)
+    exact = in_float64(model, x, y, method="exact")
+    return 3 * max(distance(by_backpropagation, exact), distance(by_cpu, truth))
+
+
+def same_bits(found: list[Tensor], truth: list[Tensor]) -> bool:
+    return len(found) == len(truth) > 0 and all(map(torch.equal, found, truth))
+
+
+def last() -> tuple[str, bool, str]:
+    run = pcfast.last_run()
+    return run.plan.backend, run.replayed, run.not_replayed_because
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """Operations that wait for the device raise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network to check.
+
+    Attributes:
+        make: a fresh one. sample: shape of one input. batch: rows.
+        says: what explain has to say of it, in any precision.
+        loss, num_steps, precisions: of the check.
+    """
+
+    make: Callable[[], nn.Sequential]
+    sample: tuple[int, ...]
+    says: str
+    batch: int = ROWS
+    loss: str = "cross_entropy"
+    num_steps: int = 12
+    precisions: tuple[str, ...] = PRECISIONS
+
+
+def problem(make: Callable[[], nn.Sequential], sample: Sequence[int], rows: int = ROWS):
+    """A network, x and y on the device, float32."""
+    x, y = torch.randn(rows, *sample), torch.randint(0, CLASSES, (rows,))
+    return make().to(DEVICE), x.to(DEVICE), y.to(DEVICE)
+
+
+def _on_given_forward_pass(kind: type, whole, rows: slice) -> type:
+    """``kind``, a backend's run, from what the forward pass of ``whole`` gave for some of its rows."""
+
+    class OnGivenForwardPass(kind):
+        def _forward(self):
+            super()._forward()
+            self.pre_activations = [u if u is None else u[rows] for u in whole.pre_activations]
+            return [value[rows] for value in whole.vhat]
+
+    return OnGivenForwardPass
+
+
+class Batch:
+    """A batch relaxed as a whole, and parts of it relaxed alone from the same forward pass."""
+
+    def __init__(self, backend, make, sample, rows: int, gram: bool, num_steps: int = 8) -> None:
+        """backend: its module, which has a _Run."""
+        self.backend, (self.model, self.x, self.y) = backend, problem(make, sample, rows)
+        self.gram, self.num_steps = gram, num_steps
+        self.run = self.relaxed(slice(0, rows), backend._Run)
+
+    def relaxed(self, rows: slice, kind: type):
+        # a sum: every row's loss is its own
+        ready = prepare(
+            self.model, self.x[rows], self.y[rows], loss=nn.CrossEntropyLoss(reduction="sum"), method="strict",
+            step_size=0.1, num_steps=self.num_steps, wanted=Wanted(gradients=False),
+            backend=self.backend.__name__.rpartition(".")[2], check="off",
+        )  # fmt: skip
+        plan = replace(ready.plan, gram=self.gram)
+        with numerics(self.x.device, plan.precision):
+            run = kind(ready.problem, plan)
+            run.outcome()
+        return run
+
+    def values(self, run) -> list[Tensor]:
+        """Deviations and errors that the loop left. Layer 1's in Gram form is a product of torch's."""
+        lowest = 2 if self.gram else 1
+        states = [link.d for link in run.links[lowest:]]
+        return states + [value for _, value in run.checked[-1:]]
+
+    def assert_alone_as_in_the_batch(self, rows: slice) -> None:
+        kind = _on_given_forward_pass(self.backend._Run, self.run, rows)
+        alone = self.values(self.relaxed(rows, kind))
+        together = [value[rows] for value in self.values(self.run)]
+        assert all(bool(value.any()) for value in together)
+        assert same_bits(alone, together), rows
+
+
+def in_threads(works: Sequence[Callable[[], object]]) -> list:
+    """What ``works`` give, all at the same time, each in a thread of its own."""
+    found, failures = [None] * len(works), []
+
+    def run(index: int) -> None:
+        try:
+            found[index] = works[index]()
+            torch.cuda.current_stream().synchronize()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    return found
