@@ -25,6 +25,7 @@ from .errors import (
 from .explanation import Explanation, explain
 from .graphs import use_cuda_graphs
 from .grouping import group_layers
+from .incremental import incremental_step
 from .nudging import Nudging
 from .relaxation import Relaxation, Run, last_run, relax
 from .status import synchronize
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "explain",
     "group_layers",
+    "incremental_step",
     "last_run",
     "pc_loss",
     "relax",

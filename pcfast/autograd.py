@@ -13,7 +13,7 @@ from .losses import LossLike, describe_loss
 from .network import describe
 from .nudging import Nudging
 from .nudging import check as check_nudging
-from .problem import Wanted
+from .problem import Problem, Wanted
 from .relaxation import prepare, solve
 
 
@@ -105,7 +105,12 @@ def pc_loss(
 
 def forward_loss(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> tuple[Tensor, Tensor]:
     """Loss and output of the forward pass alone; arguments as in :func:`pc_loss`. Call it under no_grad."""
-    described = prepare(model, x, y, wanted=Wanted(), **settings).problem.loss
+    return loss_without_updates(prepare(model, x, y, wanted=Wanted(), **settings).problem)
+
+
+def loss_without_updates(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Loss and output of a problem's forward pass. Call it under no_grad."""
+    model, x, y, described = problem.model, problem.x, problem.y, problem.loss
     output = model(x.clone())  # a clone, so that in-place modules leave x alone
     described.check_target(tuple(output.shape), y)
     if described.known and not x.is_cuda:

@@ -172,6 +172,15 @@ class _Adam:
         return self._first / (1 - b1**iteration) / (root + self._eps) * -step_size
 
 
+#: Methods that take plain gradient descent alone, and why.
+_WITHOUT = {
+    "exact": "It computes beliefs at once",
+    "zero_divergence": "Its schedule is that of plain steps of size 1",
+    "error_based": "It moves errors, not beliefs",
+    "incremental": "Its beliefs and parameters descend one energy plainly",
+}
+
+
 def checked(optimizer, method: str) -> BeliefOptimizer:
     """``optimizer``, with plain gradient descent for None.
 
@@ -186,9 +195,9 @@ def checked(optimizer, method: str) -> BeliefOptimizer:
             "belief_optimizer", given, "pcfast.GradientDescent(...), pcfast.Adam(...) or None",
             "Optimisers of torch.optim are for parameters.",
         )  # fmt: skip
-    if method == "exact" and not optimizer.plain:
+    if method in _WITHOUT and not optimizer.plain:
         raise ArgumentError(
-            "belief_optimizer", f"{optimizer} with method 'exact'", "None, or a method with iterations",
-            'It computes beliefs at once; use method="strict" or "fixed_prediction".',
+            "belief_optimizer", f"{optimizer} with method {method!r}", "None, or a method with iterations",
+            f'{_WITHOUT[method]}; use method="strict" or "fixed_prediction".',
         )  # fmt: skip
     return optimizer

@@ -20,9 +20,15 @@ from .plots import require_matplotlib
 # Okabe and Ito's palette, which colour-blind people can tell apart (https://jfly.uni-koeln.de/color/).
 _COLOURS = {
     BACKPROPAGATION: "#000000", "strict": "#D55E00", "fixed_prediction": "#0072B2", "exact": "#009E73",
+    "error_based": "#CC79A7", "zero_divergence": "#E69F00",
 }  # fmt: skip
-_STYLES = {"strict": "-", "fixed_prediction": (0, (4, 1.5)), "exact": ":"}  # where colour is something else
-_NAMES = {"fixed_prediction": "fixed prediction"}
+_STYLES = {  # where colour is something else
+    "strict": "-", "fixed_prediction": (0, (4, 1.5)), "exact": ":", "error_based": (0, (4, 1.5, 1, 1.5)),
+    "zero_divergence": (0, (1, 3)),
+}  # fmt: skip
+_NAMES = {
+    "fixed_prediction": "fixed prediction", "error_based": "error-based", "zero_divergence": "zero divergence",
+}  # fmt: skip
 _WIDTH = (
     9.6  # inches, at 150 dots each: letters keep a good size where a page shows the picture 900 pixels wide
 )

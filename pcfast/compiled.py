@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import autograd, validation
+from . import autograd, incremental, validation
 from .backends import BACKENDS
 from .errors import PcfastError
 from .losses import LossLike, describe_loss
@@ -334,6 +334,12 @@ step.register_autograd(_backward, setup_context=_keep_updates)
 _outside = torch.compiler.disable(
     autograd.pc_loss,
     reason="this call of pc_loss runs outside the graph: docs/behaviour.md, torch.compile, says which calls do",
+)
+
+
+incremental_step = torch.compiler.disable(
+    incremental.incremental_step,
+    reason="incremental_step moves the parameters with an optimiser between iterations: it runs outside the graph",
 )
 
 

@@ -97,6 +97,7 @@ def explain(
     validation.check_method(method)
     num_steps = validation.checked_steps(num_steps)
     step_size = validation.checked_step_sizes(step_size, num_steps)
+    step_size, num_steps = validation.fixed_settings(method, network.depth, step_size, num_steps)
     belief_optimizer = belief_optimizers.checked(belief_optimizer, method)
     check_nudging(nudging, method, None)
     try:

@@ -57,6 +57,8 @@ def _refusal(backend: Backend, problem: Problem, plan: Plan) -> str:
     """The reasons that lie in the problem itself."""
     if problem.start is not None or problem.activations is not None or problem.output_gradient is not None:
         return "beliefs or activations were given by the caller"
+    if problem.move is not None:
+        return "an optimiser moves the parameters between iterations"
     if not isinstance(problem.y, Tensor):
         return "y is not a tensor"
     return backend.replays(problem, plan)[1]

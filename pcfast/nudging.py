@@ -82,8 +82,8 @@ def check(nudging, method: str, loss: str | None) -> None:
     if method != "strict":
         raise ArgumentError(
             "nudging", f"{nudging} with method {method!r}", 'method="strict"',
-            "The updates of the others are linear in the output's error: nudged by beta and divided by it they are "
-            "what they were.",
+            "It is strict's; the updates of those with a closed form are linear in the output's error: nudged by "
+            "beta and divided by it they are what they were.",
         )  # fmt: skip
     if loss not in (None, "mse"):
         raise ArgumentError(

@@ -13,7 +13,11 @@ from . import network as specs
 from .belief_optimizers import PLAIN, BeliefOptimizer
 from .precision import Precision
 
-METHODS = ("exact", "fixed_prediction", "strict")
+METHODS = ("exact", "fixed_prediction", "strict", "error_based", "zero_divergence")
+#: What trains a network: the methods, and what moves parameters in every iteration (incremental.py).
+TRAINING_METHODS = (*METHODS, "incremental")
+#: Those that iterate; the others are one forward and one backward pass.
+LOOPS = ("strict", "error_based", "incremental")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Plan:
         precision: dtypes; they do not apply to the literal loop.
         literal: the literal loop, in the model's own dtype and with no short cuts.
         shapes: per layer the shapes at its operations' boundaries; None from the first opaque one on.
-        work: exact count of multiply-adds; None where shapes are not known, and for the literal loop.
+        work: exact count of multiply-adds; None where shapes are not known, for the literal loop and "incremental".
         refusals: (backend, reason) for every backend that was passed over.
         belief_optimizer: how beliefs move.
         relaxations: run one after another from one forward pass.
@@ -142,9 +146,13 @@ def count_work(
     """
     if any(inner is None for inner in shapes):
         return None
+    if method == "incremental":
+        return None  # which products are left depends on what the optimiser moves
     depth, macs = network.depth, _op_macs(network, shapes)
     forward = sum(map(sum, macs))
-    if method != "strict":
+    if method == "error_based":
+        return _error_based_work(macs, num_steps)
+    if method not in LOOPS:
         feedback = forward - sum(macs[0]) + _above_lowest_weights(macs[0])
         return Work(forward, feedback, forward)
     relaxation = gradients = once = between = 0
@@ -172,6 +180,14 @@ def count_work(
     return Work(forward, relaxation, relaxations * gradients)
 
 
+def _error_based_work(macs: list[list[int]], num_steps: int) -> Work:
+    """Every iteration pulls the output's error down to layer 2 and recomputes layers 2..L at the new errors."""
+    forward = sum(map(sum, macs))
+    lowest_error = 1 if num_steps else len(macs)
+    gradients = sum(sum(costs) + _above_lowest_weights(costs) for costs in macs[lowest_error - 1 :])
+    return Work(forward, 2 * num_steps * (forward - sum(macs[0])), gradients)
+
+
 def choose_gram(
     network: specs.Network,
     shapes: tuple,
@@ -185,7 +201,11 @@ def choose_gram(
 
     One relaxation decides: with several the Gram matrix is built once, which makes it cheaper still.
     """
-    if method != "strict":
+    if method == "error_based":
+        return False, "error_based recomputes layer 1's state from its error"
+    if method == "incremental":
+        return False, "the parameters move between iterations"
+    if method not in LOOPS:
         return False, f"{method} has no loop"
     if not belief_optimizer.linear:
         return False, f"layer 1's beliefs are not linear in its errors with {belief_optimizer}"

@@ -73,7 +73,7 @@ class Problem:
         x: input (B, ...).
         y: target; None where ``output_gradient`` is given and no loss is evaluated.
         loss: the loss described; None as for y.
-        method: "exact", "fixed_prediction" or "strict".
+        method: one of ``planning.TRAINING_METHODS``.
         step_size, num_steps: eta, or a tuple of one for each iteration, and n.
         start: beliefs v_0..v_L to start strict relaxation from, or None for the forward pass.
         activations: vhat_0..vhat_L given instead of a forward pass (exact and fixed prediction).
@@ -82,6 +82,7 @@ class Problem:
         raise_now: raise at once on labels out of range and divergence (waits for the device); otherwise the
             outcome's ``status`` tells.
         check: False leaves all such checks out.
+        move: "incremental" alone: takes every iteration's updates, parameter -> update, and moves the parameters.
         may_fall_back: the backend was not asked for by name: another may run the loop where its kernels do not
             compile.
         belief_optimizer: how beliefs move.
@@ -102,6 +103,7 @@ class Problem:
     wanted: Wanted = field(default_factory=Wanted)
     raise_now: bool = True
     check: bool = True
+    move: Callable[[dict[nn.Parameter, Tensor]], None] | None = None
     may_fall_back: bool = False
     belief_optimizer: BeliefOptimizer = PLAIN
     nudging: Nudging | None = None

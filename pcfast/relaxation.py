@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -54,7 +54,8 @@ class Relaxation:
         output_gradient: dLoss/dvhat_L, as vhat_L.
         beliefs: v_l after the last iteration, as vhat_l.
         errors: eps_l of the last iteration, prediction minus belief; eps_L = dLoss/dmu_L. eps_0 is None
-            except for fixed prediction.
+            except for fixed prediction. "error_based": at the beliefs, after the last iteration;
+            "zero_divergence": errors and beliefs of layer l as they are when its error arrives, t = L - l.
         energies: (n, L) on request: 0.5 |eps_l|^2 summed over batch and units for l < L, and the loss at mu_L
             (a nudged one to its target) in the last column, as each iteration found them before its update; else
             None.
@@ -89,7 +90,7 @@ def relax(
 ) -> Relaxation:
     """Relax beliefs and errors; parameters and their ``.grad`` stay as they are.
 
-    Rosenbaum (2022), algorithms 1 to 3; docs/method.md.
+    Rosenbaum (2022), algorithms 1 to 3; docs/method.md. The other methods: docs/methods.md.
 
     Args:
         model: ``nn.Sequential`` of PC layers.
@@ -97,9 +98,10 @@ def relax(
         y: target, as ``loss`` needs it: int64 class indices (B,) or probabilities (B, C) for cross-entropy, the
             output's shape for mse, anything for a callable.
         loss: "cross_entropy", "mse" or a callable ``loss(output, y) -> scalar``.
-        method: "exact", "fixed_prediction" or "strict".
-        step_size: eta >= 0, or a sequence of ``num_steps`` of them: iteration t uses step_size[t-1].
-        num_steps: n >= 0; "exact" has no iterations and ignores it.
+        method: "exact", "fixed_prediction", "strict", "error_based" or "zero_divergence".
+        step_size: eta >= 0, or a sequence of ``num_steps`` of them: iteration t uses step_size[t-1]. Of the
+            beliefs, of the errors for "error_based".
+        num_steps: n >= 0. "exact" has no iterations and ignores both; "zero_divergence" fixes both: 1 and L.
         belief_optimizer: :class:`pcfast.GradientDescent` or :class:`pcfast.Adam`; None is plain gradient descent.
         nudging: strict with mse: :class:`pcfast.Nudging` of the target, not centred (which is two relaxations).
         backend: "auto", or a backend by name.
@@ -120,6 +122,13 @@ def relax(
     """
     if energies and method == "exact":
         raise ArgumentError("energies", "True with method 'exact'", "a method with iterations")
+    if energies and method == "zero_divergence":
+        raise ArgumentError(
+            "energies",
+            "True with method 'zero_divergence', which reads every layer in another iteration",
+            "a method that reads all layers at once",
+            "Its loop is method='strict' with step_size=1.",
+        )
     if isinstance(nudging, Nudging) and len(nudging.pushes) > 1:
         raise ArgumentError(
             "nudging", f"{nudging}", 'kind "positive" or "negative"',
@@ -177,13 +186,17 @@ def prepare(
     check: str = "auto",
     activations: list[Tensor] | None = None,
     output_gradient: Tensor | None = None,
+    move: Callable[[dict[nn.Parameter, Tensor]], None] | None = None,
 ) -> Prepared:
     """Validate and plan; arguments as in :func:`relax` and :class:`pcfast.problem.Problem`.
+
+    ``move`` goes with method "incremental" and with no other.
 
     Also raises what earlier, deferred work found.
     """
     status.raise_arrived()
-    validation.check_method(method)
+    if method != "incremental" or move is None:
+        validation.check_method(method)
     validation.check_choice(check)
     num_steps = validation.checked_steps(num_steps)
     step_size = validation.checked_step_sizes(step_size, num_steps)
@@ -191,7 +204,10 @@ def prepare(
         step_size = step_size[0] if step_size else 0.0
     belief_optimizer = belief_optimizers.checked(belief_optimizer, method)
     network = describe(model)
+    step_size, num_steps = validation.fixed_settings(method, network.depth, step_size, num_steps)
     dtype = validation.check_input(model, x)
+    if method == "incremental":
+        validation.check_moving_precision(x.device.type, dtype)
     described = None if output_gradient is not None else describe_loss(loss, normalizer)
     check_nudging(nudging, method, described and described.kind)
     if described is not None:
@@ -250,6 +266,7 @@ def prepare(
         wanted=wanted,
         raise_now=not x.is_cuda and not deferred,
         check=check != "off",
+        move=move,
         may_fall_back=backend == "auto",
         belief_optimizer=belief_optimizer,
         nudging=nudging,

@@ -119,10 +119,15 @@ class StatusBuilder:
         causes = [_diverged(t, l) for t in range(1, num_steps + 1) for l in range(1, len(first_bad) + 1)]
         self._note(causes, fine.log().flatten())  # log 0 is infinite
 
-    def build(self, label_flaw: Tensor | None, results: Sequence[tuple[int, Tensor]]) -> Status:
-        """The status, with ``results`` noted last: (layer, tensor) for what the relaxation gave in the end."""
+    def build(
+        self, label_flaw: Tensor | None, results: Sequence[tuple[int, Tensor]], iteration: int | None = None
+    ) -> Status:
+        """The status, with ``results`` noted last: (layer, tensor) for what the relaxation gave in the end.
+
+        ``iteration``: the one they are of; None where they are the whole relaxation's.
+        """
         by_layer = sorted(results, key=lambda result: result[0])
-        self._note([_diverged(None, layer) for layer, _ in by_layer], [value for _, value in by_layer])
+        self._note([_diverged(iteration, layer) for layer, _ in by_layer], [value for _, value in by_layer])
         magnitudes = self._magnitudes()
         differences = magnitudes - magnitudes  # zero, or NaN for what is not finite
         # the first NaN is the maximum

@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 
 import pcfast
 
+from . import belief_optimizers, incremental, plots
 from . import nudging as nudges
-from . import plots
 from .belief_optimizers import BeliefOptimizer
 from .checkpoints import FORMAT, load_checkpoint, loss_name, run_settings
 from .datasets import Data, checked_data
@@ -42,7 +42,7 @@ from .nudging import Nudging
 from .precision import check_precision, use_precision
 from .progress import Display, Interrupt
 from .status import synchronize
-from .validation import check_count, checked_device, checked_step_sizes, checked_steps
+from .validation import check_count, check_optimizer, checked_device, checked_step_sizes, checked_steps
 
 FILES = CHECKPOINT, CONFIG, LOG, CURVES = "checkpoint.pt", "config.json", "log.csv", "curves.png"
 LEARNING_RATE = 0.002  # of the default optimiser, Adam
@@ -94,7 +94,8 @@ def train(
         loss: a callable loss(output, y) -> scalar, or a name, as for ``pcfast.pc_loss``. A callable that sums
             over the batch says so in an attribute ``reduction`` = "sum" (as torch's modules do); only the
             logged numbers depend on it.
-        method, step_size, num_steps, belief_optimizer, nudging, backend: as for ``pcfast.pc_loss``.
+        method, step_size, num_steps, belief_optimizer, nudging, backend: as for ``pcfast.pc_loss``; or method
+            "incremental", as for ``pcfast.incremental_step``.
         nudging_growth: what beta gains every epoch, as far as 1.
         optimizer: makes the optimiser from the parameters, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``, or
             an optimiser of the model's parameters. Default: Adam with learning rate 0.002.
@@ -163,23 +164,21 @@ def train(
         "kept": kept or {},
         "machine": describe_machine(device),
     }
+    learning = dict(loss=loss, step_size=step_size, num_steps=num_steps, backend=backend, return_output=True)
+    if method == "incremental":
+        belief_optimizers.checked(belief_optimizer, method)
+        nudges.check(nudging, method, None)
+        update = functools.partial(pcfast.incremental_step, model, optimizer=optimizer, **learning)
+        run = IncrementalRun(model, optimizer, data, loss, update, batch_size, seed, device)
+    else:
 
-    def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return pcfast.pc_loss(
-            model,
-            x,
-            y,
-            loss=loss,
-            method=method,
-            step_size=step_size,
-            num_steps=num_steps,
-            belief_optimizer=belief_optimizer,
-            nudging=nudging.grown(nudging_growth, len(run.history)) if nudging_growth else nudging,
-            backend=backend,
-            return_output=True,
-        )
+        def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            now = nudging.grown(nudging_growth, len(run.history)) if nudging_growth else nudging
+            return pcfast.pc_loss(
+                model, x, y, method=method, belief_optimizer=belief_optimizer, nudging=now, **learning
+            )
 
-    run = Run(model, optimizer, data, loss, update, batch_size, seed, device)
+        run = Run(model, optimizer, data, loss, update, batch_size, seed, device)
     with _switches(precision, device):
         _rehearse(run)
     if resume:
@@ -254,10 +253,7 @@ class Run:
         while self.position < self.samples and not stop():
             rows = order[self.position : self.position + self.batch_size]
             x, y = self.data.x_train[rows], self.data.y_train[rows]
-            self.optimizer.zero_grad()
-            loss, output = self.update(x, y)
-            loss.backward()
-            self.optimizer.step()
+            loss, output = self.learn(x, y)
             torch.clear_autocast_cache()  # under autocast for the whole run it would keep the weights of before
             with torch.no_grad():
                 self.loss_sum += loss if sums else loss * len(rows)
@@ -267,6 +263,19 @@ class Run:
             after_batch(len(rows))
         synchronize()  # on CUDA a divergence is known only now; it must not reach the checkpoint
         self.seconds = before + time.perf_counter() - start
+
+    def learn(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the parameters by one batch: loss and output of its forward pass."""
+        self.optimizer.zero_grad()
+        loss, output = self.update(x, y)
+        loss.backward()
+        self.optimizer.step()
+        return loss, output
+
+    def rehearse(self, x: Tensor, y: Tensor) -> None:
+        """Raise what does not fit; no parameter moves."""
+        with torch.no_grad():
+            self.update(x, y)
 
     def finish_epoch(self) -> None:
         """Evaluate, log, and get ready for the next epoch."""
@@ -313,6 +322,16 @@ class Run:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][0], self.device)
 
 
+class IncrementalRun(Run):
+    """As :class:`Run`; ``update`` moves the parameters itself, in every iteration."""
+
+    def learn(self, x, y):
+        return self.update(x, y)
+
+    def rehearse(self, x, y):
+        incremental.rehearse(*self.update.args, x, y, **self.update.keywords)
+
+
 def _switches(precision: str | None, device: torch.device):
     return contextlib.nullcontext() if precision is None else use_precision(precision, device)
 
@@ -325,8 +344,7 @@ def _rehearse(run: Run) -> None:
     was_training = run.model.training
     run.model.eval()
     try:
-        with torch.no_grad():
-            run.update(run.data.x_train[: run.batch_size], run.data.y_train[: run.batch_size])
+        run.rehearse(run.data.x_train[: run.batch_size], run.data.y_train[: run.batch_size])
     finally:
         run.model.train(was_training)
 
@@ -388,13 +406,7 @@ def _made_optimizer(optimizer, parameters: list[nn.Parameter]) -> Optimizer:
         if not isinstance(made, Optimizer):
             raise ArgumentTypeError("optimizer", f"a callable that returned a {type(made).__name__}", needed)
         optimizer = made
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ArgumentError("optimizer", "LBFGS", "an optimiser whose step() needs no closure", "E.g. Adam.")
-    known = {id(p) for p in parameters}
-    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
-        raise ArgumentError(
-            "optimizer", "parameters that the model does not have", "parameters of this model"
-        )
+    check_optimizer(optimizer, parameters)
     return optimizer
 
 

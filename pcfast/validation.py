@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from . import status
 from .belief_optimizers import StepSize
@@ -18,8 +20,20 @@ from .planning import METHODS
 
 
 def check_method(method: str) -> None:
+    if method == "incremental":
+        raise ArgumentError(
+            "method",
+            "'incremental', which moves the parameters in every iteration",
+            f"a method whose updates are one relaxation's: one of {METHODS}",
+            "Use pcfast.incremental_step.",
+        )
     if method not in METHODS:
         raise ArgumentError("method", repr(method), f"one of {METHODS}")
+
+
+def fixed_settings(method: str, depth: int, step_size, num_steps):
+    """(step_size, num_steps) as the method runs: "zero_divergence" fixes both, step size 1 and L iterations."""
+    return (1.0, depth) if method == "zero_divergence" else (step_size, num_steps)
 
 
 def check_choice(check: str) -> None:
@@ -199,6 +213,33 @@ def checked_start(vinit, depth: int, x: Tensor, method: str) -> list[Tensor | No
             "vinit[0]", "values that differ from x", "x itself or None", "Strict relaxation clamps the input."
         )
     return [x, *(None if entry is None else entry.detach() for entry in vinit[1:])]
+
+
+def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """``optimizer`` moves some of ``parameters``, the model's, and nothing else, and needs no closure."""
+    if not isinstance(optimizer, Optimizer):
+        raise ArgumentTypeError("optimizer", f"a {type(optimizer).__name__}", "an optimiser of torch.optim")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ArgumentError("optimizer", "LBFGS", "an optimiser whose step() needs no closure", "E.g. Adam.")
+    known = {id(p) for p in parameters}
+    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+        raise ArgumentError(
+            "optimizer", "parameters that the model does not have", "parameters of this model"
+        )
+
+
+def check_moving_precision(device_type: str, dtype: torch.dtype) -> None:
+    """ "incremental" needs parameters and products of float32 or float64 (docs/methods.md says why)."""
+    autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type)
+    if dtype in (torch.bfloat16, torch.float16) or autocast == torch.bfloat16:
+        given = f"parameters of {dtype}" if dtype in (torch.bfloat16, torch.float16) else "bfloat16 autocast"
+        raise ArgumentTypeError(
+            "model",
+            f"{given} with method 'incremental'",
+            "float32 or float64",
+            "Beliefs follow predictions that the optimiser moves: their small difference, the error, is lost in "
+            "16 bits.",
+        )
 
 
 def check_trainable(model: nn.Sequential) -> None:

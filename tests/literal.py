@@ -1,4 +1,8 @@
-"""The three methods written down once more, with nothing but plain torch: an oracle that shares no code."""
+"""The methods written down once more, with nothing but plain torch: an oracle that shares no code.
+
+strict and fixed prediction as published, layer by layer; error_based as gradient descent, by autograd, on its energy;
+exact and zero_divergence as backpropagation.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +43,19 @@ def feedback(layer: nn.Module, v: Tensor, error: Tensor) -> Tensor:
     return gradient
 
 
+def perturbed_energy(f, x: Tensor, y, loss, errors) -> tuple[Tensor, list[Tensor], Tensor]:
+    """sum_{l<L} |eps_l|^2 / 2 + Loss(mu_L), the states v_0..v_{L-1} of v_l = f_l(v_{l-1}) - eps_l, and mu_L."""
+    v = [x]
+    for l in range(1, len(f) - 1):
+        v.append(evaluate(f[l], v[-1]) - errors[l])
+    mu = evaluate(f[-1], v[-1])
+    return sum((0.5 * (e * e).sum() for e in errors[1:-1]), loss(mu, y)), v, mu
+
+
 def relax_literally(
     model: nn.Sequential, x, y, *, loss, method: str, step_size: float, num_steps: int, watch=None
 ) -> Literal:
-    """Rosenbaum (2022), algorithms 1 to 3, on a copy of ``model`` (deterministic layers only).
+    """Every method on a copy of ``model`` (deterministic layers only).
 
     ``watch(t, v, errors)`` is called after every iteration t = 1..n with its beliefs and errors.
     """
@@ -74,6 +87,31 @@ def relax_literally(
                 v[l] = v[l] + step_size * (errors[l] - feedback(f[l + 1], vhat[l], errors[l + 1]))
             if watch:
                 watch(t + 1, v, errors)
+    elif method == "error_based":
+        errors = [None, *(torch.zeros_like(value) for value in vhat[1:L]), None]
+        for t in range(num_steps):
+            leaves = [e.requires_grad_(True) for e in errors[1:L]]
+            energy, v, mu = perturbed_energy(f, x, y, loss, errors)
+            found = torch.autograd.grad(energy, leaves) if leaves else []
+            leaves, mu = [e.detach() for e in leaves], mu.detach()
+            energies.append([*square([None, *leaves, None]), float(loss(mu, y))])
+            errors[1:L] = [e - step_size * g for e, g in zip(leaves, found, strict=True)]
+            if watch:
+                watch(t + 1, [value.detach() for value in v], [None, *errors[1:L], mu])
+        _, states, mu = perturbed_energy(f, x, y, loss, errors)
+        v = [*(value.detach() for value in states), vhat[L]]
+        errors[L] = output_error(loss, mu, y)
+    elif method == "zero_divergence":
+        values = [x.detach().requires_grad_(True)]
+        for l in range(1, L + 1):
+            values.append(evaluate(f[l], values[-1]))
+            if not values[-1].requires_grad:
+                values[-1].requires_grad_(True)
+        found = torch.autograd.grad(loss(values[L], y), values[1:], allow_unused=True)
+        errors = [None] + [
+            torch.zeros_like(u) if e is None else e for u, e in zip(vhat[1:], found, strict=True)
+        ]
+        v = [x, *(vhat[l] - errors[l] for l in range(1, L)), vhat[L]]
     else:
         for t in range(max(num_steps, 1)):
             mu = [None] + [evaluate(f[l], v[l - 1]).detach() for l in range(1, L + 1)]
@@ -89,7 +127,7 @@ def relax_literally(
 
     result = Literal(v, errors, energies=energies)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    points = v if method == "strict" else vhat
+    points = v if method in ("strict", "error_based") else vhat
     for l in range(1, L + 1):
         parameters = [p for p in f[l].parameters() if p.requires_grad]
         mu = evaluate(f[l], points[l - 1])

@@ -20,7 +20,7 @@ def gradients(model, x, y, **arguments):
 
 
 @settings(
-    max_examples=150,
+    max_examples=220,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -28,7 +28,9 @@ def gradients(model, x, y, **arguments):
 @given(
     architecture=architectures(),
     loss_name=st.sampled_from(LOSSES),
-    method=st.sampled_from(("exact", "fixed_prediction", "strict", "strict")),
+    method=st.sampled_from(
+        ("exact", "fixed_prediction", *["strict"] * 2, *["error_based"] * 2, "zero_divergence")
+    ),
     num_steps=st.one_of(st.integers(0, 8), st.integers(9, 40)),
     step_size=st.sampled_from((0.0, 0.05, 0.1, 0.3, 0.5, 1.0)),
     batch=st.sampled_from((1, 2, 5, 17)),

@@ -58,7 +58,7 @@ def test_all_methods_by_default(capsys):
         main(["check", "--num-steps", "2", "--draws", "1", "--batch-size", "4", "--precision", "ieee"]) == 0
     )
     text = capsys.readouterr().out
-    for method in ("exact", "fixed_prediction", "strict"):
+    for method in ("exact", "fixed_prediction", "strict", "error_based", "zero_divergence"):
         assert f"{method} on eager" in text
     assert "= absolute, since the truth is zero" in text  # layer 1 is not reached in two iterations
     assert "bf16" not in text

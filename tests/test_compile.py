@@ -168,7 +168,13 @@ def assert_same_step(step, model, x, y, function=loss_of, **settings) -> None:
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [*((name, "strict") for name in NETWORKS), ("mlp", "exact"), ("residual", "fixed_prediction")],
+    [
+        *((name, "strict") for name in NETWORKS),
+        ("mlp", "exact"),
+        ("residual", "fixed_prediction"),
+        ("convnet", "error_based"),
+        ("batchnorm", "zero_divergence"),
+    ],
 )
 def test_training_is_that_of_an_eager_loop(name, method):
     make, width = NETWORKS[name]
@@ -639,3 +645,21 @@ def test_a_setting_of_the_wrong_type():
     assert failure(step, model, x, y, num_steps=1.5).argument == "num_steps"
     assert failure(step, model, x, y, loss="hinge").argument == "loss"
     assert failure(step, model, x.requires_grad_(), y).argument == "x"
+
+
+def test_incremental_step_runs_outside_the_graph():
+    def step_of(model, x, y, optimizer):
+        return pcfast.incremental_step(model, x, y, optimizer, **STEPS) * 2
+
+    ours = mlp()
+    theirs = copy.deepcopy(ours)
+    step = Compiled(step_of, fullgraph=False)
+    optimisers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (ours, theirs)]
+    for _ in range(2):
+        x, y = batch()
+        found = [f(m, x, y, o) for f, m, o in zip((step, step_of), (ours, theirs), optimisers, strict=True)]
+        assert_same([found[0], *ours.parameters()], [found[1], *theirs.parameters()])
+    assert not any(step.steps)
+    torch.compiler.reset()
+    with pytest.raises(Unsupported, match="moves the parameters with an optimiser between iterations"):
+        Compiled(step_of)(ours, *batch(), optimisers[0])

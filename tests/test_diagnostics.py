@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import pcfast
 
 BACKENDS = ["reference", "eager"]
-METHODS = ["exact", "fixed_prediction", "strict"]
+METHODS = ["exact", "fixed_prediction", "strict", "error_based", "zero_divergence"]
 BATCH, CLASSES = 5, 3
 
 

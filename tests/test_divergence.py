@@ -15,7 +15,7 @@ import pcfast
 from pcfast import status
 
 BACKENDS = ["reference", "eager"]
-METHODS = ["exact", "fixed_prediction", "strict"]
+METHODS = ["exact", "fixed_prediction", "strict", "error_based", "zero_divergence"]
 LARGEST = torch.finfo(torch.float32).max
 LOSS = nn.CrossEntropyLoss()
 

@@ -27,7 +27,7 @@ import pcfast
 from pcfast import graphs, log, precision
 from pcfast.torch2pc import FixedPredPCPredErrs
 
-METHODS = ("exact", "fixed_prediction", "strict")
+METHODS = ("exact", "fixed_prediction", "strict", "error_based", "zero_divergence")
 STEPS = {"step_size": 0.2, "num_steps": 4}
 CLASSES = 4
 WEIGHT = torch.tensor([1.0, 2.0, 0.5, 1.5])

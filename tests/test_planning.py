@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 import pcfast
-from pcfast import networks
+from pcfast import networks, planning
 from pcfast.fixed_prediction import fixed_prediction_factors, scalar_chain
 from pcfast.network import describe
 from pcfast.planning import strict_products
@@ -60,7 +60,7 @@ def multiplied(model, x, y, **arguments) -> int:
     return flops // 2
 
 
-@pytest.mark.parametrize("method", ["exact", "fixed_prediction", "strict"])
+@pytest.mark.parametrize("method", planning.METHODS)
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 4, 5, 20])
 @pytest.mark.parametrize("net", NETS)
 def test_work_is_what_torch_multiplies(net, method, num_steps):

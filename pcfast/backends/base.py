@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..network import Network
-from ..planning import Plan
+from ..planning import LOOPS, Plan
 from ..precision import Precision
 from ..problem import Outcome, Problem, Request
 
@@ -34,6 +34,8 @@ def without_kernels(request: Request, *, momentum: bool = False) -> str:
         momentum: they move beliefs with momentum, and by schedules of step sizes.
     """
     if request.method != "strict":
+        if request.method in LOOPS:
+            return f"its kernels relax strict predictive coding, not {request.method}: use eager"
         return without_closed_form(request)
     optimizer = request.belief_optimizer
     if not optimizer.plain and not (momentum and optimizer.linear):

@@ -1,6 +1,7 @@
 """The resident tier: strict relaxation of small networks in one launch of a CUDA kernel (csrc/, resident/).
 
-exact and fixed_prediction have no loop: they are a forward and a backward pass through cuBLAS and cuDNN, as in eager.
+exact, fixed_prediction and zero_divergence have no loop: they are a forward and a backward pass through cuBLAS and
+cuDNN, as in eager.
 """
 
 from __future__ import annotations

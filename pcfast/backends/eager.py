@@ -1,9 +1,10 @@
 """The methods in deviation form with plain PyTorch operations, no autograd in the loop.
 
 exact and fixed_prediction cost one forward and one backward pass for any number of iterations (docs/method.md,
-fact 1).
+fact 1). zero_divergence is backpropagation (proof: docs/methods.md) and runs as exact.
 strict keeps d_l = v_l - vhat_l and per iteration does what the clamped input (fact 2), the active front
 (fact 3) and the Gram form (fact 7) leave of two stages: predict, then feedback (fact 5).
+error_based and incremental: files of these names.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from ..precision import numerics
 from ..problem import Outcome, Problem, energy_row, filled_start, layer_of_parameters
 from ..replay import recorded_buffers
 from .base import Backend, without_closed_form
+from .error_based import FreeErrors
+from .incremental import Moving, check_iteration
 from .links import GramLink, Link
 
 
@@ -74,7 +77,7 @@ class Run:
         problem = self.problem
         if problem.method == "fixed_prediction":
             self.factors = self._factors()  # divergence is known before any tensor work
-        elif problem.method == "exact":
+        elif problem.method in ("exact", "zero_divergence"):
             self.factors = ((1.0,) * (self.depth + 1),) * 2
         self.vhat = self._forward()
         self._prepare_loss()
@@ -86,6 +89,11 @@ class Run:
             out.activations, out.output_gradient = self.vhat, self.output_gradient
         if problem.method == "strict":
             self._strict()
+        elif problem.method == "error_based":
+            self._error_based()
+        elif problem.method == "incremental":
+            self._incremental()
+            return out
         else:
             self._one_backward()
         if problem.wanted.energies:
@@ -168,7 +176,7 @@ class Run:
                 v.clone() if g is None else v - g * last[depth - l]
                 for l, (v, g) in enumerate(zip(self.vhat, gradients, strict=True))
             ]
-            if problem.method == "fixed_prediction":
+            if problem.method != "exact":
                 out.beliefs[depth] = self.vhat[depth].clone()  # the output is not relaxed
             self.checked += [(max(l, 1), v) for l, v in enumerate(out.beliefs)]
             self.checked += [(max(l, 1), e) for l, e in enumerate(out.errors) if e is not None]
@@ -211,8 +219,12 @@ class Run:
         if problem.wanted.states:
             top = self.precision.to_state(starts[depth])
             out.beliefs = [self.vhat[0].clone(), *(link.beliefs() for link in self.links[1:]), top.clone()]
-            found = zip(errors[1:], self.vhat[1:], strict=True)
-            out.errors = [None, *(torch.zeros_like(v) if e is None else e for e, v in found)]
+            out.errors = self._filled(errors)
+
+    def _filled(self, errors: list[Tensor | None]) -> list[Tensor | None]:
+        """The errors of layers 1..L, zeros for None; eps_0 is None."""
+        found = zip(errors[1:], self.vhat[1:], strict=True)
+        return [None, *(torch.zeros_like(v) if e is None else e for e, v in found)]
 
     def _pushes(self) -> Iterator[float]:
         """Get ready for one relaxation after the other, from the start; yields what each one's updates count."""
@@ -232,7 +244,8 @@ class Run:
             if link.moved:
                 link.rewind()
 
-    def _add_updates(self, errors: list[Tensor | None], share: float) -> None:
+    def _add_updates(self, errors: list[Tensor | None], share: float = 1.0) -> None:
+        """``share`` of (df_l/dtheta_l)^T eps_l at the chains' current points; an error that is None is zero."""
         for l in range(1, self.depth + 1):
             chain = self.chains[l]
             found = chain.zero_gradients() if errors[l] is None else chain.gradients(errors[l])
@@ -280,6 +293,72 @@ class Run:
                 observe(t, {**states, depth: errors[depth]})
         return errors
 
+    # error_based ---------------------------------------------------------------------------------------------
+
+    def _error_based(self) -> None:
+        out = self.result
+        free = self._relax_errors(self.builder.observe if self.builder else None)
+        self.checked = [
+            (l, value)
+            for found in (free.d, free.errors)
+            for l, value in enumerate(found)
+            if value is not None
+        ]
+        if self.problem.wanted.gradients:
+            self._add_updates(free.errors)
+        if self.problem.wanted.states:
+            out.beliefs = [v.clone() if d is None else v + d for v, d in zip(self.vhat, free.d, strict=True)]
+            out.errors = self._filled(free.errors)
+
+    def _relax_errors(self, observe) -> FreeErrors:
+        """Run the iterations; chains must be at the forward pass."""
+        problem = self.problem
+        free = FreeErrors(self.chains, self.vhat)
+        for t in range(1, problem.num_steps + 1):
+            output = free.output()
+            if problem.wanted.energies:
+                self.energies.append(energy_row(free.errors, self.loss_at(output)))
+            free.descend(self.gradient_at(output), problem.step_size_at(t))
+            if observe is not None:
+                observe(t, {**dict(enumerate(free.errors[1:-1], start=1)), self.depth: output})
+        free.errors[self.depth] = self.gradient_at(free.output())
+        return free
+
+    # incremental ---------------------------------------------------------------------------------------------
+
+    def _incremental(self) -> None:
+        """Iterate; the result's gradients and status are those of the last iteration."""
+        problem, out = self.problem, self.result
+        owners = layer_of_parameters(problem.network, problem.model)
+        self.checked: list[tuple[int, Tensor]] = []
+        if problem.check and (self.builder is None or problem.num_steps == 0):
+            self._check()
+        moving = Moving(self.chains, self.vhat, self.output_gradient)
+        for t in range(1, problem.num_steps + 1):
+            if t > 1:
+                moving.evaluate(self.gradient_at)
+            out.gradients = {}
+            self._add_updates(moving.errors)
+            if t < problem.num_steps:
+                moving.descend(problem.step_size_at(t))
+            found = [(l, e) for l, e in enumerate(moving.errors) if e is not None]
+            found += [(owners[p], g) for p, g in out.gradients.items()]
+            if self.builder is not None:
+                self._defer(t, found)
+            elif problem.check:
+                check_iteration(t, found, problem.step_size)
+            problem.move(out.gradients)
+
+    def _defer(self, iteration: int, found: list[tuple[int, Tensor]]) -> None:
+        """Zero this iteration's updates where it, or the forward pass, is not finite; leave word of it."""
+        out, builder = self.result, status.StatusBuilder()
+        if out.status is not None:  # of the iteration before
+            status.defer(out.status, self.problem.step_size)
+        builder.begin(self.problem.x, self.vhat[1:], self.loss_values)
+        out.status = builder.build(self.flaw, found, iteration)
+        zeroed = status.zeroed_if_bad(out.status, list(out.gradients.values()))
+        out.gradients = dict(zip(out.gradients, zeroed, strict=True))
+
     # checks --------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
@@ -304,6 +383,8 @@ class Run:
             self._locate()
         elif problem.method == "fixed_prediction":
             self._locate_by_factors()
+        elif problem.method == "error_based":
+            self._locate_errors()
         layers = [layer for layer, value in results if not status.all_finite([value])]
         raise RelaxationDiverged(None, min(layers), problem.step_size)
 
@@ -317,13 +398,20 @@ class Run:
     def _locate(self) -> None:
         """Relax once more, looking at every iteration, and raise where values first were not finite."""
 
-        def observe(iteration: int, states: dict[int, Tensor]) -> None:
-            bad = status.first_non_finite(list(states.values()))
-            if bad is not None:
-                raise RelaxationDiverged(iteration, list(states)[bad], self.problem.step_size)
-
         for link in self.links[1:]:
             link.rewind()
         self.energies.clear()
         for _ in self._pushes():
-            self._relax(observe)
+            self._relax(self._raise_where_bad)
+
+    def _locate_errors(self) -> None:
+        """As :meth:`_locate`, for error_based."""
+        for chain, v in zip(self.chains[2:], self.vhat[1:], strict=False):
+            chain.deviate(torch.zeros_like(v))
+        self.energies.clear()
+        self._relax_errors(self._raise_where_bad)
+
+    def _raise_where_bad(self, iteration: int, states: dict[int, Tensor]) -> None:
+        bad = status.first_non_finite(list(states.values()))
+        if bad is not None:
+            raise RelaxationDiverged(iteration, list(states)[bad], self.problem.step_size)

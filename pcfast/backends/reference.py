@@ -1,8 +1,8 @@
-"""The algorithms literally as published, with torch autograd layer by layer (docs/method.md).
+"""The algorithms literally as published, with torch autograd layer by layer (docs/method.md, docs/methods.md).
 
 Rosenbaum, "On the relationship between predictive coding and backpropagation", PLOS ONE 17(3) e0266102 (2022),
-algorithms 1 to 3 and the program Torch2PC. Any module, any loss, any dtype; slow on purpose: this file says
-what is right, and every other backend is judged by it.
+algorithms 1 to 3 and the program Torch2PC; the other methods name their papers. Any module, any loss, any dtype; slow
+on purpose: this file says what is right, and every other backend is judged by it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..nudging import target_of
 from ..problem import Outcome, energy_row, filled_start, layer_of_parameters
 from ..replay import recorded_buffers, replaying
 from .base import Backend
+from .incremental import check_iteration
 
 
 class _Layer:
@@ -126,6 +127,15 @@ class Reference(Backend):
         elif problem.method == "fixed_prediction":
             found = _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss)
             relaxed.append((*found, vhat, 1.0))
+        elif problem.method == "error_based":
+            beliefs, errors = _error_based(layers, vhat, problem, energies)
+            relaxed.append((beliefs, errors, beliefs, 1.0))
+        elif problem.method == "incremental":
+            outcome = _incremental(layers, vhat, problem)
+            outcome.loss, outcome.output = loss, vhat[-1]
+            return outcome
+        elif problem.method == "zero_divergence":
+            relaxed.append((*_zero_divergence(layers, vhat, problem), 1.0))
         else:
             start = vhat if problem.start is None else filled_start(problem.start, vhat)
             for y, share in _targets(problem, vhat[-1]):
@@ -189,21 +199,23 @@ def _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss):
     return v, errors
 
 
+def _evaluate(layers, v, y, problem):
+    """Predictions mu_l = f_l(v_{l-1}), and errors eps_l = mu_l - v_l, eps_L = dLoss/dmu_L; l = 1..L."""
+    depth = len(layers) - 1
+    mu = [None] + [layers[l](v[l - 1]).detach() for l in range(1, depth + 1)]
+    top = problem.loss.gradient_by_autograd(mu[depth], y)
+    return mu, [None] + [mu[l] - v[l] for l in range(1, depth)] + [top]
+
+
 def _strict(layers, start, y, problem, energies):
     """All layers at once, from the state before the iteration (algorithm 2)."""
     depth = len(layers) - 1
     v = [value.clone() for value in start]
     move = _mover(problem, v)
-
-    def evaluate():
-        mu = [None] + [layers[l](v[l - 1]).detach() for l in range(1, depth + 1)]
-        top = problem.loss.gradient_by_autograd(mu[depth], y)
-        return mu, [None] + [mu[l] - v[l] for l in range(1, depth)] + [top]
-
     if problem.num_steps == 0:
-        return v, evaluate()[1]
+        return v, _evaluate(layers, v, y, problem)[1]
     for t in range(problem.num_steps):
-        mu, errors = evaluate()
+        mu, errors = _evaluate(layers, v, y, problem)
         if problem.wanted.energies:
             energies.append(energy_row(errors, problem.loss.value(mu[depth], y)))
         for l in range(1, depth):  # errors were taken before any belief moves
@@ -212,6 +224,77 @@ def _strict(layers, start, y, problem, energies):
         if problem.check:
             _check(t + 1, [*v[1:depth], errors[depth]], problem)
     return v, errors
+
+
+def _zero_divergence(layers, vhat, problem):
+    """Strict with step size 1, layer l read in iteration t = L - l: Song et al. (2020), Z-IL.
+
+    Returns beliefs and errors of every layer, and the beliefs below it, as they are when it is read.
+    """
+    depth = len(layers) - 1
+    v = [value.clone() for value in vhat]
+    beliefs, points, read = [v[0]] + [None] * depth, [None] * depth, [None] * (depth + 1)
+    for t in range(depth):
+        l = depth - t
+        _, errors = _evaluate(layers, v, problem.y, problem)
+        beliefs[l], points[l - 1], read[l] = v[l], v[l - 1], errors[l]
+        for k in range(1, depth):
+            _, feedback = layers[k + 1].vjp(v[k], errors[k + 1])
+            v[k] = v[k] + problem.step_size * (errors[k] - feedback)
+    return beliefs, read, points
+
+
+def _incremental(layers, vhat, problem):
+    """Beliefs and parameters move together, from the same beliefs and errors: Salvatori et al. (2024), iPC.
+
+    Returns the last iteration's updates.
+    """
+    depth = len(layers) - 1
+    owners = layer_of_parameters(problem.network, problem.model)
+    v, outcome = [value.clone() for value in vhat], Outcome(None, None)
+    for t in range(problem.num_steps):
+        _, errors = _evaluate(layers, v, problem.y, problem)
+        outcome = Outcome(None, None)
+        for l in range(1, depth + 1):
+            outcome.add_gradients(layers[l].parameter_gradients(v[l - 1], errors[l]))
+        for l in range(1, depth):
+            _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
+            v[l] = v[l] + problem.step_size_at(t + 1) * (errors[l] - feedback)
+        if problem.check:
+            found = [*enumerate(errors[1:], start=1), *((owners[p], g) for p, g in outcome.gradients.items())]
+            check_iteration(t + 1, found, problem.step_size)
+        problem.move(outcome.gradients)
+    return outcome
+
+
+def _error_based(layers, vhat, problem, energies):
+    """The errors are the free variables: Goemaere et al., ePC. Gradient descent on
+
+        E(eps_1..eps_{L-1}) = sum |eps_l|^2 / 2 + Loss(mu_L),   mu_l = f_l(v_{l-1}),  v_l = mu_l - eps_l
+
+    from eps = 0. lambda_l = dLoss/dv_l through the net above, which -eps_l moves, so dE/deps_l = eps_l - lambda_l.
+    """
+    depth = len(layers) - 1
+    errors: list = [None, *(torch.zeros_like(value) for value in vhat[1:depth]), None]
+
+    def states():
+        v = [vhat[0]]
+        for l in range(1, depth):
+            v.append(layers[l](v[-1]).detach() - errors[l])
+        mu = layers[depth](v[-1]).detach()
+        return v, mu, problem.loss.gradient_by_autograd(mu, problem.y)
+
+    for t in range(problem.num_steps):
+        v, mu, signal = states()
+        if problem.wanted.energies:
+            energies.append(energy_row([*errors[:depth], signal], problem.loss.value(mu, problem.y)))
+        for l in range(depth - 1, 0, -1):
+            _, signal = layers[l + 1].vjp(v[l], signal)  # lambda_l
+            errors[l] = errors[l] + problem.step_size_at(t + 1) * (signal - errors[l])
+        if problem.check:
+            _check(t + 1, [*errors[1:depth], mu], problem)
+    v, mu, errors[depth] = states()
+    return [*v, vhat[depth].clone()], errors
 
 
 def _mover(problem, v):

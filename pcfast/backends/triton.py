@@ -1,6 +1,7 @@
 """The streamed tier: strict relaxation by fused Triton kernels (kernels/, streamed/), the rest as in eager.
 
-exact and fixed_prediction have no loop: they are a forward and a backward pass through cuBLAS and cuDNN, as in eager.
+exact, fixed_prediction and zero_divergence have no loop: they are a forward and a backward pass through cuBLAS and
+cuDNN, as in eager.
 """
 
 from __future__ import annotations

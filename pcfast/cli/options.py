@@ -11,7 +11,7 @@ import torch
 
 from ..backends import BACKENDS
 from ..nudging import KINDS as NUDGES
-from ..planning import METHODS
+from ..planning import TRAINING_METHODS
 from ..precision import PRECISIONS
 from .defaults import DEFAULTS, NUM_STEPS
 from .output import only_json
@@ -139,7 +139,7 @@ data_options = _together(
     ),
 )
 method_option = click.option(
-    "--method", type=click.Choice(METHODS), default="strict", show_default=True, help="Relaxation."
+    "--method", type=click.Choice(TRAINING_METHODS), default="strict", show_default=True, help="Relaxation."
 )
 relaxation_options = _together(
     click.option(

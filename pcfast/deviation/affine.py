@@ -1,4 +1,11 @@
-"""Linear layers and convolutions."""
+"""Linear layers and convolutions.
+
+Where parameters move (:meth:`Step.reload`), with a the base input and W', b' the parameters of now,
+
+    f(a + d; W', b') - f(a; W, b) = W' d + (W' - W) a + (b' - b)
+
+whose last two terms, the drift, do not depend on d.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +28,7 @@ class _AffineStep(Step):
         self.bias = None if bias is None else precision.to_state(bias.detach())
         self._input: Tensor | None = None
         self._deviation: Tensor | None = None
+        self._drift: Tensor | None = None
 
     @property
     def input(self) -> Tensor:
@@ -31,12 +39,44 @@ class _AffineStep(Step):
         """Make ``a`` the current input."""
         self._input, self._deviation = a, None
 
+    def hold(self):
+        if self.has_gradients:
+            bias = self.module.bias
+            self._held = self.module.weight.detach().clone(), None if bias is None else bias.detach().clone()
+
+    def reload(self):
+        if not self.has_gradients:
+            return
+        weight, bias = self._held
+        moved = self.module.weight.detach()
+        self.weight = self._as_operand(moved)
+        self._drift = self._product(self._input, self._as_operand(moved - weight))
+        if bias is not None:
+            change = self.precision.to_state(self.module.bias.detach() - bias)
+            self._drift += change.view(-1, *[1] * self._axes_after_units)
+
+    def drift(self):
+        return self._drift
+
+    def _as_operand(self, tensor: Tensor) -> Tensor:
+        return self.precision.to_operand(tensor)
+
+    def _product(self, a: Tensor, weight: Tensor) -> Tensor:
+        """``a`` times ``weight``, which is cast already, in the state dtype."""
+        raise NotImplementedError
+
+    def _drifted(self, u: Tensor) -> Tensor:
+        """``u`` in place, with the drift where there is any."""
+        return u if self._drift is None else u.add_(self._drift)
+
     def at(self, d):
         self._deviation = d  # an affine Jacobian does not depend on the point: nothing to evaluate
 
 
 class LinearStep(_AffineStep):
     """u = a W^T + b. Deviations: d W^T; errors: e W."""
+
+    _axes_after_units = 0
 
     def forward(self, a):
         self._input, self._deviation = a, None
@@ -47,7 +87,10 @@ class LinearStep(_AffineStep):
 
     def deviate(self, d):
         self._deviation = d
-        return self.precision.to_state(F.linear(self.precision.to_operand(d), self.weight))
+        return self._drifted(self._product(d, self.weight))
+
+    def _product(self, a, weight):
+        return self.precision.to_state(F.linear(self.precision.to_operand(a), weight))
 
     def pullback(self, e):
         return self.precision.to_state(torch.matmul(self.precision.to_operand(e), self.weight))
@@ -88,6 +131,8 @@ class LinearStep(_AffineStep):
 class Conv2dStep(_AffineStep):
     """u = a * K + b (cross-correlation). Errors: the transposed convolution."""
 
+    _axes_after_units = 2
+
     def __init__(self, spec, module, precision):
         super().__init__(spec, module, precision)
         self._geometry = (spec.stride, spec.padding, spec.dilation)
@@ -116,7 +161,11 @@ class Conv2dStep(_AffineStep):
 
     def deviate(self, d):
         self._deviation = d
-        return self._convolve(d)
+        return self._drifted(self._convolve(d))
+
+    def _product(self, a, weight):
+        operands = self._as_operand(a), weight, None
+        return self.precision.to_state(F.conv2d(*operands, *self._geometry, self.spec.groups))
 
     def _backward(self, e: Tensor, inputs: Tensor, mask: list[bool]):
         return _aten.convolution_backward(

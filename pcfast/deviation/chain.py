@@ -70,6 +70,23 @@ class Chain:
             d = step.deviate(d)
         return d
 
+    def hold(self) -> None:
+        """As :meth:`Step.hold`, for every step."""
+        for step in self.steps:
+            step.hold()
+
+    def reload(self) -> None:
+        """As :meth:`Step.reload`, for every step."""
+        for step in self.steps:
+            step.reload()
+
+    def drift(self) -> Tensor | None:
+        """f(a; theta') - f(a; theta), after :meth:`reload`, of a chain whose input never moves; None where zero."""
+        d = None
+        for step in self.steps:
+            d = step.drift() if d is None else step.deviate(d)
+        return d
+
     def pullback(self, e: Tensor) -> Tensor:
         for step in reversed(self.steps):
             e = step.pullback(e)

@@ -12,9 +12,17 @@ from .step import Gradients, Step
 class BatchNormStep(Step):
     """y = gamma (a - m) / sigma + beta.
 
+    Where gamma and beta move (:meth:`Step.reload`), with n = (a - m) / sigma
+
+        y' - y = gamma' (n' - n) + (gamma' - gamma) n + (beta' - beta)
+
+    whose last two terms, the drift, do not depend on the deviation.
+
     In training mode m and sigma are those of the current beliefs and are differentiated through; the running
     statistics move in :meth:`forward` alone. In eval mode it is a fixed scale per channel.
     """
+
+    _drift: Tensor | None = None
 
     def forward(self, a):
         module, spec = self.module, self.spec
@@ -37,6 +45,21 @@ class BatchNormStep(Step):
         self._inverse = torch.rsqrt(variance + spec.eps)
         self._point(self._centred, self._inverse)
         return self._normalised * self._gamma + self._beta
+
+    def hold(self):
+        if self.spec.affine and self.has_gradients:
+            self._held, self._base = (self._gamma.clone(), self._beta.clone()), self._normalised
+
+    def reload(self):
+        if self.spec.affine and self.has_gradients:
+            gamma, beta = self.module.weight.detach(), self.module.bias.detach()
+            self._gamma = self.precision.to_state(gamma).view(self._view)
+            self._beta = self.precision.to_state(beta).view(self._view)
+            held_gamma, held_beta = self._held
+            self._drift = (self._gamma - held_gamma) * self._base + (self._beta - held_beta)
+
+    def drift(self):
+        return self._drift
 
     def _check_count(self) -> None:
         if self._count <= 1:
@@ -68,6 +91,11 @@ class BatchNormStep(Step):
         self._normalised, self._current_inverse = centred * inverse, inverse
 
     def deviate(self, d):
+        moved = self._deviate(d)
+        return moved if self._drift is None else moved + self._drift
+
+    def _deviate(self, d):
+        """With the parameters of now: their change at the base point, the drift, is apart."""
         if not self.spec.batch_statistics:
             self._point(self._centred + d, self._inverse)
             return d * (self._gamma * self._inverse)

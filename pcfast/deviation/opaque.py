@@ -49,6 +49,9 @@ class OpaqueStep(Step):
         with self._random(), self._buffers():
             return self._evaluate(self._base + d) - self._base_out
 
+    def drift(self):
+        return self.deviate(torch.zeros_like(self._base)) if self._parameters else None
+
     def _grad(self, wanted: list[Tensor], e: Tensor) -> tuple[Tensor | None, ...]:
         if not self._out.requires_grad:
             return (None,) * len(wanted)

@@ -29,6 +29,16 @@ class Step:
         """J^T e at the current point."""
         raise NotImplementedError
 
+    def hold(self) -> None:
+        """The parameters will move: keep those of the base point, which deviations stay relative to."""
+
+    def reload(self) -> None:
+        """The parameters have moved since :meth:`hold`: from now on f(a + d; theta') - f(a; theta)."""
+
+    def drift(self) -> Tensor | None:
+        """f(a; theta') - f(a; theta), after :meth:`reload`, a the current point; None where no parameter moves."""
+        return None
+
     def descend(self, d: Tensor, e: Tensor, rate: float) -> None:
         """d -= rate * J^T e in place."""
         d.sub_(self.pullback(e), alpha=rate)

@@ -1,0 +1,102 @@
+"""Incremental predictive coding (iPC): parameters move after every iteration of the relaxation.
+
+Salvatori et al., "A stable, fast, and fully automatic learning algorithm for predictive coding networks", ICLR 2024;
+docs/methods.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import validation
+from .autograd import loss_without_updates
+from .losses import LossLike
+from .problem import Wanted
+from .relaxation import prepare, solve
+
+
+def incremental_step(
+    model: nn.Sequential,
+    x: Tensor,
+    y: Tensor,
+    optimizer: Optimizer,
+    *,
+    loss: LossLike = "cross_entropy",
+    step_size: float | Sequence[float] = 0.1,
+    num_steps: int = 20,
+    backend: str = "auto",
+    normalizer: int | None = None,
+    check: str = "auto",
+    return_output: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """One batch of incremental predictive coding: ``num_steps`` iterations, ``num_steps`` optimiser steps.
+
+        loss = pcfast.incremental_step(model, x, y, optimizer, step_size=0.1, num_steps=20)
+
+    v_l starts at the forward pass. Every iteration takes errors at the beliefs and parameters of the moment,
+
+        eps_l = f_l(v_{l-1}; theta_l) - v_l      eps_L = dLoss/dmu_L
+
+    and from these same beliefs, errors and parameters moves both:
+
+        v_l <- v_l + step_size (eps_l - J_{l+1}^T eps_{l+1})
+        theta_l <- what the optimiser makes of .grad = (df_l/dtheta_l)^T eps_l
+
+    There is nothing to call ``backward`` on, and nothing for a GradScaler to scale. Random numbers and BatchNorm
+    statistics behave as in :func:`pcfast.pc_loss`: one draw, one move a call. Runs under ``torch.no_grad()`` too.
+    Under ``torch.compile`` it runs outside the graph.
+
+    Args: as :func:`pcfast.pc_loss`, and
+        optimizer: of parameters of ``model``; any whose ``step()`` needs no closure. What it does not hold stays.
+
+    Returns:
+        The forward pass's loss, 0-dim and detached, from before anything moved; with ``return_output`` the pair
+        ``(loss, output)``. ``.grad`` of the model's parameters holds the last iteration's updates afterwards (None
+        where a parameter is not in use); what it held before is dropped.
+
+    Raises:
+        ArgumentError and its kinds, BackendError: before anything has moved.
+        RelaxationDiverged: at once, the parameters stay as the iteration before left them; deferred, the failed
+            iteration's updates are zero.
+    """
+    settings = dict(
+        loss=loss,
+        step_size=step_size,
+        num_steps=num_steps,
+        backend=backend,
+        normalizer=normalizer,
+        check=check,
+    )
+    if torch.compiler.is_dynamo_compiling():
+        from . import compiled  # here: it needs torch's compiler, which takes long to import
+
+        return compiled.incremental_step(model, x, y, optimizer, return_output=return_output, **settings)
+    validation.check_trainable(model)
+    validation.check_optimizer(optimizer, model.parameters())
+    parameters = list(model.parameters())
+
+    def move(updates: dict[nn.Parameter, Tensor]) -> None:
+        for parameter in parameters:
+            parameter.grad = updates.get(parameter)
+        optimizer.step()
+        torch.clear_autocast_cache()  # it would keep casts of the weights of before
+
+    outcome, _ = solve(model, x, y, method="incremental", wanted=Wanted(), move=move, **settings)
+    return (outcome.loss, outcome.output) if return_output else outcome.loss
+
+
+def rehearse(
+    model: nn.Sequential, x: Tensor, y: Tensor, optimizer: Optimizer, return_output: bool = False, **settings
+) -> None:
+    """Raise what :func:`incremental_step` would raise before anything moves. Statistics move as in ``model(x)``."""
+    validation.check_trainable(model)
+    validation.check_optimizer(optimizer, model.parameters())
+    with torch.no_grad():
+        ready = prepare(
+            model, x, y, method="incremental", wanted=Wanted(), move=lambda updates: None, **settings
+        )
+        loss_without_updates(ready.problem)
