@@ -33,6 +33,14 @@ NETS = {
         ),
         (4, 6),
     ),
+    "normalised_first": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 20)),
+            nn.Sequential(nn.BatchNorm1d(20, affine=False), nn.Linear(20, 7), nn.Tanh()),
+            nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)),
+        ),
+        (4, 6),
+    ),
     "mnist_cnn": (networks.mnist_cnn, (2, 1, 28, 28)),
     "padded_cnn": (
         lambda: nn.Sequential(
