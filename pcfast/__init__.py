@@ -27,6 +27,7 @@ from .graphs import use_cuda_graphs
 from .grouping import group_layers
 from .nudging import Nudging
 from .relaxation import Relaxation, Run, last_run, relax
+from .residual import Residual
 from .status import synchronize
 from .streamed.tuning import TuningReport, tune
 from .torch2pc import PCInfer
@@ -46,6 +47,7 @@ __all__ = [
     "PredictiveCoding",
     "Relaxation",
     "RelaxationDiverged",
+    "Residual",
     "Run",
     "ShapeError",
     "TuningReport",

@@ -80,6 +80,8 @@ class _Cost:
 
 
 def _op_cost(op: specs.Op, shape: specs.Shape) -> _Cost:
+    if isinstance(op, specs.Residual):
+        return _chain_cost(op.ops, op.inner_shapes(shape))
     product = op.macs(shape)
     affine = isinstance(op, specs.BatchNorm) and op.affine
     return _Cost(product, point=0, reach=0, weights=product > 0 or affine)
@@ -117,6 +119,8 @@ def _gram_cost(network: specs.Network, shapes: tuple) -> tuple[int, int, int] | 
         return "there is one layer only"
     layer = network.layers[1]
     head = layer.ops[0] if layer.ops else None
+    if isinstance(head, specs.Residual):
+        return "layer 2 begins with a residual block, whose skip reads layer 1's beliefs"
     if not isinstance(head, specs.Linear | specs.Conv2d):
         return "layer 2 does not begin with a linear layer or a convolution"
     if isinstance(head, specs.Conv2d) and (
