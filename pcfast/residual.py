@@ -14,7 +14,7 @@ class Residual(nn.Sequential):
     its own it predicts mu_l = v_{l-1} + f(v_{l-1}) (docs/method.md, "Residual blocks"). Blocks may be nested; without
     modules f is the identity.
 
-    x: any shape (B, ...), which f keeps.
+    x: any shape (B, ...), which f keeps. Returns the same shape.
 
     Raises, when called:
         ShapeError: f changes the shape.
