@@ -28,6 +28,7 @@ from .grouping import group_layers
 from .incremental import incremental_step
 from .nudging import Nudging
 from .relaxation import Relaxation, Run, last_run, relax
+from .residual import Residual
 from .status import synchronize
 from .streamed.tuning import TuningReport, tune
 from .torch2pc import PCInfer
@@ -47,6 +48,7 @@ __all__ = [
     "PredictiveCoding",
     "Relaxation",
     "RelaxationDiverged",
+    "Residual",
     "Run",
     "ShapeError",
     "TuningReport",

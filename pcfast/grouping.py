@@ -16,7 +16,8 @@ def group_layers(model: nn.Sequential) -> nn.Sequential:
     A new group begins at every module with parameters (Linear, convolution, ...); activations, pooling,
     normalisation, dropout and reshaping join the group before them, as in the networks of Rosenbaum (2022).
     What comes before the first such module joins the first group. Modules are shared with ``model``, not
-    copied. An element that is itself a Sequential is kept as a group of its own.
+    copied. An element that is itself a Sequential, a :class:`pcfast.Residual` too, is kept as
+    a group of its own.
 
     Args:
         model: a flat ``nn.Sequential``.

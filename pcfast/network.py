@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from . import activations
 from .errors import ModelError, ShapeError
+from .residual import Residual as ResidualModule
 
 Shape = tuple[int, ...]
 
@@ -28,6 +29,11 @@ class Op:
 
     path: str  # of the module in the model, as for Module.get_submodule
     name: str  # the module's class
+
+    @property
+    def label(self) -> str:
+        """In messages."""
+        return self.name
 
     def output_shape(self, shape: Shape) -> Shape:
         """Shape of the output, batch included, for an input of ``shape``; raises ValueError in words."""
@@ -202,6 +208,52 @@ class Opaque(Op):
     why: str
 
 
+@dataclass(frozen=True)
+class Residual(Op):
+    """x + f(x): ``ops`` are f, a chain that keeps the shape; empty for the identity."""
+
+    ops: tuple[Op, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}({chain_label(self.ops)})"
+
+    def inner_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """Shapes at the operations' boundaries; raises ValueError as :meth:`output_shape`."""
+        shapes = [shape]
+        for op in self.ops:
+            try:
+                shapes.append(op.output_shape(shapes[-1]))
+            except ValueError as needed:
+                if isinstance(op, Residual):
+                    raise  # says where
+                raise ValueError(f"{needed} at the {op.name} inside, not {shapes[-1]}") from None
+        if shapes[-1] != shape:
+            raise ValueError(f"a branch that keeps the shape, not one that gives {shapes[-1]}")
+        return tuple(shapes)
+
+    def output_shape(self, shape):
+        return self.inner_shapes(shape)[-1]
+
+    def macs(self, shape):
+        inner = self.inner_shapes(shape)
+        return sum(op.macs(before) for op, before in zip(self.ops, inner[:-1], strict=True))
+
+
+def chain_label(ops: tuple[Op, ...]) -> str:
+    """The operations in words."""
+    return " - ".join(op.label for op in ops) or "identity"
+
+
+def leaves(ops: tuple[Op, ...]) -> Iterator[Op]:
+    """The operations in order, those of residual branches in place of their block."""
+    for op in ops:
+        if isinstance(op, Residual):
+            yield from leaves(op.ops)
+        else:
+            yield op
+
+
 _ACTIVATIONS = {
     nn.ReLU: lambda m: activations.Relu(),
     nn.LeakyReLU: lambda m: activations.LeakyRelu(m.negative_slope),
@@ -319,6 +371,15 @@ def _plain_sequential(module: nn.Module) -> bool:
     return plain and not _patched(module)
 
 
+def _plain_residual(module: nn.Module) -> bool:
+    return isinstance(module, ResidualModule) and type(module).forward is ResidualModule.forward
+
+
+def _children(path: str, module: nn.Sequential) -> Iterator[Op]:
+    for name, child in module._modules.items():  # named_children would skip a repeated module
+        yield from _operations(f"{path}.{name}", child)
+
+
 def _operations(path: str, module: nn.Module) -> Iterator[Op]:
     """The operations of ``module`` in order; nested Sequentials are flattened, no-ops are left out."""
     kind, name = type(module), _name(module)
@@ -327,8 +388,9 @@ def _operations(path: str, module: nn.Module) -> Iterator[Op]:
     elif _patched(module):
         yield Opaque(path, name, f"{name} was given another forward")
     elif _plain_sequential(module):
-        for child_name, child in module._modules.items():  # named_children would skip a repeated module
-            yield from _operations(f"{path}.{child_name}", child)
+        yield from _children(path, module)
+    elif _plain_residual(module):
+        yield Residual(path, name, tuple(_children(path, module)))
     elif kind is nn.Identity:
         return
     elif kind in _DROPOUTS:
@@ -343,7 +405,7 @@ def _operations(path: str, module: nn.Module) -> Iterator[Op]:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One PC layer f_l: a chain of operations.
+    """One PC layer f_l: a chain of operations, :class:`Residual` ones with a chain of their own inside.
 
     Attributes:
         index: l, 1-based.
@@ -355,7 +417,7 @@ class LayerSpec:
 
     @property
     def label(self) -> str:
-        return f"layer {self.index} ({' - '.join(op.name for op in self.ops) or 'identity'})"
+        return f"layer {self.index} ({chain_label(self.ops)})"
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...] | None:
         """Input shape of every operation, then the output shape; None where an opaque one hides it.
@@ -364,7 +426,7 @@ class LayerSpec:
         """
         shapes = [shape]
         for op in self.ops:
-            if isinstance(op, Opaque):
+            if any(isinstance(leaf, Opaque) for leaf in leaves((op,))):
                 return None
             try:
                 shapes.append(op.output_shape(shapes[-1]))
@@ -390,8 +452,13 @@ class Network:
         return len(self.layers)
 
     @property
+    def leaves(self) -> tuple[Op, ...]:
+        """All operations in order, those of residual branches in place of their block."""
+        return tuple(op for layer in self.layers for op in leaves(layer.ops))
+
+    @property
     def opaque(self) -> tuple[Opaque, ...]:
-        return tuple(op for layer in self.layers for op in layer.ops if isinstance(op, Opaque))
+        return tuple(op for op in self.leaves if isinstance(op, Opaque))
 
     def shapes(self, x_shape: Shape) -> tuple[tuple[Shape, ...] | None, ...]:
         """Per layer what :meth:`LayerSpec.shapes` gives; None from the first opaque operation on."""

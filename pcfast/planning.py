@@ -67,28 +67,54 @@ class Plan:
     relaxations: int = 1
 
 
-def _op_macs(network: specs.Network, shapes: tuple) -> list[list[int]]:
-    """Multiply-adds of one product through each operation of each layer."""
-    return [
-        [op.macs(shape) for op, shape in zip(layer.ops, inner[:-1], strict=True)]
-        for layer, inner in zip(network.layers, shapes, strict=True)
-    ]
+@dataclass(frozen=True)
+class _Cost:
+    """Multiply-adds of one operation or of a chain of them, and whether it has weights.
+
+    Attributes:
+        product: of one product with each of its weight matrices.
+        point: of making an input the current point where nobody reads the output (Step.at).
+        reach: that an error passes inside it on its way down to its lowest weights.
+    """
+
+    product: int
+    point: int
+    reach: int
+    weights: bool
+
+
+def _op_cost(op: specs.Op, shape: specs.Shape) -> _Cost:
+    if isinstance(op, specs.Residual):
+        return _chain_cost(op.ops, op.inner_shapes(shape))
+    product = op.macs(shape)
+    affine = isinstance(op, specs.BatchNorm) and op.affine
+    return _Cost(product, point=0, reach=0, weights=product > 0 or affine)
+
+
+def _chain_cost(ops: tuple[specs.Op, ...], shapes: tuple[specs.Shape, ...]) -> _Cost:
+    """shapes: at the operations' boundaries."""
+    costs = [_op_cost(op, shape) for op, shape in zip(ops, shapes[:-1], strict=True)]
+    product = sum(cost.product for cost in costs)
+    point = product - costs[-1].product + costs[-1].point if costs else 0
+    lowest = next((i for i, cost in enumerate(costs) if cost.weights), None)
+    if lowest is None:
+        return _Cost(product, point, 0, weights=False)
+    reach = costs[lowest].reach + sum(cost.product for cost in costs[lowest + 1 :])
+    return _Cost(product, point, reach, weights=True)
+
+
+def _layer_costs(network: specs.Network, shapes: tuple) -> list[_Cost]:
+    return [_chain_cost(layer.ops, inner) for layer, inner in zip(network.layers, shapes, strict=True)]
 
 
 def layer_macs(network: specs.Network, shapes: tuple) -> list[int]:
     """Multiply-adds of one product through each layer."""
-    return [sum(macs) for macs in _op_macs(network, shapes)]
+    return [cost.product for cost in _layer_costs(network, shapes)]
 
 
 def gram_macs(network: specs.Network, shapes: tuple) -> int:
     """Multiply-adds of one product with the Gram matrix of layer 2, which must have one."""
     return _gram_cost(network, shapes)[1]
-
-
-def _above_lowest_weights(macs: list[int]) -> int:
-    """Products that an error passes on its way down to the layer's lowest weights."""
-    lowest = next((i for i, cost in enumerate(macs) if cost), len(macs))
-    return sum(macs[lowest + 1 :])
 
 
 def _gram_cost(network: specs.Network, shapes: tuple) -> tuple[int, int, int] | str:
@@ -97,6 +123,8 @@ def _gram_cost(network: specs.Network, shapes: tuple) -> tuple[int, int, int] | 
         return "there is one layer only"
     layer = network.layers[1]
     head = layer.ops[0] if layer.ops else None
+    if isinstance(head, specs.Residual):
+        return "layer 2 begins with a residual block, whose skip reads layer 1's beliefs"
     if not isinstance(head, specs.Linear | specs.Conv2d):
         return "layer 2 does not begin with a linear layer or a convolution"
     if isinstance(head, specs.Conv2d) and (
@@ -148,44 +176,44 @@ def count_work(
         return None
     if method == "incremental":
         return None  # which products are left depends on what the optimiser moves
-    depth, macs = network.depth, _op_macs(network, shapes)
-    forward = sum(map(sum, macs))
+    depth, costs = network.depth, _layer_costs(network, shapes)
+    forward = sum(cost.product for cost in costs)
     if method == "error_based":
-        return _error_based_work(macs, num_steps)
+        return _error_based_work(costs, num_steps)
     if method not in LOOPS:
-        feedback = forward - sum(macs[0]) + _above_lowest_weights(macs[0])
+        feedback = forward - costs[0].product + costs[0].reach
         return Work(forward, feedback, forward)
     relaxation = gradients = once = between = 0
     lowest_error = max(1, depth - num_steps + 1) if fresh else 1
     if num_steps == 0:
         lowest_error = depth if fresh else 1
-    for layer, costs in enumerate(macs, start=1):
+    for layer, cost in enumerate(costs, start=1):
         predictions, feedbacks = strict_products(depth, num_steps, fresh, layer)
-        cost = sum(costs)
         if layer >= lowest_error:
-            gradients += cost + _above_lowest_weights(costs)
+            gradients += cost.product + cost.reach
         # masks at the last beliefs need every product but that of the layer's last operation
         moved_input = layer > 1 and (not fresh or layer - 1 >= depth - num_steps)
-        final = sum(costs[:-1]) if moved_input else 0
-        between += cost if moved_input else 0
+        final = cost.point if moved_input else 0
+        between += cost.product if moved_input else 0
         if gram and layer == 2 and feedbacks:
             build, apply, head = _gram_cost(network, shapes)
             once += build
             relaxation += feedbacks * apply + min(feedbacks, 2) * head
             # further products inside layer 2 stay as they are
-            relaxation += (predictions + feedbacks) * (cost - head) + (final - head if len(costs) > 1 else 0)
+            alone = len(network.layers[1].ops) == 1
+            relaxation += (predictions + feedbacks) * (cost.product - head) + (0 if alone else final - head)
         else:
-            relaxation += (predictions + feedbacks) * cost + final
+            relaxation += (predictions + feedbacks) * cost.product + final
     relaxation = once + relaxations * relaxation + (relaxations - 1) * between
     return Work(forward, relaxation, relaxations * gradients)
 
 
-def _error_based_work(macs: list[list[int]], num_steps: int) -> Work:
+def _error_based_work(costs: list[_Cost], num_steps: int) -> Work:
     """Every iteration pulls the output's error down to layer 2 and recomputes layers 2..L at the new errors."""
-    forward = sum(map(sum, macs))
-    lowest_error = 1 if num_steps else len(macs)
-    gradients = sum(sum(costs) + _above_lowest_weights(costs) for costs in macs[lowest_error - 1 :])
-    return Work(forward, 2 * num_steps * (forward - sum(macs[0])), gradients)
+    forward = sum(cost.product for cost in costs)
+    lowest_error = 1 if num_steps else len(costs)
+    gradients = sum(cost.product + cost.reach for cost in costs[lowest_error - 1 :])
+    return Work(forward, 2 * num_steps * (forward - costs[0].product), gradients)
 
 
 def choose_gram(

@@ -8,6 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+import pcfast
+
 ACTIVATIONS = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
@@ -80,6 +82,65 @@ def convs(draw):
         draw, [nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 9), _activation(draw)]
     )
     layers.append(nn.Linear(9, 4))
+    return nn.Sequential(*layers).double(), (channels, size, size)
+
+
+@st.composite
+def residual_networks(draw):
+    """As :func:`architectures`, with residual blocks: layers of their own, or parts of a layer, or nested."""
+    return draw(st.one_of(residual_mlps(), residual_convs()))
+
+
+def _residual(draw, width: int, affine, normalisation, depth: int = 0) -> pcfast.Residual:
+    """A block on ``width`` features or channels; affine(inputs, outputs) makes its maps."""
+    inner = draw(st.sampled_from((1, 3, 8)))
+    branch = [normalisation(width)] if draw(st.booleans()) else []
+    branch += [_activation(draw)] if draw(st.booleans()) else []
+    branch += [affine(width, inner)]
+    branch += [normalisation(inner)] if draw(st.integers(0, 3)) == 0 else []
+    branch += [_activation(draw)]
+    if depth < 2 and draw(st.integers(0, 2)) == 0:
+        branch.append(_residual(draw, inner, affine, normalisation, depth + 1))
+    branch.append(affine(inner, width))
+    branch += [_activation(draw)] if draw(st.booleans()) else []
+    return pcfast.Residual(*branch)
+
+
+def _with_blocks(draw, group: list[nn.Module], make_block) -> list[nn.Module]:
+    """Layers: ``group`` with up to two blocks inside, then up to two that are layers of their own."""
+    group = [*group, *(make_block() for _ in range(draw(st.integers(0, 2))))]
+    return [*_maybe_bare(draw, group), *(make_block() for _ in range(draw(st.integers(0, 2))))]
+
+
+@st.composite
+def residual_mlps(draw):
+    widths = draw(st.lists(st.sampled_from(WIDTHS), min_size=2, max_size=4))
+
+    def block(width):
+        return lambda: _residual(draw, width, nn.Linear, nn.BatchNorm1d)
+
+    layers = [block(widths[0])()] if draw(st.booleans()) else []
+    for fan_in, fan_out in pairwise(widths):
+        layers += _with_blocks(draw, [nn.Linear(fan_in, fan_out), _activation(draw)], block(fan_out))
+    layers.append(nn.Linear(widths[-1], 3))
+    return nn.Sequential(*layers).double(), (widths[0],)
+
+
+@st.composite
+def residual_convs(draw):
+    channels, size = draw(st.sampled_from((1, 3))), draw(st.sampled_from((5, 8)))
+
+    def conv(inputs, outputs):
+        return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+    layers, c = [], channels
+    for _ in range(draw(st.integers(1, 2))):
+        out = draw(st.sampled_from((1, 2, 5)))
+        stem = [conv(c, out), _activation(draw)]
+        layers += _with_blocks(draw, stem, lambda out=out: _residual(draw, out, conv, nn.BatchNorm2d))
+        c = out
+    layers += _maybe_bare(draw, [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(c * (size // 2) ** 2, 7)])
+    layers.append(nn.Linear(7, 4))
     return nn.Sequential(*layers).double(), (channels, size, size)
 
 

@@ -318,6 +318,14 @@ NETS = {
         nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.4)), nn.Dropout(0.2), nn.Linear(8, 4)
     ),
     "opaque": lambda: nn.Sequential(Branch(6), nn.Linear(6, 8), nn.LayerNorm(8), Branch(8), nn.Linear(8, 4)),
+    "residual": lambda: nn.Sequential(
+        nn.Sequential(nn.Linear(6, 8), pcfast.Residual(nn.Tanh(), nn.Linear(8, 8))),
+        pcfast.Residual(nn.BatchNorm1d(8), nn.Linear(8, 5), nn.SiLU(), nn.Linear(5, 8)),
+        nn.Linear(8, 4),
+    ),
+    "residual first": lambda: nn.Sequential(
+        pcfast.Residual(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 4)
+    ),
     "tied": tied,
     "frozen": lambda: nn.Sequential(
         nn.Linear(6, 8).requires_grad_(False), nn.Sequential(nn.Tanh(), nn.Linear(8, 8)), nn.Linear(8, 4)

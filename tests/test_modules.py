@@ -25,6 +25,10 @@ def seq(*layers):
     return nn.Sequential(*layers)
 
 
+def block(*layers):
+    return pcfast.Residual(*layers)
+
+
 class Residual(nn.Module):
     def __init__(self, size):
         super().__init__()
@@ -71,6 +75,11 @@ class Centred(nn.Module):
 class Noise(nn.Module):
     def forward(self, x):
         return x * (0.5 + torch.rand_like(x))
+
+
+class TwiceAround(pcfast.Residual):
+    def forward(self, x):
+        return 2 * x + self[0](x)
 
 
 def hooked():
@@ -162,6 +171,33 @@ CASES = {
     "identity-first": (VECTOR, lambda: seq(nn.Identity(), *mlp(nn.Tanh()))),
     "identity-last": (VECTOR, lambda: seq(*mlp(nn.Tanh()), seq())),
     "frozen": (VECTOR, lambda: seq(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, CLASSES).requires_grad_(False))),
+    # residual blocks
+    "block": (VECTOR, lambda: mlp(block(nn.Linear(5, 5), nn.Tanh()), nn.Tanh())),
+    "block-first": (VECTOR, lambda: seq(block(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 6)), *mlp(nn.Tanh()))),
+    "block-last": (VECTOR, lambda: seq(*mlp(nn.Tanh()), block(nn.Linear(CLASSES, CLASSES)))),
+    "block-alone": (VECTOR, lambda: seq(block(nn.Linear(6, 6), nn.GELU()))),
+    "block-part": (VECTOR, lambda: mlp(seq(nn.Linear(5, 4), nn.Tanh(), block(nn.Linear(4, 4)), nn.Linear(4, 5)))),
+    "block-gram": (VECTOR, lambda: seq(nn.Linear(6, 64), seq(nn.Linear(64, 5), block(nn.Tanh(), nn.Linear(5, 5))),
+                                       nn.Linear(5, CLASSES))),
+    "blocks-nested": (VECTOR, lambda: mlp(block(nn.Tanh(), block(nn.Linear(5, 5), nn.ReLU()), nn.Linear(5, 5)))),
+    "blocks-row": (VECTOR, lambda: mlp(*(block(nn.Linear(5, 5), nn.Sigmoid()) for _ in range(4)))),
+    "block-identity": (VECTOR, lambda: mlp(block(), block(nn.Identity()), block(block()))),
+    "block-in-place": (VECTOR, lambda: mlp(block(nn.ReLU(True), nn.Linear(5, 5)), block(nn.ReLU(inplace=True)))),
+    "block-bn": (VECTOR, lambda: mlp(block(nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 5)), block(nn.BatchNorm1d(5)))),
+    "block-bn-eval": (VECTOR, lambda: mlp(block(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.ReLU())).eval()),
+    "block-shared": (VECTOR, lambda: mlp(*[block(nn.Linear(5, 5), nn.Tanh())] * 2)),
+    "block-frozen": (VECTOR, lambda: mlp(block(nn.Linear(5, 5), nn.Tanh()).requires_grad_(False), nn.Linear(5, 5))),
+    "block-subclass": (VECTOR, lambda: mlp(type("Named", (pcfast.Residual,), {})(nn.Linear(5, 5), nn.Tanh()))),
+    "block-3d": ((4, 6), lambda: seq(block(nn.Linear(6, 6), nn.Tanh()), nn.Flatten(), nn.Linear(24, CLASSES))),
+    "block-reshaped": ((4, 3), lambda: seq(block(nn.Flatten(), nn.Linear(12, 12), nn.Unflatten(1, (4, 3))),
+                                           nn.Flatten(), nn.Linear(12, CLASSES))),
+    "block-conv": (IMAGE, lambda: cnn(block(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(),
+                                            nn.Conv2d(3, 2, 3, padding="same")), nn.ReLU(), features=98)),
+    "block-pool": (IMAGE, lambda: cnn(block(nn.ReLU(), nn.MaxPool2d(3, 1, 1)), block(nn.AvgPool2d(3, 1, 1)),
+                                      features=98)),
+    "block-around-opaque": (VECTOR, lambda: mlp(block(nn.Linear(5, 5), nn.ELU(), Residual(5)))),
+    "block-around-hook": (VECTOR, lambda: mlp(nn.Linear(5, 4), block(nn.Linear(4, 5), hooked()), nn.Linear(4, 5))),
+    "block-changed": (VECTOR, lambda: mlp(TwiceAround(nn.Linear(5, 5)))),
     # shapes
     "linear-3d": ((4, 6), lambda: seq(*mlp(nn.Tanh()), nn.Flatten(), nn.Linear(12, CLASSES))),
     "linear-3d-wide": ((4, 9), lambda: seq(nn.Linear(9, 33), nn.Linear(33, 2), nn.Flatten(), nn.Linear(8, 3))),
@@ -222,6 +258,9 @@ OPAQUE = {
     "prelu",
     "max-dilated",
     "conv-same-even",
+    "block-around-opaque",
+    "block-around-hook",
+    "block-changed",
 }
 
 
@@ -306,7 +345,7 @@ def test_which_modules_are_opaque(case):
     assert bool(opaque) == (case in OPAQUE)
 
 
-@pytest.mark.parametrize("case", ["linear-gram", "conv-gram"])
+@pytest.mark.parametrize("case", ["linear-gram", "conv-gram", "block-gram"])
 def test_the_gram_cases_run_in_gram_form(case):
     model, x, y = problem(case)
     assert pcfast.relax(model, x, y, num_steps=12).run.plan.gram

@@ -33,6 +33,43 @@ NETS = {
         ),
         (4, 6),
     ),
+    "normalised_first": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 20)),
+            nn.Sequential(nn.BatchNorm1d(20, affine=False), nn.Linear(20, 7), nn.Tanh()),
+            nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)),
+        ),
+        (4, 6),
+    ),
+    "residual_layers": (
+        lambda: nn.Sequential(
+            pcfast.Residual(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6)),
+            nn.Linear(6, 5),
+            pcfast.Residual(
+                nn.BatchNorm1d(5), nn.Linear(5, 7), pcfast.Residual(nn.Linear(7, 7)), nn.Linear(7, 5)
+            ),
+            nn.Linear(5, 3),
+        ),
+        (4, 6),
+    ),
+    "residual_parts": (
+        lambda: nn.Sequential(
+            nn.Sequential(pcfast.Residual(nn.ReLU()), nn.Linear(6, 20)),
+            nn.Sequential(nn.Linear(20, 7), nn.Tanh(), pcfast.Residual(nn.Linear(7, 8), nn.Linear(8, 7))),
+            nn.Sequential(pcfast.Residual(nn.Linear(7, 7), nn.GELU()), nn.Linear(7, 3), pcfast.Residual()),
+        ),
+        (4, 6),
+    ),
+    "residual_cnn": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3),
+            nn.Sequential(
+                pcfast.Residual(nn.Conv2d(4, 2, 3, padding=1), nn.Conv2d(2, 4, 1)), nn.ReLU(), nn.Flatten()
+            ),
+            nn.Linear(144, 3),
+        ),
+        (2, 1, 8, 8),
+    ),
     "mnist_cnn": (networks.mnist_cnn, (2, 1, 28, 28)),
     "padded_cnn": (
         lambda: nn.Sequential(
@@ -109,7 +146,15 @@ def test_work_with_other_optimisers_and_targets(settings, net, num_steps):
 
 
 @pytest.mark.parametrize(
-    ("net", "gram"), [("wide_input", True), ("no_gram", False), ("mnist_cnn", True), ("padded_cnn", False)]
+    ("net", "gram"),
+    [
+        ("wide_input", True),
+        ("no_gram", False),
+        ("mnist_cnn", True),
+        ("padded_cnn", False),
+        ("residual_parts", True),
+        ("residual_cnn", False),
+    ],
 )
 def test_gram_form_is_chosen_where_it_multiplies_less(net, gram):
     build, shape = NETS[net]

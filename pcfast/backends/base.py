@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from ..network import Network
+from ..network import Network, Opaque, Residual
 from ..planning import LOOPS, Plan
 from ..precision import Precision
 from ..problem import Outcome, Problem, Request
@@ -45,6 +45,17 @@ def without_kernels(request: Request, *, momentum: bool = False) -> str:
         return "its kernels take one step size for all iterations, not a schedule: use eager"
     if request.nudging is not None:
         return "its kernels take no nudged target: use eager"
+    return ""
+
+
+def unknown_to_kernels(network: Network) -> str:
+    """The first layer that no kernel runs, and why; "" where there is none."""
+    for layer in network.layers:
+        for op in layer.ops:
+            if isinstance(op, Opaque):
+                return f"{layer.label}: {op.why}"
+            if isinstance(op, Residual):
+                return f"{layer.label}: no kernel adds a skip: use eager"
     return ""
 
 

@@ -17,7 +17,7 @@ from ..planning import choose_gram
 from ..precision import Operands, choose_precision, kernel_operands, numerics
 from ..problem import check_start
 from ..resident.placement import Chip, Placement, place
-from .base import on_device, without_kernels
+from .base import on_device, unknown_to_kernels, without_kernels
 from .eager import Eager
 from .kernel_run import KernelRun, first_product
 
@@ -41,14 +41,10 @@ class Cuda(Eager):
             return False, reason
         if request.dtype not in _DTYPES and not (native.on_host() and request.dtype == torch.float64):
             return False, f"its kernels compute in float32, not {request.dtype}: use eager"
-        reason = without_kernels(request, momentum=True)
+        network = request.network
+        reason = without_kernels(request, momentum=True) or unknown_to_kernels(network)
         if reason:
             return False, reason
-        network = request.network
-        if network.opaque:
-            op = network.opaque[0]
-            layer = next(layer for layer in network.layers if op in layer.ops)
-            return False, f"{layer.label}: {op.why}"
         if request.x_shape is None or request.method != "strict" or network.depth == 1:
             return True, ""
         if request.num_steps > _MOST_STEPS:

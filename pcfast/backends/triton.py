@@ -21,7 +21,7 @@ from ..errors import BackendError
 from ..network import Network
 from ..precision import kernel_operands, numerics
 from ..problem import energy_row, filled_start
-from .base import on_device, without_kernels
+from .base import on_device, unknown_to_kernels, without_kernels
 from .eager import Eager, Run
 from .kernel_run import KernelRun, first_product
 
@@ -45,14 +45,10 @@ class Triton(Eager):
             return False, reason
         if request.dtype not in _DTYPES:
             return False, f"its kernels compute in float32, not {request.dtype}: use eager"
-        reason = without_kernels(request)
+        network = request.network
+        reason = without_kernels(request) or unknown_to_kernels(network)
         if reason:
             return False, reason
-        network = request.network
-        if network.opaque:
-            op = network.opaque[0]
-            layer = next(layer for layer in network.layers if op in layer.ops)
-            return False, f"{layer.label}: {op.why}"
         reason = _failures.get(_place(network, request.device), "")
         if not reason and request.x_shape:
             reason = _too_large(network, request.x_shape)

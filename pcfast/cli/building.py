@@ -144,8 +144,7 @@ def _input_shape(model: nn.Sequential) -> tuple[int, ...]:
             "input_shape", "none, for a --model that does not begin with a Linear", "the shape of one sample",
             "E.g. --input-shape 3,32,32.",
         )  # fmt: skip
-    first = next(op for layer in describe(model).layers for op in layer.ops)
-    return (first.in_features,)
+    return (describe(model).leaves[0].in_features,)
 
 
 def data_of(
@@ -182,5 +181,5 @@ def data_of(
 
 def takes_flat_input(model: nn.Sequential) -> bool:
     """Whether the first operation is a Linear; every other network is given images (N, C, H, W)."""
-    operations = [op for layer in describe(model).layers for op in layer.ops]
+    operations = describe(model).leaves
     return bool(operations) and isinstance(operations[0], Linear)

@@ -11,6 +11,7 @@ from .normalisation import BatchNormStep
 from .opaque import OpaqueStep
 from .pointwise import DropoutStep, ElementwiseStep, ReshapeStep
 from .pooling import AdaptiveAvgPool2dStep, AvgPool2dStep, MaxPool2dStep
+from .residual import ResidualStep
 from .step import Gradients, Step
 
 _STEPS: dict[type[specs.Op], type[Step]] = {
@@ -44,9 +45,18 @@ def pool_first(ops: tuple[specs.Op, ...]) -> list[specs.Op]:
 
 def layer_chain(spec: specs.LayerSpec, model: nn.Module, precision: Precision) -> Chain:
     """The chain that one PC layer f_l of ``model`` is."""
-    return Chain(
-        [_STEPS[type(op)](op, model.get_submodule(op.path), precision) for op in pool_first(spec.ops)]
-    )
+    return _chain(spec.ops, model, precision)
+
+
+def _chain(ops: tuple[specs.Op, ...], model: nn.Module, precision: Precision) -> Chain:
+    return Chain([_step(op, model, precision) for op in pool_first(ops)])
+
+
+def _step(op: specs.Op, model: nn.Module, precision: Precision) -> Step:
+    module = model.get_submodule(op.path)
+    if isinstance(op, specs.Residual):
+        return ResidualStep(op, module, precision, _chain(op.ops, model, precision))
+    return _STEPS[type(op)](op, module, precision)
 
 
 class Chain:
@@ -133,9 +143,8 @@ class Chain:
                 return found, None
             lowest = owners[0]
         for i in range(len(self.steps) - 1, lowest - 1, -1):
-            step = self.steps[i]
-            if need_gradients and step.has_gradients:
-                found += step.gradients(e if factor == 1.0 else e * factor)
-            if i > lowest or need_input:
-                e = step.pullback(e)
-        return found, (e if need_input else None)
+            inner, e = self.steps[i].differentiate(
+                e, need_input=i > lowest or need_input, need_gradients=need_gradients, factor=factor
+            )
+            found += inner
+        return found, e

@@ -54,6 +54,15 @@ class Step:
         """(parameter, (df/dtheta)^T e) at the current point, for parameters that require it."""
         return []
 
+    def differentiate(
+        self, e: Tensor, *, need_input: bool, need_gradients: bool, factor: float
+    ) -> tuple[Gradients, Tensor | None]:
+        """``(gradients for factor * e, J^T e)``; what is not needed is empty, or None."""
+        found: Gradients = []
+        if need_gradients and self.has_gradients:
+            found = self.gradients(e if factor == 1.0 else e * factor)
+        return found, (self.pullback(e) if need_input else None)
+
     def zero_gradients(self) -> Gradients:
         """What :meth:`gradients` gives for a zero error."""
         return [(p, torch.zeros_like(p)) for p in self.module.parameters() if p.requires_grad]
