@@ -26,6 +26,7 @@ class Wanted:
         activations: forward-pass values of every layer and the gradient at the output.
         input_error: for fixed prediction also g_0, v_0 and eps_0.
         energies: energy per iteration and layer.
+        belief_gradients: with energies: also the norms of the beliefs' gradients.
     """
 
     gradients: bool = True
@@ -33,6 +34,7 @@ class Wanted:
     activations: bool = False
     input_error: bool = False
     energies: bool = False
+    belief_gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Request:
         loss: "cross_entropy", "mse" or "callable"; None where the gradient at the output is given instead.
         belief_optimizer: how beliefs move. schedule: the step size differs between iterations.
         nudging: of the target, or None.
+        belief_gradients: norms of the beliefs' gradients in every iteration are wanted.
     """
 
     network: Network
@@ -62,6 +65,7 @@ class Request:
     belief_optimizer: BeliefOptimizer = PLAIN
     schedule: bool = False
     nudging: Nudging | None = None
+    belief_gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class Outcome:
         beliefs: v_l after the last iteration.
         errors: eps_l of the last iteration.
         energies: (n, L): 0.5 |eps_l|^2 for l < L and the loss at mu_L, as each iteration found them.
+        belief_gradients: (n, L-1): |g_l| of docs/method.md, g_l at the beliefs that each iteration found.
         status: for deferred checks (see status.py), or None.
         resources: what a recorded graph reads and nothing else keeps alive, or None.
         fell_back: the backend that ran instead of the planned one, and why; None where the planned one did.
@@ -137,6 +142,7 @@ class Outcome:
     beliefs: list[Tensor | None] | None = None
     errors: list[Tensor | None] | None = None
     energies: Tensor | None = None
+    belief_gradients: Tensor | None = None
     status: Status | None = None
     resources: object | None = None
     fell_back: tuple[str, str] | None = None
@@ -202,3 +208,13 @@ def energy_row(errors: list[Tensor | None], top: Tensor) -> Tensor:
         for error in errors[1:-1]
     ]
     return torch.stack([*hidden, top])
+
+
+@torch.no_grad()
+def gradient_row(gradients: list[Tensor | None], like: Tensor) -> Tensor:
+    """One iteration's norms of the beliefs' gradients, l = 1..L-1, None for zero: (L-1,), real, as ``like``."""
+    row = like.new_zeros(len(gradients), dtype=like.real.dtype)
+    for index, gradient in enumerate(gradients):
+        if gradient is not None:
+            row[index] = torch.linalg.vector_norm(gradient)
+    return row

@@ -218,6 +218,7 @@ def prepare(
         belief_optimizer,
         isinstance(step_size, tuple),
         nudging,
+        wanted.belief_gradients,
     )
     chosen, refusals = choose_backend(backend, request)
     precision = choose_precision(x.device.type, dtype)

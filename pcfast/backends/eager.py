@@ -19,7 +19,7 @@ from ..deviation import layer_chain
 from ..errors import RelaxationDiverged
 from ..fixed_prediction import fixed_prediction_factors, scalar_chain
 from ..precision import numerics
-from ..problem import Outcome, Problem, energy_row, filled_start, layer_of_parameters
+from ..problem import Outcome, Problem, energy_row, filled_start, gradient_row, layer_of_parameters
 from ..replay import recorded_buffers
 from .base import Backend, without_closed_form
 from .links import GramLink, Link
@@ -68,6 +68,7 @@ class Run:
         self.chains = [None, *(layer_chain(spec, problem.model, plan.precision) for spec in layers)]
         self.builder = status.StatusBuilder() if problem.check and not problem.raise_now else None
         self.energies: list[Tensor] = []
+        self.belief_gradients: list[Tensor] = []
         self.flaw: Tensor | None = None
 
     def outcome(self) -> Outcome:
@@ -91,6 +92,9 @@ class Run:
         if problem.wanted.energies:
             empty = self.vhat[-1].new_zeros((0, self.depth))
             out.energies = torch.stack(self.energies) if self.energies else empty
+        if problem.wanted.belief_gradients:
+            empty = self.vhat[-1].new_zeros((0, self.depth - 1))
+            out.belief_gradients = torch.stack(self.belief_gradients) if self.belief_gradients else empty
         if problem.check:
             self._check()
         return out
@@ -176,6 +180,12 @@ class Run:
             for row in itertools.islice(self._chain(), problem.num_steps):
                 errors = [None if g is None else g * row[depth - l] for l, g in enumerate(gradients)]
                 self.energies.append(energy_row(errors, self.loss))
+                if wanted.belief_gradients:  # J_{l+1}^T eps_{l+1} - eps_l = (c_{L-l-1} - c_{L-l}) g_l
+                    pulls = [
+                        None if g is None else g * (row[depth - l - 1] - row[depth - l])
+                        for l, g in enumerate(gradients[1:-1], start=1)
+                    ]
+                    self.belief_gradients.append(gradient_row(pulls, self.vhat[-1]))
 
     def _lowest_gradient(self) -> int:
         """The lowest l whose g_l the caller's wishes need."""
@@ -273,8 +283,11 @@ class Run:
             if problem.wanted.energies:
                 self.energies.append(energy_row(errors, self._top_loss(deviations[depth])))
             eta = problem.step_size_at(t)
+            measured, gradients = problem.wanted.belief_gradients, [None] * depth
             for l in range(max(front - 1, 1), depth):
-                links[l].descend(errors[l], errors[l + 1], eta, t)
+                gradients[l] = links[l].descend(errors[l], errors[l + 1], eta, t, apart=measured)
+            if measured:
+                self.belief_gradients.append(gradient_row(gradients[1:], self.vhat[-1]))
             if observe is not None:
                 states = {l: links[l].state for l in range(1, depth) if links[l].moved}
                 observe(t, {**states, depth: errors[depth]})
@@ -325,5 +338,6 @@ class Run:
         for link in self.links[1:]:
             link.rewind()
         self.energies.clear()
+        self.belief_gradients.clear()
         for _ in self._pushes():
             self._relax(observe)
