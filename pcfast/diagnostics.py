@@ -43,7 +43,8 @@ class Diagnosis:
         belief_gradients: (n, L-1): |g_l(t)|, Frobenius norm over the batch.
         relaxed: (n,) float64, as above; 1 where there is nothing to relax.
         rising: (n,) bool: iteration t found a larger energy, summed over layers, than the one before: the step size
-            is above its limit (or momentum overshoots). None for fixed prediction, which descends another energy.
+            is above its limit (or momentum overshoots). None where another energy than the reported one is descended:
+            fixed prediction, weight decay.
         relative_error, angle_degrees: (L,) float64, of each layer's update against backpropagation's gradient
             (:mod:`pcfast.distances`); NaN for layers without parameters that require gradients.
         whole_relative_error, whole_angle_degrees: 0-dim float64, of all parameters as one vector.
@@ -112,7 +113,9 @@ def diagnose(
         outcome.energies,
         outcome.belief_gradients,
         relaxed_fraction(outcome.belief_gradients),
-        rising(outcome.energies) if method == "strict" else None,
+        rising(outcome.energies)
+        if method == "strict" and not run.plan.belief_optimizer.weight_decay
+        else None,
         by_layer(distances.relative_error),
         by_layer(distances.angle_degrees),
         distances.relative_error(*whole),

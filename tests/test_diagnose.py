@@ -113,6 +113,7 @@ def test_gradients_with_weight_decay_are_those_that_move_beliefs(backend):
     optimizer = pcfast.GradientDescent(weight_decay=0.05)
     settings = {"belief_optimizer": optimizer, "step_size": 0.2, "backend": backend}
     found = diagnose(model, x, y, num_steps=5, **settings)
+    assert found.rising is None
     paths = [pcfast.relax(model, x, y, num_steps=n, **settings).beliefs for n in range(6)]
     moves = [
         [float((b - a).norm()) / 0.2 for a, b in zip(now[1:-1], then[1:-1], strict=True)]
