@@ -51,6 +51,7 @@ class Request:
         belief_optimizer: how beliefs move. schedule: the step size differs between iterations.
         nudging: of the target, or None.
         belief_gradients: norms of the beliefs' gradients in every iteration are wanted.
+        tolerance: of the early exit (early_exit.py), or None.
     """
 
     network: Network
@@ -66,6 +67,7 @@ class Request:
     schedule: bool = False
     nudging: Nudging | None = None
     belief_gradients: bool = False
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Problem:
             compile.
         belief_optimizer: how beliefs move.
         nudging: of the target, or None.
+        tolerance: of strict relaxation's early exit, or None.
     """
 
     model: nn.Sequential
@@ -109,6 +112,7 @@ class Problem:
     may_fall_back: bool = False
     belief_optimizer: BeliefOptimizer = PLAIN
     nudging: Nudging | None = None
+    tolerance: float | None = None
 
     def step_size_at(self, iteration: int) -> float:
         """eta_t of iteration t = 1..n."""
@@ -129,6 +133,8 @@ class Outcome:
         errors: eps_l of the last iteration.
         energies: (n, L): 0.5 |eps_l|^2 for l < L and the loss at mu_L, as each iteration found them.
         belief_gradients: (n, L-1): |g_l| of docs/method.md, g_l at the beliefs that each iteration found.
+        iterations: 0-dim int64, how many moved beliefs (in the last relaxation, of several); None without a
+            tolerance.
         status: for deferred checks (see status.py), or None.
         resources: what a recorded graph reads and nothing else keeps alive, or None.
         fell_back: the backend that ran instead of the planned one, and why; None where the planned one did.
@@ -143,6 +149,7 @@ class Outcome:
     errors: list[Tensor | None] | None = None
     energies: Tensor | None = None
     belief_gradients: Tensor | None = None
+    iterations: Tensor | None = None
     status: Status | None = None
     resources: object | None = None
     fell_back: tuple[str, str] | None = None

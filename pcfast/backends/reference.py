@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import status, validation
+from ..early_exit import EarlyExit, repeated
 from ..errors import ModelError, RelaxationDiverged
 from ..nudging import target_of
 from ..problem import Outcome, energy_row, filled_start, gradient_row, layer_of_parameters
@@ -120,6 +121,7 @@ class Reference(Backend):
                 raise status.bad_loss()
 
         energies: list[Tensor] = []
+        iterations = None
         gradients: list[Tensor] = []  # norms of the beliefs' gradients
         relaxed = []  # (beliefs, errors, points that the updates are taken at, what they count)
         if problem.method == "exact":
@@ -130,11 +132,12 @@ class Reference(Backend):
         else:
             start = vhat if problem.start is None else filled_start(problem.start, vhat)
             for y, share in _targets(problem, vhat[-1]):
-                beliefs, errors = _strict(layers, start, y, problem, energies, gradients)
+                beliefs, errors, iterations = _strict(layers, start, y, problem, energies, gradients)
                 relaxed.append((beliefs, errors, beliefs, share))
 
         outcome = Outcome(loss, vhat[-1], activations=vhat, output_gradient=output_gradient)
         outcome.beliefs, outcome.errors, *_ = relaxed[0]
+        outcome.iterations = iterations
         if problem.wanted.energies:
             outcome.energies = torch.stack(energies) if energies else vhat[-1].new_zeros((0, depth))
         if problem.wanted.belief_gradients:
@@ -197,7 +200,7 @@ def _fixed_prediction(layers, vhat, output_gradient, problem, energies, gradient
 
 
 def _strict(layers, start, y, problem, energies, gradients):
-    """All layers at once, from the state before the iteration (algorithm 2)."""
+    """All layers at once, from the state before the iteration (algorithm 2): beliefs, errors, iterations that ran."""
     depth = len(layers) - 1
     v = [value.clone() for value in start]
     move = _mover(problem, v)
@@ -207,11 +210,14 @@ def _strict(layers, start, y, problem, energies, gradients):
         top = problem.loss.gradient_by_autograd(mu[depth], y)
         return mu, [None] + [mu[l] - v[l] for l in range(1, depth)] + [top]
 
+    early = None
+    if problem.tolerance is not None:
+        early = EarlyExit(problem.tolerance, depth, problem.x.device)
     if problem.num_steps == 0:
-        return v, evaluate()[1]
+        return v, evaluate()[1], early and early.iterations
     for t in range(problem.num_steps):
         mu, errors = evaluate()
-        if problem.wanted.energies:
+        if problem.wanted.energies or early is not None:
             energies.append(energy_row(errors, problem.loss.value(mu[depth], y)))
         found = []
         for l in range(1, depth):  # errors were taken before any belief moves
@@ -221,7 +227,14 @@ def _strict(layers, start, y, problem, energies, gradients):
             gradients.append(gradient_row(found, v[depth]))
         if problem.check:
             _check(t + 1, [*v[1:depth], errors[depth]], problem)
-    return v, errors
+        if early is not None:
+            early.see(t + 1, energies[-1])
+            if not early.going:
+                energies[:], gradients[:] = (
+                    repeated(rows, problem.num_steps) for rows in (energies, gradients)
+                )
+                break
+    return v, errors, early and early.iterations
 
 
 def _mover(problem, v):
