@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import belief_optimizers, validation
+from . import belief_optimizers, early_exit, validation
 from .belief_optimizers import BeliefOptimizer
 from .losses import LossLike, describe_loss
 from .network import describe
@@ -58,6 +58,7 @@ def pc_loss(
     backend: str = "auto",
     vinit: list[Tensor | None] | None = None,
     normalizer: int | None = None,
+    tolerance: float | None = None,
     check: str = "auto",
     return_output: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -86,7 +87,7 @@ def pc_loss(
     """
     settings = dict(
         loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend, vinit=vinit,
-        normalizer=normalizer, check=check, belief_optimizer=belief_optimizer, nudging=nudging,
+        normalizer=normalizer, check=check, belief_optimizer=belief_optimizer, nudging=nudging, tolerance=tolerance,
     )  # fmt: skip
     if torch.compiler.is_dynamo_compiling():
         from . import compiled  # here: it needs torch's compiler, which takes long to import
@@ -148,6 +149,7 @@ class PredictiveCoding(nn.Module):
         nudging: Nudging | None = None,
         backend: str = "auto",
         normalizer: int | None = None,
+        tolerance: float | None = None,
         check: str = "auto",
     ) -> None:
         super().__init__()
@@ -156,17 +158,19 @@ class PredictiveCoding(nn.Module):
         validation.check_choice(check)
         check_nudging(nudging, method, describe_loss(loss, normalizer).kind)
         belief_optimizers.checked(belief_optimizer, method)
+        early_exit.checked(tolerance, method)
         self.model = model
         self.loss = loss
         self.method = method
         self.num_steps = validation.checked_steps(num_steps)
         self.step_size = validation.checked_step_sizes(step_size, self.num_steps)
         self.belief_optimizer, self.nudging = belief_optimizer, nudging
-        self.backend, self.normalizer, self.check = backend, normalizer, check
+        self.backend, self.normalizer, self.tolerance, self.check = backend, normalizer, tolerance, check
 
     def _settings(self) -> dict:
         names = (
-            "method", "step_size", "num_steps", "belief_optimizer", "nudging", "backend", "normalizer", "check",
+            "method", "step_size", "num_steps", "belief_optimizer", "nudging", "backend", "normalizer", "tolerance",
+            "check",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

@@ -24,15 +24,7 @@ def load_checkpoint(path: Path, settings: dict) -> dict:
         raise ArgumentError(
             "out", f"no checkpoint at {path}", "the folder of a run", "Start it without resume."
         )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        readable = checkpoint["format"] == FORMAT
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a damaged file
-        raise ArgumentError(
-            "out", f"{path}, which cannot be read", "a checkpoint of train", str(error)
-        ) from error
-    if not readable:
-        raise ArgumentError("out", f"{path} of format {checkpoint['format']}", f"format {FORMAT}")
+    checkpoint = _read(path, "out")
     there, here = flat(checkpoint["config"]["settings"]), flat(settings)
     differences = [
         f"{key} is {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
@@ -47,6 +39,35 @@ def load_checkpoint(path: Path, settings: dict) -> dict:
             "the settings of that run",
             "Use them, or start anew in another folder.",
         )
+    return checkpoint
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Copy the parameters and buffers of the checkpoint at ``path`` into ``model``.
+
+    Raises:
+        ArgumentError: named "checkpoint"; the file is missing, unreadable or of another network.
+    """
+    if not path.is_file():
+        raise ArgumentError("checkpoint", f"{path}, which is no file", "checkpoint.pt of a run of train")
+    state = _read(path, "checkpoint")["model"]
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ArgumentError("checkpoint", f"{path} of another network", "one of this network") from error
+
+
+def _read(path: Path, argument: str) -> dict:
+    """The checkpoint in the file ``path``; ArgumentError, named ``argument``, where it is unreadable."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        readable = checkpoint["format"] == FORMAT
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a damaged file
+        raise ArgumentError(
+            argument, f"{path}, which cannot be read", "a checkpoint of train", str(error)
+        ) from error
+    if not readable:
+        raise ArgumentError(argument, f"{path} of format {checkpoint['format']}", f"format {FORMAT}")
     return checkpoint
 
 

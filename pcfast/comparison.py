@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import validation
+from . import distances, validation
 from .autograd import pc_loss
 from .datasets import Data, checked_data
+from .distances import vector
 from .errors import ArgumentError, ArgumentTypeError, ModelError, RelaxationDiverged
 from .losses import LossLike, describe_loss
 from .network import describe
@@ -175,27 +176,13 @@ class LayerError:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b| in float64. Where b is zero: 0 if a is zero too, else NaN."""
-    a, b = _vector([a]), _vector([b])
-    size, distance = float(torch.linalg.vector_norm(b)), float(torch.linalg.vector_norm(a - b))
-    if size == 0:
-        return 0.0 if distance == 0 else math.nan
-    return distance / size
+    """:func:`pcfast.distances.relative_error` as a number."""
+    return float(distances.relative_error(a, b))
 
 
 def angle_degrees(a: Tensor, b: Tensor) -> float:
-    """Angle between a and b in degrees, 0..180, in float64; NaN where one of them is zero or not finite.
-
-    2 atan2(|a/|a| - b/|b||, |a/|a| + b/|b||), which keeps its digits near 0 and 180 where acos loses them
-    (W. Kahan, "How futile are mindless assessments of roundoff in floating-point computation?", 2006, section 12).
-    """
-    a, b = _vector([a]), _vector([b])
-    sizes = float(torch.linalg.vector_norm(a)), float(torch.linalg.vector_norm(b))
-    if 0.0 in sizes or not all(map(math.isfinite, sizes)):
-        return math.nan
-    a, b = a / sizes[0], b / sizes[1]
-    difference, total = float(torch.linalg.vector_norm(a - b)), float(torch.linalg.vector_norm(a + b))
-    return math.degrees(2 * math.atan2(difference, total))
+    """:func:`pcfast.distances.angle_degrees` as a number."""
+    return float(distances.angle_degrees(a, b))
 
 
 def true_gradient(
@@ -257,7 +244,7 @@ def compare_training(
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("test_every", test_every)):
         if not (name == "test_every" and value is None):
             validation.check_count(name, value)
-    layers = _parameters_of_layers(model)
+    layers = parameters_of_layers(model)
     data = checked_data(data, next(iter(layers.values()))[0].dtype)
     optimizer = functools.partial(torch.optim.Adam, lr=LEARNING_RATE) if optimizer is None else optimizer
     if isinstance(optimizer, Optimizer) or not callable(optimizer):
@@ -299,7 +286,7 @@ class _Curve:
 
     def __init__(self, model, method, loss, settings, test_every):
         self.model, self.method, self.loss, self.test_every = model, method, loss, test_every
-        self.layers = _parameters_of_layers(model)
+        self.layers = parameters_of_layers(model)
         self.relaxed_loss = functools.partial(
             # check="sync": on CUDA a divergence would else be reported in a later step.
             pc_loss, model, loss=loss, method=method, check="sync", return_output=True, **settings,
@@ -378,7 +365,7 @@ def compare_iterations(
         validation.check_count("iterations", count)
     model = copy.deepcopy(model)
     counts = sorted({*iterations, len(describe(model).layers)})
-    layers = _parameters_of_layers(model)
+    layers = parameters_of_layers(model)
     gradient = true_gradient(model, x, y, loss=loss)
     replay = replaying(x.device)
     done, total = 0, len(methods) * len(step_sizes) * sum(counts)
@@ -463,7 +450,7 @@ def compare_errors(
     return tuple(rows)
 
 
-def _parameters_of_layers(model: nn.Sequential) -> dict[int, list[nn.Parameter]]:
+def parameters_of_layers(model: nn.Sequential) -> dict[int, list[nn.Parameter]]:
     """The parameters that require gradients by PC layer 1..L; layers without any are left out."""
     describe(model)
     found = {l: [p for p in layer.parameters() if p.requires_grad] for l, layer in enumerate(model, start=1)}
@@ -495,19 +482,13 @@ def _differences(
     groups: dict[int | str, Iterable[nn.Parameter]] = {**layers, WHOLE: update} if whole else layers
     rows = []
     for layer, parameters in groups.items():
-        a, b = (_vector([values[p] for p in parameters]) for values in (update, gradient))
+        a, b = (vector([values[p] for p in parameters]) for values in (update, gradient))
         rows.append((layer, relative_error(a, b), angle_degrees(a, b)))
     return rows
 
 
-def _vector(tensors: Iterable[Tensor]) -> Tensor:
-    """The tensors as one float64 vector; a complex entry counts as two."""
-    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-    return torch.cat([t.detach().to(torch.float64).reshape(-1) for t in real])
-
-
 def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(_vector([tensor])))
+    return float(torch.linalg.vector_norm(vector([tensor])))
 
 
 def _median(values: Iterable[float]) -> float:

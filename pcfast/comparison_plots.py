@@ -12,10 +12,9 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
+from . import figures
 from .comparison import BACKPROPAGATION, WHOLE, Iterations, LayerError, TrainingComparison, Update
 from .errors import ArgumentError
-from .files import write_atomically
-from .plots import require_matplotlib
 
 # Okabe and Ito's palette, which colour-blind people can tell apart (https://jfly.uni-koeln.de/color/).
 _COLOURS = {
@@ -29,20 +28,15 @@ _STYLES = {  # where colour is something else
 _NAMES = {
     "fixed_prediction": "fixed prediction", "error_based": "error-based", "zero_divergence": "zero divergence",
 }  # fmt: skip
-_WIDTH = (
-    9.6  # inches, at 150 dots each: letters keep a good size where a page shows the picture 900 pixels wide
-)
-_ROW = 2.9  # inches
-_MOST_LAYERS = 8  # in one figure; more curves cannot be told apart
 _POINTS = 75  # of a smoothed curve, about
 
 
 def training_figure(comparison: TrainingComparison, path: str | os.PathLike, *, title: str = "") -> None:
     """Learning curves; relative error and angle of every layer's update, one column a method. A PNG at ``path``."""
     methods = [method for method in comparison.methods if method != BACKPROPAGATION]
-    figure, bands = _figure([1, 2], title)
+    figure, bands = figures.new([1, 2], title)
     _learning_band(bands[0], comparison)
-    (errors, angles), legend = _panels(bands[1], 2, len(methods))
+    (errors, angles), legend = figures.panels(bands[1], 2, len(methods))
     for index, method in enumerate(methods):
         _updates(errors[index], angles[index], comparison, [method])
         errors[index].set_title(_name(method))
@@ -53,14 +47,14 @@ def training_figure(comparison: TrainingComparison, path: str | os.PathLike, *, 
     _share_limits(errors)
     _share_limits(angles)
     _layer_legend(legend, comparison.updates, [])
-    _write(figure, path)
+    figures.write(figure, path)
 
 
 def iterations_figure(rows: Sequence[Iterations], path: str | os.PathLike, *, title: str = "") -> None:
     """Relative error and angle against the number of iterations: one row a layer, and one for the whole update."""
-    layers = [*_shown(row.layer for row in rows if row.layer != WHOLE), WHOLE]
-    figure, bands = _figure([len(layers)], title)
-    panels, legend = _panels(bands[0], len(layers), 2)
+    layers = [*figures.shown(row.layer for row in rows if row.layer != WHOLE), WHOLE]
+    figure, bands = figures.new([len(layers)], title)
+    panels, legend = figures.panels(bands[0], len(layers), 2)
     for layer, (errors, angles) in zip(layers, panels, strict=True):
         _against_iterations(errors, angles, [row for row in rows if row.layer == layer])
         errors.set_title("whole update" if layer == WHOLE else f"layer {layer}", loc="left")
@@ -68,14 +62,14 @@ def iterations_figure(rows: Sequence[Iterations], path: str | os.PathLike, *, ti
             errors.set_xlabel("")
             angles.set_xlabel("")
     _step_size_legend(legend, rows)
-    _write(figure, path)
+    figures.write(figure, path)
 
 
 def errors_figure(rows: Sequence[LayerError], path: str | os.PathLike, *, title: str = "") -> None:
     """Norms of the errors, and their relative error, against the layer."""
-    figure, bands = _figure([1], title)
+    figure, bands = figures.new([1], title)
     _errors_band(bands[0], rows)
-    _write(figure, path)
+    figures.write(figure, path)
 
 
 def overview(
@@ -112,43 +106,11 @@ def overview(
         drawn.append((name, lambda band: _errors_band(band, errors)))
     if not drawn:
         raise ArgumentError("training, iterations, errors", "none of them", "at least one")
-    figure, bands = _figure([1] * len(drawn), title)
+    figure, bands = figures.new([1] * len(drawn), title)
     for band, (name, draw) in zip(bands, drawn, strict=True):
         band.suptitle(name, x=0.01, ha="left", fontsize="large")
         draw(band)
-    _write(figure, path)
-
-
-def _figure(rows: Sequence[int], title: str):
-    """A figure of horizontal bands; a band is as many rows of panels high as ``rows`` says."""
-    require_matplotlib()
-    # Figure itself: no pyplot, no global state, no display.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, _ROW * sum(rows) + (0.4 if title else 0)), dpi=150, layout="constrained")
-    if title:
-        figure.suptitle(title, fontweight="bold")
-    bands = figure.subfigures(len(rows), 1, height_ratios=list(rows), squeeze=False, hspace=0.04)
-    return figure, [band for (band,) in bands]
-
-
-def _write(figure, path: str | os.PathLike) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    write_atomically(path, FigureCanvasAgg(figure).print_png)
-
-
-def _panels(band, rows: int, columns: int):
-    """``rows`` x ``columns`` axes, as a list of rows, and empty axes right of them for a legend."""
-    # The legend has a column of its own, a fifth of the width, so that it covers no data.
-    grid = band.add_gridspec(rows, columns + 1, width_ratios=[*[1] * columns, 0.25 * columns])
-    panels = [[band.add_subplot(grid[row, column]) for column in range(columns)] for row in range(rows)]
-    for axes in (axes for row in panels for axes in row):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    legend = band.add_subplot(grid[:, columns])
-    legend.axis("off")
-    return panels, legend
+    figures.write(figure, path)
 
 
 def _learning_band(band, comparison: TrainingComparison) -> None:
@@ -156,7 +118,7 @@ def _learning_band(band, comparison: TrainingComparison) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import PercentFormatter
 
-    (panels,), legend = _panels(band, 1, 2)
+    (panels,), legend = figures.panels(band, 1, 2)
     width = _smoothing(comparison)
     keys = []
     for method in comparison.methods:
@@ -177,8 +139,8 @@ def _learning_band(band, comparison: TrainingComparison) -> None:
             axes.plot(*_smoothed(points, width), **look)
             test = [(row.step, v) for row in curve if not math.isnan(v := getattr(row, f"test_{quantity}"))]
             axes.plot(
-                *_columns(test), linestyle="none", marker="o", markersize=6 if reference else 3, markeredgewidth=0,
-                color=look["color"], alpha=look["alpha"],
+                *figures.columns(test), linestyle="none", marker="o", markersize=6 if reference else 3,
+                markeredgewidth=0, color=look["color"], alpha=look["alpha"],
             )  # fmt: skip
             if curve[-1].note:
                 axes.axvline(curve[-1].step, color=look["color"], linestyle=":")
@@ -191,11 +153,11 @@ def _learning_band(band, comparison: TrainingComparison) -> None:
     training = "training batches" + (f",\nmean of {width} steps" if width > 1 else "")
     keys.append(Line2D([], [], color="grey", linewidth=1.3, label=training))
     keys.append(Line2D([], [], color="grey", linestyle="none", marker="o", markersize=3, label="test part"))
-    _legend(legend, keys)
+    figures.legend(legend, keys)
 
 
 def _updates_band(band, comparison: TrainingComparison) -> None:
-    (panels,), legend = _panels(band, 1, 2)
+    (panels,), legend = figures.panels(band, 1, 2)
     methods = [method for method in comparison.methods if method != BACKPROPAGATION]
     _updates(*panels, comparison, methods)
     _layer_legend(legend, comparison.updates, methods)
@@ -203,11 +165,11 @@ def _updates_band(band, comparison: TrainingComparison) -> None:
 
 def _updates(errors, angles, comparison: TrainingComparison, methods: Sequence[str]) -> None:
     """Relative error and angle of updates against the step: colour is the layer, line style the method."""
-    layers = _shown(row.layer for row in comparison.updates)
+    layers = figures.shown(row.layer for row in comparison.updates)
     width = _smoothing(comparison)
     for axes, quantity in ((errors, "relative_error"), (angles, "angle_degrees")):
         for method in methods:
-            for layer, colour in _ramp(layers, "viridis").items():
+            for layer, colour in figures.ramp(layers, "viridis").items():
                 rows = [row for row in comparison.updates if (row.method, row.layer) == (method, layer)]
                 points = [
                     (row.step, value) for row in rows if not math.isnan(value := getattr(row, quantity))
@@ -218,28 +180,28 @@ def _updates(errors, angles, comparison: TrainingComparison, methods: Sequence[s
     errors.set_ylabel("Relative error")
     values = [row.relative_error for row in comparison.updates if row.layer in layers]
     if max((value for value in values if not math.isnan(value)), default=0) > 10:
-        _log_axis_with_zero(errors, values)
+        figures.log_axis_with_zero(errors, values)
     else:
-        _from_zero(errors, errors.get_ylim()[1])
-    _angle_axis(angles)
+        figures.from_zero(errors, errors.get_ylim()[1])
+    figures.angle_axis(angles)
 
 
 def _whole_band(band, rows: Sequence[Iterations]) -> None:
-    (panels,), legend = _panels(band, 1, 2)
+    (panels,), legend = figures.panels(band, 1, 2)
     _against_iterations(*panels, rows)
     _step_size_legend(legend, rows)
 
 
 def _against_iterations(errors, angles, rows: Sequence[Iterations]) -> None:
     """Relative error and angle against the number of iterations: colour is the step size, line style the method."""
-    colours = _ramp(dict.fromkeys(row.step_size for row in rows), "plasma")
+    colours = figures.ramp(dict.fromkeys(row.step_size for row in rows), "plasma")
     for axes, quantity in ((errors, "relative_error"), (angles, "angle_degrees")):
         for method, step_size in dict.fromkeys((row.method, row.step_size) for row in rows):
             found = [row for row in rows if (row.method, row.step_size) == (method, step_size)]
             colour = colours[step_size]
             values = [(row.num_steps, getattr(row, quantity)) for row in found]  # NaN interrupts the line
             axes.plot(
-                *_columns(values),
+                *figures.columns(values),
                 color=colour,
                 linestyle=_STYLES[method],
                 linewidth=1.5,
@@ -257,8 +219,8 @@ def _against_iterations(errors, angles, rows: Sequence[Iterations]) -> None:
         )
         axes.xaxis.set_major_formatter("{x:g}")
     errors.set_ylabel("Relative error")
-    _log_axis_with_zero(errors, [row.relative_error for row in rows])
-    _angle_axis(angles)
+    figures.log_axis_with_zero(errors, [row.relative_error for row in rows])
+    figures.angle_axis(angles)
 
 
 def _errors_band(band, rows: Sequence[LayerError]) -> None:
@@ -266,7 +228,7 @@ def _errors_band(band, rows: Sequence[LayerError]) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    (panels,), legend = _panels(band, 1, 2)
+    (panels,), legend = figures.panels(band, 1, 2)
     norms, relative = panels
     methods = list(dict.fromkeys(row.method for row in rows))
     exact = {row.layer: row.exact_norm for row in rows}
@@ -282,23 +244,23 @@ def _errors_band(band, rows: Sequence[LayerError]) -> None:
         keys.append(Line2D([], [], **look, label=_name(method) + ended))
     norms.set(xlabel="PC layer", ylabel="Norm of the errors")
     relative.set(xlabel="PC layer", ylabel="Relative error")
-    _log_axis_with_zero(norms, [*exact.values(), *(row.error_norm for row in rows)])
-    _log_axis_with_zero(relative, [row.relative_error for row in rows])
+    figures.log_axis_with_zero(norms, [*exact.values(), *(row.error_norm for row in rows)])
+    figures.log_axis_with_zero(relative, [row.relative_error for row in rows])
     for axes in panels:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(legend, keys)
+    figures.legend(legend, keys)
 
 
 def _layer_legend(axes, rows: Sequence[Update], methods: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
-    layers = _shown(row.layer for row in rows)
+    layers = figures.shown(row.layer for row in rows)
     count = len({row.layer for row in rows})
     keys = [
         Line2D([], [], color=colour, label=f"layer {layer}")
-        for layer, colour in _ramp(layers, "viridis").items()
+        for layer, colour in figures.ramp(layers, "viridis").items()
     ]
-    _legend(
+    figures.legend(
         axes, keys + _style_keys(methods), f"{len(layers)} of {count} layers" if len(layers) < count else ""
     )
 
@@ -308,12 +270,12 @@ def _step_size_legend(axes, rows: Sequence[Iterations]) -> None:
 
     keys = [
         Line2D([], [], color=colour, label=f"step size {step_size:g}")
-        for step_size, colour in _ramp(dict.fromkeys(row.step_size for row in rows), "plasma").items()
+        for step_size, colour in figures.ramp(dict.fromkeys(row.step_size for row in rows), "plasma").items()
     ]
     keys += _style_keys(list(dict.fromkeys(row.method for row in rows)))
     if any(row.note for row in rows):
         keys.append(Line2D([], [], color="grey", linestyle="none", marker="x", label="diverged"))
-    _legend(axes, keys)
+    figures.legend(axes, keys)
 
 
 def _style_keys(methods: Sequence[str]) -> list:
@@ -324,33 +286,8 @@ def _style_keys(methods: Sequence[str]) -> list:
     ]
 
 
-def _legend(axes, keys: list, title: str = "") -> None:
-    axes.legend(
-        handles=keys, title=title or None, loc="center left", bbox_to_anchor=(0, 0.5), frameon=False, borderpad=0,
-        borderaxespad=0, handlelength=2.4,
-    )  # fmt: skip
-
-
 def _name(method: str) -> str:
     return _NAMES.get(method, method)
-
-
-def _shown(layers: Iterable[int]) -> list[int]:
-    """The layers that a figure shows: all, or some at even distances, the first and the last among them."""
-    layers = sorted(set(layers))
-    if len(layers) <= _MOST_LAYERS:
-        return layers
-    last = len(layers) - 1
-    return [layers[round(index * last / (_MOST_LAYERS - 1))] for index in range(_MOST_LAYERS)]
-
-
-def _ramp(values: Iterable, name: str) -> dict:
-    """One colour a value from matplotlib's map ``name`` (both used are made for colour-blind readers)."""
-    from matplotlib import colormaps
-
-    values = list(values)
-    # The map's last part is too pale for lines on white.
-    return {v: colormaps[name](0.88 * index / max(1, len(values) - 1)) for index, v in enumerate(values)}
 
 
 def _smoothing(comparison: TrainingComparison) -> int:
@@ -363,33 +300,6 @@ def _smoothed(points: Sequence[tuple[float, float]], width: int) -> tuple[list[f
     """Means over ``width`` neighbouring points each, of both coordinates."""
     parts = [points[start : start + width] for start in range(0, len(points), width)]
     return [fmean(x for x, _ in part) for part in parts], [fmean(y for _, y in part) for part in parts]
-
-
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _angle_axis(axes) -> None:
-    """Degrees from 0 on; not narrower than 1, so that rounding does not look like an angle."""
-    axes.set_ylabel("Angle (degrees)")
-    _from_zero(axes, max(1.0, axes.get_ylim()[1]))
-
-
-def _from_zero(axes, top: float) -> None:
-    """A y axis from 0 to ``top``, with room for a line at 0 above the edge."""
-    axes.set_ylim(-0.02 * top, top)
-
-
-def _log_axis_with_zero(axes, values: Iterable[float]) -> None:
-    """A logarithmic y axis; values of zero stand at its foot, labelled 0."""
-    there = [value for value in values if math.isfinite(value)]
-    positive = [value for value in there if value > 0]
-    if len(positive) == len(there) and positive:
-        axes.set_yscale("log")
-    elif positive:
-        foot = 10.0 ** math.floor(math.log10(min(positive)))
-        axes.set_yscale("symlog", linthresh=foot)
-        axes.set_ylim(bottom=-0.3 * foot)
 
 
 def _share_limits(panels: Sequence) -> None:

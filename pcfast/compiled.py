@@ -357,7 +357,7 @@ def _fits(model, x, y, settings: dict) -> bool:
         return False
     if settings["normalizer"] is not None and type(settings["normalizer"]) is not int:
         return False
-    if settings["belief_optimizer"] is not None or settings["nudging"] is not None:
+    if any(settings[name] is not None for name in ("belief_optimizer", "nudging", "tolerance")):
         return False
     vinit = settings["vinit"]
     if vinit is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import belief_optimizers, validation
+from . import belief_optimizers, early_exit, validation
 from .backends import BACKENDS, choose_backend
 from .belief_optimizers import BeliefOptimizer
 from .errors import ArgumentTypeError, ShapeError
@@ -81,6 +81,7 @@ def explain(
     step_size: float | Sequence[float] = 0.1,
     belief_optimizer: BeliefOptimizer | None = None,
     nudging: Nudging | None = None,
+    tolerance: float | None = None,
 ) -> Explanation:
     """Say which backend would run, why the others were passed over, and the exact work.
 
@@ -88,7 +89,8 @@ def explain(
         model: ``nn.Sequential`` of PC layers.
         x_shape: shape of the input, batch included.
         device: where it would run; None means where the model is.
-        method, num_steps, backend, step_size, belief_optimizer, nudging: as for :func:`pcfast.pc_loss`.
+        method, num_steps, backend, step_size, belief_optimizer, nudging, tolerance: as for :func:`pcfast.pc_loss`;
+            the work is that of all iterations.
 
     Raises:
         ArgumentError and its kinds, BackendError.
@@ -100,6 +102,7 @@ def explain(
     step_size, num_steps = validation.fixed_settings(method, network.depth, step_size, num_steps)
     belief_optimizer = belief_optimizers.checked(belief_optimizer, method)
     check_nudging(nudging, method, None)
+    tolerance = early_exit.checked(tolerance, method)
     try:
         shape = tuple(int(size) for size in x_shape)
     except (TypeError, ValueError):
@@ -112,12 +115,13 @@ def explain(
     request = Request(
         network, where, dtype, shape, method, num_steps, fresh,
         belief_optimizer=belief_optimizer, schedule=isinstance(step_size, tuple), nudging=nudging,
+        tolerance=tolerance,
     )  # fmt: skip
     chosen, refusals = choose_backend(backend, request)
     precision = choose_precision(where.type, dtype)
     planned = plan(
-        network, shape, method, num_steps, fresh, False, precision, chosen.name, refusals, chosen.literal,
-        belief_optimizer, 1 if nudging is None else len(nudging.pushes),
+        network, shape, method, num_steps, fresh, tolerance is not None, precision, chosen.name, refusals,
+        chosen.literal, belief_optimizer, 1 if nudging is None else len(nudging.pushes),
     )  # fmt: skip
     refused = dict(planned.refusals)
     for name in BACKENDS:

@@ -87,7 +87,7 @@ def graph_key(problem: Problem, plan: Plan) -> Hashable:
     return (
         plan,
         problem.network,
-        (problem.step_size, problem.belief_optimizer, problem.nudging),
+        (problem.step_size, problem.belief_optimizer, problem.nudging, problem.tolerance),
         problem.wanted,
         (problem.raise_now, problem.check),
         _layout(problem.x),

@@ -26,6 +26,7 @@ class Wanted:
         activations: forward-pass values of every layer and the gradient at the output.
         input_error: for fixed prediction also g_0, v_0 and eps_0.
         energies: energy per iteration and layer.
+        belief_gradients: with energies: also the norms of the beliefs' gradients.
     """
 
     gradients: bool = True
@@ -33,6 +34,7 @@ class Wanted:
     activations: bool = False
     input_error: bool = False
     energies: bool = False
+    belief_gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Request:
         loss: "cross_entropy", "mse" or "callable"; None where the gradient at the output is given instead.
         belief_optimizer: how beliefs move. schedule: the step size differs between iterations.
         nudging: of the target, or None.
+        belief_gradients: norms of the beliefs' gradients in every iteration are wanted.
+        tolerance: of the early exit (early_exit.py), or None.
     """
 
     network: Network
@@ -62,6 +66,8 @@ class Request:
     belief_optimizer: BeliefOptimizer = PLAIN
     schedule: bool = False
     nudging: Nudging | None = None
+    belief_gradients: bool = False
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class Problem:
             compile.
         belief_optimizer: how beliefs move.
         nudging: of the target, or None.
+        tolerance: of strict relaxation's early exit, or None.
     """
 
     model: nn.Sequential
@@ -107,6 +114,7 @@ class Problem:
     may_fall_back: bool = False
     belief_optimizer: BeliefOptimizer = PLAIN
     nudging: Nudging | None = None
+    tolerance: float | None = None
 
     def step_size_at(self, iteration: int) -> float:
         """eta_t of iteration t = 1..n."""
@@ -126,6 +134,9 @@ class Outcome:
         beliefs: v_l after the last iteration.
         errors: eps_l of the last iteration.
         energies: (n, L): 0.5 |eps_l|^2 for l < L and the loss at mu_L, as each iteration found them.
+        belief_gradients: (n, L-1): |g_l| of docs/method.md, g_l at the beliefs that each iteration found.
+        iterations: 0-dim int64, how many moved beliefs (in the last relaxation, of several); None without a
+            tolerance.
         status: for deferred checks (see status.py), or None.
         resources: what a recorded graph reads and nothing else keeps alive, or None.
         fell_back: the backend that ran instead of the planned one, and why; None where the planned one did.
@@ -139,6 +150,8 @@ class Outcome:
     beliefs: list[Tensor | None] | None = None
     errors: list[Tensor | None] | None = None
     energies: Tensor | None = None
+    belief_gradients: Tensor | None = None
+    iterations: Tensor | None = None
     status: Status | None = None
     resources: object | None = None
     fell_back: tuple[str, str] | None = None
@@ -204,3 +217,13 @@ def energy_row(errors: list[Tensor | None], top: Tensor) -> Tensor:
         for error in errors[1:-1]
     ]
     return torch.stack([*hidden, top])
+
+
+@torch.no_grad()
+def gradient_row(gradients: list[Tensor | None], like: Tensor) -> Tensor:
+    """One iteration's norms of the beliefs' gradients, l = 1..L-1, None for zero: (L-1,), real, as ``like``."""
+    row = like.new_zeros(len(gradients), dtype=like.real.dtype)
+    for index, gradient in enumerate(gradients):
+        if gradient is not None:
+            row[index] = torch.linalg.vector_norm(gradient)
+    return row

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from . import belief_optimizers, graphs, status, validation
+from . import belief_optimizers, early_exit, graphs, status, validation
 from .backends import Backend, choose_backend, say_passed_over
 from .belief_optimizers import BeliefOptimizer
 from .errors import ArgumentError
@@ -57,9 +57,10 @@ class Relaxation:
             except for fixed prediction. "error_based": at the beliefs, after the last iteration;
             "zero_divergence": errors and beliefs of layer l as they are when its error arrives, t = L - l.
         energies: (n, L) on request: 0.5 |eps_l|^2 summed over batch and units for l < L, and the loss at mu_L
-            (a nudged one to its target) in the last column, as each iteration found them before its update; else
-            None.
+            (a nudged one to its target) in the last column, as each iteration found them before its update; rows
+            after an early exit repeat the last; else None.
         run: which backend ran, and how.
+        iterations: with a tolerance how many iterations moved beliefs, 0-dim int64 on the device; else None.
     """
 
     activations: list[Tensor]
@@ -69,6 +70,7 @@ class Relaxation:
     errors: list[Tensor | None]
     energies: Tensor | None
     run: Run
+    iterations: Tensor | None = None
 
 
 def relax(
@@ -86,6 +88,7 @@ def relax(
     vinit: list[Tensor | None] | None = None,
     normalizer: int | None = None,
     energies: bool = False,
+    tolerance: float | None = None,
     check: str = "auto",
 ) -> Relaxation:
     """Relax beliefs and errors; parameters and their ``.grad`` stay as they are.
@@ -109,6 +112,10 @@ def relax(
             forward pass).
         normalizer: rows of the global batch, for a mean loss over a shard or micro-batch.
         energies: also record the energies of every iteration.
+        tolerance: strict only: the first iteration t >= max(2, L) that finds the energy, summed over layers, changed
+            by no more than this part of it is the last; results are those of num_steps = t. Decided on the device:
+            on CUDA nothing waits, and later iterations change nothing. None runs all. In float32 the energy itself
+            is known to about 1e-7 of it.
         check: when bad values are reported: "sync" at once, "deferred" by a later call or
             :func:`pcfast.synchronize`, "auto" (sync on CPU, deferred on CUDA), "off". The reference backend
             never defers.
@@ -137,6 +144,7 @@ def relax(
     outcome, run = solve(
         model, x, y, loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend,
         vinit=vinit, normalizer=normalizer, check=check, belief_optimizer=belief_optimizer, nudging=nudging,
+        tolerance=tolerance,
         wanted=Wanted(
             gradients=False, states=True, input_error=method == "fixed_prediction", energies=energies
         ),
@@ -149,6 +157,7 @@ def relax(
         outcome.errors,
         outcome.energies,
         run,
+        outcome.iterations,
     )
 
 
@@ -183,6 +192,7 @@ def prepare(
     backend: str = "auto",
     vinit: list[Tensor | None] | None = None,
     normalizer: int | None = None,
+    tolerance: float | None = None,
     check: str = "auto",
     activations: list[Tensor] | None = None,
     output_gradient: Tensor | None = None,
@@ -203,6 +213,7 @@ def prepare(
     if isinstance(step_size, tuple) and len(set(step_size)) <= 1:
         step_size = step_size[0] if step_size else 0.0
     belief_optimizer = belief_optimizers.checked(belief_optimizer, method)
+    tolerance = early_exit.checked(tolerance, method)
     network = describe(model)
     step_size, num_steps = validation.fixed_settings(method, network.depth, step_size, num_steps)
     dtype = validation.check_input(model, x)
@@ -234,6 +245,8 @@ def prepare(
         belief_optimizer,
         isinstance(step_size, tuple),
         nudging,
+        wanted.belief_gradients,
+        tolerance,
     )
     chosen, refusals = choose_backend(backend, request)
     precision = choose_precision(x.device.type, dtype)
@@ -243,7 +256,7 @@ def prepare(
         method,
         num_steps,
         fresh,
-        wanted.energies,
+        wanted.energies or tolerance is not None,
         precision,
         chosen.name,
         refusals,
@@ -270,6 +283,7 @@ def prepare(
         may_fall_back=backend == "auto",
         belief_optimizer=belief_optimizer,
         nudging=nudging,
+        tolerance=tolerance,
     )
     return Prepared(chosen, problem, planned, deferred)
 

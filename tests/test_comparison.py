@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from literal import relax_literally
 from torch import nn
 
-from pcfast import comparison, comparison_plots, networks
+from pcfast import comparison, comparison_plots, figures, networks
 from pcfast.comparison import (
     angle_degrees,
     compare_errors,
@@ -357,7 +357,7 @@ def test_bad_arguments_are_named():
 
 
 def test_many_layers_are_thinned_in_figures_and_named(tmp_path):
-    shown = comparison_plots._shown(range(1, 34))
+    shown = figures.shown(range(1, 34))
     assert shown[0] == 1 and shown[-1] == 33 and len(shown) == 8 == len(set(shown))
     model = networks.mlp([6, *[5] * 11, 3], nn.Tanh).double()
     result = compare_training(model, toy_data(), methods=["fixed_prediction"], epochs=1, batch_size=25)

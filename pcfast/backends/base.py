@@ -45,6 +45,10 @@ def without_kernels(request: Request, *, momentum: bool = False) -> str:
         return "its kernels take one step size for all iterations, not a schedule: use eager"
     if request.nudging is not None:
         return "its kernels take no nudged target: use eager"
+    if request.tolerance is not None:
+        return "its kernels run all iterations, whatever the tolerance: use eager"
+    if request.belief_gradients:
+        return "its kernels do not record the beliefs' gradients: use eager"
     return ""
 
 

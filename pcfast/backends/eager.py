@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .. import status
+from .. import early_exit, status
 from ..deviation import layer_chain
+from ..early_exit import EarlyExit
 from ..errors import RelaxationDiverged
 from ..fixed_prediction import fixed_prediction_factors, scalar_chain
 from ..precision import numerics
-from ..problem import Outcome, Problem, energy_row, filled_start, layer_of_parameters
+from ..problem import Outcome, Problem, energy_row, filled_start, gradient_row, layer_of_parameters
 from ..replay import recorded_buffers
 from .base import Backend, without_closed_form
 from .error_based import FreeErrors
@@ -71,6 +72,7 @@ class Run:
         self.chains = [None, *(layer_chain(spec, problem.model, plan.precision) for spec in layers)]
         self.builder = status.StatusBuilder() if problem.check and not problem.raise_now else None
         self.energies: list[Tensor] = []
+        self.belief_gradients: list[Tensor] = []
         self.flaw: Tensor | None = None
 
     def outcome(self) -> Outcome:
@@ -99,6 +101,9 @@ class Run:
         if problem.wanted.energies:
             empty = self.vhat[-1].new_zeros((0, self.depth))
             out.energies = torch.stack(self.energies) if self.energies else empty
+        if problem.wanted.belief_gradients:
+            empty = self.vhat[-1].new_zeros((0, self.depth - 1))
+            out.belief_gradients = torch.stack(self.belief_gradients) if self.belief_gradients else empty
         if problem.check:
             self._check()
         return out
@@ -184,6 +189,12 @@ class Run:
             for row in itertools.islice(self._chain(), problem.num_steps):
                 errors = [None if g is None else g * row[depth - l] for l, g in enumerate(gradients)]
                 self.energies.append(energy_row(errors, self.loss))
+                if wanted.belief_gradients:  # J_{l+1}^T eps_{l+1} - eps_l = (c_{L-l-1} - c_{L-l}) g_l
+                    pulls = [
+                        None if g is None else g * (row[depth - l - 1] - row[depth - l])
+                        for l, g in enumerate(gradients[1:-1], start=1)
+                    ]
+                    self.belief_gradients.append(gradient_row(pulls, self.vhat[-1]))
 
     def _lowest_gradient(self) -> int:
         """The lowest l whose g_l the caller's wishes need."""
@@ -267,30 +278,62 @@ class Run:
         return self.vhat[self.depth] if deviation is None else self.vhat[self.depth] + deviation
 
     def _relax(self, observe) -> list[Tensor | None]:
-        """Run the iterations; returns the last iteration's errors, None where they are zero."""
+        """Run the iterations; returns the last iteration's errors, None where they are zero.
+
+        After an early exit nothing changes any more: the host leaves the loop, or, where it would have to wait to
+        know, goes on, and what it computes is dropped.
+        """
         problem, depth = self.problem, self.depth
         links, fresh = self.links, self.plan.fresh
         errors: list[Tensor | None] = [None] * (depth + 1)
+        early = None
+        if problem.tolerance is not None:
+            early = EarlyExit(problem.tolerance, depth, problem.x.device)
+        leaves = early_exit.readable(problem.x.device)
         # with num_steps = 0 the errors are evaluated once and no belief moves
         for t in range(1, max(problem.num_steps, 1) + 1):
+            if early is not None and leaves and not early.going:
+                break
+            # before ``earliest`` all iterations run, and from then on every layer has an error
+            masked = early is not None and not leaves and t > early.earliest
             front = depth - t + 1 if fresh else 1  # lowest layer with an error
             deviations: list[Tensor | None] = [None] * (depth + 1)  # of the predictions
             for l in range(max(front, 1), depth + 1):
                 if l > 1 and links[l - 1].moved:
                     deviations[l] = links[l - 1].predict()
+            before = list(errors)
             for l in range(max(front, 1), depth):
                 errors[l] = links[l].error(deviations[l])
             errors[depth] = self._top_error(deviations[depth])
             if problem.num_steps == 0:
                 break
-            if problem.wanted.energies:
+            if problem.wanted.energies or early is not None:
                 self.energies.append(energy_row(errors, self._top_loss(deviations[depth])))
+            if masked:
+                going = early.going
+                errors[1:] = [torch.where(going, e, b) for e, b in zip(errors[1:], before[1:], strict=True)]
+                self.energies[-1] = torch.where(going, self.energies[-1], self.energies[-2])
+                kept = [None, *(link.d.clone() for link in links[1:])]
+            if early is not None:
+                early.see(t, self.energies[-1])
             eta = problem.step_size_at(t)
+            measured, gradients = problem.wanted.belief_gradients, [None] * depth
             for l in range(max(front - 1, 1), depth):
-                links[l].descend(errors[l], errors[l + 1], eta, t)
+                gradients[l] = links[l].descend(errors[l], errors[l + 1], eta, t, apart=measured)
+            if measured:
+                self.belief_gradients.append(gradient_row(gradients[1:], self.vhat[-1]))
+            if masked:
+                for link, d in zip(links[1:], kept[1:], strict=True):
+                    link.adopt(torch.where(going, link.d, d))
+                if measured:
+                    self.belief_gradients[-1] = torch.where(going, *self.belief_gradients[:-3:-1])
             if observe is not None:
                 states = {l: links[l].state for l in range(1, depth) if links[l].moved}
                 observe(t, {**states, depth: errors[depth]})
+        if early is not None:
+            self.result.iterations = early.iterations
+            for rows in (self.energies, self.belief_gradients):
+                rows[:] = early_exit.repeated(rows, problem.num_steps)
         return errors
 
     # error_based ---------------------------------------------------------------------------------------------
@@ -401,6 +444,7 @@ class Run:
         for link in self.links[1:]:
             link.rewind()
         self.energies.clear()
+        self.belief_gradients.clear()
         for _ in self._pushes():
             self._relax(self._raise_where_bad)
 

@@ -51,20 +51,32 @@ class Link:
             return deviation
         return self.d.neg() if deviation is None else deviation - self.d
 
-    def descend(self, error: Tensor | None, error_above: Tensor, eta: float, iteration: int = 1) -> None:
-        """d_l += eta (eps_l - J_{l+1}^T eps_{l+1}), or what the optimiser makes of that gradient in ``iteration``."""
+    def descend(
+        self,
+        error: Tensor | None,
+        error_above: Tensor,
+        eta: float,
+        iteration: int = 1,
+        *,
+        apart: bool = False,
+    ) -> Tensor | None:
+        """d_l += eta (eps_l - J_{l+1}^T eps_{l+1}), or what the optimiser makes of that gradient in ``iteration``.
+
+        With ``apart`` the energy's gradient is computed by itself, and returned.
+        """
         if self.d is None:
             self.d = torch.zeros_like(self.vhat)
-        if self._optimizer.plain:
+        if self._optimizer.plain and not apart:
             if error is not None:
                 self.d.add_(error, alpha=eta)
             self.chain.descend(self.d, error_above, eta)
-            return
+            return None
         gradient = torch.zeros_like(self.vhat) if error is None else error.neg()
         self.chain.descend(gradient, error_above, -1.0)
         if self._optimizer.weight_decay:
             gradient.add_(self.vhat + self.d, alpha=self._optimizer.weight_decay)
         self.d.add_(self._descent.move(gradient, eta, iteration))
+        return gradient
 
     def settle(self) -> None:
         """Evaluate layer l+1's masks and arg-maxima at the last beliefs, for the weight gradient."""
@@ -120,7 +132,9 @@ class GramLink(Link):
     def error(self, deviation):
         return None
 
-    def descend(self, error, error_above, eta, iteration=1):
+    def descend(
+        self, error, error_above, eta, iteration=1, *, apart=False
+    ):  # never apart: plans with energies have no G
         delta = self._tail.pullback(error_above)
         if not self._optimizer.plain:
             self._descend_by_optimizer(delta, eta, iteration)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import status, validation
+from ..early_exit import EarlyExit, repeated
 from ..errors import ModelError, RelaxationDiverged
 from ..nudging import target_of
-from ..problem import Outcome, energy_row, filled_start, layer_of_parameters
+from ..problem import Outcome, energy_row, filled_start, gradient_row, layer_of_parameters
 from ..replay import recorded_buffers, replaying
 from .base import Backend
 from .incremental import check_iteration
@@ -121,11 +122,13 @@ class Reference(Backend):
                 raise status.bad_loss()
 
         energies: list[Tensor] = []
+        iterations = None
+        gradients: list[Tensor] = []  # norms of the beliefs' gradients
         relaxed = []  # (beliefs, errors, points that the updates are taken at, what they count)
         if problem.method == "exact":
             relaxed.append((*_exact(layers, vhat, output_gradient), vhat, 1.0))
         elif problem.method == "fixed_prediction":
-            found = _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss)
+            found = _fixed_prediction(layers, vhat, output_gradient, problem, energies, gradients, loss)
             relaxed.append((*found, vhat, 1.0))
         elif problem.method == "error_based":
             beliefs, errors = _error_based(layers, vhat, problem, energies)
@@ -139,13 +142,17 @@ class Reference(Backend):
         else:
             start = vhat if problem.start is None else filled_start(problem.start, vhat)
             for y, share in _targets(problem, vhat[-1]):
-                beliefs, errors = _strict(layers, start, y, problem, energies)
+                beliefs, errors, iterations = _strict(layers, start, y, problem, energies, gradients)
                 relaxed.append((beliefs, errors, beliefs, share))
 
         outcome = Outcome(loss, vhat[-1], activations=vhat, output_gradient=output_gradient)
         outcome.beliefs, outcome.errors, *_ = relaxed[0]
+        outcome.iterations = iterations
         if problem.wanted.energies:
             outcome.energies = torch.stack(energies) if energies else vhat[-1].new_zeros((0, depth))
+        if problem.wanted.belief_gradients:
+            empty = vhat[-1].real.new_zeros((0, depth - 1))
+            outcome.belief_gradients = torch.stack(gradients) if gradients else empty
         if problem.wanted.gradients:
             for _, errors, points, share in relaxed:
                 for l in range(1, depth + 1):
@@ -179,7 +186,7 @@ def _exact(layers, vhat, output_gradient):
     return [vhat[0]] + [vhat[l] - errors[l] for l in range(1, depth + 1)], errors
 
 
-def _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss):
+def _fixed_prediction(layers, vhat, output_gradient, problem, energies, gradients, loss):
     """Predictions and Jacobians stay at the forward pass (algorithm 3)."""
     depth = len(layers) - 1
     v = [value.clone() for value in vhat]
@@ -189,9 +196,12 @@ def _fixed_prediction(layers, vhat, output_gradient, problem, energies, loss):
         errors = [vhat[l] - v[l] for l in range(depth)] + [output_gradient]
         if problem.wanted.energies:
             energies.append(energy_row(errors, loss))
+        found = []
         for l in range(depth):
             _, feedback = layers[l + 1].vjp(vhat[l], errors[l + 1])
-            move(l, feedback - errors[l], t + 1)
+            found.append(move(l, feedback - errors[l], t + 1))
+        if problem.wanted.belief_gradients:
+            gradients.append(gradient_row(found[1:], vhat[-1]))
         if problem.check:
             _check(t + 1, v[1:], problem)
             if problem.wanted.input_error:
@@ -207,23 +217,36 @@ def _evaluate(layers, v, y, problem):
     return mu, [None] + [mu[l] - v[l] for l in range(1, depth)] + [top]
 
 
-def _strict(layers, start, y, problem, energies):
-    """All layers at once, from the state before the iteration (algorithm 2)."""
+def _strict(layers, start, y, problem, energies, gradients):
+    """All layers at once, from the state before the iteration (algorithm 2): beliefs, errors, iterations that ran."""
     depth = len(layers) - 1
     v = [value.clone() for value in start]
     move = _mover(problem, v)
+    early = None
+    if problem.tolerance is not None:
+        early = EarlyExit(problem.tolerance, depth, problem.x.device)
     if problem.num_steps == 0:
-        return v, _evaluate(layers, v, y, problem)[1]
+        return v, _evaluate(layers, v, y, problem)[1], early and early.iterations
     for t in range(problem.num_steps):
         mu, errors = _evaluate(layers, v, y, problem)
-        if problem.wanted.energies:
+        if problem.wanted.energies or early is not None:
             energies.append(energy_row(errors, problem.loss.value(mu[depth], y)))
+        found = []
         for l in range(1, depth):  # errors were taken before any belief moves
             _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
-            move(l, feedback - errors[l], t + 1)
+            found.append(move(l, feedback - errors[l], t + 1))
+        if problem.wanted.belief_gradients:
+            gradients.append(gradient_row(found, v[depth]))
         if problem.check:
             _check(t + 1, [*v[1:depth], errors[depth]], problem)
-    return v, errors
+        if early is not None:
+            early.see(t + 1, energies[-1])
+            if not early.going:
+                energies[:], gradients[:] = (
+                    repeated(rows, problem.num_steps) for rows in (energies, gradients)
+                )
+                break
+    return v, errors, early and early.iterations
 
 
 def _zero_divergence(layers, vhat, problem):
@@ -298,7 +321,10 @@ def _error_based(layers, vhat, problem, energies):
 
 
 def _mover(problem, v):
-    """``move(l, gradient, t)`` moves beliefs v[l] down their gradient of the energy, as the optimiser does."""
+    """``move(l, gradient, t)`` moves beliefs v[l] down their gradient of the energy, as the optimiser does.
+
+    It returns that gradient, weight decay's part included.
+    """
     optimizer = problem.belief_optimizer
     descents = [optimizer.descent() for _ in v]
 
@@ -306,6 +332,7 @@ def _mover(problem, v):
         if optimizer.weight_decay:
             gradient = gradient + optimizer.weight_decay * v[l]
         v[l] = v[l] + descents[l].move(gradient, problem.step_size_at(t), t)
+        return gradient
 
     return move
 

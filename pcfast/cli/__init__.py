@@ -18,6 +18,7 @@ from .bench import bench
 from .check import check
 from .compare import compare
 from .completion import completion
+from .diagnose import diagnose
 from .info import info
 from .train import train
 from .tune import tune
@@ -43,7 +44,7 @@ def pcfast(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, compare, check, tune, bench, info, completion):
+for command in (train, compare, diagnose, check, tune, bench, info, completion):
     pcfast.add_command(command)
 
 

@@ -157,7 +157,7 @@ relaxation_options = _together(
         "--loss", type=click.Choice(LOSSES), default="cross-entropy", show_default=True, help="Loss."
     ),
 )
-belief_options = _together(
+belief_optimizer_options = _together(
     click.option(
         "--belief-optimizer",
         type=click.Choice(BELIEF_OPTIMIZERS),
@@ -177,6 +177,9 @@ belief_options = _together(
         type=Finite(min=0),
         help="Pulls beliefs towards 0; of --belief-optimizer gd.  [default: 0]",
     ),
+)
+belief_options = _together(
+    belief_optimizer_options,
     click.option(
         "--nudging",
         type=click.Choice(NUDGES),
