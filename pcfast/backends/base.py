@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from ..network import Network, Opaque, Residual
-from ..planning import LOOPS, Plan
+from ..network import Network
+from ..planning import Plan
 from ..precision import Precision
 from ..problem import Outcome, Problem, Request
 
@@ -25,42 +25,6 @@ def without_closed_form(request: Request) -> str:
     if request.method != "fixed_prediction" or optimizer.linear:
         return ""
     return f"fixed prediction has no closed form with {optimizer}: only the literal loop computes it"
-
-
-def without_kernels(request: Request, *, momentum: bool = False) -> str:
-    """Which of a request's settings the kernels of strict relaxation do not know; "" where they know all.
-
-    Args:
-        momentum: they move beliefs with momentum, and by schedules of step sizes.
-    """
-    if request.method != "strict":
-        if request.method in LOOPS:
-            return f"its kernels relax strict predictive coding, not {request.method}: use eager"
-        return without_closed_form(request)
-    optimizer = request.belief_optimizer
-    if not optimizer.plain and not (momentum and optimizer.linear):
-        known = "gradient descent without weight decay" if momentum else "plain gradient descent"
-        return f"its kernels move beliefs by {known}, not by {optimizer}: use eager"
-    if request.schedule and not momentum:
-        return "its kernels take one step size for all iterations, not a schedule: use eager"
-    if request.nudging is not None:
-        return "its kernels take no nudged target: use eager"
-    if request.tolerance is not None:
-        return "its kernels run all iterations, whatever the tolerance: use eager"
-    if request.belief_gradients:
-        return "its kernels do not record the beliefs' gradients: use eager"
-    return ""
-
-
-def unknown_to_kernels(network: Network) -> str:
-    """The first layer that no kernel runs, and why; "" where there is none."""
-    for layer in network.layers:
-        for op in layer.ops:
-            if isinstance(op, Opaque):
-                return f"{layer.label}: {op.why}"
-            if isinstance(op, Residual):
-                return f"{layer.label}: no kernel adds a skip: use eager"
-    return ""
 
 
 class Backend(ABC):

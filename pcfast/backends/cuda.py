@@ -17,9 +17,7 @@ from ..planning import choose_gram
 from ..precision import Operands, choose_precision, kernel_operands, numerics
 from ..problem import check_start
 from ..resident.placement import Chip, Placement, place
-from .base import on_device, unknown_to_kernels, without_kernels
-from .eager import Eager
-from .kernel_run import KernelRun, first_product
+from .kernels import KernelBackend, KernelRun, first_product, unknown_to_kernels, without_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
@@ -27,7 +25,7 @@ _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
 _MOST_STEPS = torch.iinfo(torch.int32).max - 1
 
 
-class Cuda(Eager):
+class Cuda(KernelBackend):
     name = "cuda"
 
     def automatic(self, device):
@@ -52,10 +50,7 @@ class Cuda(Eager):
         if request.energies:
             return False, "energies need every iteration's errors, which stay on chip"
         if request.loss not in ("cross_entropy", "mse"):
-            return (
-                False,
-                "its kernel evaluates cross-entropy and mse, and torch cannot inside a launch",
-            )
+            return False, "its kernel evaluates cross-entropy and mse, and torch cannot inside a launch"
         shapes = network.shapes(request.x_shape)
         gram, _ = choose_gram(
             network, shapes, request.method, request.num_steps, request.fresh, request.energies,
@@ -68,28 +63,15 @@ class Cuda(Eager):
             )
         return (False, found) if isinstance(found, str) else (True, "")
 
-    def run(self, problem, plan):
-        if problem.method != "strict" or problem.network.depth == 1:
-            return super().run(problem, plan)
-        device = problem.x.device
-        with numerics(device, plan.precision), on_device(device):
-            return _Run(problem, plan).outcome()
+    def relaxation(self, problem, plan):
+        return _Run(problem, plan)
 
-    def describe(self, plan, network, device):
-        if plan.method != "strict" or network.depth == 1:
-            return ["no loop: one forward and one backward pass through torch"]
+    def words(self, plan, network, device):
         from ..resident.words import describe
 
-        with numerics(device, plan.precision):
-            placed = _place(
-                network,
-                plan.shapes,
-                plan.gram,
-                "cross_entropy",
-                plan.precision,
-                device,
-                plan.belief_optimizer,
-            )
+        placed = _place(
+            network, plan.shapes, plan.gram, "cross_entropy", plan.precision, device, plan.belief_optimizer
+        )
         return describe(network, placed, constants.load())
 
 

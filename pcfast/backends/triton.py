@@ -19,17 +19,16 @@ import torch
 from .. import constants
 from ..errors import BackendError
 from ..network import Network
-from ..precision import kernel_operands, numerics
+from ..precision import kernel_operands
 from ..problem import energy_row, filled_start
-from .base import on_device, unknown_to_kernels, without_kernels
 from .eager import Eager, Run
-from .kernel_run import KernelRun, first_product
+from .kernels import KernelBackend, KernelRun, first_product, unknown_to_kernels, without_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
 
 
-class Triton(Eager):
+class Triton(KernelBackend):
     name = "triton"
 
     def automatic(self, device):
@@ -54,22 +53,13 @@ class Triton(Eager):
             reason = _too_large(network, request.x_shape)
         return not reason, reason
 
-    def run(self, problem, plan):
-        if problem.method != "strict" or problem.network.depth == 1:
-            return super().run(problem, plan)
-        device = problem.x.device
-        # triton launches on the current device, whatever device the tensors are on
-        with numerics(device, plan.precision), on_device(device):
-            return _Run(problem, plan).outcome()
+    def relaxation(self, problem, plan):
+        return _Run(problem, plan)
 
-    def describe(self, plan, network, device):
-        if plan.method != "strict" or network.depth == 1:
-            return ["no loop: one forward and one backward pass through torch"]
+    def words(self, plan, network, device):
         from ..streamed.words import describe
 
-        with numerics(device, plan.precision):
-            target = _target(device, plan.precision)
-        planned = _design(network, plan, "cross_entropy", target)
+        planned = _design(network, plan, "cross_entropy", _target(device, plan.precision))
         return describe(network, plan.shapes, planned, constants.load())
 
 
