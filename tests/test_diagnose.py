@@ -9,8 +9,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import ULP
 from energy import energy
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from literal import evaluate, relax_literally
+from networks_for_tests import LOSSES, architectures, loss_and_target
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -136,6 +140,35 @@ def test_measuring_changes_no_result_beyond_rounding(optimizer):
     torch.testing.assert_close(found.energies, plain.energies, rtol=1e-12, atol=1e-18)
     literal = diagnose(model, x, y, backend="reference", **settings)
     torch.testing.assert_close(found.belief_gradients, literal.belief_gradients, rtol=1e-8, atol=1e-15)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    architecture=architectures(),
+    loss_name=st.sampled_from(LOSSES),
+    method=st.sampled_from(("fixed_prediction", "strict")),
+    num_steps=st.integers(0, 20),
+    step_size=st.sampled_from((0.05, 0.1, 0.3)),
+    seed=st.integers(0, 10**6),
+)
+def test_eager_equals_reference(architecture, loss_name, method, num_steps, step_size, seed):
+    model, shape = architecture
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.9 / parameter[0].numel() ** 0.5)
+    x = torch.randn(5, *shape, dtype=torch.float64)
+    loss, y = loss_and_target(loss_name, 5, model[-1].out_features)
+    arguments = dict(loss=loss, method=method, step_size=step_size, num_steps=num_steps)
+    try:
+        relaxed = pcfast.relax(model, x, y, backend="reference", **arguments)
+    except pcfast.RelaxationDiverged:
+        assume(False)
+    assume(all(e is None or float(e.norm()) < 1e3 for e in relaxed.errors))
+    truth, found = (diagnose(model, x, y, backend=name, **arguments) for name in BACKENDS)
+    # the literal loop's errors carry the rounding of the beliefs, and J^T passes it on
+    rounding = 64 * ULP * max(num_steps, 1) * max(float(v.norm()) for v in relaxed.beliefs)
+    for name in ("energies", "belief_gradients"):
+        torch.testing.assert_close(getattr(found, name), getattr(truth, name), rtol=1e-9, atol=rounding)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import assert_states_agree
 from energy import relax_by_optimizer
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from literal import relax_literally
+from networks_for_tests import LOSSES, architectures, loss_and_target
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -103,6 +107,35 @@ def test_it_is_the_literal_loop_with_that_many_iterations(make, tolerance, backe
     gradients = updates(model, x, y, num_steps=STEPS, tolerance=tolerance, backend=backend, **settings)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, truth.gradients[name], rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    architecture=architectures(),
+    loss_name=st.sampled_from(LOSSES),
+    tolerance=st.sampled_from((1e-2, 1e-3, 1e-4)),
+    step_size=st.sampled_from((0.05, 0.1, 0.3)),
+    leaves=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_eager_equals_reference(architecture, loss_name, tolerance, step_size, leaves, seed):
+    model, shape = architecture
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.9 / parameter[0].numel() ** 0.5)
+    x = torch.randn(5, *shape, dtype=torch.float64)
+    loss, y = loss_and_target(loss_name, 5, model[-1].out_features)
+    arguments = dict(loss=loss, step_size=step_size, num_steps=30, tolerance=tolerance)
+    try:
+        truth = pcfast.relax(model, x, y, backend="reference", **arguments)
+    except pcfast.RelaxationDiverged:
+        assume(False)
+    assume(all(e is None or float(e.norm()) < 1e3 for e in truth.errors))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(early_exit, "readable", lambda device: leaves)
+        found = pcfast.relax(model, x, y, backend="eager", **arguments)
+    assert int(found.iterations) == int(truth.iterations)
+    assert_states_agree(found, truth, int(truth.iterations))
 
 
 def test_masks_are_those_of_the_last_beliefs(backend):
