@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcfast
-from pcfast import graphs, log, precision
+from pcfast import early_exit, graphs, log, precision
+from pcfast.diagnostics import diagnose
 from pcfast.torch2pc import FixedPredPCPredErrs
 
 METHODS = ("exact", "fixed_prediction", "strict", "error_based", "zero_divergence")
@@ -658,3 +659,37 @@ def test_process_wide_switches_are_put_back_by_the_last_thread_to_leave():
     assert owner.deterministic is True
     inner.__exit__(None, None, None)
     assert owner.deterministic is False
+
+
+# What only some calls ask for ------------------------------------------------------------------------------------
+
+
+def test_early_exit_and_diagnoses_are_replayed_with_every_batch(install, monkeypatch):
+    """As on CUDA: the host cannot leave the loop, and every batch ends where its own energy rests."""
+    monkeypatch.setattr(early_exit, "readable", lambda device: False)
+    cache = install()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(5, 8), nn.Tanh()), nn.Linear(8, CLASSES)).double()
+    ends, settings = set(), {"step_size": 0.2, "num_steps": 40, "tolerance": 1e-3, "backend": "eager"}
+    for index in range(6):
+        x, y = batch()
+        x = x.double() * (1 + index)
+        found = pcfast.relax(
+            model, x, y, energies=True, loss=nn.CrossEntropyLoss(reduction="sum"), **settings
+        )
+        assert found.run.replayed == (index > 0)
+        k = int(found.iterations)
+        plain = pcfast.relax(
+            model, x, y, energies=True, loss=nn.CrossEntropyLoss(reduction="sum"), backend="reference",
+            step_size=0.2, num_steps=k,
+        )  # fmt: skip
+        for v, truth in zip(found.beliefs, plain.beliefs, strict=True):
+            torch.testing.assert_close(v, truth, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found.energies[:k], plain.energies, rtol=1e-10, atol=1e-12)
+        ends.add(k)
+        seen = diagnose(model, x, y, step_size=0.2, num_steps=7, backend="eager")
+        assert seen.run.replayed == (index > 0)
+        again = diagnose(model, x, y, step_size=0.2, num_steps=7, backend="reference")
+        torch.testing.assert_close(seen.belief_gradients, again.belief_gradients, rtol=1e-8, atol=1e-14)
+        torch.testing.assert_close(seen.angle_degrees, again.angle_degrees, rtol=1e-6, atol=1e-9)
+    assert len(ends) > 1 and max(ends) < 40 and len(cache) == 2
