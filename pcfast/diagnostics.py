@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import distances
 from .belief_optimizers import BeliefOptimizer
-from .comparison import parameters_of_layers, true_gradient
+from .comparison import METHODS, parameters_of_layers, true_gradient
 from .distances import vector
 from .errors import ArgumentError
 from .losses import LossLike
@@ -87,8 +87,10 @@ def diagnose(
     Raises:
         ArgumentError and its kinds, BackendError, RelaxationDiverged.
     """
-    if method == "exact":
-        raise ArgumentError("method", "'exact'", "'strict' or 'fixed_prediction'", "It has no iterations.")
+    if method not in METHODS:
+        raise ArgumentError(
+            "method", repr(method), "'strict' or 'fixed_prediction'", "In others beliefs do not descend an energy."
+        )  # fmt: skip
     layers = parameters_of_layers(model)
     replay, buffers = replaying(x.device), recorded_buffers(model)
     gradient = true_gradient(model, x, y, loss=loss)

@@ -34,7 +34,7 @@ def checked(tolerance, method: str) -> float | None:
     if method != "strict":
         raise ArgumentError(
             "tolerance", f"{tolerance} with method {method!r}", 'None, or method="strict"',
-            "It costs one backward pass for any number of iterations.",
+            "Only strict relaxation looks at its energy in every iteration.",
         )  # fmt: skip
     return float(tolerance)
 

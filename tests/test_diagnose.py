@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcfast
-from pcfast import diagnostics
+from pcfast import diagnostics, planning
 from pcfast.diagnostics import diagnose
 
 BACKENDS = ["reference", "eager"]
@@ -215,8 +215,12 @@ def test_a_step_size_above_the_limit_lets_the_energy_rise():
             factor = 1 - step_size * 5  # of the gradient in every iteration
             expected = [1 - abs(factor) ** t for t in range(8)]
             assert found.relaxed.tolist() == pytest.approx(expected, abs=1e-12)
-            with pytest.raises(pcfast.ArgumentError, match="exact"):
-                diagnose(model, x, y, loss=half_square, method="exact")
+
+
+@pytest.mark.parametrize("method", [m for m in planning.METHODS if m not in ("strict", "fixed_prediction")])
+def test_methods_whose_beliefs_descend_no_energy_are_refused(method):
+    with pytest.raises(pcfast.ArgumentError, match=f"'{method}'; needed: 'strict' or 'fixed_prediction'"):
+        diagnose(network(), *batch(), method=method)
 
 
 def test_rounding_at_rest_is_no_rise():

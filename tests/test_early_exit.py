@@ -314,6 +314,8 @@ def test_a_recorded_graph_belongs_to_one_tolerance():
         ({"tolerance": "small"}, "'small' (str)"),
         ({"tolerance": 1e-3, "method": "fixed_prediction"}, "fixed_prediction"),
         ({"tolerance": 1e-3, "method": "exact"}, "exact"),
+        ({"tolerance": 1e-3, "method": "error_based"}, "error_based"),
+        ({"tolerance": 1e-3, "method": "zero_divergence"}, "zero_divergence"),
     ],
 )
 @pytest.mark.parametrize("call", [pcfast.relax, pcfast.pc_loss, pcfast.PredictiveCoding, pcfast.explain])
