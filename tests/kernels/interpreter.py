@@ -134,6 +134,11 @@ def _values(handle: TensorHandle) -> np.ndarray:
     return handle.data
 
 
+def _matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """In float32, every number summed up in the same order wherever it stands, as a matrix unit does. BLAS does not."""
+    return np.einsum("...ik,...kj->...ij", a, b)
+
+
 def _truncate_to_tf32(x: np.ndarray) -> np.ndarray:
     """What a tensor core reads of float32 operands: it ignores the 13 lowest bits."""
     return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
@@ -148,7 +153,7 @@ def _round_to_tf32(x: np.ndarray) -> np.ndarray:
 
 def _dot_tf32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """As triton compiles it: no conversion, so the operands are truncated, not rounded."""
-    return np.matmul(_truncate_to_tf32(a), _truncate_to_tf32(b))
+    return _matmul(_truncate_to_tf32(a), _truncate_to_tf32(b))
 
 
 def _dot_tf32x3(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -156,11 +161,11 @@ def _dot_tf32x3(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a_high, b_high = _round_to_tf32(a), _round_to_tf32(b)
     small = _dot_tf32(a - a_high, b_high) + _dot_tf32(a_high, b - b_high)
     # An infinite operand leaves inf - inf in the low parts; the high parts alone give the right infinity.
-    return np.where(np.isnan(small), np.float32(0), small) + np.matmul(a_high, b_high)
+    return np.where(np.isnan(small), np.float32(0), small) + _matmul(a_high, b_high)
 
 
 _PRECISIONS = interpreted._ir.INPUT_PRECISION
-_DOTS = {_PRECISIONS.TF32: _dot_tf32, _PRECISIONS.TF32x3: _dot_tf32x3, _PRECISIONS.IEEE: np.matmul}
+_DOTS = {_PRECISIONS.TF32: _dot_tf32, _PRECISIONS.TF32x3: _dot_tf32x3, _PRECISIONS.IEEE: _matmul}
 
 
 def _in_double(function):
@@ -235,7 +240,7 @@ class _Builder(interpreted.InterpreterBuilder):
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         if _is_bf16(a):
-            product = np.matmul(_values(a), _values(b))  # exact products, accumulated in float32
+            product = _matmul(_values(a), _values(b))  # exact products, accumulated in float32
         elif a.dtype.scalar == tl.float32:
             product = _DOTS[input_precision](a.data, b.data)
         else:
