@@ -9,6 +9,7 @@ from . import _checkout  # isort: skip (before anything that needs torch)
 
 _checkout.find_folders(__path__)
 
+from . import presets
 from ._version import __version__
 from .autograd import PredictiveCoding, pc_loss
 from .belief_optimizers import Adam, GradientDescent
@@ -58,6 +59,7 @@ __all__ = [
     "incremental_step",
     "last_run",
     "pc_loss",
+    "presets",
     "relax",
     "synchronize",
     "tune",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import autograd, incremental, validation
 from .backends import BACKENDS
 from .errors import PcfastError
-from .losses import LossLike, describe_loss
+from .losses import HALF_SUM, LossLike, describe_loss, half_squared_error
 from .network import Network, describe
 from .precision import choose_precision
 from .problem import Wanted
@@ -137,6 +137,8 @@ def _lent(own: list[Tensor], given: list[Tensor]):
 def _loss_function(
     kind: str, reduction: str, ignore_index: int, label_smoothing: float, weight: Tensor | None
 ):
+    if reduction == HALF_SUM:
+        return half_squared_error
     if kind == "mse":
         return functools.partial(F.mse_loss, reduction=reduction)
     return functools.partial(

@@ -1,7 +1,7 @@
 """Losses: what the relaxation needs of them is dLoss/dmu_L at moving predictions mu_L.
 
 Cross-entropy and mean squared error (as modules, functions, ``functools.partial`` of the functions, or by
-name) have it in closed form; any other callable is differentiated by torch autograd.
+name) and :func:`half_squared_error` have it in closed form; any other callable is differentiated by torch autograd.
 """
 
 from __future__ import annotations
@@ -18,6 +18,15 @@ from torch import Tensor, nn
 from .errors import ArgumentError, ArgumentTypeError, ShapeError
 
 LossLike = str | Callable[[Tensor, Tensor], Tensor]
+
+#: What stands for the reduction in the settings of :func:`half_squared_error`, a mean squared error as any other.
+HALF_SUM = "half_sum"
+
+
+def half_squared_error(output: Tensor, y: Tensor) -> Tensor:
+    """0.5 |output - y|^2 summed over batch and units, 0-dim: a known loss, whose gradient is output - y."""
+    return 0.5 * F.mse_loss(output, y, reduction="sum")
+
 
 _NAMES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 _DEFAULTS = {
@@ -195,6 +204,8 @@ class Loss:
     def mse_scale(self, y: Tensor) -> float:
         """The factor of (mu - y) in the gradient of mse."""
         (reduction,) = self.settings
+        if reduction == HALF_SUM:
+            return 1.0
         count = y.numel() if reduction == "mean" else 1
         return 2.0 / max(count, 1) * self.share(y.shape[0])
 
@@ -215,6 +226,8 @@ class Loss:
 
 def _known_settings(loss) -> tuple[str, tuple, Tensor | None] | None:
     """(kind, settings, class weights) of a loss that has a closed form, else None."""
+    if loss is half_squared_error:
+        return "mse", (HALF_SUM,), None
     if type(loss) is nn.CrossEntropyLoss and not loss._forward_hooks and not loss._forward_pre_hooks:
         arguments = {
             name: getattr(loss, name) for name in ("weight", "ignore_index", "reduction", "label_smoothing")

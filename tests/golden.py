@@ -39,6 +39,15 @@ def load(path: Path):
     return meta, model, arrays
 
 
+def states(arrays: dict, depth: int) -> SimpleNamespace:
+    """The recorded beliefs and errors, l = 0..L."""
+    first = arrays.get("v.0", arrays["x"])
+    return SimpleNamespace(
+        beliefs=[first] + [arrays[f"v.{l}"] for l in range(1, depth + 1)],
+        errors=[arrays.get("epsilon.0")] + [arrays[f"epsilon.{l}"] for l in range(1, depth + 1)],
+    )
+
+
 def assert_matches(path: Path, backend: str) -> None:
     """PCInfer on `backend` against the recorded outputs: states, updates, which of them are there."""
     meta, model, golden = load(path)
@@ -64,11 +73,7 @@ def assert_matches(path: Path, backend: str) -> None:
     for l in range(depth + 1):
         torch.testing.assert_close(vhat[l], golden[f"vhat.{l}"], **tight)
 
-    first = golden.get("v.0", golden["x"])
-    truth = SimpleNamespace(
-        beliefs=[first] + [golden[f"v.{l}"] for l in range(1, depth + 1)],
-        errors=[golden.get("epsilon.0")] + [golden[f"epsilon.{l}"] for l in range(1, depth + 1)],
-    )
+    truth = states(golden, depth)
     found = SimpleNamespace(beliefs=[golden["x"] if v[0] is None else v[0], *v[1:]], errors=epsilon)
     assert_states_agree(found, truth, n)
     parameters = dict(model.named_parameters())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import pcfast
 from pcfast import log
+from pcfast.losses import half_squared_error
 
 METHODS = ("exact", "fixed_prediction", "strict")
 BACKENDS = ("eager", "reference")
@@ -392,6 +393,7 @@ LOSSES = {
     "probabilities, smoothed": (_SMOOTH, _SMOOTH, "probabilities"),
     "nn.MSELoss": (nn.MSELoss(), F.mse_loss, "dense"),
     "nn.MSELoss, sum": (nn.MSELoss(reduction="sum"), lambda o, t: (o - t).square().sum(), "dense"),
+    "half": (half_squared_error, lambda o, t: 0.5 * (o - t).square().sum(), "dense"),
     "partial": (*[functools.partial(F.cross_entropy, label_smoothing=0.2, reduction="sum")] * 2, "labels"),
     "lambda": (*[lambda o, t: (o - t).abs().pow(3).mean()] * 2, "dense"),
 }

@@ -27,6 +27,7 @@ from torch._dynamo.exc import Unsupported
 
 import pcfast
 from pcfast import compiled
+from pcfast.losses import half_squared_error
 
 CLASSES = 4
 STEPS = {"step_size": 0.2, "num_steps": 6}
@@ -467,6 +468,7 @@ LOSSES = {
     "partial": functools.partial(F.cross_entropy, weight=_WEIGHT.clone(), ignore_index=2),
     "mse": nn.MSELoss(),
     "mse, sum": functools.partial(F.mse_loss, reduction="sum"),
+    "mse, half": half_squared_error,
 }
 
 

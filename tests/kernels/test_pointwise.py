@@ -519,6 +519,7 @@ LOSSES = {
     "probabilities": lambda mu, y: F.cross_entropy(mu, y),
     "mse": lambda mu, y: F.mse_loss(mu, y),
     "mse_sum": lambda mu, y: F.mse_loss(mu, y, reduction="sum"),
+    "mse_half": lambda mu, y: 0.5 * (mu - y).square().sum(),
 }
 
 
@@ -533,6 +534,7 @@ def target_of(kind, rows, columns):
     options = {
         "smoothed_sum": torch.nn.CrossEntropyLoss(label_smoothing=0.2, reduction="sum"),
         "mse_sum": torch.nn.MSELoss(reduction="sum"),
+        "mse_half": losses.half_squared_error,
         "mse": "mse",
     }
     loss = losses.describe_loss(options.get(kind, "cross_entropy"))
@@ -587,7 +589,7 @@ def test_output_error_of_rows_wider_than_a_tile(kind, columns, moved):
 
 
 @names
-@pytest.mark.parametrize("kind", ["smoothed_sum", "mse_sum"])
+@pytest.mark.parametrize("kind", ["smoothed_sum", "mse_sum", "mse_half"])
 def test_output_error_with_every_activation(kind, name):
     check_output_error(kind, name, 6, 11)
     check_output_error(kind, name, 6, 11, moved=False, dtype=torch.bfloat16)
