@@ -16,7 +16,7 @@ from .losses import LossLike, describe_loss
 from .network import describe
 from .nudging import Nudging
 from .nudging import check as check_nudging
-from .planning import Plan, plan
+from .planning import LOOPS, Plan, plan
 from .precision import choose_precision
 from .problem import Outcome, Problem, Request, Wanted
 
@@ -250,6 +250,8 @@ def prepare(
     )
     chosen, refusals = choose_backend(backend, request)
     precision = choose_precision(x.device.type, dtype)
+    if method in LOOPS:
+        validation.check_step_fits(step_size, precision.state)
     planned = plan(
         network,
         tuple(x.shape),

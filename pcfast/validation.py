@@ -84,6 +84,17 @@ def checked_step_sizes(step_size, num_steps: int) -> StepSize:
     return sizes
 
 
+def check_step_fits(step_size: StepSize, dtype: torch.dtype) -> None:
+    """Raise ArgumentError where a step size is no finite number of the state's ``dtype``."""
+    largest = max(step_size, default=0.0) if isinstance(step_size, tuple) else step_size
+    limit = torch.finfo(dtype).max
+    if largest > limit:
+        raise ArgumentError(
+            "step_size", f"{largest!r}, infinite in {dtype}", f"at most {limit:.3g}",
+            "Relaxation diverges long before: see the README's limits.",
+        )  # fmt: skip
+
+
 def check_count(name: str, value: int, least: int = 1) -> None:
     """Raise ArgumentError where ``value`` is no int >= ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -235,6 +235,20 @@ def test_step_size(entry, method, value, kind):
     refused(entry, kind, "step_size", "number >= 0", step_size=value, method=method)
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("step_size", [1e39, (0.1, 1e300)])
+def test_step_sizes_beyond_the_states_dtype(step_size, backend):
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 2))
+    with pytest.raises(
+        pcfast.ArgumentError, match=r"step_size: got 1e\+.*, infinite in torch.float32; needed: at most"
+    ):
+        pcfast.relax(model, x, y, step_size=step_size, num_steps=2, backend=backend)
+    # where it is a number, the relaxation says what became of it
+    with pytest.raises(pcfast.RelaxationDiverged):
+        pcfast.relax(model.double(), x.double(), y, step_size=1e300, num_steps=20, backend=backend)
+
+
 @pytest.mark.parametrize("num_steps", [3, np.int64(3), np.uint8(3), torch.tensor(3)], ids=repr)
 @pytest.mark.parametrize("step_size", [0.5, np.float64(0.5), np.float32(0.5), np.float16(0.5)], ids=repr)
 def test_numpy_scalars_are_accepted(entry, num_steps, step_size):
