@@ -7,7 +7,7 @@ import math
 from .. import network as specs
 from ..constants import Constants
 from ..forms import LinearForm, PointwiseForm
-from ..kernels import conv_feedback, conv_predict, pointwise_error
+from ..kernels import conv_feedback, conv_predict, output_error, pointwise_error
 from ..kernels.conv_geometry import Tiles
 from .design import Design
 from .floor import floors, rate_names
@@ -73,7 +73,10 @@ def _how(design: Design, l: int, batch: int) -> str:
         return "its input is clamped: evaluated once, outside the loop"
     form = design.forms[l]
     if isinstance(form, LinearForm):
-        wide = ", loss in output_error" if l == design.depth and design.wide_top else ""
+        wide = ""
+        if l == design.depth and design.wide_top:
+            rows, columns, _ = output_error.output_tile(batch, form.out_features)
+            wide = f", loss in output_error in tiles of {rows} x {columns}"
         gram = ", Gram form" if l == 2 and design.gram else ""
         return ("mlp_relaxation" if design.whole else "linear_predict, linear_feedback") + wide + gram
     if isinstance(form, ConvForm):

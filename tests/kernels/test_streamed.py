@@ -722,6 +722,10 @@ def test_explain_names_tier_kernels_and_tiles(staged):
     assert "floors from matmul_tf32_tflops (" in text
     model, x, _ = drawn("mlp")
     assert "bytes of loop weights" in str(pcfast.explain(model, tuple(x.shape), backend="triton"))
+    text = str(pcfast.explain(mlp(12, 20, 200), (BATCH, 12), backend="triton"))
+    assert (
+        "layer 2 (Linear): linear_predict, linear_feedback, loss in output_error in tiles of 1 x 256" in text
+    )
 
 
 def floors_of(model: nn.Sequential, sample: tuple[int, ...], gram: bool = False, **settings) -> dict:
