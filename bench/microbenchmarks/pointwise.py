@@ -1,4 +1,4 @@
-"""pointwise_error and pointwise_update over maps, output_error over batches and classes: bound by memory."""
+"""pointwise_error, _update and _gram over maps, output_error over batches and classes: bound by memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from pcfast.activations import Relu
 from pcfast.kernels.output_error import output_error, output_tile
 from pcfast.kernels.pointwise_error import Tail, error_and_delta, tile
+from pcfast.kernels.pointwise_gram import BLOCK, gram_update
 from pcfast.kernels.pointwise_update import update
 
 from .case import BEFORE, ELEMENTWISE, ETA, Case, Way, ends, normal, operand_bytes, operand_dtype
@@ -27,6 +28,9 @@ MAPS = (
     (32, 1, 1, 600, 1),
 )
 TINY_MAPS = ((3, 5, 4, 5, 2),)
+#: As MAPS without the pool: layer 2's products of convolutions in Gram form.
+GRAM_MAPS = ((300, 11, 11, 5), (256, 30, 30, 64))
+TINY_GRAM_MAPS = ((3, 5, 4, 5),)
 #: (batch, classes)
 OUTPUTS = ((300, 10), (1024, 4096), (256, 1000), (128, 50257), (32, 10))
 TINY_OUTPUTS = ((5, 7), (3, 1030))
@@ -39,6 +43,11 @@ def cases(interpreted: bool) -> list[Case]:
         make(*sizes, precision)
         for sizes in (TINY_MAPS if interpreted else MAPS)
         for make in (_error, _update)
+        for precision in ELEMENTWISE
+    ]
+    found += [
+        _gram(*sizes, precision)
+        for sizes in (TINY_GRAM_MAPS if interpreted else GRAM_MAPS)
         for precision in ELEMENTWISE
     ]
     return found + [
@@ -134,6 +143,47 @@ def _update_ways(batch, height, width, channels, precision, device) -> list[Way]
         return judged(*results)
 
     return [Way("triton", _blocks(batch * height * width, channels), launch, judge)]
+
+
+def _gram(batch: int, height: int, width: int, channels: int, precision: str) -> Case:
+    # s and its sum are read and written, delta and the product read
+    moved = batch * height * width * channels * (16 + 2 * operand_bytes(precision))
+    ways = partial(_gram_ways, batch, height, width, channels, precision)
+    return Case("pointwise_gram", _size(batch, height, width, channels), precision, 0, moved, ways)
+
+
+def _gram_ways(batch, height, width, channels, precision, device) -> list[Way]:
+    shape, dtype = (batch, height, width, channels), operand_dtype(precision)
+    start, begun = normal(shape, device, BEFORE), normal(shape, device, BEFORE, seed=1)
+    s, total = start.clone(), begun.clone()
+    delta = normal(shape, device, 0.1, seed=2).to(dtype)
+    pulled = normal(shape, device, 0.1, seed=3).to(dtype)
+    first_bad = torch.full((1,), 2**31 - 1, dtype=torch.int32, device=device)
+
+    def launch() -> None:
+        gram_update(
+            s=s,
+            total=total,
+            delta=delta,
+            pulled=pulled,
+            step_size=ETA,
+            first_bad=first_bad,
+            layer=0,
+            iteration=1,
+        )
+
+    def judge() -> Judgement:
+        launch()
+        samples = ends(batch)
+        results = []
+        for found, old, step in ((s, start, -pulled), (total, begun, delta)):
+            before, move = _map(old, samples), _map(step, samples)
+            truth = (1 - ETA) * before + ETA * move
+            # 1 - eta, the two products and their sum
+            results.append((_map(found, samples), truth, 4 * EPS * (before.abs() + ETA * move.abs())))
+        return judged(*results)
+
+    return [Way("triton", f"{BLOCK} elements", launch, judge)]
 
 
 def _output(batch: int, classes: int, loss: str, precision: str) -> Case:
