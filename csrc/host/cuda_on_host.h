@@ -30,5 +30,3 @@
 
 using std::max;
 using std::min;
-
-inline float rsqrtf(float value) { return 1.0f / sqrtf(value); }

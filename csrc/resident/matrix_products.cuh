@@ -222,7 +222,6 @@ struct Term {
 struct alignas(16) TermPair {
   Term term[2];
 };
-constexpr int kTermElements = sizeof(Term) / sizeof(float);
 constexpr int kNoWeight = -1;
 
 // Writes the table's entry `slot` of a product. A step's terms are dealt out to the four lanes of a row one by one: what

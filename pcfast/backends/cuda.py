@@ -211,8 +211,7 @@ class _Run(KernelRun):
         if problem.wanted.states:
             top = None if self.starts is None else self.starts[depth]
             out.beliefs = [beliefs[0].clone(), *beliefs[1:-1], (beliefs[-1] if top is None else top).clone()]
-            zeros = zip(errors[1:], self.vhat[1:], strict=True)
-            out.errors = [None, *(torch.zeros_like(v) if e is None else e for e, v in zeros)]
+            out.errors = self._filled(errors)
 
     def _gradients(self, l, below, error):
         """Updates of layer l's parameters: its input's beliefs and the local error that the kernel left."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import replace
 
+import implicit_convolutions
 import pytest
 import torch
 from gpu_helpers import (
@@ -37,7 +37,6 @@ import pcfast
 from pcfast import checking, networks
 from pcfast.backends import triton as backend
 from pcfast.precision import use_precision
-from pcfast.streamed.choices import IMPLICIT, Choices, ConvolutionKey
 
 pytestmark = [
     pytest.mark.gpu,
@@ -151,22 +150,9 @@ SMOOTH = {
 }
 
 
-class EveryConvolution(Choices):
-    """Implicit wherever it is possible."""
-
-    def get(self, key, default=None):
-        return IMPLICIT if isinstance(key, ConvolutionKey) else super().get(key, default)
-
-    def __eq__(self, other):
-        return isinstance(other, EveryConvolution)
-
-    __hash__ = Choices.__hash__
-
-
 @pytest.fixture
 def implicit(monkeypatch):
-    find = backend._target
-    monkeypatch.setattr(backend, "_target", lambda *a: replace(find(*a), choices=EveryConvolution()))
+    implicit_convolutions.everywhere(monkeypatch)
 
 
 def ours(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from itertools import pairwise
 
+import implicit_convolutions
 import pytest
 import torch
 from against_reference import in_double, updates
@@ -34,24 +35,9 @@ from pcfast.streamed.layers import ConvForm
 BATCH = 5
 
 
-class EveryConvolution(Choices):
-    """Implicit wherever it is possible."""
-
-    def get(self, key, default=None):
-        return IMPLICIT if isinstance(key, ConvolutionKey) else super().get(key, default)
-
-    def __eq__(self, other):
-        return isinstance(other, EveryConvolution)
-
-    __hash__ = Choices.__hash__
-
-
 @pytest.fixture
 def implicit(monkeypatch):
-    find = backend._target
-    monkeypatch.setattr(
-        backend, "_target", lambda *a: dataclasses.replace(find(*a), choices=EveryConvolution())
-    )
+    implicit_convolutions.everywhere(monkeypatch)
 
 
 def first(out_channels: int = 3) -> nn.Sequential:
@@ -194,7 +180,7 @@ def designed(name: str, precision: str, choices: Choices, gram: bool = False) ->
 
 def test_each_geometry_and_precision_is_chosen_for_itself():
     name = "convolutions one after another"
-    geometry = designed(name, "bf16", EveryConvolution()).forms[3].geometry
+    geometry = designed(name, "bf16", implicit_convolutions.EveryConvolution()).forms[3].geometry
     chosen = Choices({ConvolutionKey("bf16", dataclasses.astuple(geometry)): IMPLICIT})
     assert letters(designed(name, "bf16", chosen)) == "pcpll"
     assert letters(designed(name, "tf32", chosen)) == "pppll"
@@ -202,12 +188,15 @@ def test_each_geometry_and_precision_is_chosen_for_itself():
 
 def test_the_gram_form_of_a_convolution_is_another_convolution():
     """Its weight is the Gram matrix, and cuDNN multiplies with it."""
-    assert letters(designed("3x3 relu max", "tf32", EveryConvolution(), gram=True)) == "pll"
+    assert (
+        letters(designed("3x3 relu max", "tf32", implicit_convolutions.EveryConvolution(), gram=True))
+        == "pll"
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_the_design_gives_every_matrix_its_own_place(precision):
-    found = designed("convolutions one after another", precision, EveryConvolution())
+    found = designed("convolutions one after another", precision, implicit_convolutions.EveryConvolution())
     for operand in (False, True):
         places = sorted({m for _, m in found.layout.matrices if m.operand == operand}, key=lambda m: m.first)
         assert all(a.first + a.elements <= b.first for a, b in pairwise(places))
