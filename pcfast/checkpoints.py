@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -110,6 +111,11 @@ def loss_name(loss: LossLike) -> str:
         values = "".join(f" {name} {_digest(value)}" for name, value in loss.state_dict().items())
         return f"{loss!r}{values}"
     return getattr(loss, "__qualname__", str(loss) if isinstance(loss, str) else type(loss).__qualname__)
+
+
+def callable_name(function: Callable) -> str:
+    """A function by its name, anything else as it prints: without memory addresses, as long as repr has none."""
+    return getattr(function, "__qualname__", None) or repr(function)
 
 
 def _signature(tensor: Tensor) -> str:

@@ -7,6 +7,8 @@ Sources:
 [R22] R. Rosenbaum, "On the relationship between predictive coding and backpropagation", PLOS ONE 17(3)
 e0266102 (2022).
 [P25] L. Pinchetti et al., "Benchmarking predictive coding networks - made simple", ICLR (2025).
+[G26] C. Goemaere et al., "Error optimization: overcoming exponential signal decay in deep predictive coding
+networks", arXiv 2505.20137 (2025).
 [SZ15] K. Simonyan and A. Zisserman, "Very deep convolutional networks for large-scale image recognition",
 ICLR (2015).
 """
@@ -129,29 +131,92 @@ def _checked_image(image_shape: Sequence[int], num_classes: int, smallest: int) 
             str(tuple(image_shape)),
             f"(channels, height, width), height and width >= {smallest}",
         )
-    if num_classes < 1:
-        raise ArgumentError("num_classes", str(num_classes), "the number of classes, >= 1")
+    _check_classes(num_classes)
     return tuple(image_shape)
 
 
-def vgg5(activation: Activation = nn.ReLU) -> nn.Sequential:
-    """VGG-5 of [P25] for CIFAR-10: 5 PC layers; the last convolution is unpadded, as in the paper.
+def vgg5(activation: Activation = nn.ReLU, num_classes: int = 10, *, last_padding: int = 0) -> nn.Sequential:
+    """VGG-5 of [P25] for CIFAR: 5 PC layers.
 
-    Input (B, 3, 32, 32), output (B, 10) logits.
+    Args:
+        activation: makes the activation module of one layer.
+        num_classes: >= 1.
+        last_padding: of the last convolution: 0 as in the paper, 1 as in the programs of [P25] and [G26].
+
+    Input (B, 3, 32, 32), output (B, num_classes) logits.
+
+    Raises:
+        ArgumentError: an argument out of its range.
     """
+    _check_classes(num_classes)
+    if last_padding not in (0, 1):
+        raise ArgumentError("last_padding", str(last_padding), "0 or 1")
+    layers = [
+        _block(3, 128, activation, pool=True),
+        _block(128, 256, activation, pool=True),
+        _block(256, 512, activation, pool=True),
+        _block(512, 512, activation, pool=True, padding=last_padding),
+    ]
+    layers[-1].append(nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(512 * (1 + last_padding) ** 2, num_classes))
 
-    def block(inputs: int, outputs: int, padding: int, *rest: nn.Module) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, padding=padding), activation(), nn.MaxPool2d(2), *rest
-        )
 
-    return nn.Sequential(
-        block(3, 128, 1),
-        block(128, 256, 1),
-        block(256, 512, 1),
-        block(512, 512, 0, nn.Flatten()),
-        nn.Linear(512, 10),
-    )
+def vgg7(activation: Activation = nn.ReLU, num_classes: int = 10) -> nn.Sequential:
+    """VGG-7 of the programs of [P25] and [G26] for CIFAR: 7 PC layers; convolutions 4 and 6 are unpadded.
+
+    Args: as :func:`vgg9`.
+
+    Input (B, 3, 32, 32), output (B, num_classes) logits.
+
+    Raises:
+        ArgumentError: no class.
+    """
+    _check_classes(num_classes)
+    layers = [
+        _block(3, 128, activation, pool=True),
+        _block(128, 128, activation),
+        _block(128, 256, activation, pool=True),
+        _block(256, 256, activation, padding=0),
+        _block(256, 512, activation, pool=True),
+        _block(512, 512, activation, padding=0),
+    ]
+    layers[-1].append(nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(512, num_classes))
+
+
+def vgg9(activation: Activation = nn.ReLU, num_classes: int = 10) -> nn.Sequential:
+    """VGG-9 of the program of [G26] for CIFAR: 9 PC layers.
+
+    Args:
+        activation: makes the activation module of one layer.
+        num_classes: >= 1.
+
+    Input (B, 3, 32, 32), output (B, num_classes) logits.
+
+    Raises:
+        ArgumentError: no class.
+    """
+    _check_classes(num_classes)
+    channels = (3, 128, 128, 256, 256, 512, 512, 512, 512)
+    layers = [
+        _block(inputs, outputs, activation, pool=place % 2 == 0)
+        for place, (inputs, outputs) in enumerate(pairwise(channels))
+    ]
+    layers[-1].append(nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(2048, num_classes))
+
+
+def _block(
+    inputs: int, outputs: int, activation: Activation, *, pool: bool = False, padding: int = 1
+) -> nn.Sequential:
+    """3 x 3 convolution, activation and, where asked for, 2 x 2 max-pool."""
+    rest = [nn.MaxPool2d(2)] if pool else []
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=padding), activation(), *rest)
+
+
+def _check_classes(num_classes: int) -> None:
+    if num_classes < 1:
+        raise ArgumentError("num_classes", str(num_classes), "the number of classes, >= 1")
 
 
 def vgg19(num_classes: int = 1000, *, width: int = 64, image_size: int = 224) -> nn.Sequential:

@@ -92,8 +92,8 @@ def check(nudging, method: str, loss: str | None) -> None:
         )  # fmt: skip
 
 
-def checked_growth(growth: float, nudging: Nudging | None) -> float:
-    """``growth`` as a finite float >= 0, 0 without nudging.
+def checked_growth(growth: float, nudging) -> float:
+    """``growth`` as a finite float >= 0, 0 without a :class:`Nudging` that can grow.
 
     Raises:
         ArgumentTypeError, ArgumentError: naming nudging_growth.
@@ -101,6 +101,7 @@ def checked_growth(growth: float, nudging: Nudging | None) -> float:
     growth = checked_number(
         "nudging_growth", growth, lambda g: g >= 0, "a finite number >= 0", "What beta gains an epoch."
     )
-    if growth and nudging is None:
-        raise ArgumentError("nudging_growth", f"{growth} without nudging", "nudging, or 0")
+    if growth and not isinstance(nudging, Nudging):
+        without = "without nudging" if nudging is None else "with nudging by epoch"
+        raise ArgumentError("nudging_growth", f"{growth} {without}", "pcfast.Nudging(...), or 0")
     return growth

@@ -25,13 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import pcfast
 
 from . import belief_optimizers, incremental, plots
 from . import nudging as nudges
 from .belief_optimizers import BeliefOptimizer
-from .checkpoints import FORMAT, load_checkpoint, loss_name, run_settings
+from .checkpoints import FORMAT, callable_name, load_checkpoint, loss_name, run_settings
 from .datasets import Data, checked_data
 from .errors import ArgumentError, ArgumentTypeError
 from .files import results_folder, set_aside, write_atomically, write_csv, write_json
@@ -49,6 +50,8 @@ LEARNING_RATE = 0.002  # of the default optimiser, Adam
 SECONDS_BETWEEN_DRAWINGS = 30.0  # drawing takes about 0.3 s, longer than an epoch of a small network
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+NudgingByEpoch = Callable[[int], Nudging | None]
+MakeScheduler = Callable[[Optimizer, int], LRScheduler]
 
 
 def train(
@@ -62,9 +65,12 @@ def train(
     step_size: float | Sequence[float] = 0.1,
     num_steps: int = 20,
     belief_optimizer: BeliefOptimizer | None = None,
-    nudging: Nudging | None = None,
+    nudging: Nudging | NudgingByEpoch | None = None,
     nudging_growth: float = 0.0,
     optimizer: Optimizer | MakeOptimizer | None = None,
+    scheduler: MakeScheduler | None = None,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    drop_last: bool = False,
     backend: str = "auto",
     precision: str | None = None,
     device: torch.device | str | None = None,
@@ -90,23 +96,28 @@ def train(
             class indices, int64, (N,), or class probabilities, floating point, (N, C), where the loss takes
             them (MSE takes one-hot targets). Copied to the device once.
         epochs: passes over the training part in all, those of a resumed run included.
-        batch_size: samples an update; the last batch of an epoch may be smaller.
+        batch_size: samples an update; the last batch of an epoch may be smaller, or is left out with ``drop_last``.
         loss: a callable loss(output, y) -> scalar, or a name, as for ``pcfast.pc_loss``. A callable that sums
             over the batch says so in an attribute ``reduction`` = "sum" (as torch's modules do); only the
             logged numbers depend on it.
         method, step_size, num_steps, belief_optimizer, nudging, backend: as for ``pcfast.pc_loss``; or method
             "incremental", as for ``pcfast.incremental_step``.
+            ``nudging`` may be a function of the epoch 0, 1, ...
         nudging_growth: what beta gains every epoch, as far as 1.
         optimizer: makes the optimiser from the parameters, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``, or
             an optimiser of the model's parameters. Default: Adam with learning rate 0.002.
+        scheduler: makes a scheduler of torch.optim.lr_scheduler from the optimiser and the number of the optimiser's
+            steps in all epochs; it is stepped after each of them. A resumed run then has as many epochs.
+        augment: batch of training inputs -> what is learned instead, of the same shape, e.g.
+            :class:`pcfast.datasets.FlipAndCrop`; random numbers from torch's global state.
         precision: "ieee", "tf32", "bf16" or "fp64", as for :func:`pcfast.precision.use_precision`; "fp64" needs
             float64 parameters. Default: torch's switches as they are.
         device: where to train; the model is moved there. Default: where the model is.
         seed: >= 0.
         out: the run folder, created if missing. Without ``resume`` the files of an earlier run in it are moved to
             ``earlier-1`` (or -2, ...) inside it.
-        resume: go on from the checkpoint in ``out``. Settings must be those of that run; epochs, backend and
-            device may differ.
+        resume: go on from the checkpoint in ``out``. Settings must be those of that run; epochs (without a
+            scheduler), backend and device may differ.
         progress: show a progress bar (in a terminal) and print one line an epoch.
         kept: plain values for ``config.json`` beside the settings, e.g. what the model and the data were made from.
 
@@ -132,6 +143,15 @@ def train(
     num_steps = checked_steps(num_steps)
     step_size = checked_step_sizes(step_size, num_steps)
     data = checked_data(data, parameters[0].dtype)
+    samples = len(data.x_train)
+    if drop_last:
+        samples -= samples % batch_size
+        if not samples:
+            raise ArgumentError(
+                "batch_size",
+                f"{batch_size} with drop_last",
+                f"at most the {len(data.x_train)} training samples",
+            )
     device = parameters[0].device if device is None else checked_device(device)
     if precision == "fp64" and parameters[0].dtype != torch.float64:
         raise ArgumentError("precision", f"fp64 for a model of {parameters[0].dtype}", "model.double()")
@@ -141,6 +161,8 @@ def train(
 
     model.to(device)
     optimizer = _made_optimizer(optimizer, parameters)
+    updates = epochs * -(-samples // batch_size) * (num_steps if method == "incremental" else 1)
+    schedule = None if scheduler is None else _made_scheduler(scheduler, optimizer, updates)
     settings = run_settings(
         model,
         data,
@@ -150,9 +172,12 @@ def train(
         step_size=step_size,
         num_steps=num_steps,
         belief_optimizer=None if belief_optimizer is None else repr(belief_optimizer),
-        nudging=None if nudging is None else repr(nudging),
+        nudging=None if nudging is None else callable_name(nudging),
         nudging_growth=nudging_growth or None,
         batch_size=batch_size,
+        drop_last=drop_last or None,
+        augment=None if augment is None else callable_name(augment),
+        scheduler=None if schedule is None else {"name": type(schedule).__qualname__, "steps": updates},
         precision=precision,
         seed=seed,
     )
@@ -169,17 +194,22 @@ def train(
         belief_optimizers.checked(belief_optimizer, method)
         nudges.check(nudging, method, None)
         update = functools.partial(pcfast.incremental_step, model, optimizer=optimizer, **learning)
-        run = IncrementalRun(model, optimizer, data, loss, update, batch_size, seed, device)
+        kind = IncrementalRun
     else:
 
         def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            now = nudging.grown(nudging_growth, len(run.history)) if nudging_growth else nudging
+            now, epoch = nudging, len(run.history)
+            if nudging_growth:
+                now = nudging.grown(nudging_growth, epoch)
+            elif callable(nudging):
+                now = nudging(epoch)
             return pcfast.pc_loss(
                 model, x, y, method=method, belief_optimizer=belief_optimizer, nudging=now, **learning
             )
 
-        run = Run(model, optimizer, data, loss, update, batch_size, seed, device)
-    with _switches(precision, device):
+        kind = Run
+    run = kind(model, optimizer, schedule, data, samples, loss, update, augment, batch_size, seed, device)
+    with _switches(precision, device), seeded(seed, device):
         _rehearse(run)
     if resume:
         checkpoint = load_checkpoint(folder / CHECKPOINT, settings)
@@ -194,7 +224,11 @@ def train(
                 run.restore(checkpoint)
                 if progress and len(run.history) >= epochs:
                     print(f"the run has {len(run.history)} epochs already; ask for more epochs to go on")
-            with Display(progress, epochs, run) as display, Interrupt() as interrupt:
+            with (
+                Display(progress, epochs, run) as display,
+                Interrupt() as interrupt,
+                _stepping(schedule, optimizer),
+            ):
                 _train_epochs(run, epochs, folder, config, display, interrupt, aside=not resume)
     finally:
         model.train(was_training)
@@ -228,8 +262,12 @@ def evaluate(
 class Run:
     """The state of a training run: what a checkpoint holds, and the update of one batch."""
 
-    def __init__(self, model, optimizer, data, loss, update, batch_size, seed, device):
-        self.model, self.optimizer, self.loss, self.update = model, optimizer, loss, update
+    def __init__(
+        self, model, optimizer, schedule, data, samples, loss, update, augment, batch_size, seed, device
+    ):
+        self.model, self.optimizer, self.schedule, self.loss = model, optimizer, schedule, loss
+        self.samples = samples  # of one epoch
+        self.update, self.augment = update, augment
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.data = Data(*(tensor.to(device) for tensor in data))
         self.history = History()
@@ -238,21 +276,16 @@ class Run:
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.seconds = 0.0
 
-    @property
-    def samples(self) -> int:
-        """Samples of one epoch."""
-        return len(self.data.x_train)
-
     def train_epoch(self, stop: Callable[[], bool], after_batch: Callable[[int], None]) -> None:
         """Go on from ``position`` to the end of the epoch, or to the first batch after which ``stop()``."""
-        order = np.random.default_rng((self.seed, len(self.history))).permutation(self.samples)
+        order = np.random.default_rng((self.seed, len(self.history))).permutation(len(self.data.x_train))
         order = torch.from_numpy(order).to(self.device)
         sums = _sums(self.loss)
         self.model.train()
         start, before = time.perf_counter(), self.seconds
         while self.position < self.samples and not stop():
             rows = order[self.position : self.position + self.batch_size]
-            x, y = self.data.x_train[rows], self.data.y_train[rows]
+            x, y = self.inputs(rows), self.data.y_train[rows]
             loss, output = self.learn(x, y)
             torch.clear_autocast_cache()  # under autocast for the whole run it would keep the weights of before
             with torch.no_grad():
@@ -263,6 +296,11 @@ class Run:
             after_batch(len(rows))
         synchronize()  # on CUDA a divergence is known only now; it must not reach the checkpoint
         self.seconds = before + time.perf_counter() - start
+
+    def inputs(self, rows) -> Tensor:
+        """Rows of the training part as they are learned."""
+        x = self.data.x_train[rows]
+        return x if self.augment is None else self.augment(x)
 
     def learn(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Move the parameters by one batch: loss and output of its forward pass."""
@@ -301,6 +339,7 @@ class Run:
             "config": config,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.schedule is None else self.schedule.state_dict(),
             "epoch": len(self.history),
             "position": self.position,
             "loss_sum": self.loss_sum.item(),
@@ -313,6 +352,8 @@ class Run:
     def restore(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(checkpoint["scheduler"])
         self.position, self.seconds = checkpoint["position"], checkpoint["seconds"]
         self.loss_sum.fill_(checkpoint["loss_sum"])
         self.correct.fill_(checkpoint["correct"])
@@ -344,7 +385,15 @@ def _rehearse(run: Run) -> None:
     was_training = run.model.training
     run.model.eval()
     try:
-        run.rehearse(run.data.x_train[: run.batch_size], run.data.y_train[: run.batch_size])
+        rows = slice(run.batch_size)
+        x = run.inputs(rows)
+        if run.augment is not None and not (
+            isinstance(x, Tensor) and x.shape == run.data.x_train[rows].shape
+        ):
+            given = f"{tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            needed = f"a batch of the shape of its input, {tuple(run.data.x_train[rows].shape)}"
+            raise ArgumentError("augment", f"a callable that returned {given}", needed)
+        run.rehearse(x, run.data.y_train[rows])
     finally:
         run.model.train(was_training)
 
@@ -408,6 +457,29 @@ def _made_optimizer(optimizer, parameters: list[nn.Parameter]) -> Optimizer:
         optimizer = made
     check_optimizer(optimizer, parameters)
     return optimizer
+
+
+def _made_scheduler(make: MakeScheduler, optimizer: Optimizer, steps: int) -> LRScheduler:
+    made = make(optimizer, steps)
+    if not isinstance(made, LRScheduler):
+        needed = (
+            "a callable that makes a scheduler of torch.optim.lr_scheduler from the optimiser and its steps"
+        )
+        raise ArgumentTypeError("scheduler", f"a callable that returned a {type(made).__name__}", needed)
+    return made
+
+
+@contextlib.contextmanager
+def _stepping(schedule: LRScheduler | None, optimizer: Optimizer):
+    """``schedule`` steps after each of the optimiser's steps: an incremental update has several."""
+    if schedule is None:
+        yield
+        return
+    hook = optimizer.register_step_post_hook(lambda *_: schedule.step())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _sums(loss: LossLike) -> bool:

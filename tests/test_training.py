@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -443,6 +444,9 @@ def test_a_missing_package_is_named_with_its_remedy(missing, call, after_step, m
         (networks.mnist_cnn, 5, (1, 28, 28), 10),
         (networks.cifar_cnn, 6, (3, 32, 32), 10),
         (networks.vgg5, 5, (3, 32, 32), 10),
+        (partial(networks.vgg5, num_classes=7, last_padding=1), 5, (3, 32, 32), 7),
+        (networks.vgg7, 7, (3, 32, 32), 10),
+        (networks.vgg9, 9, (3, 32, 32), 10),
         (networks.vgg19, 19, (3, 224, 224), 1000),
     ],
 )
@@ -459,6 +463,8 @@ def test_bad_network_sizes_are_named():
         (lambda: networks.mlp([3, 0, 2]), "widths"),
         (lambda: networks.deep_mlp(0), "depth"),
         (lambda: networks.vgg19(0), "num_classes"),
+        (lambda: networks.vgg7(num_classes=0), "num_classes"),
+        (lambda: networks.vgg5(last_padding=2), "last_padding"),
     ):
         with pytest.raises(ArgumentError, match=message):
             make()

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
 
@@ -161,22 +160,29 @@ def data_of(
     ``spec``: what --model said, where it did; that network is tried on a sample.
     """
     shape = "flat" if takes_flat_input(model) else "image"
+    data = in_dtype_of(model, loaded(name, folder, shape, seed=seed))
+    if loss == "mse":
+        data = datasets.one_hot(data, datasets.SOURCES[name].classes)
+    if spec is not None:
+        checked_fit(spec, model, data, datasets.SOURCES[name].classes)
+    return data
+
+
+def loaded(name: str, folder: Path | None, shape: str, *, seed: int) -> Data:
+    """As :func:`pcfast.datasets.load`; errors name the options."""
     try:
-        data = datasets.load(name, folder=folder, shape=shape, seed=seed)
+        return datasets.load(name, folder=folder, shape=shape, seed=seed)
     except ArgumentError as error:
         if error.argument != "data":
             raise
         needed = f"--data-dir FOLDER with {datasets.SOURCES[name].files}; or an undamaged download"
         raise ArgumentError("data", error.given, needed) from error
+
+
+def in_dtype_of(model: nn.Sequential, data: Data) -> Data:
+    """``data`` with inputs in the dtype of the model's parameters."""
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    data = data._replace(x_train=data.x_train.to(dtype), x_test=data.x_test.to(dtype))
-    if loss == "mse":
-        classes = datasets.SOURCES[name].classes
-        one_hot = {part: F.one_hot(getattr(data, part), classes).to(dtype) for part in ("y_train", "y_test")}
-        data = data._replace(**one_hot)
-    if spec is not None:
-        checked_fit(spec, model, data, datasets.SOURCES[name].classes)
-    return data
+    return data._replace(x_train=data.x_train.to(dtype), x_test=data.x_test.to(dtype))
 
 
 def takes_flat_input(model: nn.Sequential) -> bool:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError, ArgumentTypeError
@@ -60,6 +61,14 @@ def data_of_bytes(train: Part, test: Part, image_shape: tuple[int, int, int], sh
         return torch.from_numpy(labels.astype(np.int64))
 
     return Data(inputs(train.images), targets(train.labels), inputs(test.images), targets(test.labels))
+
+
+def one_hot(data: Data, classes: int) -> Data:
+    """``data`` with one-hot targets (N, classes), in the inputs' dtype, instead of class indices (N,)."""
+    return data._replace(
+        y_train=F.one_hot(data.y_train, classes).to(data.x_train.dtype),
+        y_test=F.one_hot(data.y_test, classes).to(data.x_test.dtype),
+    )
 
 
 def checked_data(data: Data | Sequence[Tensor], dtype: torch.dtype) -> Data:
