@@ -62,10 +62,12 @@ def _linear(
         types |= {"table": "*i64", "products": "i32", "front": "i32", "loss_scale": "fp32"}
     elif kernel == "linear_feedback":
         types |= {"table": "*i64", "first_bad": "*i32", "count": "i32", "iteration": "i32", "eta": "fp32"}
+        constexprs = {**constexprs, "momentum": None}
     else:
         types |= {"predict_table": "*i64", "feedback_table": "*i64", "first_bad": "*i32"}
         types |= dict.fromkeys(("layers", "first", "last", "fresh"), "i32")
         types |= {"eta": "fp32", "loss_scale": "fp32"}
+        constexprs = {**constexprs, "schedule": None, "momentum": None}
     return Case(
         name=name,
         kernel=f"pcfast.kernels.{kernel}:{kernel}",
@@ -159,6 +161,7 @@ def conv_cases(chips, names) -> list[Case]:
             eta="fp32",
         )  # fmt: skip
         missing |= {} if copied else {"copy": None}
+        missing |= {"velocity": None, "momentum": None}
         cases.append(
             _conv("conv_feedback", f"conv_feedback, {name}, {precision}", types, {**constants, **missing}, tiles,
                   capability)
@@ -239,7 +242,9 @@ def pointwise_cases(chips) -> list[Case]:
                     **{view: kinds.get(view, "*fp32") for view in views}, **strides, "first_bad": "*i32", **sizes,
                     "step_size": "fp32",
                 },
-                constexprs=dict(CLAMPED=False, BLOCK_POSITIONS=block[0], BLOCK_CHANNELS=block[1]),
+                constexprs=dict(
+                    CLAMPED=False, BLOCK_POSITIONS=block[0], BLOCK_CHANNELS=block[1], velocity=None, momentum=None
+                ),
                 capability=capability,
                 divisible=(*views, *strides, "channels"),
             )
@@ -252,7 +257,9 @@ def pointwise_cases(chips) -> list[Case]:
                 name="pointwise_gram",
                 kernel="pcfast.kernels.pointwise_gram:pointwise_gram_kernel",
                 signature={**arrays, "first_bad": "*i32", **sizes, "step_size": "fp32"},
-                constexprs=dict(BLOCK=pointwise_gram.BLOCK),
+                constexprs=dict(
+                    BLOCK=pointwise_gram.BLOCK, velocity=None, total_velocity=None, momentum=None
+                ),
                 capability=capability,
                 divisible=(*arrays, "elements"),
             )
