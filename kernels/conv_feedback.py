@@ -1,7 +1,7 @@
 """Feedback stage of a convolutional layer: the beliefs below it move, in one launch, as an implicit matrix product.
 
     r = conv_transpose(delta_{l+1}, W_{l+1})     the error above, pulled back to v_l
-    d_l <- d_l + eta (eps_l - r)
+    d_l <- d_l + eta (eps_l - r)                 with momentum along a velocity (momentum.py), whose step is eps_l - r
 
 Layer 1, whose prediction is constant (docs/method.md fact 2), has eps_1 = -d_1. Row h of the input map meets row
 oh = (h + padding - kh) / stride of the output map where that is an integer on the map; columns likewise. delta is
@@ -14,7 +14,7 @@ Strict predictive coding in deviation form: Rosenbaum, PLOS ONE 17(3) e0266102 (
     delta (batch, PH, PW, Cout), winner                       +-------------------+
       gathered: ROWS x REDUCTION, row = an input position --> | accumulator r     | --epilogue--> d, copy of d
     W (Cout, KH, KW, Cin)                                     | ROWS x COLUMNS    |     ^
-      REDUCTION x COLUMNS, index = (kh, kw, cout)         --> | fp32              |     d, error: one read each
+      REDUCTION x COLUMNS, index = (kh, kw, cout)         --> | fp32              |     d, error, velocity (read once)
                                                               +-------------------+
 
 Arguments of the kernel:
@@ -25,9 +25,11 @@ Arguments of the kernel:
     d           (batch, H, W, Cin)      fp32           updated
     error       (batch, H, W, Cin)      fp32           read; CLAMPED: written, -d before the update
     copy        (batch, H, W, Cin)      as delta       written: d for the next product; None where that reads d itself
+    velocity    (batch, H, W, Cin)      fp32           updated; None without momentum
     first_bad   (layers,)               int32          [layer] lowered to `iteration` where a new d is NaN or infinite
     batch, layer, iteration             int32
-    eta         fp32                                   step size
+    eta         fp32                                   step size of this iteration
+    momentum    fp32                                   None without
 
 Sums run over the flat reduction index in steps of REDUCTION, which depends on layer and precision alone: a sample's
 result does not depend on its batch.
@@ -51,6 +53,7 @@ from .conv_geometry import (
     tap_and_channel,
 )
 from .first_bad import note_bad
+from .momentum import check_velocity, with_momentum
 from .tf32 import round_to_tf32
 
 
@@ -73,11 +76,13 @@ def conv_feedback(
     d,
     error,
     copy,
+    velocity,
     first_bad,
     batch,
     layer,
     iteration,
     eta,
+    momentum,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -160,7 +165,10 @@ def conv_feedback(
         tl.store(error + where, difference, mask=inside)
     else:
         difference = tl.load(error + where, mask=inside, other=0.0)
-    moved = old + eta * (difference - r)
+    step = difference - r
+    if momentum is not None:
+        step = with_momentum(step, velocity + where, momentum, inside)
+    moved = old + eta * step
     tl.store(d + where, moved, mask=inside)
     if copy is not None:
         tl.store(copy + where, moved.to(copy.dtype.element_ty), mask=inside)
@@ -191,10 +199,12 @@ def launch_conv_feedback(
     d: Tensor,
     error: Tensor,
     copy: Tensor | None = None,
+    velocity: Tensor | None = None,
     first_bad: Tensor,
     layer: int,
     iteration: int,
     eta: float,
+    momentum: float = 0.0,
     clamped: bool = False,
     precision: str,
     tiles: Tiles | None = None,
@@ -216,11 +226,14 @@ def launch_conv_feedback(
         raise ValueError(f"conv_feedback cannot run this layer: {reason}")
     if (winner is None) == (geometry.pool == "max"):
         raise ValueError("conv_feedback reads winners exactly where the layer is max-pooled")
+    check_velocity(momentum, velocity)
     batch, pooled = d.shape[0], (d.shape[0], *geometry.pooled, geometry.out_channels)
     below = (batch, geometry.height, geometry.width, geometry.channels)
     optional = {} if winner is None else dict(winner=(winner, pooled, torch.uint8))
     if copy is not None:
         optional["copy"] = (copy, below, delta.dtype)
+    if velocity is not None:
+        optional["velocity"] = (velocity, below, torch.float32)
     check_tensors(
         delta=(delta, pooled, delta.dtype),
         weight=(weight, (geometry.out_channels, *geometry.kernel, geometry.channels), delta.dtype),
@@ -241,6 +254,6 @@ def launch_conv_feedback(
     pixels = batch * geometry.height * geometry.width
     grid = triton.cdiv(pixels, tiles.rows) * triton.cdiv(geometry.channels, tiles.columns)
     conv_feedback[(grid,)](
-        delta, winner, weight, d, error, copy, first_bad, batch, layer, iteration, eta,
+        delta, winner, weight, d, error, copy, velocity, first_bad, batch, layer, iteration, eta, momentum or None,
         **constants, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -8,22 +8,27 @@ beliefs leave the loop and, with G = W_2 W_2^T in the place of W,
 
     s <- (1 - eta) s - eta delta_2 G            sum <- (1 - eta) sum + eta delta_2
 
+With momentum (momentum.py) d, s and sum move along velocities, whose steps are eps_l - r, -(s + delta_2 G) and
+delta_2 - sum.
+
 Strict predictive coding in deviation form: Rosenbaum, PLOS ONE 17(3) e0266102 (2022).
 
     delta_{l+1} (batch, K)  --tiles of ROWS x REDUCTION-->  +--------------------+
                                                             | accumulator r      | --epilogue--> d, copy of d
     W_{l+1} (K, N)       --tiles of REDUCTION x COLUMNS-->  | ROWS x COLUMNS     |     ^
-                                                            +--------------------+     d, error (one read each)
+                                                            +--------------------+     d, error, velocity (read once)
 
 Arguments of the kernel:
 
-    state       arena, fp32                 error read; d (or s and sum) updated; error of layer 1 written
+    state       arena, fp32                 error read; d (or s and sum) updated, with momentum their velocities too;
+                                            error of layer 1 written
     operand     arena, fp32 or bf16         delta and W read; where it is not ``state``, d is copied into it
     table       (rows, WIDTH) int64         rows as linear_rows.FeedbackRow, highest layer first
     first_bad   (layers,) int32             lowered to ``iteration`` where a new state is NaN or infinite
     count       int32                       the first so many rows take part (docs/method.md fact 3)
     iteration   int32                       for first_bad
-    eta         fp32                        step size
+    eta         fp32                        step size of this iteration
+    momentum    fp32, or None for none
 
 Programs are persistent and no tile is split along the reduction, as in linear_predict.
 """
@@ -37,6 +42,7 @@ from torch import Tensor
 from .first_bad import note_bad
 from .linear_predict import MAX_REGISTERS, PART, halves, tile_position
 from .linear_rows import CLAMPED, GRAM_UPDATE, WIDTH
+from .momentum import with_momentum
 from .tf32 import round_to_tf32
 
 
@@ -51,6 +57,7 @@ def _finish(
     row,
     iteration,
     eta,
+    momentum,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -66,12 +73,22 @@ def _finish(
     if kind == GRAM_UPDATE:
         s = state + tl.multiple_of(tl.load(row + 12), 16) + corner
         total = state + tl.multiple_of(tl.load(row + 13), 16) + corner
-        moved = (1 - eta) * tl.load(s + where, mask=inside, other=0.0) - eta * accumulator
+        old = tl.load(s + where, mask=inside, other=0.0)
+        if momentum is None:
+            moved = (1 - eta) * old - eta * accumulator
+        else:
+            velocity = state + tl.multiple_of(tl.load(row + 15), 16) + corner
+            moved = old + eta * with_momentum(-old - accumulator, velocity + where, momentum, inside)
         tl.store(s + where, moved, mask=inside)
         # delta's own tile: G is square, so delta lies as s does
         delta = operand + tl.multiple_of(tl.load(row + 4), 16) + corner
         own = tl.load(delta + where, mask=inside, other=0.0).to(tl.float32)
-        grown = (1 - eta) * tl.load(total + where, mask=inside, other=0.0) + eta * own
+        before = tl.load(total + where, mask=inside, other=0.0)
+        if momentum is None:
+            grown = (1 - eta) * before + eta * own
+        else:
+            velocity = state + tl.multiple_of(tl.load(row + 16), 16) + corner
+            grown = before + eta * with_momentum(own - before, velocity + where, momentum, inside)
         tl.store(total + where, grown, mask=inside)
     else:
         d = state + tl.multiple_of(tl.load(row + 9), 16) + corner
@@ -82,7 +99,11 @@ def _finish(
             tl.store(error + where, difference, mask=inside)
         else:
             difference = tl.load(error + where, mask=inside, other=0.0)
-        moved = old + eta * (difference - accumulator)
+        step = difference - accumulator
+        if momentum is not None:
+            velocity = state + tl.multiple_of(tl.load(row + 15), 16) + corner
+            step = with_momentum(step, velocity + where, momentum, inside)
+        moved = old + eta * step
         tl.store(d + where, moved, mask=inside)
         if operand.dtype.element_ty != state.dtype.element_ty:
             copy = operand + tl.multiple_of(tl.load(row + 10), 16) + corner
@@ -120,6 +141,7 @@ def feedback_tile(
     tile_column,
     iteration,
     eta,
+    momentum,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     REDUCTION: tl.constexpr,
@@ -164,7 +186,7 @@ def feedback_tile(
         accumulator,
         first_row,
         first_column,
-        (state, operand, first_bad, row, iteration, eta),
+        (state, operand, first_bad, row, iteration, eta, momentum),
         ALIGNED,
         ROWS,
         COLUMNS,
@@ -180,6 +202,7 @@ def linear_feedback(
     count,
     iteration,
     eta,
+    momentum,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     REDUCTION: tl.constexpr,
@@ -206,6 +229,7 @@ def linear_feedback(
                 tile_column,
                 iteration,
                 eta,
+                momentum,
                 ROWS,
                 COLUMNS,
                 REDUCTION,
@@ -225,6 +249,7 @@ def launch_linear_feedback(
     count: int,
     iteration: int,
     eta: float,
+    momentum: float = 0.0,
     programs: int,
     constants: dict,
     warps: int,
@@ -239,6 +264,7 @@ def launch_linear_feedback(
         count,
         iteration,
         eta,
+        momentum or None,
         **constants,
         num_warps=warps,
         num_stages=stages,

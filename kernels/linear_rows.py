@@ -78,6 +78,7 @@ class FeedbackRow:
         d, error: (batch, width) state; d_operand: copy of d for products.
         s, sum: of GRAM_UPDATE, (batch, width) state.
         layer: index l of the belief, for reports of divergence.
+        velocity, sum_velocity: with momentum, of d, or of s and sum, (batch, width) state.
     """
 
     kind: int
@@ -95,6 +96,8 @@ class FeedbackRow:
     s: int
     sum: int
     layer: int
+    velocity: int
+    sum_velocity: int
 
 
 def as_numbers(row: PredictRow | FeedbackRow) -> list[int]:

@@ -15,6 +15,8 @@ Arguments of the kernel, beside those of the two stages:
     layers          int32                       rows of one kind
     first, last     int32                       iterations to run, 1-based
     fresh           int32                       1: from the forward pass, so that only the active front works
+    eta             fp32                        step size of all iterations; None where there is a schedule
+    schedule        (last,) fp32                step size of each iteration, or None
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ def mlp_relaxation(
     last,
     fresh,
     eta,
+    schedule,
+    momentum,
     loss_scale,
     ACT: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
@@ -67,14 +71,18 @@ def mlp_relaxation(
                     TOP_NEGATIVE_SLOPE, LOSS, ROWS, COLUMNS, REDUCTION, INPUT_PRECISION, ALIGNED,
                 )  # fmt: skip
         tl.debug_barrier()  # errors and deltas are written before other threads of the program read them
+        if schedule is None:
+            step_size = eta
+        else:
+            step_size = tl.load(schedule + iteration - 1)
         moving = tl.where(fresh != 0, tl.minimum(iteration, layers), layers)
         for index in range(moving):
             row = feedback_table + index * WIDTH
             tile_columns = tl.cdiv(tl.load(row + 2).to(tl.int32), COLUMNS)
             for tile_column in range(tile_columns):
                 feedback_tile(
-                    state, operand, first_bad, row, tile_row, tile_column, iteration, eta, ROWS, COLUMNS,
-                    REDUCTION, INPUT_PRECISION, ALIGNED,
+                    state, operand, first_bad, row, tile_row, tile_column, iteration, step_size, momentum, ROWS,
+                    COLUMNS, REDUCTION, INPUT_PRECISION, ALIGNED,
                 )  # fmt: skip
         tl.debug_barrier()  # beliefs are written before the next iteration reads them
 
@@ -90,15 +98,22 @@ def launch_mlp_relaxation(
     first: int,
     last: int,
     fresh: bool,
-    eta: float,
+    eta: float | Tensor,
+    momentum: float = 0.0,
     loss_scale: float,
     programs: int,
     constants: dict,
     warps: int,
     stages: int,
 ) -> None:
-    """Launch on the current stream: iterations ``first`` to ``last``; ``programs`` = batch / ROWS, rounded up."""
+    """Launch on the current stream: iterations ``first`` to ``last``; ``programs`` = batch / ROWS, rounded up.
+
+    Args:
+        eta: of all iterations, or a tensor of one for each from the first of all on.
+    """
+    eta, schedule = (None, eta) if isinstance(eta, Tensor) else (eta, None)
     mlp_relaxation[(programs,)](
-        state, operand, predict_table, feedback_table, first_bad, layers, first, last, int(fresh), eta, loss_scale,
+        state, operand, predict_table, feedback_table, first_bad, layers, first, last, int(fresh), eta, schedule,
+        momentum or None, loss_scale,
         **constants, num_warps=warps, num_stages=stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

@@ -5,8 +5,9 @@ delta_2 the error above pulled back to u_2, and r = delta_2 * G, where G is K co
 
     s <- (1 - eta) s - eta r            sum <- (1 - eta) sum + eta delta_2
 
-and after the loop d_1 is minus the transposed convolution of sum. All four lie side by side, channels-last, so a
-program takes BLOCK neighbours of each, whatever the map's shape.
+and after the loop d_1 is minus the transposed convolution of sum. With momentum (momentum.py) both move along
+velocities, whose steps are -(s + r) and delta_2 - sum. All arrays lie side by side, channels-last, so a program takes
+BLOCK neighbours of each, whatever the map's shape.
 
 Arguments of the kernel, contiguous (B, H, W, C):
 
@@ -14,10 +15,12 @@ Arguments of the kernel, contiguous (B, H, W, C):
     total       fp32          sum, in place
     delta       fp32, bf16    delta_2
     pulled      fp32, bf16    r
+    velocity, total_velocity  fp32, in place: of s and sum; None without momentum
     first_bad   (layers,)     int32: as pointwise_update's, of s
     layer, iteration          int32: the element of first_bad, what is written there
     elements    int           B H W C
-    step_size   fp32          eta
+    step_size   fp32          eta of this iteration
+    momentum    fp32          None without
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .first_bad import note_bad
+from .momentum import check_velocity, with_momentum
 
 #: Elements a program: 4 for each of its 128 threads, 16 bytes of fp32.
 BLOCK = 512
@@ -38,20 +42,31 @@ def pointwise_gram_kernel(
     total,
     delta,
     pulled,
+    velocity,
+    total_velocity,
     first_bad,
     elements,
     layer,
     iteration,
     step_size,
+    momentum,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     r = tl.load(pulled + at, mask=inside, other=0.0).to(tl.float32)
     own = tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
-    moved = (1 - step_size) * tl.load(s + at, mask=inside, other=0.0) - step_size * r
+    old = tl.load(s + at, mask=inside, other=0.0)
+    if momentum is None:
+        moved = (1 - step_size) * old - step_size * r
+    else:
+        moved = old + step_size * with_momentum(-old - r, velocity + at, momentum, inside)
     tl.store(s + at, moved, mask=inside)
-    grown = (1 - step_size) * tl.load(total + at, mask=inside, other=0.0) + step_size * own
+    before = tl.load(total + at, mask=inside, other=0.0)
+    if momentum is None:
+        grown = (1 - step_size) * before + step_size * own
+    else:
+        grown = before + step_size * with_momentum(own - before, total_velocity + at, momentum, inside)
     tl.store(total + at, grown, mask=inside)
     note_bad(first_bad, layer, iteration, moved, inside)
 
@@ -66,13 +81,20 @@ def gram_update(
     first_bad: Tensor,
     layer: int,
     iteration: int,
+    velocity: Tensor | None = None,
+    total_velocity: Tensor | None = None,
+    momentum: float = 0.0,
 ) -> None:
     """Move ``s`` and ``total`` in place, and note the iteration where s is no longer finite.
 
     Raises:
-        ValueError: the tensors do not lie alike.
+        ValueError: the tensors do not lie alike, or there are not two velocities exactly with momentum.
     """
-    for name, tensor in dict(total=total, delta=delta, pulled=pulled).items():
+    check_velocity(momentum, velocity, total_velocity)
+    arrays = dict(total=total, delta=delta, pulled=pulled)
+    if velocity is not None:
+        arrays |= dict(velocity=velocity, total_velocity=total_velocity)
+    for name, tensor in arrays.items():
         if tensor.shape != s.shape or not (tensor.is_contiguous() and s.is_contiguous()):
             raise ValueError(f"{name} {tuple(tensor.shape)} does not lie as s {tuple(s.shape)}, contiguous")
     if s.numel() == 0:
@@ -82,10 +104,13 @@ def gram_update(
         total,
         delta,
         pulled,
+        velocity,
+        total_velocity,
         first_bad,
         s.numel(),
         layer,
         iteration,
         float(step_size),
+        momentum or None,
         BLOCK=BLOCK,
     )

@@ -2,7 +2,7 @@
 
 With d = v - vhat, eps of this layer and r, the error above pulled back to this layer (docs/method.md):
 
-    d <- d + eta (eps - r)
+    d <- d + eta (eps - r)            with momentum along a velocity (momentum.py), whose step is eps - r
 
 CLAMPED is layer 1, whose prediction never moves (fact 2): eps = -d at the d before the update, written here.
 
@@ -16,10 +16,12 @@ other in the argument list as NAME_batch, NAME_row, NAME_column; features are (B
     error       (B, H, W, C)  fp32          eps; written where CLAMPED, else read
     pulled      (B, H, W, C)  fp32, bf16    r
     operand     (B, H, W, C)  float         the new d, rounded; None: not wanted
+    velocity    (B, H, W, C)  fp32          in place; lies as d does; None without momentum
     first_bad   (layers,)     int32         by layer the first iteration that left NaN or infinity in d; starts large
     layer, iteration          int32         the element of first_bad, what is written there
     positions, rows, columns, channels      B H W, H, W, C
-    step_size   fp32                        eta
+    step_size   fp32                        eta of this iteration
+    momentum    fp32                        None without
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .first_bad import note_bad
+from .momentum import check_velocity, with_momentum
 from .pointwise_error import places, strides, tile
 
 
@@ -50,6 +53,7 @@ def pointwise_update_kernel(
     operand_batch,
     operand_row,
     operand_column,
+    velocity,
     first_bad,
     positions,
     rows,
@@ -58,6 +62,7 @@ def pointwise_update_kernel(
     layer,
     iteration,
     step_size,
+    momentum,
     CLAMPED: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -75,7 +80,10 @@ def pointwise_update_kernel(
         tl.store(error + e_at, e, mask=inside)
     else:
         e = tl.load(error + e_at, mask=inside, other=0.0)
-    d += step_size * (e - r)
+    step = e - r
+    if momentum is not None:
+        step = with_momentum(step, velocity + d_at, momentum, inside)
+    d += step_size * step
     tl.store(deviation + d_at, d, mask=inside)
     if operand is not None:
         operand_at = sample * operand_batch + row * operand_row + column * operand_column + channel
@@ -94,11 +102,21 @@ def update(
     iteration: int,
     operand: Tensor | None = None,
     clamped: bool = False,
+    velocity: Tensor | None = None,
+    momentum: float = 0.0,
 ) -> None:
     """Move ``deviation`` in place, copy it to ``operand``, and note the iteration where it is no longer finite.
 
     With ``clamped`` the ``error`` is written too: minus the old deviation.
+
+    Raises:
+        ValueError: ``velocity`` does not lie as ``deviation`` does, or is not there exactly with momentum.
     """
+    check_velocity(momentum, velocity)
+    if velocity is not None and (velocity.shape, velocity.stride()) != (deviation.shape, deviation.stride()):
+        raise ValueError(
+            f"velocity {tuple(velocity.shape)} does not lie as deviation {tuple(deviation.shape)} does"
+        )
     batch, rows, columns, channels = deviation.shape
     positions = batch * rows * columns
     if positions == 0 or channels == 0:
@@ -114,6 +132,7 @@ def update(
         *strides(pulled),
         operand,
         *strides(operand),
+        velocity,
         first_bad,
         positions,
         rows,
@@ -122,6 +141,7 @@ def update(
         layer,
         iteration,
         float(step_size),
+        momentum or None,
         CLAMPED=clamped,
         BLOCK_POSITIONS=block_positions,
         BLOCK_CHANNELS=block_channels,

@@ -9,6 +9,7 @@ that of the energy sum 0.5 |eps_l|^2 + loss and of 0.5 lambda |v_l|^2; lambda is
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from dataclasses import dataclass
@@ -24,6 +25,12 @@ StepSize = float | tuple[float, ...]  # one for all iterations, or one an iterat
 def step_size_of(step_size: StepSize, iteration: int) -> float:
     """eta_t of iteration t = 1, 2, ..."""
     return step_size[iteration - 1] if isinstance(step_size, tuple) else step_size
+
+
+@functools.lru_cache(maxsize=16)
+def schedule_on_device(step_sizes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A schedule where kernels read it. Uploaded once: a CUDA graph cannot record a copy from the host."""
+    return torch.tensor(step_sizes, dtype=dtype, device=device)
 
 
 def checked_number(name: str, value, accepts, needed: str, remedy: str) -> float:

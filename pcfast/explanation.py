@@ -114,8 +114,7 @@ def explain(
     fresh = belief_optimizer.rests or num_steps == 0
     request = Request(
         network, where, dtype, shape, method, num_steps, fresh,
-        belief_optimizer=belief_optimizer, schedule=isinstance(step_size, tuple), nudging=nudging,
-        tolerance=tolerance,
+        belief_optimizer=belief_optimizer, nudging=nudging, tolerance=tolerance,
     )  # fmt: skip
     chosen, refusals = choose_backend(backend, request)
     precision = choose_precision(where.type, dtype)

@@ -48,7 +48,7 @@ class Request:
         fresh: from the forward pass on, not from given beliefs.
         energies: of every iteration are wanted.
         loss: "cross_entropy", "mse" or "callable"; None where the gradient at the output is given instead.
-        belief_optimizer: how beliefs move. schedule: the step size differs between iterations.
+        belief_optimizer: how beliefs move.
         nudging: of the target, or None.
         belief_gradients: norms of the beliefs' gradients in every iteration are wanted.
         tolerance: of the early exit (early_exit.py), or None.
@@ -64,7 +64,6 @@ class Request:
     energies: bool = False
     loss: str | None = "cross_entropy"
     belief_optimizer: BeliefOptimizer = PLAIN
-    schedule: bool = False
     nudging: Nudging | None = None
     belief_gradients: bool = False
     tolerance: float | None = None

@@ -243,7 +243,6 @@ def prepare(
         wanted.energies,
         described and described.kind,
         belief_optimizer,
-        isinstance(step_size, tuple),
         nudging,
         wanted.belief_gradients,
         tolerance,

@@ -10,7 +10,20 @@ import pcfast
 from pcfast.accuracy import relative_error
 from pcfast.checking import loss_in
 
-__all__ = ["assert_close_to_float64", "in_double", "updates"]
+__all__ = ["MOVING", "assert_close_to_float64", "in_double", "updates"]
+
+
+def waning(num_steps: int) -> tuple[float, ...]:
+    """Step sizes, no two alike: one that is read an iteration early or late shows."""
+    return tuple(0.3 * 0.8**t for t in range(num_steps))
+
+
+#: How beliefs move -> the settings that say so, given the number of iterations.
+MOVING = {
+    "momentum": lambda n: {"belief_optimizer": pcfast.GradientDescent(0.9)},
+    "schedule": lambda n: {"step_size": waning(n)},
+    "both": lambda n: {"belief_optimizer": pcfast.GradientDescent(0.5), "step_size": waning(n)},
+}
 
 
 def in_double(model, *tensors):

@@ -236,6 +236,7 @@ def _feedback_ways(
             delta=launch.first("delta", layer), delta_stride=padded(fan_out), weight=launch.first("weight", layer),
             weight_stride=padded(fan_in), stride=padded(fan_in), d=launch.first("d", layer),
             d_operand=launch.first(copy, layer), error=launch.first("error", layer), s=0, sum=0, layer=layer,
+            velocity=0, sum_velocity=0,
         )
         for layer in range(layers)
     )  # fmt: skip

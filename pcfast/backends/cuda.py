@@ -6,12 +6,10 @@ cuDNN, as in eager.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from .. import constants, native
-from ..belief_optimizers import BeliefOptimizer
+from ..belief_optimizers import BeliefOptimizer, schedule_on_device
 from ..deviation import Chain
 from ..planning import choose_gram
 from ..precision import Operands, choose_precision, kernel_operands, numerics
@@ -40,7 +38,7 @@ class Cuda(KernelBackend):
         if request.dtype not in _DTYPES and not (native.on_host() and request.dtype == torch.float64):
             return False, f"its kernels compute in float32, not {request.dtype}: use eager"
         network = request.network
-        reason = without_kernels(request, momentum=True) or unknown_to_kernels(network)
+        reason = without_kernels(request) or unknown_to_kernels(network)
         if reason:
             return False, reason
         if request.x_shape is None or request.method != "strict" or network.depth == 1:
@@ -121,12 +119,6 @@ def _place(
     return place(network, shapes, gram, loss, operands, scalar_bytes, chip, optimizer.momentum > 0)
 
 
-@functools.lru_cache(maxsize=16)
-def _on_device(step_sizes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A schedule where the kernel reads it. Uploaded once: a CUDA graph cannot record a copy from the host."""
-    return torch.tensor(step_sizes, dtype=dtype, device=device)
-
-
 class _Run(KernelRun):
     """One strict relaxation. The kernel runs the forward pass, too: only its lowest product is torch's."""
 
@@ -169,7 +161,7 @@ class _Run(KernelRun):
             weights[2], biases[2] = steps[2].gram(), None
         self.step_size = problem.step_size
         if isinstance(self.step_size, tuple):
-            self.step_size = _on_device(self.step_size, first.dtype, first.device)
+            self.step_size = schedule_on_device(self.step_size, first.dtype, first.device)
         inner_shapes = (self._inner_shape(l) for l in range(2, self.depth + 1))
         return placed, Inputs(
             [None, None, *weights[2:]], [None, None, *biases[2:]], below, self.starts, problem.loss, problem.y,

@@ -18,22 +18,15 @@ from .base import on_device, without_closed_form
 from .eager import Eager, Run
 
 
-def without_kernels(request: Request, *, momentum: bool = False) -> str:
-    """Which of a request's settings the kernels of strict relaxation do not know; "" where they know all.
-
-    Args:
-        momentum: they move beliefs with momentum, and by schedules of step sizes.
-    """
+def without_kernels(request: Request) -> str:
+    """Which of a request's settings the kernels of strict relaxation do not know; "" where they know all."""
     if request.method != "strict":
         if request.method in LOOPS:
             return f"its kernels relax strict predictive coding, not {request.method}: use eager"
         return without_closed_form(request)
     optimizer = request.belief_optimizer
-    if not optimizer.plain and not (momentum and optimizer.linear):
-        known = "gradient descent without weight decay" if momentum else "plain gradient descent"
-        return f"its kernels move beliefs by {known}, not by {optimizer}: use eager"
-    if request.schedule and not momentum:
-        return "its kernels take one step size for all iterations, not a schedule: use eager"
+    if not optimizer.linear:
+        return f"its kernels move beliefs by gradient descent without weight decay, not by {optimizer}: use eager"
     if request.nudging is not None:
         return "its kernels take no nudged target: use eager"
     if request.tolerance is not None:

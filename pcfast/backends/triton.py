@@ -111,7 +111,8 @@ def _target(device: torch.device, precision):
 def _design(network, plan, loss: str | None, target):
     from ..streamed.design import design
 
-    return design(network, plan.shapes, plan.gram, loss, plan.fresh, target)
+    momentum = plan.belief_optimizer.momentum > 0
+    return design(network, plan.shapes, plan.gram, loss, plan.fresh, target, momentum)
 
 
 def _fuses_loss(problem, plan) -> bool:
@@ -248,7 +249,7 @@ class _Run(KernelRun):
             self.chains, self.vhat, self.pre_activations, self._starts(), self.target if fused else None,
             self.gradient_at, self.links[1] if plan.gram else None,
         )  # fmt: skip
-        loop = Loop(planned, self.arena, inputs, problem.step_size)
+        loop = Loop(planned, self.arena, inputs, problem.step_size, problem.belief_optimizer.momentum)
         errors = [None] * (depth + 1)
         front = loop.front(max(steps, 1))
 

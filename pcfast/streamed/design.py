@@ -117,6 +117,7 @@ class Design:
         wide_top: the output layer's product and its loss are two launches.
         whole: mlp_relaxation does all; whole_reason: why, or why not.
         loop: under which tuning may choose otherwise; None where only stages are possible.
+        momentum: beliefs have velocities.
     """
 
     boundaries: tuple[Boundary, ...]
@@ -130,6 +131,7 @@ class Design:
     whole_reason: str
     loop: LoopKey | None
     fresh: bool
+    momentum: bool
     target: Target = field(repr=False)
 
     @property
@@ -144,7 +146,13 @@ class Design:
 
 @functools.lru_cache(maxsize=256)
 def design(
-    network: specs.Network, shapes: tuple, gram: bool, loss: str | None, fresh: bool, target: Target
+    network: specs.Network,
+    shapes: tuple,
+    gram: bool,
+    loss: str | None,
+    fresh: bool,
+    target: Target,
+    momentum: bool = False,
 ) -> Design:
     """Design one problem of at least two layers.
 
@@ -152,6 +160,7 @@ def design(
         shapes: as :meth:`pcfast.network.Network.shapes` gives them, none hidden.
         gram: layer 1's beliefs leave the loop (docs/method.md fact 7).
         loss: "cross_entropy" or "mse" where kernels may evaluate it; None where torch does.
+        momentum: beliefs move with it.
     """
     batch, depth = shapes[0][0][0], network.depth
     bounds = boundaries(network, shapes)
@@ -159,14 +168,14 @@ def design(
     linear = [l for l in range(depth, 1, -1) if isinstance(forms[l], LinearForm)]
     gram_rows = gram and 2 in linear
     builder = LayoutBuilder(target.separate_operands)
-    _place_beliefs(builder, batch, bounds, forms, gram, target)
+    _place_beliefs(builder, batch, bounds, forms, gram, target, momentum)
     for l in range(2, depth + 1):
         if isinstance(forms[l], PointwiseForm):
-            _place_pointwise(builder, l, batch, bounds, forms[l], gram and l == 2)
+            _place_pointwise(builder, l, batch, bounds, forms[l], gram and l == 2, momentum)
         elif isinstance(forms[l], ConvForm):
             _place_convolution(builder, l, batch, bounds[l], forms[l].geometry)
     for l in linear:
-        _place_linear(builder, l, batch, bounds[l], forms[l], depth, gram_rows and l == 2)
+        _place_linear(builder, l, batch, bounds[l], forms[l], depth, gram_rows and l == 2, momentum)
 
     feedback = _feedback(linear, batch, bounds, builder.matrices, gram_rows, target)
     wide_top = depth in linear and forms[depth].out_features > _loss_columns(target)
@@ -193,6 +202,7 @@ def design(
         reason,
         loop,
         fresh,
+        momentum,
         target,
     )
 
@@ -232,11 +242,18 @@ def _forms(
 # where everything lies
 
 
-def _place_beliefs(builder, batch, bounds, forms, gram, target) -> None:
+# Where layer 1's beliefs are out of the loop, these arrays of layer 2 move in it instead.
+_GRAM_STATE = ("s", "sum")
+_GRAM_VELOCITIES = ("s_velocity", "sum_velocity")
+
+
+def _place_beliefs(builder, batch, bounds, forms, gram, target, momentum) -> None:
     for l in range(2 if gram else 1, len(bounds) - 1):
         bound, above = bounds[l], forms[l + 1]
         d = builder.add(f"d{l}", batch, bound.size, bound.stride)
         builder.add(f"error{l}", batch, bound.size, bound.stride)
+        if momentum:
+            builder.add(f"velocity{l}", batch, bound.size, bound.stride)
         multiplied = isinstance(above, LinearForm) or getattr(above, "convolution", None) is not None
         if multiplied and target.separate_operands:
             builder.add(f"d_operand{l}", batch, bound.size, bound.stride, operand=True)
@@ -244,12 +261,16 @@ def _place_beliefs(builder, batch, bounds, forms, gram, target) -> None:
             builder.matrices[f"d_operand{l}"] = d
 
 
-def _place_pointwise(builder, l, batch, bounds, form: PointwiseForm, in_gram_form: bool) -> None:
+def _gram_state(in_gram_form: bool, momentum: bool) -> tuple[str, ...]:
+    """What layer 2 keeps beside what other layers do."""
+    return (_GRAM_STATE + (_GRAM_VELOCITIES if momentum else ())) if in_gram_form else ()
+
+
+def _place_pointwise(builder, l, batch, bounds, form: PointwiseForm, in_gram_form: bool, momentum) -> None:
     height, width, channels = form.inner
     size = height * width * channels
-    if in_gram_form:
-        builder.add(f"s{l}", batch, size)
-        builder.add(f"sum{l}", batch, size)
+    for name in _gram_state(in_gram_form, momentum):
+        builder.add(f"{name}{l}", batch, size)
     if form.convolution is None:  # the error is added to the beliefs below as it is: state, in their layout
         builder.add(f"delta{l}", batch, size, bounds[l - 1].stride)
     else:
@@ -261,10 +282,10 @@ def _place_convolution(builder, l, batch, bound: Boundary, geometry: ConvGeometr
     builder.add(f"weight{l}", geometry.out_channels, geometry.taps * geometry.channels, operand=True)
 
 
-def _place_linear(builder, l, batch, bound: Boundary, form: LinearForm, depth, in_gram_form: bool) -> None:
-    names = ["uhat"]
-    if in_gram_form:
-        names += ["s", "sum"]
+def _place_linear(
+    builder, l, batch, bound: Boundary, form: LinearForm, depth, in_gram_form: bool, momentum
+) -> None:
+    names = ["uhat", *_gram_state(in_gram_form, momentum)]
     if l == depth:
         names += ["error", "vhat", "dense"] + ([] if in_gram_form else ["s"])
         builder.add("mass", 1, batch)
@@ -423,6 +444,8 @@ def _feedback(linear, batch, bounds, matrices, gram_rows, target) -> FeedbackLau
                 s=_first(matrices, "s2"),
                 sum=_first(matrices, "sum2"),
                 layer=link,
+                velocity=_first(matrices, "s_velocity2" if in_gram_form else f"velocity{link}"),
+                sum_velocity=_first(matrices, "sum_velocity2"),
             )
         )
         products.append((batch, weight.columns, delta.columns))

@@ -117,10 +117,12 @@ def _traffic(network: specs.Network, design: Design, l: int) -> int:
     # read: uhat and d, at the top vhat and the target instead of d; written: the error and delta
     epilogue = state * inner + above * (state * (3 if l == design.depth else 2) + operand)
     if design.gram and l == 2:
-        # s stands for the product; s and its sum move
-        return epilogue + state * inner + operand * above + 4 * state * inner + weights
+        # s stands for the product; s and its sum move, with momentum their velocities too
+        moved = 4 * state * inner * (2 if design.momentum else 1)
+        return epilogue + state * inner + operand * above + moved + weights
     copied = operand if design.target.separate_operands and weights else 0
     predict = operand * below + epilogue + weights
-    # the error below is read, layer 1's written
-    feedback = operand * above + below * (3 * state + copied) + weights
+    # the error below is read, layer 1's written; velocities are read and written
+    arrays = 5 if design.momentum else 3
+    feedback = operand * above + below * (arrays * state + copied) + weights
     return predict + feedback

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..belief_optimizers import StepSize, schedule_on_device, step_size_of
 from ..deviation import Chain
 from ..deviation.affine import Conv2dStep, LinearStep
 from ..forms import LinearForm, PointwiseForm, TorchForm
@@ -99,8 +100,11 @@ def _tail(form: PointwiseForm) -> Tail:
 class Loop:
     """One relaxation under way."""
 
-    def __init__(self, design: Design, arena: Arena, inputs: Inputs, step_size: float) -> None:
-        self.design, self.inputs, self.eta = design, inputs, step_size
+    def __init__(
+        self, design: Design, arena: Arena, inputs: Inputs, step_size: StepSize, momentum: float = 0.0
+    ) -> None:
+        self.design, self.inputs = design, inputs
+        self.step_size, self.momentum = step_size, momentum
         self.depth = design.depth
         self.device = inputs.vhat[0].device
         self.arena = arena
@@ -116,8 +120,11 @@ class Loop:
         self._winners: dict[int, Tensor] = {}  # of max-pooled implicit convolutions
         self._tables = [table(launch.rows, self.device) for launch in design.predicts]
         self._feedback_table = design.feedback and table(design.feedback.rows, self.device)
-        #: Device tables that the launches read.
-        self.resources = (*self._tables, self._feedback_table)
+        self._schedule: Tensor | None = None  # where one launch runs all iterations
+        if design.whole and isinstance(step_size, tuple):
+            self._schedule = schedule_on_device(step_size, arena.state.dtype, self.device)
+        #: What the launches read and a cache may let go.
+        self.resources = (*self._tables, self._feedback_table, self._schedule)
         self._fill()
 
     # before the loop
@@ -188,6 +195,9 @@ class Loop:
     def _moved(self, l: int, t: int) -> bool:
         """Whether v_l differs from its forward pass when iteration t begins."""
         return l >= 1 and (not self.design.fresh or l >= self.depth - t + 1)
+
+    def _eta(self, t: int) -> float:
+        return step_size_of(self.step_size, t)
 
     def _piece(self, layers: Sequence[int], work: Callable, *arguments) -> Callable[[], None]:
         """``work`` on the predictions of some layers, or on the feedback through them."""
@@ -286,20 +296,22 @@ class Loop:
     def _feedback_linear(self, launch: FeedbackLaunch, count: int, t: int) -> None:
         launch_linear_feedback(
             self.arena.state, self.arena.operand, self._feedback_table, self.first_bad, count=count, iteration=t,
-            eta=self.eta, programs=launch.programs, constants=self._constants(launch), warps=launch.tiles.warps,
-            stages=launch.tiles.stages,
+            eta=self._eta(t), momentum=self.momentum, programs=launch.programs, constants=self._constants(launch),
+            warps=launch.tiles.warps, stages=launch.tiles.stages,
         )  # fmt: skip
 
     def _run_whole(self, num_steps: int) -> None:
         (launch,) = self.design.predicts
         self.at_work = launch.layers
+        eta = self.step_size if self._schedule is None else self._schedule
 
         def iterations(first: int, last: int) -> None:
             launch_mlp_relaxation(
                 self.arena.state, self.arena.operand, self._tables[0], self._feedback_table, self.first_bad,
-                layers=len(launch.layers), first=first, last=last, fresh=self.design.fresh, eta=self.eta,
-                loss_scale=self._loss_scale(), programs=launch.programs, constants=self._predict_constants(launch),
-                warps=launch.tiles.warps, stages=launch.tiles.stages,
+                layers=len(launch.layers), first=first, last=last, fresh=self.design.fresh,
+                eta=eta, momentum=self.momentum, loss_scale=self._loss_scale(),
+                programs=launch.programs, constants=self._predict_constants(launch), warps=launch.tiles.warps,
+                stages=launch.tiles.stages,
             )  # fmt: skip
 
         if not self.design.gram:
@@ -331,8 +343,9 @@ class Loop:
         launch_conv_feedback(
             form.geometry, delta=self._image("delta", link + 1), winner=self._winners.get(link + 1),
             weight=self._weight_image(link + 1, form), d=self._image("d", link), error=self._image("error", link),
-            copy=self._operand_copy(link), first_bad=self.first_bad, layer=link, iteration=t, eta=self.eta,
-            clamped=link == 1, precision=self.design.target.convolutions,
+            copy=self._operand_copy(link), velocity=self._velocity(link), first_bad=self.first_bad, layer=link,
+            iteration=t, eta=self._eta(t), momentum=self.momentum, clamped=link == 1,
+            precision=self.design.target.convolutions,
         )  # fmt: skip
 
     # torch's convolutions, and layers without a product
@@ -377,7 +390,7 @@ class Loop:
         self._move(link, pulled, t)
 
     def _gram_image(self, name: str, form: PointwiseForm) -> Tensor:
-        """s or sum of layer 2's convolution (batch, height, width, channels)."""
+        """s or sum of layer 2's convolution, or a velocity of them (batch, height, width, channels)."""
         return as_image(self.arena.matrix(f"{name}2"), *form.inner)
 
     def _move_in_gram_form(self, form: PointwiseForm, delta: Tensor, t: int) -> None:
@@ -387,25 +400,33 @@ class Loop:
             total=self._gram_image("sum", form),
             delta=delta,
             pulled=step.gram_convolved(gram, delta.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous(),
-            step_size=self.eta,
+            step_size=self._eta(t),
             first_bad=self.first_bad,
             layer=1,
             iteration=t,
+            velocity=self._gram_image("s_velocity", form) if self.design.momentum else None,
+            total_velocity=self._gram_image("sum_velocity", form) if self.design.momentum else None,
+            momentum=self.momentum,
         )
 
     def _move(self, link: int, pulled: Tensor, t: int) -> None:
-        """d += eta (error - pulled); ``pulled`` (batch, height, width, channels)."""
+        """d += eta (error - pulled), or along its velocity; ``pulled`` (batch, height, width, channels)."""
         update(
             deviation=self._image("d", link),
             error=self._image("error", link),
             pulled=pulled,
-            step_size=self.eta,
+            step_size=self._eta(t),
             first_bad=self.first_bad,
             layer=link,
             iteration=t,
             operand=self._operand_copy(link),
             clamped=link == 1,
+            velocity=self._velocity(link),
+            momentum=self.momentum,
         )
+
+    def _velocity(self, link: int) -> Tensor | None:
+        return self._image("velocity", link) if self.design.momentum else None
 
     def _operand_copy(self, link: int) -> Tensor | None:
         """Where d_link is kept for the product above, in a dtype of its own; None where that reads d itself."""
@@ -436,7 +457,7 @@ class Loop:
         l = link + 1
         error = self.output_error if l == self.depth else self._logical("error", l)
         if link == 1 and self.inputs.gram_link is not None:
-            self.inputs.gram_link.descend(None, error, self.eta)
+            self.inputs.gram_link.descend(None, error, self._eta(t), t)
             return
         bound = self.design.boundaries[link]
         pulled = bound.in_memory(self.inputs.chains[l].pullback(error)).contiguous()

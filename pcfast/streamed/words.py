@@ -34,6 +34,9 @@ def describe(network: specs.Network, shapes: tuple, design: Design, constants: C
             tiles = design.feedback.tiles
             links = _layers(design.feedback.links)
             lines.append(f"linear_feedback into {links}: {_tiles(tiles)} ({tiles.reason})")
+    velocities = sum(m.elements for name, m in design.layout.matrices if "velocity" in name)
+    if velocities:
+        lines.append(f"momentum: velocities of what moves, {4 * velocities:,} bytes")
     least = floors(network, shapes, design, constants)
     for l in range(1, depth + 1):
         line = f"{network.layers[l - 1].label}: {_how(design, l, shapes[0][0][0])}"

@@ -11,6 +11,7 @@ import functools
 import implicit_convolutions
 import pytest
 import torch
+from against_reference import MOVING
 from gpu_helpers import (
     CLASSES,
     DEVICE,
@@ -150,6 +151,22 @@ SMOOTH = {
 }
 
 
+def narrowing_cnn() -> nn.Sequential:
+    """Layer 2 has far fewer channels than layer 1."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.Tanh()),
+        nn.Sequential(nn.Conv2d(24, 4, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten()),
+        nn.Sequential(nn.Linear(100, 32), nn.Tanh()),
+        nn.Linear(32, CLASSES),
+    )
+
+
+GRAM = {
+    "linear": (lambda: networks.mlp([37, 256, 48, CLASSES], nn.Tanh), (37,)),
+    "convolution": (narrowing_cnn, (3, 12, 12)),
+}
+
+
 @pytest.fixture
 def implicit(monkeypatch):
     implicit_convolutions.everywhere(monkeypatch)
@@ -222,12 +239,7 @@ def test_implicit_convolutions_follow_weights_updated_in_place(implicit):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_gram_form_of_a_convolution(precision):
-    model = nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), nn.Tanh()),
-        nn.Sequential(nn.Conv2d(24, 4, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten()),
-        nn.Sequential(nn.Linear(100, 32), nn.Tanh()),
-        nn.Linear(32, CLASSES),
-    )
+    model = narrowing_cnn()
     shape = (ROWS, 3, 12, 12)
     with use_precision(precision, DEVICE):
         assert "pointwise_gram" in str(pcfast.explain(model, shape, DEVICE, num_steps=12, backend="triton"))
@@ -269,6 +281,52 @@ def test_energies_and_given_beliefs_take_the_stages_one_by_one():
     assert (
         distance(found.beliefs, truth.beliefs) < 1e-5 and distance(found.errors[1:], truth.errors[1:]) < 1e-4
     )
+
+
+def allowed_moving(model, x, y, truth: list[Tensor], precision: str, settings: dict) -> float:
+    """As gpu_helpers.allowed, and three times what eager on this device loses: momentum sums up rounding, and the
+    CPU has no TF32."""
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    eager = updates(copy.deepcopy(model), x, y, backend="eager", **settings)
+    assert last()[0] == "eager"
+    return max(allowed(model, x, y, truth, autocast, **settings), 3 * distance(eager, truth))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("convolutions", ["composed", "implicit"])
+@pytest.mark.parametrize("way", MOVING)
+@pytest.mark.parametrize("name", SMOOTH)
+def test_momentum_and_schedules(name, way, convolutions, precision, request):
+    """Plain, recorded and replayed. Two step sizes follow each other as arguments of launches, or from a table."""
+    if convolutions == "implicit":
+        if name != "convolutions":
+            pytest.skip("a network without convolutions")
+        request.getfixturevalue("implicit")
+    model, x, y = problem(*SMOOTH[name])
+    settings = MOVING[way](STEPS["num_steps"])
+    with use_precision(precision, DEVICE):
+        truth = in_float64(model, x, y, **settings)
+        bound = allowed_moving(model, x, y, truth, precision, settings)
+        found = []
+        for now in (("triton", False, FIRST), ("triton", True, ""), ("triton", True, "")):
+            found.append(ours(model, x, y, **settings))
+            assert last() == now
+            assert distance(found[-1], truth) <= bound
+    assert same_bits(found[1], found[2])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("way", MOVING)
+@pytest.mark.parametrize("name", GRAM)
+def test_momentum_and_schedules_in_gram_form(name, way, precision):
+    model, x, y = problem(*GRAM[name])
+    settings = {"num_steps": 12, **MOVING[way](12)}
+    with use_precision(precision, DEVICE):
+        truth = in_float64(model, x, y, **settings)
+        bound = allowed_moving(model, x, y, truth, precision, settings)
+        for _ in range(3):
+            assert distance(ours(model, x, y, **settings), truth) <= bound
+            assert pcfast.last_run().plan.gram
 
 
 # Repeatable ----------------------------------------------------------------------------------------------------

@@ -62,10 +62,12 @@ def _linear(
         types |= {"table": "*i64", "products": "i32", "front": "i32", "loss_scale": "fp32"}
     elif kernel == "linear_feedback":
         types |= {"table": "*i64", "first_bad": "*i32", "count": "i32", "iteration": "i32", "eta": "fp32"}
+        constexprs = {**constexprs, "momentum": None}
     else:
         types |= {"predict_table": "*i64", "feedback_table": "*i64", "first_bad": "*i32"}
         types |= dict.fromkeys(("layers", "first", "last", "fresh"), "i32")
         types |= {"eta": "fp32", "loss_scale": "fp32"}
+        constexprs = {**constexprs, "schedule": None, "momentum": None}
     return Case(
         name=name,
         kernel=f"pcfast.kernels.{kernel}:{kernel}",
@@ -103,7 +105,6 @@ def linear_cases(chips, sizes, acts) -> list[Case]:
 def candidate_cases(chips) -> list[Case]:
     """What tuning tries for launches of linear layers, with the activation that takes most registers."""
     cases = []
-    gelu = activations.Gelu()
     for capability, precision, kernel in itertools.product(
         chips, PRECISIONS, ("linear_predict", "linear_feedback", "mlp_relaxation")
     ):
@@ -112,7 +113,7 @@ def candidate_cases(chips) -> list[Case]:
         for tiles in candidates(LaunchKey(kernel, precision, whole, 128, ((128, 128),)), by_rule, False):
             constexprs = _tile_constants(tiles, precision)
             if kernel != "linear_feedback":
-                constexprs = _predict_constants(tiles, precision, gelu)
+                constexprs = _predict_constants(tiles, precision, _GELU)
             if kernel == "linear_predict":
                 constexprs |= NO_TOP
             shape = f"{tiles.rows} x {tiles.columns}, {tiles.warps} warps, {tiles.stages} stages"
@@ -159,6 +160,7 @@ def conv_cases(chips, names) -> list[Case]:
             eta="fp32",
         )  # fmt: skip
         missing |= {} if copied else {"copy": None}
+        missing |= {"velocity": None, "momentum": None}
         cases.append(
             _conv("conv_feedback", f"conv_feedback, {name}, {precision}", types, {**constants, **missing}, tiles,
                   capability)
@@ -239,7 +241,9 @@ def pointwise_cases(chips) -> list[Case]:
                     **{view: kinds.get(view, "*fp32") for view in views}, **strides, "first_bad": "*i32", **sizes,
                     "step_size": "fp32",
                 },
-                constexprs=dict(CLAMPED=False, BLOCK_POSITIONS=block[0], BLOCK_CHANNELS=block[1]),
+                constexprs=dict(
+                    CLAMPED=False, BLOCK_POSITIONS=block[0], BLOCK_CHANNELS=block[1], velocity=None, momentum=None
+                ),
                 capability=capability,
                 divisible=(*views, *strides, "channels"),
             )
@@ -252,7 +256,9 @@ def pointwise_cases(chips) -> list[Case]:
                 name="pointwise_gram",
                 kernel="pcfast.kernels.pointwise_gram:pointwise_gram_kernel",
                 signature={**arrays, "first_bad": "*i32", **sizes, "step_size": "fp32"},
-                constexprs=dict(BLOCK=pointwise_gram.BLOCK),
+                constexprs=dict(
+                    BLOCK=pointwise_gram.BLOCK, velocity=None, total_velocity=None, momentum=None
+                ),
                 capability=capability,
                 divisible=(*arrays, "elements"),
             )
@@ -299,7 +305,44 @@ def output_cases(chips) -> list[Case]:
     return cases
 
 
-_TANH, _RELU = activations.Tanh(), activations.Relu()
+#: What moves beliefs otherwise than plainly, and the arguments that are None without it.
+_MOVING = {
+    "momentum": {"momentum": "fp32", "velocity": "*fp32", "total_velocity": "*fp32"},
+    "schedule": {"schedule": "*fp32"},
+}
+_BOTH = (("momentum", "schedule"),)
+_EACH = (("momentum",), ("schedule",), *_BOTH)
+
+
+def moving_cases(cases, ways=_BOTH) -> list[Case]:
+    """Kernels of the feedback stage among ``cases`` where beliefs move in some ``ways``, as far as kernels tell them.
+
+    Only mlp_relaxation knows a schedule: launches of one iteration have a step size.
+    """
+    found = {}
+    for case, way in itertools.product(cases, ways):
+        known = [word for word in way if not _MOVING[word].keys().isdisjoint(case.constexprs)]
+        types = {a: kind for word in known for a, kind in _MOVING[word].items() if a in case.constexprs}
+        if not types:
+            continue
+        signature, constexprs = {**case.signature, **types}, {**case.constexprs}
+        for argument in types:
+            del constexprs[argument]
+        if "schedule" in types:
+            constexprs["eta"] = None
+            del signature["eta"]
+        moving = replace(
+            case,
+            name=f"{case.name}, {' and '.join(known)}",
+            signature=signature,
+            constexprs=constexprs,
+            divisible=(*case.divisible, *(argument for argument, kind in types.items() if kind == "*fp32")),
+        )
+        found[moving.name, moving.capability] = moving
+    return list(found.values())
+
+
+_TANH, _RELU, _GELU = activations.Tanh(), activations.Relu(), activations.Gelu()
 
 CASES = [
     *linear_cases(CHIPS, ("small",), (_TANH,)),
@@ -309,11 +352,15 @@ CASES = [
     *still_cases((90,), ("vgg",)),
     *pointwise_cases(CHIPS),
     *output_cases(CHIPS),
+    *moving_cases(linear_cases(CHIPS, ("small",), (_TANH,))),
+    *moving_cases(
+        [*linear_cases((90,), ("wide",), ()), *conv_cases((90,), ("vgg",)), *pointwise_cases((90,))]
+    ),
 ]
 
 _ALL_ACTIVATIONS = (
-    _RELU, activations.LeakyRelu(), _TANH, activations.Sigmoid(), activations.Silu(), activations.Gelu(),
-    activations.GeluTanh(), None,
+    _RELU, activations.LeakyRelu(), _TANH, activations.Sigmoid(), activations.Silu(), _GELU, activations.GeluTanh(),
+    None,
 )  # fmt: skip
 FULL = [
     *linear_cases(ALL_CHIPS, SIZES, _ALL_ACTIVATIONS),
@@ -322,4 +369,8 @@ FULL = [
     *still_cases(ALL_CHIPS, CONVOLUTIONS),
     *pointwise_cases(ALL_CHIPS),
     *output_cases(ALL_CHIPS),
+    *moving_cases(linear_cases(ALL_CHIPS, SIZES, (_GELU,)), _EACH),
+    *moving_cases(
+        [*candidate_cases(CHIPS), *conv_cases(ALL_CHIPS, CONVOLUTIONS), *pointwise_cases(ALL_CHIPS)]
+    ),
 ]

@@ -344,6 +344,7 @@ class Fed:
     d: Tensor
     error: Tensor
     copy: Tensor | None
+    velocity: Tensor | None
     first_bad: Tensor
 
 
@@ -368,11 +369,13 @@ def feedback(
     clamped: bool = False,
     layer: int = 1,
     iteration: int = 7,
+    momentum: float = 0.0,
 ) -> Fed:
     shape = inputs["d"].shape
     d = Guarded(shape, torch.float32, inputs["d"])
     error = Guarded(shape, torch.float32, None if clamped else inputs["error"])
     copy = Guarded(shape, torch.bfloat16)
+    velocity = Guarded(shape, torch.float32, inputs.get("velocity"))
     first_bad = torch.full((3,), 1000, dtype=torch.int32)
     launch_conv_feedback(
         case.geometry,
@@ -382,17 +385,25 @@ def feedback(
         d=d.tensor,
         error=error.tensor,
         copy=copy.tensor if precision == "bf16" else None,
+        velocity=velocity.tensor if momentum else None,
         first_bad=first_bad,
         layer=layer,
         iteration=iteration,
         eta=ETA,
+        momentum=momentum,
         clamped=clamped,
         precision=precision,
         tiles=case.tiles,
     )
-    for tensor in (d, error, copy):
+    for tensor in (d, error, copy, velocity):
         tensor.check()
-    return Fed(d.tensor, error.tensor, copy.tensor if precision == "bf16" else None, first_bad)
+    return Fed(
+        d.tensor,
+        error.tensor,
+        copy.tensor if precision == "bf16" else None,
+        velocity.tensor if momentum else None,
+        first_bad,
+    )
 
 
 def pulled_back(g: ConvGeometry, output_error: Tensor, weight: Tensor) -> Tensor:
@@ -413,10 +424,28 @@ def test_feedback_of_the_clamped_layer(name):
     check_feedback(name, "tf32x3", clamped=True)
 
 
-def check_feedback(name: str, precision: str, clamped: bool) -> None:
+@pytest.mark.parametrize("clamped", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["1x1", "3x3-pad-max", "3x3-pad2-avg"])
+def test_feedback_with_momentum(name, precision, clamped):
+    check_feedback(name, precision, clamped, momentum=0.7)
+
+
+def test_a_velocity_is_there_exactly_where_there_is_momentum():
+    case = CASES["1x1"]
+    inputs = {**feedback_inputs(case, "tf32x3"), "first_bad": torch.zeros(2, dtype=torch.int32)}
+    rest = dict(layer=1, iteration=1, eta=ETA, precision="tf32x3")
+    for velocity, momentum in ((None, 0.5), (torch.zeros_like(inputs["d"]), 0.0)):
+        with pytest.raises(ValueError, match="a velocity exactly where they have momentum"):
+            launch_conv_feedback(case.geometry, **inputs, **rest, velocity=velocity, momentum=momentum)
+
+
+def check_feedback(name: str, precision: str, clamped: bool, momentum: float = 0.0) -> None:
     case, g = CASES[name], CASES[name].geometry
     inputs = feedback_inputs(case, precision)
-    found = feedback(case, precision, inputs, clamped)
+    if momentum:
+        inputs["velocity"] = torch.randn_like(inputs["d"])
+    found = feedback(case, precision, inputs, clamped, momentum=momentum)
 
     output_error = unpool(g, as_read(inputs["delta"], precision), inputs.get("winner"))
     weight = first(as_read(inputs["weight"], precision))
@@ -430,7 +459,15 @@ def check_feedback(name: str, precision: str, clamped: bool) -> None:
         assert torch.equal(found.error, inputs["error"])
     bound = ETA * EPS * (g.taps * g.out_channels + 16) * absolute
     bound += 2 * EPS * (d.abs() + ETA * (error.abs() + r.abs()))
-    assert_within(first(found.d), d + ETA * (error - r), bound)
+    step = error - r
+    if momentum:
+        old = first(inputs["velocity"]).double()
+        step = momentum * old + step
+        bound += 2 * EPS * ETA * momentum * old.abs()
+        lost = EPS * (g.taps * g.out_channels + 16) * absolute
+        lost += 2 * EPS * (momentum * old.abs() + error.abs() + r.abs())
+        assert_within(first(found.velocity), step, lost)
+    assert_within(first(found.d), d + ETA * step, bound)
     if found.copy is not None:
         assert torch.equal(found.copy, found.d.bfloat16())
     assert found.first_bad.tolist() == [1000] * 3

@@ -448,12 +448,48 @@ def test_update(shape, clamped, dtype):
     assert (first_bad == MANY).all()
 
 
+@pytest.mark.parametrize("shape", [*UNPOOLED, (9, 1, 1, 257)], ids=str)
+@pytest.mark.parametrize("clamped", [False, True])
+def test_update_with_momentum(shape, clamped):
+    d, e, r, m = (torch.randn(shape) for _ in range(4))
+    deviation, velocity = Guarded(shape, values=d), Guarded(shape, values=m)
+    error = Guarded(shape, values=None if clamped else e)
+    first_bad = torch.full((3,), MANY, dtype=torch.int32)
+    expected, moved = d.double(), m.double()
+    for iteration, eta in ((4, 0.3), (5, 0.2)):
+        pointwise_update.update(
+            deviation=deviation.view, error=error.view, pulled=r, step_size=eta, first_bad=first_bad, layer=1,
+            iteration=iteration, clamped=clamped, velocity=velocity.view, momentum=0.7,
+        )  # fmt: skip
+        moved = 0.7 * moved + (-expected if clamped else e.double()) - r.double()
+        expected = expected + eta * moved
+        close(velocity.view, moved, roundings=8)
+        close(deviation.view, expected, roundings=8)
+    for array in (deviation, velocity, error):
+        array.check_guards()
+    assert (first_bad == MANY).all()
+
+
+def test_a_velocity_lies_as_the_deviation_does_and_exactly_where_there_is_momentum():
+    arrays = {name: torch.randn(2, 3, 4, 5) for name in ("deviation", "error", "pulled")}
+    first_bad = torch.full((2,), MANY, dtype=torch.int32)
+    rest = dict(step_size=0.1, first_bad=first_bad, layer=1, iteration=1)
+    for wrong in (torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 3, 4).permute(0, 2, 3, 1)):
+        with pytest.raises(ValueError, match=r"velocity .* does not lie as deviation"):
+            pointwise_update.update(**arrays, **rest, velocity=wrong, momentum=0.5)
+    for velocity, momentum in ((None, 0.5), (torch.zeros(2, 3, 4, 5), 0.0)):
+        with pytest.raises(ValueError, match="a velocity exactly where they have momentum"):
+            pointwise_update.update(**arrays, **rest, velocity=velocity, momentum=momentum)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["deviation", "error", "pulled"])
+@pytest.mark.parametrize("where", ["deviation", "error", "pulled", "velocity"])
 def test_the_first_bad_iteration_is_noted(bad, where):
     """In the last of several programs, in this layer alone, and no later one replaces it."""
     shape = (9, 1, 1, 257)
     arrays = {name: torch.randn(shape) for name in ("deviation", "error", "pulled")}
+    if where == "velocity":
+        arrays |= dict(velocity=torch.randn(shape), momentum=0.5)
     first_bad = torch.full((3,), MANY, dtype=torch.int32)
     for iteration in range(1, 4):
         if iteration == 2:
@@ -500,10 +536,43 @@ def test_gram_update(shape, dtype):
     assert first_bad.tolist() == [MANY, 5]
 
 
-def test_gram_update_wants_arrays_that_lie_alike():
-    right = dict.fromkeys(("s", "total", "delta", "pulled"), torch.randn(2, 3, 4, 5))
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7), (3, 8, 8, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gram_update_with_momentum(shape, dtype):
+    state = {name: torch.randn(shape) for name in ("s", "total", "velocity", "total_velocity")}
+    delta, pulled = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    s, total, m, total_m = (array.double() for array in state.values())
     first_bad = torch.full((2,), MANY, dtype=torch.int32)
-    for name in ("total", "delta", "pulled"):
+    for iteration, eta in ((4, 0.3), (5, 0.2)):
+        pointwise_gram.gram_update(
+            **state, delta=delta, pulled=pulled, step_size=eta, first_bad=first_bad, layer=1, iteration=iteration,
+            momentum=0.7,
+        )  # fmt: skip
+        m, total_m = 0.7 * m - s - pulled.double(), 0.7 * total_m + delta.double() - total
+        s, total = s + eta * m, total + eta * total_m
+        for found, truth in zip(state.values(), (s, total, m, total_m), strict=True):
+            close(found, truth, roundings=8)
+    assert (first_bad == MANY).all()
+    state["velocity"].view(-1)[-1] = math.inf
+    pointwise_gram.gram_update(
+        **state, delta=delta, pulled=pulled, step_size=0.3, first_bad=first_bad, layer=1, iteration=6, momentum=0.7
+    )  # fmt: skip
+    assert first_bad.tolist() == [MANY, 6]
+
+
+def test_gram_update_wants_arrays_that_lie_alike():
+    right = dict.fromkeys(
+        ("s", "total", "delta", "pulled", "velocity", "total_velocity"), torch.randn(2, 3, 4, 5)
+    )
+    right["momentum"] = 0.5
+    first_bad = torch.full((2,), MANY, dtype=torch.int32)
+    for missing in ("velocity", "total_velocity", "momentum"):
+        with pytest.raises(ValueError, match="a velocity exactly where they have momentum"):
+            pointwise_gram.gram_update(
+                **{**right, missing: 0.0 if missing == "momentum" else None}, step_size=0.1, first_bad=first_bad,
+                layer=1, iteration=1,
+            )  # fmt: skip
+    for name in ("total", "delta", "pulled", "velocity", "total_velocity"):
         for wrong in (torch.randn(2, 3, 4, 4), torch.randn(2, 5, 3, 4).permute(0, 2, 3, 1)):
             with pytest.raises(ValueError, match=f"{name} .* does not lie as s"):
                 pointwise_gram.gram_update(

@@ -19,7 +19,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from against_reference import in_double, updates
+from against_reference import MOVING, in_double, updates
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks_for_tests import LOSSES, loss_and_target
@@ -305,9 +305,13 @@ def test_tf32_where_torch_allows_it():
     batch=st.sampled_from((1, 2, 15, 16, 17, 33)),
     num_steps=st.integers(0, 6),
     step_size=st.sampled_from((0.0, 0.1, 0.5, 1.0)),
+    momentum=st.sampled_from((0.0, 0.5)),
+    waning=st.booleans(),
     close=st.booleans(),
 )
-def test_any_mlp(widths, activation, batch, num_steps, step_size, close):
+def test_any_mlp(widths, activation, batch, num_steps, step_size, momentum, waning, close):
+    if waning:
+        step_size = [step_size / (1 + t) for t in range(num_steps)]
     torch.manual_seed(4)
     model, x, y = (
         mlp(*widths, 6, activation=activation),
@@ -319,7 +323,10 @@ def test_any_mlp(widths, activation, batch, num_steps, step_size, close):
         patch.setattr(
             backend, "_target", lambda *a: dataclasses.replace(find(*a), close_bytes=10**6 if close else 0)
         )
-        assert_close_to_float64(model, x, y, bound=1e-5, num_steps=num_steps, step_size=step_size)
+        assert_close_to_float64(
+            model, x, y, bound=1e-5, num_steps=num_steps, step_size=step_size,
+            belief_optimizer=pcfast.GradientDescent(momentum),
+        )  # fmt: skip
 
 
 def test_beliefs_to_start_from(staged):
@@ -377,6 +384,174 @@ def test_twice_the_same_bits_and_rows_do_not_depend_on_their_batch(staged):
         assert relative_error(g, e[:3]) < 1e-6
 
 
+# momentum and schedules of step sizes ------------------------------------------------------------------------------
+
+ways = pytest.mark.parametrize("way", MOVING)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The designs that the backend makes."""
+    found = []
+    find = backend._design
+    monkeypatch.setattr(backend, "_design", lambda *a: found.append(find(*a)) or found[-1])
+    return found
+
+
+def velocities(made: designs.Design) -> set[str]:
+    return {name for name, _ in made.layout.matrices if "velocity" in name}
+
+
+def expected_velocities(made: designs.Design) -> set[str]:
+    """With momentum. Where torch moves layer 1's stand-ins, it keeps their velocities too."""
+    if not made.gram:
+        return {f"velocity{l}" for l in range(1, made.depth)}
+    by_kernels = set() if isinstance(made.forms[2], TorchForm) else {"s_velocity2", "sum_velocity2"}
+    return by_kernels | {f"velocity{l}" for l in range(2, made.depth)}
+
+
+@ways
+@pytest.mark.parametrize("num_steps", [2, 7])
+@networks
+def test_momentum_and_schedules(name, num_steps, way, made):
+    model, x, y = drawn(name)
+    assert_close_to_float64(model, x, y, num_steps=num_steps, **MOVING[way](num_steps))
+    assert velocities(made[0]) == (expected_velocities(made[0]) if way != "schedule" else set())
+
+
+@ways
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+@pytest.mark.parametrize("name", ["mlp", "wide output", "one unit"])
+def test_momentum_and_schedules_stage_by_stage(name, num_steps, way, staged, launches):
+    settings = MOVING[way](num_steps)
+    assert_close_to_float64(*drawn(name), num_steps=num_steps, **settings)
+    fed = [keywords for kernel, keywords in launches if kernel == "linear_feedback"]
+    momentum = settings.get("belief_optimizer", pcfast.GradientDescent()).momentum
+    sizes = settings.get("step_size", (0.1,) * num_steps)
+    # the errors' relaxation and the updates'
+    assert [(k["eta"], k["momentum"]) for k in fed] == [(eta, momentum) for eta in sizes] * 2
+
+
+@ways
+def test_one_launch_for_all_iterations_reads_the_schedule(way, launches):
+    settings = MOVING[way](6)
+    assert_close_to_float64(*drawn("mlp"), num_steps=6, **settings)
+    assert [name for name, _ in launches] == ["mlp_relaxation"] * 2
+    for _, keywords in launches:
+        if "step_size" in settings:
+            assert torch.equal(keywords["eta"], torch.tensor(settings["step_size"]))
+        else:
+            assert (keywords["eta"], keywords["momentum"]) == (0.1, 0.9)
+
+
+@ways
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("num_steps", [3, 4, 6])
+def test_momentum_and_schedules_in_gram_form(num_steps, whole, way, made, request):
+    if not whole:
+        request.getfixturevalue("staged")
+    torch.manual_seed(2)
+    for model in (mlp(12, 60, 7, 5, 4), mlp(12, 60, 4)):
+        made.clear()
+        x, y = torch.randn(BATCH, 12), torch.randint(0, 4, (BATCH,))
+        assert_close_to_float64(model, x, y, num_steps=num_steps, **MOVING[way](num_steps))
+        assert made[0].gram and made[0].whole == whole
+        assert velocities(made[0]) == (expected_velocities(made[0]) if way != "schedule" else set())
+
+
+@ways
+@pytest.mark.parametrize("num_steps", [3, 7])
+@pytest.mark.parametrize("tail", GRAM_TAILS)
+def test_momentum_and_schedules_in_the_gram_form_of_a_convolution(tail, num_steps, way, launches, made):
+    model, x, y = narrowing_conv_net(tail)
+    assert_close_to_float64(model, x, y, num_steps=num_steps, **MOVING[way](num_steps))
+    assert made[0].gram and made[0].gram_by_torch == ("torch" in tail)
+    counted = Counter(name for name, _ in launches)
+    assert counted["gram_update"] == (0 if made[0].gram_by_torch else 2 * (num_steps - 2))
+
+
+@pytest.mark.parametrize("staged_or_whole", ["staged", "whole"])
+@ways
+def test_momentum_and_schedules_from_given_beliefs(way, staged_or_whole, request):
+    if staged_or_whole == "staged":
+        request.getfixturevalue("staged")
+    model, x, y = drawn("mlp")
+    vinit = [None, torch.randn(BATCH, 20), None, torch.randn(BATCH, 17), None]
+    for num_steps in (0, 1, 5):
+        assert_close_to_float64(model, x, y, vinit=vinit, num_steps=num_steps, **MOVING[way](num_steps))
+    model, x, y = drawn("conv")
+    vinit = [None, torch.randn(BATCH, 3, 6, 6), torch.randn(BATCH, 45), None, None]
+    assert_close_to_float64(model, x, y, vinit=vinit, num_steps=4, **MOVING[way](4))
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "bare conv", "torch's layers"])
+def test_beliefs_that_no_error_has_reached_have_no_velocity(name):
+    model, x, y = drawn(name)
+    for num_steps in range(1, len(model)):
+        found = pcfast.relax(model, x, y, num_steps=num_steps, backend="triton", **MOVING["both"](num_steps))
+        moved = [not torch.equal(*pair) for pair in zip(found.beliefs, found.activations, strict=True)]
+        expected = [l >= len(model) - num_steps for l in range(1, len(model))]
+        assert moved == [False, *expected, False]
+
+
+@pytest.mark.parametrize("close", [True, False])
+@pytest.mark.parametrize("name", ["mlp", "conv", "torch's layers"])
+def test_velocities_start_from_zero_in_every_relaxation(name, close, request):
+    if not close:
+        request.getfixturevalue("staged")
+    model, x, y = drawn(name)
+    settings = dict(num_steps=5, backend="triton", **MOVING["both"](5))
+    first, second = (updates(model, x, y, **settings) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_energies_with_momentum_and_a_schedule(name):
+    model, x, y = drawn(name)
+    settings = dict(num_steps=5, energies=True, **MOVING["both"](5))
+    truth = pcfast.relax(*in_double(model, x, y), backend="reference", **settings)
+    found = pcfast.relax(model, x, y, backend="triton", **settings)
+    torch.testing.assert_close(found.energies.double(), truth.energies, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv", "mlp in Gram form", "conv in Gram form"])
+@ways
+def test_momentum_and_schedules_in_bfloat16(way, net):
+    """Three times what eager loses in the same precision, as the bounds on plain descent have it."""
+    if net == "conv in Gram form":
+        model, x, y = narrowing_conv_net("tanh")
+    elif net == "mlp in Gram form":
+        torch.manual_seed(2)
+        model, x, y = mlp(12, 60, 7, 5, 4), torch.randn(BATCH, 12), torch.randint(0, 4, (BATCH,))
+    else:
+        model, x, y = drawn(net)
+    settings = dict(num_steps=6, **MOVING[way](6))
+    truth = updates(*in_double(model, x, y), backend="reference", **settings)
+    lost = {}
+    with use_precision("bf16", x.device):
+        for tried in ("eager", "triton"):
+            found = updates(model, x, y, backend=tried, **settings)
+            plan = pcfast.last_run().plan
+            assert plan.backend == tried and plan.gram == ("Gram" in net)
+            lost[tried] = max(map(relative_error, found, truth))
+    assert 1e-4 < lost["triton"] <= 3 * lost["eager"] and lost["eager"] < 0.1
+
+
+@ways
+def test_momentum_and_schedules_in_tf32(way):
+    model, x, y = drawn("mlp")
+    settings = dict(num_steps=5, **MOVING[way](5))
+    truth = pcfast.relax(*in_double(model, x, y), backend="reference", **settings).errors[2]
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        found = pcfast.relax(model, x, y, backend="triton", **settings).errors[2]
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    # each of 5 iterations rounds operands to 11 bits
+    assert 1e-5 < relative_error(found, truth) < 5 * 2**-11
+
+
 # what is launched -----------------------------------------------------------------------------------------------
 
 
@@ -413,12 +588,16 @@ def test_a_convolution_costs_one_elementwise_launch_a_stage(launches):
     assert counted == {"linear_predict": 8, "linear_feedback": 8, "error_and_delta": 6, "update": 6}
 
 
-def test_the_design_gives_every_matrix_its_own_place():
+@pytest.mark.parametrize("momentum", [False, True])
+def test_the_design_gives_every_matrix_its_own_place(momentum):
     model, x, _ = drawn("conv")
     network = pcfast.network.describe(model)
-    for precision in ("bf16", "tf32"):
+    shapes = network.shapes(tuple(x.shape))
+    for precision, gram in itertools.product(("bf16", "tf32"), (False, True)):
         target = designs.Target(precision, 132, 0, False)
-        made = designs.design(network, network.shapes(tuple(x.shape)), False, "cross_entropy", True, target)
+        made = designs.design(network, shapes, gram, "cross_entropy", True, target, momentum)
+        assert bool(velocities(made)) == momentum
+        assert all(not m.operand for name, m in made.layout.matrices if "velocity" in name)
         for operand in (False, True):
             places = sorted(
                 {m for _, m in made.layout.matrices if m.operand == operand}, key=lambda m: m.first
@@ -489,6 +668,25 @@ def test_divergence_names_the_iteration_and_the_layer(name):
         found[tried] = caught.value
     assert found["triton"].iteration is not None
     assert abs(found["triton"].iteration - found["eager"].iteration) <= 1
+
+
+@pytest.mark.parametrize("way", ["momentum", "schedule"])
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_divergence_with_momentum_or_in_the_middle_of_a_schedule(name, way):
+    model, x, y = drawn(name)
+    settings = {"step_size": (0.1,) * 10 + (1e6,) * 50}
+    if way == "momentum":
+        settings = {"step_size": 30.0, "belief_optimizer": pcfast.GradientDescent(0.9)}
+    linear = nn.Sequential(*(m[0] if isinstance(m, nn.Sequential) else m for m in model))
+    if name == "conv":
+        linear = nn.Sequential(model[0][0], nn.Sequential(model[1][0], *model[1][2:]), model[2][0], model[3])
+    found = {}
+    for tried in ("eager", "triton"):
+        with pytest.raises(pcfast.RelaxationDiverged, match="with step size") as caught:
+            pcfast.relax(linear, x, y, backend=tried, check="sync", num_steps=60, **settings)
+        found[tried] = caught.value.iteration
+    assert way == "momentum" or found["eager"] > 10
+    assert abs(found["triton"] - found["eager"]) <= 1
 
 
 def test_divergence_is_reported_later_where_checks_are_deferred():
@@ -728,13 +926,30 @@ def test_explain_names_tier_kernels_and_tiles(staged):
     )
 
 
-def floors_of(model: nn.Sequential, sample: tuple[int, ...], gram: bool = False, **settings) -> dict:
+@pytest.mark.parametrize("close", [True, False])
+def test_explain_names_the_velocities(close, request):
+    if not close:
+        request.getfixturevalue("staged")
+    model, x, _ = drawn("mlp")
+    settings = dict(backend="triton", num_steps=5, step_size=[0.1] * 5)  # without the Gram form
+    assert "velocities" not in str(pcfast.explain(model, tuple(x.shape), **settings))
+    text = str(
+        pcfast.explain(model, tuple(x.shape), belief_optimizer=pcfast.GradientDescent(0.5), **settings)
+    )
+    assert "beliefs move by GradientDescent(momentum=0.5" in text
+    # rows padded to 16: beliefs of 20, 33 and 17 units
+    assert f"momentum: velocities of what moves, {4 * BATCH * (32 + 48 + 32):,} bytes" in text
+
+
+def floors_of(
+    model: nn.Sequential, sample: tuple[int, ...], gram: bool = False, momentum: bool = False, **settings
+) -> dict:
     network = pcfast.network.describe(model)
     shapes = network.shapes((BATCH, *sample))
     target = designs.Target(
         **{"precision": "bf16", "sm_count": 132, "close_bytes": 0, "interpreted": False, **settings}
     )
-    made = designs.design(network, shapes, gram, "cross_entropy", True, target)
+    made = designs.design(network, shapes, gram, "cross_entropy", True, target, momentum)
     return floor.floors(network, shapes, made, dataclasses.replace(constants.load(), l2_bytes=0))
 
 
@@ -761,6 +976,17 @@ def test_floors_in_gram_form():
     # uhat, s, d, the error and delta; delta, s and its sum twice, the Gram matrix
     size, gram = BATCH * 3 * 4 * 6, 3 * 3 * 5 * 3
     assert found.bytes == size * (4 + 4 + 4 + 4 + 2) + size * (2 + 16) + 2 * gram
+
+
+def test_floors_count_velocities():
+    """Read and written once an iteration, where the layer above moves them; in Gram form of s and of its sum."""
+    cnn = (conv_net(), (2, 8, 8), False, {2: BATCH * 108, 3: BATCH * 45, 4: BATCH * 13})
+    model, x, _ = narrowing_conv_net("nothing")
+    in_gram_form = (model, tuple(x.shape[1:]), True, {2: 2 * BATCH * 3 * 4 * 6, 3: BATCH * 72, 4: BATCH * 7})
+    for model, sample, gram, numbers in (cnn, in_gram_form):
+        plain, found = (floors_of(model, sample, gram, momentum) for momentum in (False, True))
+        assert {l: found[l].bytes - plain[l].bytes for l in found} == {l: 8 * n for l, n in numbers.items()}
+        assert all(found[l].macs == plain[l].macs for l in found)
 
 
 def test_floors_of_convolutions_follow_their_own_switch():
@@ -924,8 +1150,10 @@ def claimed_bytes(made: designs.Design, model: nn.Sequential, batch: int, operan
     for l in range(1, depth):
         if l == 1 and made.gram:
             numbers += 4 * 3 * inner[2]  # s, its sum, and what that was before the last iteration
+            numbers += 4 * 2 * inner[2] * made.momentum  # the velocities of s and its sum
         else:
             numbers += (4 + 4 + (operand if operand < 4 else 0)) * sizes[l]  # d, eps, d as operand
+            numbers += 4 * sizes[l] * made.momentum  # its velocity
         flattened = bounds[l].permuted and isinstance(made.forms[l + 1], LinearForm)
         pooled = getattr(made.forms[l], "pool", None) is not None
         numbers += 4 * (flattened + pooled) * sizes[l]  # vhat in torch's order; what follows the pool reads
@@ -943,9 +1171,10 @@ def claimed_bytes(made: designs.Design, model: nn.Sequential, batch: int, operan
     return batch * numbers + weights
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])
 @pytest.mark.parametrize("name", LARGE)
-def test_memory_above_the_parameters(name, precision, staged, monkeypatch):
+def test_memory_above_the_parameters(name, precision, momentum, staged, monkeypatch):
     batch = 64
     make, sample = LARGE[name]
     model, x = make(), torch.randn(batch, *sample)
@@ -968,9 +1197,11 @@ def test_memory_above_the_parameters(name, precision, staged, monkeypatch):
     for launch in ("error_and_delta", "update", "gram_update"):  # around them lies what torch's products left
         monkeypatch.setattr(loops, launch, functools.partial(between, getattr(loops, launch)))
     with use_precision(precision, x.device):
-        pcfast.pc_loss(model, x, y, backend="triton", num_steps=6)
+        pcfast.pc_loss(
+            model, x, y, backend="triton", num_steps=6, belief_optimizer=pcfast.GradientDescent(momentum)
+        )
     ((made, kept),) = found
-    assert made.gram == ("Gram" in name)
+    assert made.gram == ("Gram" in name) and made.momentum == (momentum > 0)
     operand = 2 if precision == "bf16" else 4
     claimed = claimed_bytes(made, model, batch, operand)
     assert kept <= claimed + 4096  # tables, biases, gaps between matrices

@@ -10,7 +10,7 @@ from itertools import pairwise
 import implicit_convolutions
 import pytest
 import torch
-from against_reference import in_double, updates
+from against_reference import MOVING, in_double, updates
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_streamed import (
@@ -27,6 +27,7 @@ from pcfast.accuracy import relative_error
 from pcfast.backends import triton as backend
 from pcfast.checking import check
 from pcfast.forms import LinearForm, PointwiseForm, TorchForm
+from pcfast.precision import use_precision
 from pcfast.streamed import design as designs
 from pcfast.streamed import loop as loops
 from pcfast.streamed.choices import IMPLICIT, Choices, ConvolutionKey
@@ -252,9 +253,10 @@ def test_maps_wider_than_a_tile(implicit):
     window=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     batch=st.sampled_from((1, 2, 5)),
     num_steps=st.integers(0, 5),
+    momentum=st.sampled_from((0.0, 0.5)),
 )
 def test_any_convolution(
-    size, channels, kernel, stride, padding, activation, pool, window, batch, num_steps, implicit
+    size, channels, kernel, stride, padding, activation, pool, window, batch, num_steps, momentum, implicit
 ):
     torch.manual_seed(6)
     out = [(s + 2 * p - k) // d + 1 for s, p, k, d in zip(size, padding, kernel, stride, strict=True)]
@@ -269,7 +271,8 @@ def test_any_convolution(
         nn.Linear(channels[1] * out[0] * out[1], 3),
     )
     x, y = torch.randn(batch, 1, *size), torch.randint(0, 3, (batch,))
-    assert_close_to_float64(model, x, y, bound=1e-5, num_steps=num_steps)
+    optimizer = pcfast.GradientDescent(momentum)
+    assert_close_to_float64(model, x, y, bound=1e-5, num_steps=num_steps, belief_optimizer=optimizer)
 
 
 def test_within_the_projects_bounds(implicit):
@@ -297,6 +300,46 @@ def test_beliefs_to_start_from(implicit):
         for l in range(1, 5):
             assert relative_error(found.errors[l], truth.errors[l]) < 3e-6, (num_steps, l)
             assert relative_error(found.beliefs[l], truth.beliefs[l]) < 3e-6, (num_steps, l)
+
+
+@pytest.mark.parametrize("way", MOVING)
+@pytest.mark.parametrize("num_steps", [1, 2, 6])
+@pytest.mark.parametrize(
+    "name", ["3x3 relu max", "stride", "convolutions one after another", "bare", "torch's layers round it"]
+)
+def test_momentum_and_schedules(name, num_steps, way, made, launches, implicit):
+    settings = MOVING[way](num_steps)
+    assert_close_to_float64(*drawn(name), num_steps=num_steps, **settings)
+    assert "c" in letters(made[0]) and made[0].momentum == (way != "schedule")
+    sizes, momentum = (
+        settings.get("step_size", (0.1,) * num_steps),
+        {"momentum": 0.9, "both": 0.5}.get(way, 0.0),
+    )
+    for kernel, keywords in launches:
+        if kernel == "conv_feedback":
+            assert (keywords["eta"], keywords["momentum"]) == (sizes[keywords["iteration"] - 1], momentum)
+
+
+@pytest.mark.parametrize("way", MOVING)
+def test_momentum_and_schedules_from_given_beliefs(way, implicit):
+    model, x, y = drawn("3x3 tanh max")
+    vinit = [None, torch.randn(BATCH, 3, 6, 6), torch.randn(BATCH, 45), None, None]
+    for num_steps in (1, 4):
+        assert_close_to_float64(model, x, y, vinit=vinit, num_steps=num_steps, **MOVING[way](num_steps))
+
+
+@pytest.mark.parametrize("way", MOVING)
+def test_momentum_and_schedules_in_bfloat16(way, implicit):
+    model, x, y = drawn("stride")
+    settings = dict(num_steps=6, **MOVING[way](6))
+    truth = updates(*in_double(model, x, y), backend="reference", **settings)
+    lost = {}
+    with use_precision("bf16", x.device):
+        for tried in ("eager", "triton"):
+            found = updates(model, x, y, backend=tried, **settings)
+            assert pcfast.last_run().plan.backend == tried
+            lost[tried] = max(map(relative_error, found, truth))
+    assert 1e-4 < lost["triton"] <= 3 * lost["eager"] and lost["eager"] < 0.1
 
 
 @pytest.mark.parametrize("name", ["3x3 relu max", "bare"])
