@@ -1,4 +1,4 @@
-"""Data sets: the digits that come with scikit-learn, and MNIST, Fashion-MNIST and CIFAR-10 from files or OpenML."""
+"""Data sets: digits from scikit-learn; MNIST, Fashion-MNIST, CIFAR-10 from files or OpenML; CIFAR-100 from files."""
 
 from __future__ import annotations
 
