@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100 as their python versions: pickled batches, in a folder or in the archive as downloaded.
 
-Described at https://www.cs.toronto.edu/~kriz/cifar.html .
+Described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
 from __future__ import annotations
