@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from .data import Data, checked_data
+from .augmentation import FlipAndCrop
+from .data import Data, checked_data, normalized
 from .idx import read_idx
 from .loading import load
 from .optical_digits import digits
 from .sources import NAMES, SOURCES, Source
 
-__all__ = ["NAMES", "SOURCES", "Data", "Source", "checked_data", "digits", "load", "read_idx"]
+__all__ = [
+    "NAMES",
+    "SOURCES",
+    "Data",
+    "FlipAndCrop",
+    "Source",
+    "checked_data",
+    "digits",
+    "load",
+    "normalized",
+    "read_idx",
+]
