@@ -41,6 +41,8 @@ class Activation:
 
     #: True where ``act`` is non-decreasing, so that max-pooling before or after it gives the same numbers.
     monotone = False
+    #: True where the kernels have device code for it.
+    in_kernels = True
 
     def forward(self, u: Tensor) -> Tensor:
         """``act(u)``."""
@@ -112,6 +114,36 @@ class LeakyRelu(Activation):
         bracket, room = Relu().deviate(anchor, s)
         bracket = bracket.mul_(1 - self.negative_slope).add_(s, alpha=self.negative_slope)
         return bracket, self._slope(room > 0, s)
+
+
+@dataclass(frozen=True)
+class Hardtanh(Activation):
+    """``u`` clipped to [min_val, max_val], min_val < max_val; ReLU6 is that from 0 to 6."""
+
+    min_val: float = -1.0
+    max_val: float = 1.0
+
+    monotone = True
+    in_kernels = False
+
+    def forward(self, u):
+        return F.hardtanh(u, self.min_val, self.max_val)
+
+    # The slope is kept as the point itself: 1 strictly between the bounds, 0 on them and outside.
+
+    def slope(self, u, a):
+        return u
+
+    def pullback(self, slope, e):
+        return torch.ops.aten.hardtanh_backward(e, slope, self.min_val, self.max_val)
+
+    def anchor(self, u, a):
+        return (u, u - a, self.min_val - a, self.max_val - a)
+
+    def deviate(self, anchor, s):
+        # act(uhat) moves by s and by what uhat has in excess of it, from bound to bound: for uhat inside, by s.
+        u, excess, floor, ceiling = anchor
+        return torch.clamp(s + excess, floor, ceiling), u + s
 
 
 @dataclass(frozen=True)

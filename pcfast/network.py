@@ -257,6 +257,8 @@ def leaves(ops: tuple[Op, ...]) -> Iterator[Op]:
 _ACTIVATIONS = {
     nn.ReLU: lambda m: activations.Relu(),
     nn.LeakyReLU: lambda m: activations.LeakyRelu(m.negative_slope),
+    nn.Hardtanh: lambda m: activations.Hardtanh(m.min_val, m.max_val),
+    nn.ReLU6: lambda m: activations.Hardtanh(m.min_val, m.max_val),
     nn.Tanh: lambda m: activations.Tanh(),
     nn.Sigmoid: lambda m: activations.Sigmoid(),
     nn.SiLU: lambda m: activations.Silu(),

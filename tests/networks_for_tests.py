@@ -10,7 +10,7 @@ from torch import nn
 
 import pcfast
 
-ACTIVATIONS = {
+IN_KERNELS = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
@@ -20,18 +20,19 @@ ACTIVATIONS = {
     "leaky_relu": lambda: nn.LeakyReLU(0.2),
     "identity": nn.Identity,
 }
+ACTIVATIONS = IN_KERNELS | {"hardtanh": lambda: nn.Hardtanh(-0.3, 0.8)}
 #: Sizes that tiles do not divide: one, primes, one below and above powers of two.
 WIDTHS = (1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 31, 33)
 
 
 @st.composite
-def architectures(draw):
+def architectures(draw, activations=ACTIVATIONS):
     """``(model, x_shape without batch)``: a float64 Sequential of 1 to 5 PC layers."""
-    return draw(st.one_of(mlps(), convs()))
+    return draw(st.one_of(mlps(activations), convs(activations)))
 
 
-def _activation(draw):
-    return ACTIVATIONS[draw(st.sampled_from(sorted(ACTIVATIONS)))]()
+def _activation(draw, among=ACTIVATIONS):
+    return among[draw(st.sampled_from(sorted(among)))]()
 
 
 def _maybe_bare(draw, modules: list[nn.Module]) -> list[nn.Module]:
@@ -40,21 +41,21 @@ def _maybe_bare(draw, modules: list[nn.Module]) -> list[nn.Module]:
 
 
 @st.composite
-def mlps(draw):
+def mlps(draw, activations):
     widths = draw(st.lists(st.sampled_from(WIDTHS), min_size=2, max_size=5))
     outputs = draw(st.sampled_from((2, 3, 10)))
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
-        group = [nn.Linear(fan_in, fan_out, bias=draw(st.booleans())), _activation(draw)]
+        group = [nn.Linear(fan_in, fan_out, bias=draw(st.booleans())), _activation(draw, activations)]
         if draw(st.integers(0, 5)) == 0:
-            group += [nn.Linear(fan_out, fan_out), _activation(draw)]
+            group += [nn.Linear(fan_out, fan_out), _activation(draw, activations)]
         layers += _maybe_bare(draw, group)
     layers.append(nn.Linear(widths[-1], outputs))
     return nn.Sequential(*layers).double(), (widths[0],)
 
 
 @st.composite
-def convs(draw):
+def convs(draw, activations):
     channels = draw(st.sampled_from((1, 2, 3)))
     size = draw(st.sampled_from((7, 8, 9, 12)))
     shape = (channels, size, size)
@@ -66,7 +67,10 @@ def convs(draw):
         out = draw(st.sampled_from((1, 2, 5)))
         if (h + 2 * padding - kernel) // stride + 1 < 2:
             break
-        group = [nn.Conv2d(c, out, kernel, stride, padding, bias=draw(st.booleans())), _activation(draw)]
+        group = [
+            nn.Conv2d(c, out, kernel, stride, padding, bias=draw(st.booleans())),
+            _activation(draw, activations),
+        ]
         h = (h + 2 * padding - kernel) // stride + 1
         pool = draw(st.sampled_from(("none", "max", "max", "avg", "overlapping")))
         if h >= 4 and pool != "none":
@@ -79,7 +83,7 @@ def convs(draw):
         layers += _maybe_bare(draw, group)
         shape = (out, h, h)
     layers += _maybe_bare(
-        draw, [nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 9), _activation(draw)]
+        draw, [nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], 9), _activation(draw, activations)]
     )
     layers.append(nn.Linear(9, 4))
     return nn.Sequential(*layers).double(), (channels, size, size)

@@ -1,26 +1,37 @@
 """Brackets and slopes of activations against float64, where the plain difference would be noise."""
 
 import math
+from dataclasses import astuple
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+import pcfast
 from pcfast import activations
+from pcfast.backends import BACKENDS, cuda, triton
+from pcfast.network import describe
+from pcfast.problem import Request
 
 ALL = [
     activations.Relu(),
     activations.LeakyRelu(0.2),
     activations.LeakyRelu(-0.1),
+    activations.Hardtanh(),
+    activations.Hardtanh(0.0, 6.0),
+    activations.Hardtanh(-5.0, -0.25),
     activations.Tanh(),
     activations.Sigmoid(),
     activations.Silu(),
     activations.Gelu(),
     activations.GeluTanh(),
 ]
-IDS = [type(a).__name__ + str(getattr(a, "negative_slope", "")) for a in ALL]
+IDS = [type(a).__name__ + "_".join(str(value) for value in astuple(a)) for a in ALL]
 LITERAL = {
     "Relu": lambda u, a: u.clamp(min=0),
     "LeakyRelu": lambda u, a: torch.where(u > 0, u, a.negative_slope * u),
+    "Hardtanh": lambda u, a: u.clamp(a.min_val, a.max_val),
     "Tanh": lambda u, a: torch.tanh(u),
     "Sigmoid": lambda u, a: 1 / (1 + torch.exp(-u)),
     "Silu": lambda u, a: u / (1 + torch.exp(-u)),
@@ -63,8 +74,9 @@ def test_bracket_and_slope_in_float64(activation, scale):
 @pytest.mark.parametrize("scale", [1e-7, 1e-5, 1e-2])
 def test_small_deviations_keep_their_digits_in_float32(activation, scale):
     u, s = points(scale, torch.float32)
-    # no unit at the kink, where the two precisions rightly part
-    u = torch.where(u.abs() < 10 * scale, u + 100 * scale, u)
+    for kink in (0.0, *(astuple(activation) if isinstance(activation, activations.Hardtanh) else ())):
+        # no unit there, where the two precisions rightly part
+        u = torch.where((u - kink).abs() < 10 * scale, u + 100 * scale, u)
     bracket, _ = evaluate(activation, u, s)
     truth = literal(activation, u.double() + s.double()) - literal(activation, u.double())
     plain = activation.forward(u + s) - activation.forward(u)
@@ -109,3 +121,61 @@ def test_monotone_says_the_truth(activation):
     u = torch.linspace(-6, 6, 2001, dtype=torch.float64)
     steps = literal(activation, u).diff()
     assert bool((steps >= 0).all()) == activation.monotone
+
+
+# ----------------------------------------------------------------------------------------------------- Hardtanh
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hardtanh_on_its_bounds_is_torchs(dtype):
+    """No slope on the bounds, and none that is lost: from every place to every place, bounds among them."""
+    activation = activations.Hardtanh(-1.0, 2.0)
+    places = torch.tensor([-math.inf, -3.0, -1.0, -0.5, 0.0, 1.5, 2.0, 7.0, math.inf], dtype=dtype)
+    u, moved = (t.reshape(-1) for t in torch.meshgrid(places[1:-1], places[1:-1], indexing="ij"))
+    bracket, kept = activation.deviate(activation.anchor(u, activation.forward(u)), moved - u)
+    assert torch.equal(bracket, F.hardtanh(moved, -1, 2) - F.hardtanh(u, -1, 2))
+    e = torch.full_like(u, 3.0)
+    e[::5] = math.inf  # what does not pass leaves nothing, not even NaN
+    at = moved.clone().requires_grad_()
+    (truth,) = torch.autograd.grad(F.hardtanh(at, -1, 2), at, e)
+    assert torch.equal(activation.pullback(kept, e), truth)
+    open_ = (moved > -1) & (moved < 2)
+    assert torch.equal(truth, torch.where(open_, e, 0))
+    assert torch.equal(activation.pullback(activation.slope(moved, None), e), truth)
+    # from infinity it stays there, or comes back as far as s says
+    far = places[[0, -1]]
+    assert not activation.deviate(activation.anchor(far, activation.forward(far)), torch.ones_like(far))[
+        0
+    ].any()
+
+
+def hardtanh_network(activation: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 9), nn.Sequential(nn.Linear(9, 9), activation), nn.Linear(9, 3))
+
+
+def test_which_modules_are_hardtanh():
+    for module, expected in (
+        (nn.Hardtanh(), activations.Hardtanh(-1.0, 1.0)),
+        (nn.Hardtanh(-2, 0.5), activations.Hardtanh(-2, 0.5)),
+        (nn.ReLU6(), activations.Hardtanh(0.0, 6.0)),
+    ):
+        (op,) = describe(nn.Sequential(module)).layers[0].ops
+        assert op.activation == expected and op.name == type(module).__name__
+
+
+@pytest.mark.parametrize("activation", [nn.Hardtanh(-0.5, 2), nn.ReLU6()], ids=["Hardtanh", "ReLU6"])
+@pytest.mark.parametrize("method", ["exact", "fixed_prediction", "strict"])
+def test_kernels_refuse_hardtanh(method, activation, monkeypatch):
+    for module in (triton, cuda):
+        monkeypatch.setattr(module, "_unavailable", lambda *_: "")
+        monkeypatch.setattr(BACKENDS[module.__name__.rpartition(".")[2]], "automatic", lambda *_: (True, ""))
+    model = hardtanh_network(activation)
+    kind = type(activation).__name__
+    reason = f"layer 2 (Linear - {kind}): no kernel has {kind}: use eager"
+    request = Request(describe(model), torch.device("cpu"), torch.float32, (5, 8), method)
+    for name in ("triton", "cuda"):
+        assert BACKENDS[name].supports(request) == (False, reason)
+        with pytest.raises(pcfast.BackendError, match=f"no kernel has {kind}"):
+            pcfast.pc_loss(model, torch.randn(5, 8), torch.randint(0, 3, (5,)), backend=name, method=method)
+    plan = pcfast.explain(model, (5, 8), method=method).plan
+    assert plan.backend == "eager" and dict(plan.refusals)["cuda"] == reason

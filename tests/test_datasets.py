@@ -32,9 +32,9 @@ from hypothesis import strategies as st
 
 from pcfast import datasets
 from pcfast.datasets import SOURCES, load, read_idx
-from pcfast.datasets import cifar as cifar_module
 from pcfast.datasets import openml as openml_module
 from pcfast.datasets import reading as reading_module
+from pcfast.datasets.cifar import PYTHON_VERSIONS
 from pcfast.errors import ArgumentError, ArgumentTypeError
 
 IDX_FILES = (
@@ -43,7 +43,6 @@ IDX_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch")
 
 
 def refused(call: Callable, *said: str, argument: str = "folder") -> ArgumentError:
@@ -67,16 +66,17 @@ def as_float32(byte: int) -> float:
 
 
 def test_the_table_says_what_each_data_set_holds():
-    assert datasets.NAMES == ("digits", "mnist", "fashion-mnist", "cifar10") == tuple(SOURCES)
+    assert datasets.NAMES == ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100") == tuple(SOURCES)
     assert {name: source.image_shape for name, source in SOURCES.items()} == {
         "digits": (1, 8, 8),
         "mnist": (1, 28, 28),
         "fashion-mnist": (1, 28, 28),
         "cifar10": (3, 32, 32),
+        "cifar100": (3, 32, 32),
     }
-    assert {source.classes for source in SOURCES.values()} == {10}
-    assert [source.pixels for source in SOURCES.values()] == [64, 784, 784, 3072]
-    assert [source.rows for source in SOURCES.values()][1:] == [(60000, 10000)] * 2 + [(50000, 10000)]
+    assert [source.classes for source in SOURCES.values()] == [10, 10, 10, 10, 100]
+    assert [source.pixels for source in SOURCES.values()] == [64, 784, 784, 3072, 3072]
+    assert [source.rows for source in SOURCES.values()][1:] == [(60000, 10000)] * 2 + [(50000, 10000)] * 2
     data = datasets.digits()
     assert SOURCES["digits"].rows == (len(data.x_train), len(data.x_test))
 
@@ -337,7 +337,7 @@ def test_damaged_gzip_headers_do_not_escape(tmp_path):
 # ------------------------------------------------------------------------------------- folders and their files
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100"])
 def test_folders_that_are_none(tmp_path, name):
     refused(lambda: load(name, folder=tmp_path / "none"), repr(str(tmp_path / "none")), "does not exist")
     (tmp_path / "file").touch()
@@ -419,7 +419,44 @@ def test_files_that_do_not_fit_together(tmp_path):
     with_files()()  # undamaged again
 
 
-# ---------------------------------------------------------------------------------------------------- CIFAR-10
+# --------------------------------------------------------------------------------------- CIFAR-10 and CIFAR-100
+
+
+@dataclasses.dataclass(frozen=True)
+class Cifar:
+    """As published; the last batch is the test part."""
+
+    name: str
+    batches: tuple[str, ...]
+    subfolder: str
+    archive: str
+    labels: str  # entry of a batch
+    classes: int
+    biggest_bytes: int  # of a published batch
+
+    def label(self, batch: int, sample: int) -> int:
+        return (37 * sample + 2 * batch + 7) % self.classes
+
+
+CIFAR10 = Cifar(
+    "cifar10",
+    ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5", "test_batch"),
+    "cifar-10-batches-py",
+    "cifar-10-python.tar.gz",
+    "labels",
+    10,
+    10000 * 3072,
+)
+CIFAR100 = Cifar(
+    "cifar100",
+    ("train", "test"),
+    "cifar-100-python",
+    "cifar-100-python.tar.gz",
+    "fine_labels",
+    100,
+    50000 * 3072,
+)
+both_cifars = pytest.mark.parametrize("cifar", [CIFAR10, CIFAR100], ids=lambda cifar: cifar.name)
 
 
 def colour(batch: int, sample: int, channel: int, row: int, column: int) -> int:
@@ -437,8 +474,11 @@ def batch_bytes(batch: int, samples: int) -> bytes:
     )
 
 
-def python2_batch(data: bytes, labels: list[int]) -> bytes:
-    """The pickle as Python 2 wrote the published files, opcode by opcode: strings are bytes."""
+def python2_batch(data: bytes, labels: list[int], entry: str = "labels") -> bytes:
+    """The pickle as Python 2 wrote the published files, opcode by opcode: strings are bytes.
+
+    CIFAR-100 has coarse labels beside its fine ones, here 19 throughout.
+    """
 
     def string(text: bytes) -> bytes:
         return b"U" + bytes([len(text)]) + text
@@ -452,20 +492,24 @@ def python2_batch(data: bytes, labels: list[int]) -> bytes:
     )
     array += dtype + b"\x89" + b"T" + struct.pack("<i", len(data)) + data + b"tb"
     entries = string(b"batch_label") + string(b"training batch 1 of 5")
-    entries += string(b"labels") + b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    entries += string(entry.encode()) + b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    if entry == "fine_labels":
+        entries += string(b"coarse_labels") + b"](" + b"K\x13" * samples + b"e"
     entries += string(b"data") + array + string(b"filenames") + b"](" + string(b"a.png") * samples + b"e"
     return b"\x80\x02}q\x02(" + entries + b"u."
 
 
-def cifar_files(make: Callable[[bytes, list[int]], bytes] = python2_batch) -> dict[str, bytes]:
-    """Batch b has b + 1 samples (the test batch: 6), sample s of it the label (s + 2 b) % 10."""
+def cifar_files(
+    cifar: Cifar = CIFAR10, make: Callable[[bytes, list[int], str], bytes] = python2_batch
+) -> dict[str, bytes]:
+    """Batch b, the test batch too, has b + 3 samples."""
     return {
-        name: make(batch_bytes(b, b + 1), [(s + 2 * b) % 10 for s in range(b + 1)])
-        for b, name in enumerate(BATCHES)
+        name: make(batch_bytes(b, b + 3), [cifar.label(b, s) for s in range(b + 3)], cifar.labels)
+        for b, name in enumerate(cifar.batches)
     }
 
 
-def tar(files: dict[str, bytes], prefix: str = "cifar-10-batches-py/") -> bytes:
+def tar(files: dict[str, bytes], prefix: str = f"{CIFAR10.subfolder}/") -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, content in files.items():
@@ -475,15 +519,16 @@ def tar(files: dict[str, bytes], prefix: str = "cifar-10-batches-py/") -> bytes:
     return buffer.getvalue()
 
 
-def assert_is_cifar(data: datasets.Data) -> None:
+def assert_is_cifar(data: datasets.Data, cifar: Cifar = CIFAR10) -> None:
+    last = len(cifar.batches) - 1
     expected = {
-        "train": [(b, s) for b in range(5) for s in range(b + 1)],
-        "test": [(5, s) for s in range(6)],
+        "train": [(b, s) for b in range(last) for s in range(b + 3)],
+        "test": [(last, s) for s in range(last + 3)],
     }
     for part, samples in expected.items():
         x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
         assert x.shape == (len(samples), 3, 32, 32) and x.dtype == torch.float32 and x.is_contiguous()
-        assert y.dtype == torch.int64 and y.tolist() == [(s + 2 * b) % 10 for b, s in samples]
+        assert y.dtype == torch.int64 and y.tolist() == [cifar.label(b, s) for b, s in samples]
         bytes_ = [
             [[[colour(b, s, channel, r, c) for c in range(32)] for r in range(32)] for channel in range(3)]
             for b, s in samples
@@ -492,63 +537,113 @@ def assert_is_cifar(data: datasets.Data) -> None:
         assert x[0, 2, 3, 4].item() == as_float32(bytes_[0][2][3][4])
 
 
-OTHER_MEMBERS = {"readme.html": b"<html>", "batches.meta": b"not read", "deeper/test_batch": b"not read"}
-SHUFFLED = [BATCHES[i] for i in (3, 5, 2, 0, 1, 4)]
-PLACES: dict[str, Callable[[dict[str, bytes]], dict[str, bytes]]] = {
-    "folder": lambda files: files,
-    "gzip": lambda files: {f"{name}.gz": zipped(content) for name, content in files.items()},
-    "subfolder": lambda files: {f"cifar-10-batches-py/{name}": content for name, content in files.items()},
-    "archive": lambda files: {
-        "cifar-10-python.tar.gz": zipped(tar({name: files[name] for name in SHUFFLED} | OTHER_MEMBERS))
+OTHER_MEMBERS = {"readme.html": b"<html>", "batches.meta": b"not read", "meta": b"not read"}
+OTHER_MEMBERS |= {"deeper/test_batch": b"not read", "deeper/test": b"not read"}
+PLACES: dict[str, Callable[[Cifar, dict[str, bytes]], dict[str, bytes]]] = {
+    "folder": lambda cifar, files: files,
+    "gzip": lambda cifar, files: {f"{name}.gz": zipped(content) for name, content in files.items()},
+    "subfolder": lambda cifar, files: {
+        f"{cifar.subfolder}/{name}": content for name, content in files.items()
     },
-    "archive, no folder in it": lambda files: {"cifar-10-python.tar.gz": zipped(tar(files, ""))},
-    "archive, dot in it": lambda files: {
-        "cifar-10-python.tar.gz": zipped(tar(files, "./cifar-10-batches-py/"))
+    "archive": lambda cifar, files: {
+        cifar.archive: zipped(tar(dict(shuffled(files)) | OTHER_MEMBERS, f"{cifar.subfolder}/"))
     },
-    "archive, unpacked by the browser": lambda files: {"cifar-10-python.tar.gz": tar(files)},
-    "archive beside a part of it": lambda files: {
-        "cifar-10-python.tar.gz": zipped(tar(files)),
-        "cifar-10-batches-py/data_batch_1": b"cut short",
+    "archive, no folder in it": lambda cifar, files: {cifar.archive: zipped(tar(files, ""))},
+    "archive, dot in it": lambda cifar, files: {cifar.archive: zipped(tar(files, f"./{cifar.subfolder}/"))},
+    "archive, unpacked by the browser": lambda cifar, files: {
+        cifar.archive: tar(files, f"{cifar.subfolder}/")
     },
-    "subfolder beside a stray file": lambda files: {
-        "test_batch": b"another",
-        **{f"cifar-10-batches-py/{name}": content for name, content in files.items()},
+    "archive beside a part of it": lambda cifar, files: {
+        cifar.archive: zipped(tar(files, f"{cifar.subfolder}/")),
+        f"{cifar.subfolder}/{cifar.batches[0]}": b"cut short",
+    },
+    "subfolder beside a stray file": lambda cifar, files: {
+        cifar.batches[-1]: b"another",
+        **{f"{cifar.subfolder}/{name}": content for name, content in files.items()},
     },
 }
 
 
+def shuffled(files: dict[str, bytes]) -> list[tuple[str, bytes]]:
+    items = list(files.items())
+    return items[1::2][::-1] + items[::2]
+
+
+@both_cifars
 @pytest.mark.parametrize("place", PLACES)
-def test_cifar_pixel_by_pixel(tmp_path, place):
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    write(tmp_path, PLACES[place](cifar_files()))
+def test_cifar_pixel_by_pixel(tmp_path, place, cifar):
+    (tmp_path / cifar.subfolder).mkdir()
+    write(tmp_path, PLACES[place](cifar, cifar_files(cifar)))
     before = sorted(tmp_path.rglob("*"))
-    data = load("cifar10", folder=tmp_path)
-    assert_is_cifar(data)
+    data = load(cifar.name, folder=tmp_path)
+    assert_is_cifar(data, cifar)
     assert sorted(tmp_path.rglob("*")) == before
-    flat = load("cifar10", folder=tmp_path, shape="flat")
-    assert flat.x_train.shape == (15, 3072) and torch.equal(flat.x_train, data.x_train.flatten(1))
+    flat = load(cifar.name, folder=tmp_path, shape="flat")
+    assert flat.x_train.shape == (len(data.x_train), 3072)
+    assert torch.equal(flat.x_train, data.x_train.flatten(1))
+
+
+def test_both_cifars_in_one_folder(tmp_path):
+    """Neither's files are taken for the other's."""
+    for cifar in (CIFAR10, CIFAR100):
+        write(tmp_path, PLACES["archive"](cifar, cifar_files(cifar)))
+        write(tmp_path, PLACES["folder"](cifar, cifar_files(cifar)))
+    for cifar in (CIFAR10, CIFAR100):
+        assert_is_cifar(load(cifar.name, folder=tmp_path), cifar)
+
+
+def test_cifar100_is_not_fetched(monkeypatch):
+    def fetch_openml(*arguments, **options):
+        raise AssertionError("something is fetched")
+
+    monkeypatch.setattr(sklearn.datasets, "fetch_openml", fetch_openml)
+    said = ("cifar100", "train and test", "cifar-100-python.tar.gz", "www.cs.toronto.edu/~kriz/cifar.html")
+    refused(lambda: load("cifar100"), *said)
+
+
+def test_batches_of_the_other_cifar(tmp_path):
+    files = cifar_files(CIFAR10)
+    write(tmp_path / "10", {"train": files["data_batch_1"], "test": files["test_batch"]})
+    said = ("without the entry 'fine_labels', with 'batch_label', 'labels', 'data'", "a batch of CIFAR-100")
+    refused(lambda: load("cifar100", folder=tmp_path / "10"), repr(str(tmp_path / "10" / "train")), *said)
+    content = cifar_files(CIFAR100)["test"]
+    said = ("without the entry 'labels', with 'batch_label', 'fine_labels'", "a batch of CIFAR-10.")
+    refused(with_test_batch(tmp_path, content), *said)
+
+
+def test_labels_of_cifar100_go_to_99(tmp_path):
+    def folder_with(labels) -> Path:
+        batch = {"data": np.zeros((len(labels), 3072), np.uint8), "fine_labels": labels}
+        return write(tmp_path, cifar_files(CIFAR100) | {"test": pickle.dumps(batch)})
+
+    assert load("cifar100", folder=folder_with([99, 0])).y_test.tolist() == [99, 0]
+    refused(lambda: load("cifar100", folder=folder_with([99, 100])), "label for sample 1", "from 0 to 99")
+    refused(lambda: load("cifar100", folder=folder_with((1,))), "with fine_labels of type tuple")
+    refused(
+        lambda: load("cifar100", folder=write(tmp_path, {"test": pickle.dumps(3)})), "data and fine_labels"
+    )
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("labels_as", [list, lambda labels: np.array(labels, ">i4"), np.uint8])
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_batches_pickled_by_this_python(tmp_path, protocol, labels_as, order):
-    def make(data: bytes, labels: list[int]) -> bytes:
+    def make(data: bytes, labels: list[int], entry: str) -> bytes:
         array = np.asarray(np.frombuffer(data, np.uint8).reshape(len(labels), 3072), order=order)
         labels = np.array(labels, np.uint8) if labels_as is np.uint8 else labels_as(labels)
-        return pickle.dumps({"batch_label": b"", "data": array, "labels": labels}, protocol=protocol)
+        return pickle.dumps({"batch_label": b"", "data": array, entry: labels}, protocol=protocol)
 
-    assert_is_cifar(load("cifar10", folder=write(tmp_path, cifar_files(make))))
+    assert_is_cifar(load("cifar10", folder=write(tmp_path, cifar_files(make=make))))
 
 
 def test_numpy_before_2_wrote_other_module_names(tmp_path):
-    def make(data: bytes, labels: list[int]) -> bytes:
+    def make(data: bytes, labels: list[int], entry: str) -> bytes:
         array = np.frombuffer(data, np.uint8).reshape(len(labels), 3072)
-        return pickle.dumps({"data": array, "labels": labels}, protocol=2).replace(
+        return pickle.dumps({"data": array, entry: labels}, protocol=2).replace(
             b"numpy._core.", b"numpy.core."
         )
 
-    assert_is_cifar(load("cifar10", folder=write(tmp_path, cifar_files(make))))
+    assert_is_cifar(load("cifar10", folder=write(tmp_path, cifar_files(make=make))))
 
 
 class Call:
@@ -586,7 +681,7 @@ def test_a_pickle_that_asks_for_code_does_not_get_it(tmp_path, protocol):
         )
         assert "was not loaded" in error.given
         assert any(name in error.given for name in ("posix.system", "eval", "Call"))
-    archive = PLACES["archive"](cifar_files() | {"test_batch": content})
+    archive = PLACES["archive"](CIFAR10, cifar_files() | {"test_batch": content})
     write(tmp_path / "other", archive)
     refused(lambda: load("cifar10", folder=tmp_path / "other"), "test_batch in ", "asks for code")
     assert not marker.exists()
@@ -698,13 +793,16 @@ def test_a_pickle_that_lies_about_sizes_allocates_nothing(tmp_path, content):
         tracemalloc.stop()
 
 
+@both_cifars
 @pytest.mark.parametrize("place", ["folder", "gzip", "archive"])
-def test_a_batch_far_too_large_is_not_read_whole(tmp_path, place, monkeypatch):
-    monkeypatch.setattr(cifar_module, "MAX_BYTES", 1 << 16)
-    write(tmp_path, PLACES[place](cifar_files() | {"data_batch_4": bytes(64 << 20)}))
+def test_a_batch_far_too_large_is_not_read_whole(tmp_path, place, monkeypatch, cifar):
+    version, largest = PYTHON_VERSIONS[cifar.name], cifar.batches[-2]
+    assert 3 * cifar.biggest_bytes < version.max_bytes < 600 << 20
+    monkeypatch.setitem(PYTHON_VERSIONS, cifar.name, dataclasses.replace(version, max_bytes=1 << 16))
+    write(tmp_path, PLACES[place](cifar, cifar_files(cifar) | {largest: bytes(64 << 20)}))
     tracemalloc.start()
     try:
-        refused(lambda: load("cifar10", folder=tmp_path), "data_batch_4", "more than 65536 bytes")
+        refused(lambda: load(cifar.name, folder=tmp_path), largest, "more than 65536 bytes")
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
@@ -728,15 +826,23 @@ def test_damaged_batches_do_not_escape(data):
             assert loaded.x_test.shape[1:] == (3, 32, 32)
 
 
-def test_missing_batches_are_listed(tmp_path):
-    names = (*BATCHES, "cifar-10-batches-py", "cifar-10-python.tar.gz", ".gz")
-    refused(lambda: load("cifar10", folder=tmp_path), repr(str(tmp_path)), *names)
+@both_cifars
+def test_all_batches_missing_are_listed(tmp_path, cifar):
+    names = (*cifar.batches, cifar.subfolder, cifar.archive, ".gz")
+    refused(lambda: load(cifar.name, folder=tmp_path), repr(str(tmp_path)), *names)
+    first = cifar.batches[0]
+    write(tmp_path, {first: cifar_files(cifar)[first]})
+    missing = ", ".join(cifar.batches[1:])
+    refused(lambda: load(cifar.name, folder=tmp_path), f"{str(tmp_path)!r} without {missing}; needed")
+
+
+def test_some_batches_missing_are_listed(tmp_path):
     files = cifar_files()
     del files["data_batch_3"], files["test_batch"]
     write(tmp_path, files)
     error = refused(lambda: load("cifar10", folder=tmp_path), "without data_batch_3, test_batch; needed")
     assert "data_batch_1" not in str(error)
-    write(tmp_path / "archived", PLACES["archive, no folder in it"](files))
+    write(tmp_path / "archived", PLACES["archive, no folder in it"](CIFAR10, files))
     said = ("cifar-10-python.tar.gz' without data_batch_3, test_batch; needed", "download or unpack it again")
     refused(lambda: load("cifar10", folder=tmp_path / "archived"), *said)
 
@@ -811,7 +917,7 @@ LABELS = np.array(list("908172635"), dtype=object)
 
 def test_openml_names_and_sizes():
     assert {name: SOURCES[name].openml for name in ON_OPENML} == ON_OPENML
-    assert SOURCES["digits"].openml is None
+    assert {name for name, source in SOURCES.items() if source.openml is None} == {"digits", "cifar100"}
 
 
 @pytest.mark.parametrize("name", ON_OPENML)

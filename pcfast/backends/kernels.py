@@ -10,7 +10,7 @@ from torch import Tensor
 from ..deviation import Chain
 from ..deviation.affine import Conv2dStep, LinearStep
 from ..errors import RelaxationDiverged
-from ..network import Network, Opaque, Residual
+from ..network import Elementwise, Network, Opaque, Residual
 from ..planning import LOOPS, Plan
 from ..precision import numerics
 from ..problem import Problem, Request
@@ -44,6 +44,8 @@ def unknown_to_kernels(network: Network) -> str:
                 return f"{layer.label}: {op.why}"
             if isinstance(op, Residual):
                 return f"{layer.label}: no kernel adds a skip: use eager"
+            if isinstance(op, Elementwise) and not op.activation.in_kernels:
+                return f"{layer.label}: no kernel has {op.name}: use eager"
     return ""
 
 

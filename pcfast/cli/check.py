@@ -31,7 +31,7 @@ from .options import (
 from .output import console, print_json, progress_bar, table
 
 #: What a float64 reference of the data set's network can do in a minute or two on two CPU cores.
-_BATCH_SIZE, _BATCH_SIZE_OF_DATA = 64, {"cifar10": 4}
+_BATCH_SIZE, _BATCH_SIZE_OF_DATA = 64, {"cifar10": 4, "cifar100": 4}
 _RELATIVE_TO = {
     "layer": ("~", "relative to the layer's whole update, since this update is nothing but rounding"),
     "nothing": ("=", "absolute, since the truth is zero, as where the relaxation has not reached the layer"),
@@ -64,7 +64,7 @@ _RELATIVE_TO = {
     "--batch-size",
     metavar="N",
     type=click.IntRange(min=1),
-    help="Samples a draw.  [default: 64; 4 for cifar10]",
+    help="Samples a draw.  [default: 64; 4 for cifar10, cifar100]",
 )
 @click.option(
     "--draws",

@@ -25,6 +25,10 @@ _PAPER = Defaults(
     net="cnn", widths=(600, 600), step_size=0.1, optimizer="adam", lr=0.002, weight_decay=0.0, batch_size=300,
     epochs=2, compare_epochs=2,
 )  # fmt: skip
+_CIFAR = Defaults(
+    net="cifar-cnn", widths=(600, 600), step_size=0.1, optimizer="adam", lr=0.0005, weight_decay=0.0,
+    batch_size=256, epochs=2, compare_epochs=2,
+)  # fmt: skip
 
 DEFAULTS: dict[str, Defaults] = {
     # A relaxation is stable while step_size * (1 + |W|)^2 < 2, |W| the largest singular value of a hidden layer's
@@ -36,10 +40,8 @@ DEFAULTS: dict[str, Defaults] = {
     ),
     "mnist": _PAPER,
     "fashion-mnist": _PAPER,
-    "cifar10": Defaults(
-        net="cifar-cnn", widths=(600, 600), step_size=0.1, optimizer="adam", lr=0.0005, weight_decay=0.0,
-        batch_size=256, epochs=2, compare_epochs=2,
-    ),
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
 }  # fmt: skip
 NUM_STEPS = 20
 STEP_SIZE = 0.1  # for --model without --data

@@ -129,13 +129,14 @@ data_options = _together(
         type=click.Choice(list(DEFAULTS)),
         default="digits",
         show_default=True,
-        help="Data set. digits comes with scikit-learn; the others are fetched from OpenML, or read from --data-dir.",
+        help="Data set. digits comes with scikit-learn; cifar100 is read from --data-dir; the others too, or "
+        "fetched from OpenML.",
     ),
     click.option(
         "--data-dir",
         type=click.Path(path_type=Path),
         help="Folder with the data set's standard files, gzipped or not: IDX (MNIST, Fashion-MNIST), python batches "
-        "(CIFAR-10).",
+        "(CIFAR-10, CIFAR-100).",
     ),
 )
 method_option = click.option(

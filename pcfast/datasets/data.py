@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..belief_optimizers import checked_number
 from ..errors import ArgumentError, ArgumentTypeError
 
 Shape = Literal["flat", "image"]
@@ -68,6 +69,56 @@ def one_hot(data: Data, classes: int) -> Data:
     return data._replace(
         y_train=F.one_hot(data.y_train, classes).to(data.x_train.dtype),
         y_test=F.one_hot(data.y_test, classes).to(data.x_test.dtype),
+    )
+
+
+def normalized(data: Data, mean: Sequence[float], std: Sequence[float]) -> Data:
+    """``data`` with inputs (x - mean) / std, channel by channel; targets as they are.
+
+    Args:
+        data: inputs floating point, images (N, C, H, W) or flat (N, C * H * W), one channel after the other.
+        mean, std: C finite numbers each, every std > 0.
+
+    Returns:
+        New inputs of the same shapes, dtypes and devices.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: mean and std are no such numbers, or the inputs ("data") do not have as
+            many channels.
+    """
+    mean, std = checked_channels("mean", mean), checked_channels("std", std, positive=True)
+    if len(mean) != len(std):
+        raise ArgumentError("mean, std", f"{len(mean)} and {len(std)} numbers", "one of each a channel")
+
+    def inputs(name: str) -> Tensor:
+        x = getattr(data, name)
+        given = f"{name} {tuple(x.shape)} of {x.dtype}"
+        if not x.is_floating_point() or x.dim() not in (2, 4):
+            raise ArgumentError("data", given, "floating point (N, C, H, W) or (N, C * H * W)")
+        if x.shape[1] != len(mean) if x.dim() == 4 else x.shape[1] % len(mean):
+            raise ArgumentError("data", given, f"{len(mean)} channels, as many as mean and std have numbers")
+        shift, scale = (x.new_tensor(values)[:, None] for values in (mean, std))
+        channels = x.reshape(len(x), len(mean), x.shape[1:].numel() // len(mean))
+        return (channels - shift).div_(scale).reshape(x.shape)
+
+    return data._replace(x_train=inputs("x_train"), x_test=inputs("x_test"))
+
+
+def checked_channels(argument: str, values: Sequence[float], *, positive: bool = False) -> tuple[float, ...]:
+    """``values``, a finite number a channel, > 0 where ``positive``, as floats; a tensor (C,) or an array will do.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: naming ``argument``.
+    """
+    needed = f"a sequence of finite numbers{' > 0' if positive else ''}, one a channel"
+    if isinstance(values, Tensor | np.ndarray):
+        values = values.tolist()
+    if not isinstance(values, list | tuple):
+        raise ArgumentTypeError(argument, f"{values!r} ({type(values).__name__})", needed)
+    if not values:
+        raise ArgumentError(argument, "none", needed)
+    return tuple(
+        checked_number(argument, value, lambda v: v > 0 or not positive, needed, "") for value in values
     )
 
 

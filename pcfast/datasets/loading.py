@@ -6,7 +6,7 @@ import os
 
 from ..errors import ArgumentError
 from . import openml
-from .cifar import read_cifar_folder
+from .cifar import HOME, PYTHON_VERSIONS, read_cifar_folder
 from .data import Data, Part, Shape, check_shape, data_of_bytes
 from .idx import read_idx_folder
 from .optical_digits import digits
@@ -20,10 +20,10 @@ def load(
     """The data set ``name``, one of ``NAMES``, split into training and test part.
 
     Args:
-        name: "digits" (8 x 8 pixels, see :func:`digits`), "mnist", "fashion-mnist" (28 x 28) or "cifar10" (3
-            channels of 32 x 32).
+        name: "digits" (8 x 8 pixels, see :func:`digits`), "mnist", "fashion-mnist" (28 x 28), "cifar10" or
+            "cifar100" (3 channels of 32 x 32).
         folder: holds the data set's standard files, ``SOURCES[name].files``, with any number of samples from 1
-            on. None: scikit-learn fetches it from OpenML and keeps it. Not for digits.
+            on. None: scikit-learn fetches it from OpenML and keeps it. Not for digits; required for cifar100.
         shape: "image" gives inputs (N, channels, height, width), "flat" (N, channels * height * width).
         seed: of the split of digits; the others are split as published.
 
@@ -48,14 +48,21 @@ def load(
                 "Leave it out.",
             )
         return digits(seed=seed, shape=shape)
-    parts = openml.fetch(source) if folder is None else _from_folder(source, folder)
+    if folder is None and source.openml is None:
+        raise ArgumentError(
+            "folder",
+            f"none for {name}, which is not fetched",
+            f"the folder that holds {source.files}",
+            f"Download the python version from {HOME}.",
+        )
+    parts = openml.fetch(source) if folder is None else _from_folder(name, source, folder)
     return data_of_bytes(*parts, source.image_shape, shape)
 
 
-def _from_folder(source: Source, folder: str | os.PathLike) -> tuple[Part, Part]:
+def _from_folder(name: str, source: Source, folder: str | os.PathLike) -> tuple[Part, Part]:
     folder = checked_path("folder", folder)
     with naming("folder"):
         check_folder(folder)
-        if source is SOURCES["cifar10"]:
-            return read_cifar_folder(folder, source.pixels, source.classes)
+        if name in PYTHON_VERSIONS:
+            return read_cifar_folder(folder, PYTHON_VERSIONS[name], source.pixels, source.classes)
         return read_idx_folder(folder, source.image_shape[1:], source.classes)

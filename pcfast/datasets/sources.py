@@ -7,7 +7,8 @@ mnist: Y. LeCun, L. Bottou, Y. Bengio and P. Haffner, "Gradient-based learning a
 Proc. IEEE 86(11) 2278 (1998).
 fashion-mnist: H. Xiao, K. Rasul and R. Vollgraf, "Fashion-MNIST: a novel image dataset for benchmarking machine
 learning algorithms", arXiv:1708.07747 (2017).
-cifar10: A. Krizhevsky, "Learning multiple layers of features from tiny images", University of Toronto (2009).
+cifar10, cifar100: A. Krizhevsky, "Learning multiple layers of features from tiny images", University of Toronto
+(2009).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ _IDX = (
     "each with or without .gz"
 )
 _BATCHES = "data_batch_1 to data_batch_5 and test_batch, each with or without .gz, or cifar-10-python.tar.gz"
+_BATCHES_100 = "train and test, each with or without .gz, or cifar-100-python.tar.gz"
 
 #: By the name that ``load`` takes.
 SOURCES: dict[str, Source] = {
@@ -52,5 +54,6 @@ SOURCES: dict[str, Source] = {
     "mnist": Source((1, 28, 28), 10, (60000, 10000), _IDX, "mnist_784"),
     "fashion-mnist": Source((1, 28, 28), 10, (60000, 10000), _IDX, "Fashion-MNIST"),
     "cifar10": Source((3, 32, 32), 10, (50000, 10000), _BATCHES, "CIFAR_10"),
+    "cifar100": Source((3, 32, 32), 100, (50000, 10000), _BATCHES_100),
 }
 NAMES = tuple(SOURCES)

@@ -130,7 +130,7 @@ def test_nan_is_never_lost(name):
 
 
 def test_every_activation_has_a_code():
-    classes = activations.Activation.__subclasses__()
+    classes = [kind for kind in activations.Activation.__subclasses__() if kind.in_kernels]
     codes = {device_activations.code(cls())[0] for cls in classes} | {device_activations.code(None)[0]}
     assert len(codes) == len(classes) + 1
     assert device_activations.code(activations.LeakyRelu(0.2)) == (device_activations.LEAKY_RELU.value, 0.2)

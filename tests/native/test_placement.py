@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks_for_tests import architectures
+from networks_for_tests import IN_KERNELS, architectures
 from torch import nn
 
 from pcfast import constants, networks
@@ -179,7 +179,7 @@ def assert_sound(
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    architecture=architectures(),
+    architecture=architectures(IN_KERNELS),
     batch=st.sampled_from((1, 2, 7, 128, 300, 5000)),
     gram=st.sampled_from((True, True, False)),
     loss=st.sampled_from(("cross_entropy", "mse")),

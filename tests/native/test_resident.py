@@ -19,7 +19,7 @@ from against_reference import updates
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from native_build import needs_gcc
-from networks_for_tests import ACTIVATIONS, LOSSES, architectures, loss_and_target
+from networks_for_tests import IN_KERNELS, LOSSES, architectures, loss_and_target
 from torch import nn
 
 import pcfast
@@ -315,11 +315,11 @@ def test_a_mean_over_another_batch(normalizer):
 
 
 @pytest.mark.parametrize("normalizer", [BATCH, 10**4 * BATCH])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", IN_KERNELS)
 def test_activations(activation, normalizer, launches):
     """Also with errors far below the beliefs' rounding, of which nothing may cancel (docs/method.md fact 8)."""
     torch.manual_seed(5)
-    model, x = mlp(8, 15, 14, 9, 6, activation=ACTIVATIONS[activation]), 2 * torch.randn(BATCH, 8)
+    model, x = mlp(8, 15, 14, 9, 6, activation=IN_KERNELS[activation]), 2 * torch.randn(BATCH, 8)
     y = torch.randn(BATCH, 6)
     assert_close_to_float64(model, x, y, loss=nn.MSELoss(), num_steps=6, normalizer=normalizer)
     assert len(launches) == 2
@@ -330,7 +330,7 @@ def test_activations(activation, normalizer, launches):
 def test_constant_images(activation, pool, samples):
     """Every window of the pool is a tie: the first element wins, in both orders of pool and activation."""
     samples(2)
-    act = ACTIVATIONS[activation]
+    act = IN_KERNELS[activation]
     torch.manual_seed(6)
     model = nn.Sequential(
         nn.Sequential(nn.Conv2d(1, 3, 3), act()),
@@ -394,7 +394,7 @@ def test_inputs_in_any_layout(name, moved):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    architecture=architectures(),
+    architecture=architectures(IN_KERNELS),
     loss_name=st.sampled_from(LOSSES),
     num_steps=st.one_of(st.integers(0, 8), st.integers(9, 40)),
     step_size=st.sampled_from((0.0, 0.05, 0.1, 0.3, 0.5, 1.0)),
@@ -877,7 +877,7 @@ def test_check_covers_it(method, launches):
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_within_the_projects_bounds(activation):
-    model = mlp(20, 31, 17, 10, activation=ACTIVATIONS[activation])
+    model = mlp(20, 31, 17, 10, activation=IN_KERNELS[activation])
     report = check(model, (16, 20), draws=9, num_steps=5, backends=["cuda"], precisions=["ieee", "fp64"])
     assert report.ok and len(report.rows) == 2 * 4 * 3, report.failures
 
