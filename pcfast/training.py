@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 import pcfast
 
-from . import belief_optimizers, incremental, plots
+from . import incremental, plots
 from . import nudging as nudges
 from .belief_optimizers import BeliefOptimizer
 from .checkpoints import FORMAT, load_checkpoint, loss_name, run_settings
@@ -164,9 +164,11 @@ def train(
         "kept": kept or {},
         "machine": describe_machine(device),
     }
-    learning = dict(loss=loss, step_size=step_size, num_steps=num_steps, backend=backend, return_output=True)
+    learning = dict(
+        loss=loss, step_size=step_size, num_steps=num_steps, belief_optimizer=belief_optimizer, backend=backend,
+        return_output=True,
+    )  # fmt: skip
     if method == "incremental":
-        belief_optimizers.checked(belief_optimizer, method)
         nudges.check(nudging, method, None)
         update = functools.partial(pcfast.incremental_step, model, optimizer=optimizer, **learning)
         run = IncrementalRun(model, optimizer, data, loss, update, batch_size, seed, device)
@@ -174,9 +176,7 @@ def train(
 
         def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             now = nudging.grown(nudging_growth, len(run.history)) if nudging_growth else nudging
-            return pcfast.pc_loss(
-                model, x, y, method=method, belief_optimizer=belief_optimizer, nudging=now, **learning
-            )
+            return pcfast.pc_loss(model, x, y, method=method, nudging=now, **learning)
 
         run = Run(model, optimizer, data, loss, update, batch_size, seed, device)
     with _switches(precision, device):
