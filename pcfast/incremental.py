@@ -48,8 +48,8 @@ def incremental_step(
         v_l <- v_l + step_size (eps_l - J_{l+1}^T eps_{l+1})
         theta_l <- what the optimiser makes of .grad = (df_l/dtheta_l)^T eps_l
 
-    ``belief_optimizer`` moves the beliefs down that same gradient otherwise: with momentum or weight decay, or by
-    Adam. What it remembers of past gradients begins with the call, and ends with it.
+    ``belief_optimizer`` moves the beliefs down that same gradient with momentum and weight decay, or by Adam
+    (docs/method.md). What it remembers of past gradients begins and ends with the call.
 
     There is nothing to call ``backward`` on, and nothing for a GradScaler to scale. Random numbers and BatchNorm
     statistics behave as in :func:`pcfast.pc_loss`: one draw, one move a call. Runs under ``torch.no_grad()`` too.
