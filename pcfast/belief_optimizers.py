@@ -184,7 +184,6 @@ _WITHOUT = {
     "exact": "It computes beliefs at once",
     "zero_divergence": "Its schedule is that of plain steps of size 1",
     "error_based": "It moves errors, not beliefs",
-    "incremental": "Its beliefs and parameters descend one energy plainly",
 }
 
 

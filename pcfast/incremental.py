@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from . import validation
 from .autograd import loss_without_updates
+from .belief_optimizers import BeliefOptimizer
 from .losses import LossLike
 from .problem import Wanted
 from .relaxation import prepare, solve
@@ -28,6 +29,7 @@ def incremental_step(
     loss: LossLike = "cross_entropy",
     step_size: float | Sequence[float] = 0.1,
     num_steps: int = 20,
+    belief_optimizer: BeliefOptimizer | None = None,
     backend: str = "auto",
     normalizer: int | None = None,
     check: str = "auto",
@@ -45,6 +47,9 @@ def incremental_step(
 
         v_l <- v_l + step_size (eps_l - J_{l+1}^T eps_{l+1})
         theta_l <- what the optimiser makes of .grad = (df_l/dtheta_l)^T eps_l
+
+    ``belief_optimizer`` moves the beliefs down that same gradient with momentum and weight decay, or by Adam
+    (docs/method.md). What it remembers of past gradients begins and ends with the call.
 
     There is nothing to call ``backward`` on, and nothing for a GradScaler to scale. Random numbers and BatchNorm
     statistics behave as in :func:`pcfast.pc_loss`: one draw, one move a call. Runs under ``torch.no_grad()`` too.
@@ -67,6 +72,7 @@ def incremental_step(
         loss=loss,
         step_size=step_size,
         num_steps=num_steps,
+        belief_optimizer=belief_optimizer,
         backend=backend,
         normalizer=normalizer,
         check=check,

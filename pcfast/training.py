@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import pcfast
 
-from . import belief_optimizers, incremental, plots
+from . import incremental, plots
 from . import nudging as nudges
 from .belief_optimizers import BeliefOptimizer
 from .checkpoints import FORMAT, callable_name, load_checkpoint, loss_name, run_settings
@@ -189,9 +189,11 @@ def train(
         "kept": kept or {},
         "machine": describe_machine(device),
     }
-    learning = dict(loss=loss, step_size=step_size, num_steps=num_steps, backend=backend, return_output=True)
+    learning = dict(
+        loss=loss, step_size=step_size, num_steps=num_steps, belief_optimizer=belief_optimizer, backend=backend,
+        return_output=True,
+    )  # fmt: skip
     if method == "incremental":
-        belief_optimizers.checked(belief_optimizer, method)
         nudges.check(nudging, method, None)
         update = functools.partial(pcfast.incremental_step, model, optimizer=optimizer, **learning)
         kind = IncrementalRun
@@ -203,9 +205,7 @@ def train(
                 now = nudging.grown(nudging_growth, epoch)
             elif callable(nudging):
                 now = nudging(epoch)
-            return pcfast.pc_loss(
-                model, x, y, method=method, belief_optimizer=belief_optimizer, nudging=now, **learning
-            )
+            return pcfast.pc_loss(model, x, y, method=method, nudging=now, **learning)
 
         kind = Run
     run = kind(model, optimizer, schedule, data, samples, loss, update, augment, batch_size, seed, device)

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from pcfast import Adam
 from pcfast.accuracy import ULP, allowed_error, allowed_update_errors
 
-__all__ = ["ULP", "allowed_error", "assert_gradients_agree", "assert_states_agree"]
+__all__ = ["ULP", "allowed_error", "amplification", "assert_gradients_agree", "assert_states_agree"]
+
+
+def amplification(optimizer, step_size) -> float:
+    """How much more rounding a belief optimiser may leave in beliefs than plain gradient descent.
+
+    Momentum sums gradients, so an iteration's error counts up to 1 / (1 - momentum) times. Adam's step m / (r + eps),
+    r = sqrt(s), changes by |dm| / (r + eps) + |m| |dr| / (r + eps)^2: with |m| about r, by at most 2 / eps of a
+    gradient's error.
+    """
+    if isinstance(optimizer, Adam):
+        return 1 + 2 * np.max(step_size) / optimizer.eps
+    return 1 / (1 - optimizer.momentum)
 
 
 def assert_states_agree(found, truth, num_steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Random architectures, losses and targets for the property tests."""
+"""Random architectures, losses, targets and belief optimisers for the property tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pcfast
+from pcfast import Adam, GradientDescent
 
 IN_KERNELS = {
     "relu": nn.ReLU,
@@ -147,6 +148,13 @@ def residual_convs(draw):
     layers.append(nn.Linear(7, 4))
     return nn.Sequential(*layers).double(), (channels, size, size)
 
+
+belief_optimizers = st.one_of(
+    st.builds(GradientDescent, st.sampled_from((0.0, 0.5, 0.9)), st.sampled_from((0.0, 0.0, 0.01, 0.3))),
+    st.builds(
+        Adam, st.sampled_from(((0.9, 0.999), (0.0, 0.9), (0.5, 0.0))), st.sampled_from((1e-4, 1e-2, 1.0))
+    ),
+)
 
 LOSSES = (
     "ce_mean",

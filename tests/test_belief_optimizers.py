@@ -8,12 +8,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from accuracy import ULP, assert_gradients_agree, assert_states_agree
+from accuracy import ULP, amplification, assert_gradients_agree, assert_states_agree
 from energy import energy, relax_by_optimizer
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from literal import feedback
-from networks_for_tests import LOSSES, architectures, loss_and_target
+from networks_for_tests import LOSSES, architectures, belief_optimizers, loss_and_target
 from torch import nn
 
 import pcfast
@@ -31,18 +31,6 @@ def gradients(model, x, y, **arguments):
     model.zero_grad(set_to_none=True)
     pcfast.pc_loss(model, x, y, **arguments).backward()
     return {p: p.grad.clone() for p in model.parameters()}
-
-
-def amplification(optimizer, step_size) -> float:
-    """How much more rounding a belief optimiser may leave in beliefs than plain gradient descent.
-
-    Momentum sums gradients, so an iteration's error counts up to 1 / (1 - momentum) times. Adam's step m / (r + eps),
-    r = sqrt(s), changes by |dm| / (r + eps) + |m| |dr| / (r + eps)^2: with |m| about r, by at most 2 / eps of a
-    gradient's error.
-    """
-    if isinstance(optimizer, Adam):
-        return 1 + 2 * np.max(step_size) / optimizer.eps
-    return 1 / (1 - optimizer.momentum)
 
 
 # Against torch.optim on the energy ------------------------------------------------------------------------------
@@ -297,13 +285,6 @@ def test_fixed_prediction_without_a_closed_form_runs_literally(optimizer):
 
 # reference == eager ---------------------------------------------------------------------------------------------
 
-optimizers = st.one_of(
-    st.builds(GradientDescent, st.sampled_from((0.0, 0.5, 0.9)), st.sampled_from((0.0, 0.0, 0.01, 0.3))),
-    st.builds(
-        Adam, st.sampled_from(((0.9, 0.999), (0.0, 0.9), (0.5, 0.0))), st.sampled_from((1e-4, 1e-2, 1.0))
-    ),
-)
-
 
 @settings(
     max_examples=120,
@@ -315,7 +296,7 @@ optimizers = st.one_of(
     architecture=architectures(),
     loss_name=st.sampled_from(LOSSES),
     method=st.sampled_from(("fixed_prediction", "strict", "strict")),
-    optimizer=optimizers,
+    optimizer=belief_optimizers,
     sizes=st.one_of(
         st.tuples(st.sampled_from((0.0, 0.05, 0.1, 0.3)), st.integers(0, 20)),
         st.lists(st.sampled_from((0.0, 0.03, 0.1, 0.2)), max_size=12),

@@ -22,6 +22,9 @@ METHODS = {
     "fixed prediction with momentum": {
         "method": "fixed_prediction", "belief_optimizer": pcfast.GradientDescent(0.9)
     },
+    "incremental with momentum": {
+        "method": "incremental", "belief_optimizer": pcfast.GradientDescent(0.35)
+    },
     "positive": {"nudging": pcfast.Nudging("positive", 0.3)},
     "negative": {"nudging": pcfast.Nudging("negative", 0.3)},
     "centred, growing": {"nudging": pcfast.Nudging("centred", 0.1), "nudging_growth": 0.1},
@@ -146,9 +149,13 @@ def run(*arguments) -> int:
             ("--loss", "mse", "--nudging", "centred", "--nudging-beta", 0.2, "--nudging-growth", 0.1),
             {"nudging": "Nudging(kind='centred', beta=0.2)", "nudging_growth": 0.1},
         ),
+        (
+            ("--method", "incremental", "--belief-momentum", 0.35),
+            {"method": "incremental", "belief_optimizer": "GradientDescent(momentum=0.35, weight_decay=0.0)"},
+        ),
         (("--belief-momentum", 0), {}),
     ],
-    ids=["momentum", "adam", "nudging", "default"],
+    ids=["momentum", "adam", "nudging", "incremental", "default"],
 )
 def test_options_reach_the_run_and_its_resumption(options, settings, tmp_path):
     expected = {**dict.fromkeys(("belief_optimizer", "nudging", "nudging_growth")), **settings}
@@ -168,6 +175,7 @@ def test_options_reach_the_run_and_its_resumption(options, settings, tmp_path):
         (("--nudging", "up"), ("--nudging", "centred")),
         (("--nudging", "centred"), ("--nudging", "mse")),
         (("--nudging", "centred", "--loss", "mse", "--method", "fixed-prediction"), ("--nudging", "linear")),
+        (("--nudging", "centred", "--loss", "mse", "--method", "incremental"), ("--nudging", "incremental")),
         (("--nudging-beta", 0.5), ("--nudging-beta", "without --nudging")),
         (("--nudging-growth", 0.5), ("--nudging-growth", "without --nudging")),
         (("--nudging", "centred", "--nudging-beta", 0), ("--nudging-beta",)),

@@ -649,9 +649,11 @@ def test_a_setting_of_the_wrong_type():
     assert failure(step, model, x.requires_grad_(), y).argument == "x"
 
 
-def test_incremental_step_runs_outside_the_graph():
+@pytest.mark.parametrize("belief_optimizer", [None, pcfast.GradientDescent(0.35)], ids=["plain", "momentum"])
+def test_incremental_step_runs_outside_the_graph(belief_optimizer):
     def step_of(model, x, y, optimizer):
-        return pcfast.incremental_step(model, x, y, optimizer, **STEPS) * 2
+        settings = {"belief_optimizer": belief_optimizer, **STEPS}
+        return pcfast.incremental_step(model, x, y, optimizer, **settings) * 2
 
     ours = mlp()
     theirs = copy.deepcopy(ours)

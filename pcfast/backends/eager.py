@@ -376,14 +376,14 @@ class Run:
         self.checked: list[tuple[int, Tensor]] = []
         if problem.check and (self.builder is None or problem.num_steps == 0):
             self._check()
-        moving = Moving(self.chains, self.vhat, self.output_gradient)
+        moving = Moving(self.chains, self.vhat, self.output_gradient, problem.belief_optimizer)
         for t in range(1, problem.num_steps + 1):
             if t > 1:
                 moving.evaluate(self.gradient_at)
             out.gradients = {}
             self._add_updates(moving.errors)
             if t < problem.num_steps:
-                moving.descend(problem.step_size_at(t))
+                moving.descend(problem.step_size_at(t), t)
             found = [(l, e) for l, e in enumerate(moving.errors) if e is not None]
             found += [(owners[p], g) for p, g in out.gradients.items()]
             if self.builder is not None:

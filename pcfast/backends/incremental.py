@@ -13,26 +13,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from .. import status
+from ..belief_optimizers import PLAIN, BeliefOptimizer
 from ..deviation import Chain
 from ..errors import RelaxationDiverged
+from .links import Link
 
 
 class Moving:
     """Beliefs over layers whose parameters move too.
 
     Attributes:
-        d: v_l - vhat_l, l = 0..L-1; d_0 = None, the input is clamped.
         errors: eps_l of the last :meth:`evaluate`, l = 1..L by index; None where zero.
     """
 
-    def __init__(self, chains: list[Chain], vhat: list[Tensor], output_error: Tensor) -> None:
+    def __init__(
+        self,
+        chains: list[Chain],
+        vhat: list[Tensor],
+        output_error: Tensor,
+        optimizer: BeliefOptimizer = PLAIN,
+    ) -> None:
         """``chains``: of layers 1..L by index, at the forward pass ``vhat``; ``output_error``: eps_L there."""
-        self._chains, self._vhat, self._depth = chains, vhat, len(vhat) - 1
-        self.d: list[Tensor | None] = [None, *(torch.zeros_like(v) for v in vhat[1:-1])]
+        self._chains, self._vhat, self._depth, self._optimizer = chains, vhat, len(vhat) - 1, optimizer
+        # index l couples v_l to layer l+1
+        self._links = [
+            None,
+            *(Link(c, v, None, optimizer) for c, v in zip(chains[2:], vhat[1:], strict=False)),
+        ]
         self.errors: list[Tensor | None] = [None] * self._depth + [output_error]
         for chain in chains[1:]:
             chain.hold()
@@ -40,21 +50,21 @@ class Moving:
     def evaluate(self, gradient_at: Callable[[Tensor], Tensor]) -> None:
         """The errors at the beliefs and parameters of now; every chain is then at that point."""
         moved: list[Tensor | None] = [None]  # mu_l - vhat_l; None where zero
-        for chain, d in zip(self._chains[1:], self.d, strict=True):
+        for chain, below in zip(self._chains[1:], self._links, strict=True):
             chain.reload()
-            moved.append(chain.drift() if d is None else chain.deviate(d))
+            moved.append(below.predict() if below is not None and below.moved else chain.drift())
         for l in range(1, self._depth):
-            self.errors[l] = self.d[l].neg() if moved[l] is None else moved[l] - self.d[l]
+            self.errors[l] = self._links[l].error(moved[l])
         output = self._vhat[-1]
         self.errors[-1] = gradient_at(output if moved[-1] is None else output + moved[-1])
 
-    def descend(self, eta: float) -> None:
-        """d_l += eta (eps_l - J_{l+1}^T eps_{l+1}), all from the last :meth:`evaluate`."""
+    def descend(self, eta: float, iteration: int) -> None:
+        """Every belief moves down its gradient, all from the last :meth:`evaluate`; ``iteration`` = 1, 2, ..."""
         for l in range(1, self._depth):
-            if self.errors[l] is not None:
-                self.d[l].add_(self.errors[l], alpha=eta)
-            if self.errors[l + 1] is not None:
-                self._chains[l + 1].descend(self.d[l], self.errors[l + 1], eta)
+            error, above = self.errors[l], self.errors[l + 1]
+            if error is None and above is None and self._optimizer.rests:
+                continue  # no error has come this far yet
+            self._links[l].descend(error, above, eta, iteration)
 
 
 def check_iteration(iteration: int, found: Sequence[tuple[int, Tensor | None]], step_size: float) -> None:

@@ -54,7 +54,7 @@ class Link:
     def descend(
         self,
         error: Tensor | None,
-        error_above: Tensor,
+        error_above: Tensor | None,
         eta: float,
         iteration: int = 1,
         *,
@@ -62,17 +62,19 @@ class Link:
     ) -> Tensor | None:
         """d_l += eta (eps_l - J_{l+1}^T eps_{l+1}), or what the optimiser makes of that gradient in ``iteration``.
 
-        With ``apart`` the energy's gradient is computed by itself, and returned.
+        An error that is None is zero. With ``apart`` the energy's gradient is computed by itself, and returned.
         """
         if self.d is None:
             self.d = torch.zeros_like(self.vhat)
         if self._optimizer.plain and not apart:
             if error is not None:
                 self.d.add_(error, alpha=eta)
-            self.chain.descend(self.d, error_above, eta)
+            if error_above is not None:
+                self.chain.descend(self.d, error_above, eta)
             return None
         gradient = torch.zeros_like(self.vhat) if error is None else error.neg()
-        self.chain.descend(gradient, error_above, -1.0)
+        if error_above is not None:
+            self.chain.descend(gradient, error_above, -1.0)
         if self._optimizer.weight_decay:
             gradient.add_(self.vhat + self.d, alpha=self._optimizer.weight_decay)
         self.d.add_(self._descent.move(gradient, eta, iteration))

@@ -275,6 +275,7 @@ def _incremental(layers, vhat, problem):
     depth = len(layers) - 1
     owners = layer_of_parameters(problem.network, problem.model)
     v, outcome = [value.clone() for value in vhat], Outcome(None, None)
+    move = _mover(problem, v)
     for t in range(problem.num_steps):
         _, errors = _evaluate(layers, v, problem.y, problem)
         outcome = Outcome(None, None)
@@ -282,7 +283,7 @@ def _incremental(layers, vhat, problem):
             outcome.add_gradients(layers[l].parameter_gradients(v[l - 1], errors[l]))
         for l in range(1, depth):
             _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
-            v[l] = v[l] + problem.step_size_at(t + 1) * (errors[l] - feedback)
+            move(l, feedback - errors[l], t + 1)
         if problem.check:
             found = [*enumerate(errors[1:], start=1), *((owners[p], g) for p, g in outcome.gradients.items())]
             check_iteration(t + 1, found, problem.step_size)
