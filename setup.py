@@ -120,7 +120,11 @@ setup(
         *(f"pcfast.{folder}" for folder in FOLDERS),
         *(f"pcfast.{folder}.{name}" for folder in FOLDERS for name in find_packages(folder)),
     ],
-    package_data={"pcfast.bench": ["*.sh"], "pcfast.bench.constants": ["*.cu", "*.cuh", "*.h"]},
+    package_data={
+        "pcfast.recipes": ["*.csv"],
+        "pcfast.bench": ["*.sh"],
+        "pcfast.bench.constants": ["*.cu", "*.cuh", "*.h"],
+    },
     # Its sources are CMakeLists.txt's business.
     ext_modules=[] if WITHOUT else [Extension("pcfast._native", sources=[])],
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative},

@@ -9,13 +9,19 @@ from pathlib import Path
 import click
 import torch
 from click.core import ParameterSource
+from torch import nn
 
 from .. import training
+from ..datasets import Data
 from ..errors import ArgumentError
+from ..precision import parameter_dtype
+from ..recipes import RECIPES
 from .building import (
     belief_optimizer_of,
     data_of,
     device_of,
+    in_dtype_of,
+    loaded,
     network_of,
     nudging_of,
     optimizer_of,
@@ -37,9 +43,18 @@ from .options import (
 from .output import print_json
 
 _OF_THE_CALL = ("out", "resume", "as_json")  # options that say nothing about the run
+#: Options that may stand beside --recipe, which fixes the others.
+_BESIDE_A_RECIPE = (
+    "recipe", "data_dir", "epochs", "backend", "precision", "device", "seed", *_OF_THE_CALL
+)  # fmt: skip
 
 
 @click.command()
+@click.option(
+    "--recipe",
+    type=click.Choice(list(RECIPES)),
+    help="A published recipe: network, data set, preprocessing, relaxation, optimiser and schedule.",
+)
 @data_options
 @network_options
 @method_option
@@ -64,43 +79,20 @@ def train(context: click.Context, **options) -> int:
     The run folder gets checkpoint.pt, config.json, log.csv (one line an epoch) and curves.png. Ctrl-C finishes the
     batch and writes the checkpoint; --resume goes on from it, on a CPU bit for bit as if nothing had happened.
     """
-    out = options["out"] or Path("runs") / options["data"]
+    out = options["out"] or Path("runs") / (options["recipe"] or options["data"])
     if options["resume"]:
         options = _options_of_run(out, context, options)
-    chosen = with_defaults(options)
-    device = device_of(chosen["device"])
-    torch.manual_seed(chosen["seed"])
-    model = network_of(
-        chosen["net"], chosen["widths"], chosen["model"], data=chosen["data"], precision=chosen["precision"]
-    )
-    data = data_of(
-        chosen["data"],
-        chosen["data_dir"],
-        model,
-        seed=chosen["seed"],
-        loss=chosen["loss"],
-        spec=chosen["model"],
-    )
-    passed_on = (
-        "epochs",
-        "batch_size",
-        "loss",
-        "method",
-        "step_size",
-        "num_steps",
-        "backend",
-        "precision",
-        "seed",
-    )
+    if options["recipe"] is not None:
+        _check_beside_recipe(context)
+    device = device_of(options["device"])
+    torch.manual_seed(options["seed"])
+    model, data, settings = _of_recipe(options) if options["recipe"] else _of_options(options)
     try:
         history = training.train(
             model,
             data,
-            **{name: chosen[name] for name in passed_on},
-            belief_optimizer=belief_optimizer_of(chosen),
-            nudging=nudging_of(chosen),
-            nudging_growth=chosen["nudging_growth"] or 0.0,
-            optimizer=optimizer_of(chosen),
+            **settings,
+            **{name: options[name] for name in ("backend", "precision", "seed")},
             device=device,
             out=out,
             resume=options["resume"],
@@ -119,6 +111,48 @@ def train(context: click.Context, **options) -> int:
         click.echo(file)
     click.echo(f"test accuracy {history.test_accuracy[-1]:.2%}")
     return 0
+
+
+def _check_beside_recipe(context: click.Context) -> None:
+    """Raise ArgumentError for an option that the recipe fixes."""
+    for name in context.params:
+        given = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+        if given and name not in _BESIDE_A_RECIPE:
+            shown = _option(name)
+            raise ArgumentError(name, f"{shown} beside --recipe", "one of the two", "A recipe has its own.")
+
+
+def _of_recipe(options: dict) -> tuple[nn.Sequential, Data, dict]:
+    """Network, data and settings of --recipe."""
+    recipe = RECIPES[options["recipe"]]
+    model = recipe.network().to(parameter_dtype(options["precision"]))
+    data = loaded(recipe.data, options["data_dir"], recipe.shape, seed=options["seed"])
+    return model, in_dtype_of(model, recipe.prepared(data)), recipe.settings(options["epochs"])
+
+
+def _of_options(options: dict) -> tuple[nn.Sequential, Data, dict]:
+    """Network, data and settings of all other options."""
+    chosen = with_defaults(options)
+    model = network_of(
+        chosen["net"], chosen["widths"], chosen["model"], data=chosen["data"], precision=chosen["precision"]
+    )
+    data = data_of(
+        chosen["data"],
+        chosen["data_dir"],
+        model,
+        seed=chosen["seed"],
+        loss=chosen["loss"],
+        spec=chosen["model"],
+    )
+    passed_on = ("epochs", "batch_size", "loss", "method", "step_size", "num_steps")
+    settings = {
+        **{name: chosen[name] for name in passed_on},
+        "belief_optimizer": belief_optimizer_of(chosen),
+        "nudging": nudging_of(chosen),
+        "nudging_growth": chosen["nudging_growth"] or 0.0,
+        "optimizer": optimizer_of(chosen),
+    }
+    return model, data, settings
 
 
 def _kept(options: dict) -> dict:

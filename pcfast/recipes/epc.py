@@ -1,0 +1,79 @@
+"""Recipes of ePC: Goemaere et al., "Error optimization: overcoming exponential signal decay ...", arXiv 2505.20137.
+
+Numbers: epc.csv, from github.com/cgoemaere/error_based_PC at 02baa80, configs_results; what they mean: pc_e.py,
+pc_s.py, get_arch.py and datamodules beside. Left out: backpropagation, and ResNet18, whose skips
+pass over a PC layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .. import presets
+from ..belief_optimizers import GradientDescent
+from .recipe import Tuned, rows_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epc(Tuned):
+    """One recipe.
+
+    Attributes:
+        type: "Error" (ePC: errors descend the summed energy) or "State" (sPC: states do).
+        iters: iterations.
+        lr, momentum: of SGD on errors or states; errors have no momentum there.
+    """
+
+    type: str
+    iters: int
+    lr: float
+    momentum: float
+
+    @property
+    def ratio(self):
+        return 1 / self._preset().scale if self.type == "Error" else super().ratio
+
+    @property
+    def decoupled(self):
+        return self.type == "State"
+
+    def _activations(self):
+        return {"gelu": nn.GELU, "tanh": nn.Tanh}
+
+    def _warmup(self, steps):
+        return int(0.1 * steps)
+
+    def _preset(self) -> presets.Preset:
+        program = presets.epc if self.type == "Error" else presets.pcx  # sPC descends what PCX descends
+        return program(self.batch_size, step_size=self.lr, num_steps=self.iters, loss=self.loss)
+
+    def _relaxation(self):
+        momentum = {"belief_optimizer": GradientDescent(self.momentum)} if self.momentum else {}
+        return {**self._preset(), **momentum}
+
+
+def recipes() -> list[Epc]:
+    """In the order of the table."""
+    return [_recipe(row) for row in rows_of("epc.csv")]
+
+
+def _recipe(row: dict[str, str]) -> Epc:
+    kind = {"Error": "epc", "State": "spc"}[row["type"]]
+    return Epc(
+        name=f"{kind}-{row['net']}-{row['data']}-{row['output_loss']}",
+        source=f"{row['type']}_{row['data'].upper()}_{row['net'].upper()}_{row['output_loss']}.yaml",
+        type=row["type"],
+        data=row["data"],
+        net=row["net"],
+        act_fn=row["act_fn"],
+        batch_size=256,
+        epochs=25,
+        loss={"mse": "mse", "ce": "cross_entropy"}[row["output_loss"]],
+        iters=int(row["iters"]),
+        lr=float(row["lr"]),
+        momentum=float(row["momentum"]),
+        w_lr=float(row["w_lr"]),
+        w_decay=float(row["w_decay"]),
+    )
