@@ -672,18 +672,18 @@ def test_divergence_names_the_iteration_and_the_layer(name):
 @pytest.mark.parametrize("name", ["mlp", "conv"])
 def test_divergence_with_momentum_or_in_the_middle_of_a_schedule(name, way):
     model, x, y = drawn(name)
-    settings = {"step_size": (0.1,) * 10 + (1e6,) * 50}
+    settings = {"step_size": (0.1,) * 5 + (1e6,) * 15}
     if way == "momentum":
-        settings = {"step_size": 30.0, "belief_optimizer": pcfast.GradientDescent(0.9)}
+        settings = {"step_size": 1e4, "belief_optimizer": pcfast.GradientDescent(0.9)}
     linear = nn.Sequential(*(m[0] if isinstance(m, nn.Sequential) else m for m in model))
     if name == "conv":
         linear = nn.Sequential(model[0][0], nn.Sequential(model[1][0], *model[1][2:]), model[2][0], model[3])
     found = {}
     for tried in ("eager", "triton"):
         with pytest.raises(pcfast.RelaxationDiverged, match="with step size") as caught:
-            pcfast.relax(linear, x, y, backend=tried, check="sync", num_steps=60, **settings)
+            pcfast.relax(linear, x, y, backend=tried, check="sync", num_steps=20, **settings)
         found[tried] = caught.value.iteration
-    assert way == "momentum" or found["eager"] > 10
+    assert way == "momentum" or found["eager"] > 5
     assert abs(found["triton"] - found["eager"]) <= 1
 
 
