@@ -10,14 +10,13 @@ that of the energy sum 0.5 |eps_l|^2 + loss and of 0.5 lambda |v_l|^2; lambda is
 from __future__ import annotations
 
 import functools
-import math
-import numbers
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
+from .ranges import checked_number
 
 StepSize = float | tuple[float, ...]  # one for all iterations, or one an iteration
 
@@ -31,19 +30,6 @@ def step_size_of(step_size: StepSize, iteration: int) -> float:
 def schedule_on_device(step_sizes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A schedule where kernels read it. Uploaded once: a CUDA graph cannot record a copy from the host."""
     return torch.tensor(step_sizes, dtype=dtype, device=device)
-
-
-def checked_number(name: str, value, accepts, needed: str, remedy: str) -> float:
-    """``value`` as a finite float that ``accepts`` takes.
-
-    Raises:
-        ArgumentTypeError, ArgumentError: naming it.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ArgumentTypeError(name, f"{value!r} ({type(value).__name__})", needed, remedy)
-    if not math.isfinite(value) or not accepts(value):
-        raise ArgumentError(name, repr(value), needed, remedy)
-    return float(value)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .belief_optimizers import checked_number
 from .errors import ArgumentError, ArgumentTypeError
+from .ranges import checked_number
 
 KINDS = ("positive", "negative", "centred")
 
