@@ -33,6 +33,17 @@ def _no_extents_left():
 
 
 @pytest.fixture
+def made(monkeypatch):
+    """The designs that the backend makes."""
+    from pcfast.backends import triton as backend
+
+    found = []
+    find = backend._design
+    monkeypatch.setattr(backend, "_design", lambda *a: found.append(find(*a)) or found[-1])
+    return found
+
+
+@pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels that the streamed loop launched, with their keywords, in order."""
     from pcfast.streamed import loop

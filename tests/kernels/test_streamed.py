@@ -389,15 +389,6 @@ def test_twice_the_same_bits_and_rows_do_not_depend_on_their_batch(staged):
 ways = pytest.mark.parametrize("way", MOVING)
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """The designs that the backend makes."""
-    found = []
-    find = backend._design
-    monkeypatch.setattr(backend, "_design", lambda *a: found.append(find(*a)) or found[-1])
-    return found
-
-
 def velocities(made: designs.Design) -> set[str]:
     return {name for name, _ in made.layout.matrices if "velocity" in name}
 

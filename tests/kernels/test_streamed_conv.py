@@ -151,15 +151,6 @@ def letters(made: designs.Design) -> str:
 # which convolutions ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """The designs that the backend makes."""
-    found = []
-    find = backend._design
-    monkeypatch.setattr(backend, "_design", lambda *a: found.append(find(*a)) or found[-1])
-    return found
-
-
 @networks
 def test_the_forms_that_the_layers_take(name, made, implicit):
     updates(*drawn(name), num_steps=2, backend="triton")
