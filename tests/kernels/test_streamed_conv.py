@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pcfast
 from pcfast import planning
 from pcfast.accuracy import relative_error
-from pcfast.backends import triton as backend
 from pcfast.checking import check
 from pcfast.forms import LinearForm, PointwiseForm, TorchForm
 from pcfast.precision import use_precision
