@@ -1,12 +1,12 @@
-"""Recorded benchmark results, and the README's tables and the pictures made from the newest of them.
+"""Recorded benchmark results, and the tables and the pictures made from the newest of them.
 
     pcfast bench --json .benchmarks/latest.json
     python -m pcfast.bench.report --record .benchmarks/latest.json    # keep it under bench/results/
-    python -m pcfast.bench.report                                     # README's tables, the pictures in docs/
+    python -m pcfast.bench.report            # tables in README and docs/methods.md, the pictures in docs/
 
 Records are append-only: bench/results/<device>/<date>-<commit>.json, with -kernels in the name where they are of
-`pcfast bench --kernels`. Numbers in README come from nowhere else; a test compares them. A record whose sources
-differ from today's is marked so.
+`pcfast bench --kernels`, -methods of `python -m pcfast.bench.methods`. The tables' numbers come from nowhere else;
+tests compare them. A record whose sources differ from today's is marked so.
 """
 
 from __future__ import annotations
@@ -22,27 +22,29 @@ import click
 from pcfast.files import write_atomically
 from pcfast.plots import require_matplotlib
 
-from . import sources, tables
+from . import methods, sources, tables
 from .runner import FORMAT
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results", HERE.parent / "README.md"
+METHODS = HERE.parent / "docs" / "methods.md"
 PICTURE, DEPTH_PICTURE = HERE.parent / "docs" / "speed.png", HERE.parent / "docs" / "depth.png"
 BEGIN, END = "<!-- bench/report.py: begin -->", "<!-- bench/report.py: end -->"
 #: Backends whose kernels are interpreted on a CPU, or compiled for it, for tests alone.
 GPU_BACKENDS = {"cuda", "triton"}
 NOT_MEASURED = "Not yet measured on a GPU."
+NOT_RECORDED = "Not yet recorded."
 
 
 def record(path: Path) -> Path:
-    """Keep a run that ``pcfast bench --json`` wrote.
+    """Keep a run that ``pcfast bench`` or ``pcfast.bench.methods`` wrote with ``--json``.
 
     Raises:
         click.ClickException: a quick run, or one of changed sources, which its commit does not name.
     """
     found = json.loads(path.read_text())
     if found.get("format") != FORMAT or found["quick"]:
-        raise click.ClickException(f"{path} is no full run of this version's `pcfast bench`")
+        raise click.ClickException(f"{path} is no full run of this version's benchmarks")
     if found["commit"] is None or found["commit"].endswith("+"):
         raise click.ClickException("the run's sources were not committed: commit, then run again")
     if found.get("kernels") and found["device"] == "cpu":
@@ -52,7 +54,7 @@ def record(path: Path) -> Path:
     }
     if on_cpu & GPU_BACKENDS:
         raise click.ClickException("the run's kernels ran on a CPU: leave their backends out")
-    kind = "-kernels" if found.get("kernels") else ""
+    kind = "".join(f"-{kind}" for kind in ("kernels", "methods") if found.get(kind))
     target = RESULTS / folder_of(found) / f"{found['recorded'][:10]}-{found['commit']}{kind}.json"
     if target.exists():
         raise click.ClickException(f"{target} is there already: records are never replaced")
@@ -72,7 +74,7 @@ def newest(of: str = "rows") -> list[dict]:
     """The newest record of every device, GPUs first; records of older formats are kept but not shown.
 
     Args:
-        of: what a record has to have: "rows" of training steps, or "kernels".
+        of: what a record has to have: "rows" of training steps, "kernels" or "methods".
     """
     by_device: dict[str, dict] = {}
     for path in RESULTS.glob("*/*.json"):
@@ -103,7 +105,6 @@ def text(records: Iterable[dict], of_kernels: Iterable[dict] = ()) -> str:
 
 
 def _table(found: dict) -> str:
-    machine = found["machine"]
     lines = [
         "| training step | pcfast | literal loop | best other | against literal | against best other | of floor "
         "| error |",
@@ -123,15 +124,21 @@ def _table(found: dict) -> str:
             f"{ours['error']:.0e}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append(
-        f"\n{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, torch "
-        f"{machine['torch']}, {_when(found)}"
-    )
+    lines.append(f"\n{_where_and_when(found)}")
     return "\n".join(lines)
 
 
-def _when(found: dict) -> str:
-    stale = "" if found["sources"] == sources.digest() else " **Older than the code.**"
+def _where_and_when(found: dict, current: bool = True) -> str:
+    machine = found["machine"]
+    return (
+        f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, torch "
+        f"{machine['torch']}, {_when(found, current)}"
+    )
+
+
+def _when(found: dict, current: bool = True) -> str:
+    """``current``: what the digest of sources does not see is still so."""
+    stale = "" if current and found["sources"] == sources.digest() else " **Older than the code.**"
     return f"{found['recorded'][:10]}, commit {found['commit']}.{stale}"
 
 
@@ -161,10 +168,35 @@ def _kernel_table(found: dict) -> str:
     return "\n".join(lines)
 
 
+def methods_text(records: Iterable[dict]) -> str:
+    """Markdown of all records of methods: a table a data set."""
+    parts = []
+    for found in records:
+        for rows in tables.by_data(found["methods"]).values():
+            headings = tables.method_headings()
+            lines = [
+                f"| {' | '.join(heading.removeprefix('>') for heading in headings)} |",
+                "|" + "---|" * len(headings),
+                *(f"| {' | '.join(tables.method_cells(row, rows))} |" for row in rows),
+            ]
+            parts += [f"**{tables.data_heading(rows)}**", "\n".join(lines), *tables.method_notes(rows)]
+        parts.append(_where_and_when(found, methods.is_current(found)))
+    return "\n\n".join(parts) or NOT_RECORDED
+
+
 def with_tables(readme: str, records: Iterable[dict], of_kernels: Iterable[dict] = ()) -> str:
-    """``readme`` with the text between the markers replaced."""
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{text(records, of_kernels)}\n{END}{rest.split(END)[1]}"
+    """README with the text between the markers replaced."""
+    return _between_markers(readme, text(records, of_kernels))
+
+
+def with_methods(page: str, records: Iterable[dict]) -> str:
+    """docs/methods.md with the text between the markers replaced."""
+    return _between_markers(page, methods_text(records))
+
+
+def _between_markers(page: str, made: str) -> str:
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}"
 
 
 def depth_lines(found: dict) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -322,6 +354,8 @@ def main(path: Path | None) -> None:
     records = newest()
     readme = with_tables(README.read_text(), records, newest("kernels"))
     write_atomically(README, lambda file: file.write(readme.encode()))
+    page = with_methods(METHODS.read_text(), newest("methods"))
+    write_atomically(METHODS, lambda file: file.write(page.encode()))
     picture(records)
     depth_picture(records)
 

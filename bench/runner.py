@@ -52,7 +52,7 @@ def run(
         The record: plain values, see :func:`_row` for its rows. Times are in seconds.
     """
     deadline = time.monotonic() + seconds
-    record = _record(device, quick)
+    record = new_record(device, quick)
     record["ceilings"] = {precision: ceilings(precision, device, quick) for precision in precisions}
     cases = [(WORKLOADS[name], precision) for name in workloads for precision in precisions]
     for done, (workload, precision) in enumerate(cases):
@@ -97,7 +97,7 @@ def run_kernels(
     from .microbenchmarks import run as microbenchmarks
 
     unable = microbenchmarks.unable(device)
-    record = _record(device, quick)
+    record = new_record(device, quick)
     able = [backend for backend, reason in unable.items() if not reason]
     cases = microbenchmarks.chosen_cases(precisions, able, device.type == "cpu", quick)
     record["ceilings"], record["kernels"] = microbenchmarks.run(
@@ -109,8 +109,8 @@ def run_kernels(
     return record
 
 
-def _record(device: torch.device, quick: bool) -> dict:
-    """A record without results."""
+def new_record(device: torch.device, quick: bool) -> dict:
+    """A record without results: of training steps (rows), of kernels, of methods."""
     return {
         "format": FORMAT,
         "recorded": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -122,6 +122,7 @@ def _record(device: torch.device, quick: bool) -> dict:
         "ceilings": {},
         "rows": [],
         "kernels": [],
+        "methods": [],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from statistics import median
 
 
 def headings() -> tuple[str, ...]:
@@ -97,6 +98,96 @@ def growth_lines(rows: list[dict]) -> list[str]:
         spread = f"{most / least - 1:.1%} apart" if least > 0 else "lost in noise"
         lines.append(f"resident, {name}: one more iteration takes {', '.join(map(time, seconds))}, {spread}")
     return lines
+
+
+def method_headings() -> tuple[str, ...]:
+    """As :func:`headings`, of the methods' rows."""
+    return (
+        "method",
+        ">step size",
+        ">learning rate",
+        ">test accuracy",
+        ">training step",
+        ">of backpropagation's time",
+    )
+
+
+def method_cells(row: dict, rows: list[dict]) -> list[str]:
+    """One method among the ``rows`` of its data set; the learning rate where it is not backpropagation's."""
+    settings, gradient = row["settings"], backpropagation(rows)
+    lr = settings["lr"]
+    step = other = ""
+    if row["seconds"] is not None:
+        step = f"{time(row['seconds'])} ({time(row['p20'])} - {time(row['p80'])})"
+        if gradient["seconds"] is not None:
+            other = f"{row['seconds'] / gradient['seconds']:.2f}x"
+    return [
+        settings["name"],
+        _step_size(settings["step_size"]),
+        "" if lr == gradient["settings"]["lr"] else f"{lr:g}",
+        _accuracy(row["runs"]),
+        step,
+        other,
+    ]
+
+
+def _step_size(value: float | list[float] | None) -> str:
+    if isinstance(value, list):
+        return f"{value[0]:g} to {value[-1]:.2g}"
+    return "" if value is None else f"{value:g}"
+
+
+def _accuracy(runs: list[dict]) -> str:
+    """Median, lowest and highest of the runs that came to their end, and how many did not."""
+    found = [run["test_accuracy"] for run in runs if "test_accuracy" in run]
+    diverged = len(runs) - len(found)
+    if not found:
+        return "diverged"
+    low, middle, high = (f"{100 * value:.2f}" for value in (min(found), median(found), max(found)))
+    return f"{middle} % ({low} - {high})" + (f", {diverged} of {len(runs)} diverged" if diverged else "")
+
+
+def method_notes(rows: list[dict]) -> list[str]:
+    """Where the runs of one data set that diverged did so."""
+    return [
+        f"{row['settings']['name']} diverged with seed {run['seed']} in {_place(run['diverged'])}."
+        for row in rows
+        for run in row["runs"]
+        if "diverged" in run
+    ]
+
+
+def _place(diverged: dict) -> str:
+    layer, iteration = diverged["layer"], diverged["iteration"]
+    if iteration is None:
+        return f"the errors or updates of layer {layer}"
+    return f"iteration {iteration}, layer {layer}" if iteration else f"the forward pass, layer {layer}"
+
+
+def backpropagation(rows: list[dict]) -> dict:
+    """The row of method "exact"."""
+    return next(row for row in rows if row["settings"]["method"] == "exact")
+
+
+def data_heading(rows: list[dict]) -> str:
+    """What the rows of one data set share."""
+    settings = backpropagation(rows)["settings"]
+    iterations = next(n for row in rows if (n := row["settings"]["num_steps"]) is not None)
+    decay = f", weight decay {settings['weight_decay']:g}" if settings["weight_decay"] else ""
+    seeds = len(rows[0]["runs"])
+    return (
+        f"{settings['data']}: {settings['network']}, loss {settings['loss']}, n = {iterations}, "
+        f"{settings['optimizer']} with learning rate {settings['lr']:g}{decay}, batches of {settings['batch_size']}, "
+        f"epochs: {settings['epochs']}, seeds: {seeds}"
+    )
+
+
+def by_data(rows: list[dict]) -> dict[str, list[dict]]:
+    """Data set -> its methods' rows, in order."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(row["settings"]["data"], []).append(row)
+    return found
 
 
 def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:

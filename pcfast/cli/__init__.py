@@ -48,14 +48,17 @@ for command in (train, compare, diagnose, check, tune, bench, info, completion):
     pcfast.add_command(command)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, command: click.Command = pcfast, name: str = "pcfast"
+) -> int:
     """Run the command line; returns the exit status and never lets a traceback through for bad input.
 
     Args:
         arguments: without the program's name; None for those of this process.
+        command: another one, with options named as those here. name: what it is started as.
     """
     try:
-        return pcfast.main(arguments, prog_name="pcfast", standalone_mode=False) or 0
+        return command.main(arguments, prog_name=name, standalone_mode=False) or 0
     except click.ClickException as error:
         return _fail(BAD_INPUT, error.format_message())
     except click.Abort as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import click
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -16,8 +15,8 @@ from ..checking import default_precisions
 from ..errors import ArgumentError
 from ..files import write_json
 from ..precision import PRECISIONS, check_precision
-from .building import device_of
-from .options import device_option
+from .building import device_of, make_folder_of
+from .options import device_option, record_option
 from .output import console, progress_bar, table
 
 #: What the kernels compute in: ieee by three TF32 products in the place of one.
@@ -50,13 +49,7 @@ KERNEL_PRECISIONS = ("ieee", "tf32", "bf16")
 @click.option(
     "--minutes", type=click.FloatRange(min=0), metavar="X", help="Stop cleanly after about so long."
 )
-@click.option(
-    "--json",
-    "path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Also write the record.",
-)
+@record_option
 def bench(workloads, contenders, precisions, kernels, device, quick, minutes, path) -> int:
     """Time whole training steps of WORKLOADS (default: all) against what others run.
 
@@ -74,13 +67,7 @@ def bench(workloads, contenders, precisions, kernels, device, quick, minutes, pa
     if not kernels:
         for precision in precisions:
             check_precision(precision, device)
-    if path is not None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArgumentError(
-                "json", str(path), f"a file that can be written ({error.strerror})"
-            ) from error
+    make_folder_of(path)
     names = workloads or tuple(name for name, w in WORKLOADS.items() if w.quick or not quick)
     contenders = contenders or tuple(name for name, c in CONTENDERS.items() if c.quick or not quick)
     seconds = math.inf if minutes is None else 60 * minutes

@@ -79,6 +79,21 @@ def device_of(name: str) -> torch.device:
     return checked_device(name)
 
 
+def make_folder_of(path: Path | None) -> None:
+    """Before any work: make the folder that the file of --json, if any, goes to.
+
+    Raises:
+        ArgumentError: it cannot be made.
+    """
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        needed = f"a file that can be written ({error.strerror})"
+        raise ArgumentError("json", str(path), needed) from error
+
+
 def network_of(
     net: str | None,
     widths: tuple[int, ...] | None,

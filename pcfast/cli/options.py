@@ -267,6 +267,14 @@ epochs_option = click.option(
     help="Passes over the training part in all." + by_data("epochs"),
 )
 
+record_option = click.option(
+    "--json",
+    "path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also write the record.",
+)
+
 
 def _on_json(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
     if value and not context.resilient_parsing:
