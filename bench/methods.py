@@ -105,8 +105,9 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("strict, nudging negative, beta 0.5", nudging=Nudging("negative", 0.5)),
     Entry("strict, nudging centred, beta 0.5", nudging=Nudging("centred", 0.5)),
     Entry("error_based", "error_based"),
-    # It takes 20 optimiser steps a batch. On MNIST the default learning rate is better than less or more.
-    Entry("incremental", "incremental", lr=_of_data(digits=5e-5)),
+    # It takes 20 optimiser steps a batch. On MNIST the default learning rate is better than less or more, and beliefs
+    # have to follow predictions that move by it.
+    Entry("incremental", "incremental", step_size=_of_data(mnist=0.5), lr=_of_data(digits=5e-5)),
 )
 
 
