@@ -189,7 +189,7 @@ def checked(optimizer, method: str) -> BeliefOptimizer:
         )  # fmt: skip
     if method in _WITHOUT and not optimizer.plain:
         raise ArgumentError(
-            "belief_optimizer", f"{optimizer} with method {method!r}", "None, or a method with iterations",
-            f'{_WITHOUT[method]}; use method="strict" or "fixed_prediction".',
+            "belief_optimizer", f"{optimizer} with method {method!r}",
+            "method strict, fixed_prediction or incremental, or no belief optimiser", f"{_WITHOUT[method]}.",
         )  # fmt: skip
     return optimizer

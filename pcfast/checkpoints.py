@@ -114,8 +114,17 @@ def loss_name(loss: LossLike) -> str:
 
 
 def callable_name(function: Callable) -> str:
-    """A function by its name, anything else as it prints: without memory addresses, as long as repr has none."""
-    return getattr(function, "__qualname__", None) or repr(function)
+    """A name of ``function`` without memory addresses: two runs are compared by it.
+
+    A function's or a class's own name, a partial's with its keywords, what other callables print as.
+    """
+    if isinstance(function, functools.partial):
+        values = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in sorted(function.keywords.items()))]
+        return f"{callable_name(function.func)}({', '.join(values)})"
+    if hasattr(function, "__qualname__"):
+        return function.__qualname__
+    printed_by = type(function).__repr__
+    return type(function).__qualname__ if printed_by is object.__repr__ else repr(function)
 
 
 def _signature(tensor: Tensor) -> str:

@@ -7,7 +7,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .errors import ArgumentError
+from .ranges import checked_number
+from .validation import check_count
 
 
 def warmup_cosine(
@@ -21,13 +22,17 @@ def warmup_cosine(
         optimizer: whose step t = 0, 1, ... takes factor t.
         steps: in all, >= 1; later ones stay at ``end``.
         warmup: steps up to the peak, 0 <= warmup < steps; need not be whole.
-        peak, end: factors.
+        peak, end: factors, >= 0.
 
     Raises:
-        ArgumentError: a warm-up that is not shorter than all steps.
+        ArgumentError and its kinds: a value outside.
     """
-    if not 0 <= warmup < steps:
-        raise ArgumentError("warmup", f"{warmup} of {steps} steps", "0 or more, and fewer than all")
+    check_count("steps", steps)
+    checked_number(
+        "warmup", warmup, lambda w: 0 <= w < steps, f"a number from 0 to less than all {steps} steps"
+    )
+    for name, value in (("peak", peak), ("end", end)):
+        checked_number(name, value, lambda v: v >= 0, "a finite number >= 0")
 
     def factor(step: int) -> float:
         if step < warmup:

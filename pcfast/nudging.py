@@ -80,16 +80,34 @@ def check(nudging, method: str, loss: str | None) -> None:
             'E.g. pcfast.Nudging("centred", beta=0.1).',
         )  # fmt: skip
     if method != "strict":
+        loops = method in ("error_based", "incremental")
         raise ArgumentError(
-            "nudging", f"{nudging} with method {method!r}", 'method="strict"',
-            "It is strict's; the updates of those with a closed form are linear in the output's error: nudged by "
-            "beta and divided by it they are what they were.",
+            "nudging", f"{nudging} with method {method!r}", "method strict",
+            "It is strict's." if loops else
+            "Its updates are linear in the output's error: nudged by beta and divided by beta they are the same.",
         )  # fmt: skip
     if loss not in (None, "mse"):
         raise ArgumentError(
             "nudging", f"{nudging} with a loss that is not mse", 'loss="mse", with y of the output\'s shape',
             "The nudged target is a value for the output, which other losses do not take.",
         )  # fmt: skip
+
+
+def by_epoch(nudging, growth: float, epochs: int, method: str) -> list[Nudging | None]:
+    """The nudging of every epoch, from one that grows, or from a function of the epoch 0, 1, ...
+
+    Raises:
+        ArgumentTypeError, ArgumentError: as :func:`check`, and for a class.
+    """
+    if isinstance(nudging, Nudging) and growth:
+        found = [nudging.grown(growth, epoch) for epoch in range(epochs)]
+    elif callable(nudging) and not isinstance(nudging, type):
+        found = [nudging(epoch) for epoch in range(epochs)]
+    else:
+        found = [nudging] * epochs
+    for one in found:
+        check(one, method, None)
+    return found
 
 
 def checked_growth(growth: float, nudging) -> float:

@@ -8,7 +8,7 @@ import numbers
 from .errors import ArgumentError, ArgumentTypeError
 
 
-def checked_number(name: str, value, accepts, needed: str, remedy: str) -> float:
+def checked_number(name: str, value, accepts, needed: str, remedy: str = "") -> float:
     """``value`` as a finite float that ``accepts`` takes.
 
     Raises:

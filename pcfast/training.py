@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 import pcfast
 
@@ -102,7 +103,7 @@ def train(
             logged numbers depend on it.
         method, step_size, num_steps, belief_optimizer, nudging, backend: as for ``pcfast.pc_loss``; or method
             "incremental", as for ``pcfast.incremental_step``.
-            ``nudging`` may be a function of the epoch 0, 1, ...
+            ``nudging`` may be a function of the epoch 0, 1, ..., called for all epochs before the first.
         nudging_growth: what beta gains every epoch, as far as 1.
         optimizer: makes the optimiser from the parameters, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``, or
             an optimiser of the model's parameters. Default: Adam with learning rate 0.002.
@@ -117,7 +118,7 @@ def train(
         out: the run folder, created if missing. Without ``resume`` the files of an earlier run in it are moved to
             ``earlier-1`` (or -2, ...) inside it.
         resume: go on from the checkpoint in ``out``. Settings must be those of that run; epochs (without a
-            scheduler), backend and device may differ.
+            scheduler), backend and device may differ. Functions are told apart by their names.
         progress: show a progress bar (in a terminal) and print one line an epoch.
         kept: plain values for ``config.json`` beside the settings, e.g. what the model and the data were made from.
 
@@ -144,6 +145,11 @@ def train(
     step_size = checked_step_sizes(step_size, num_steps)
     data = checked_data(data, parameters[0].dtype)
     samples = len(data.x_train)
+    if not isinstance(drop_last, bool):
+        raise ArgumentTypeError("drop_last", repr(drop_last), "True or False")
+    if augment is not None:
+        needed = "a function of a batch of inputs, e.g. datasets.FlipAndCrop(padding=4)"
+        _check_function("augment", augment, needed, data.x_train)
     if drop_last:
         samples -= samples % batch_size
         if not samples:
@@ -177,7 +183,7 @@ def train(
         batch_size=batch_size,
         drop_last=drop_last or None,
         augment=None if augment is None else callable_name(augment),
-        scheduler=None if schedule is None else {"name": type(schedule).__qualname__, "steps": updates},
+        scheduler=None if schedule is None else {"name": callable_name(scheduler), "steps": updates},
         precision=precision,
         seed=seed,
     )
@@ -193,18 +199,14 @@ def train(
         loss=loss, step_size=step_size, num_steps=num_steps, belief_optimizer=belief_optimizer, backend=backend,
         return_output=True,
     )  # fmt: skip
+    nudgings = nudges.by_epoch(nudging, nudging_growth, epochs, method)
     if method == "incremental":
-        nudges.check(nudging, method, None)
         update = functools.partial(pcfast.incremental_step, model, optimizer=optimizer, **learning)
         kind = IncrementalRun
     else:
 
         def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            now, epoch = nudging, len(run.history)
-            if nudging_growth:
-                now = nudging.grown(nudging_growth, epoch)
-            elif callable(nudging):
-                now = nudging(epoch)
+            now = nudgings[len(run.history)]
             return pcfast.pc_loss(model, x, y, method=method, nudging=now, **learning)
 
         kind = Run
@@ -223,7 +225,8 @@ def train(
             if resume:
                 run.restore(checkpoint)
                 if progress and len(run.history) >= epochs:
-                    print(f"the run has {len(run.history)} epochs already; ask for more epochs to go on")
+                    more = "its schedule ends there" if schedule else "ask for more epochs to go on"
+                    print(f"the run has {len(run.history)} epochs already; {more}")
             with (
                 Display(progress, epochs, run) as display,
                 Interrupt() as interrupt,
@@ -380,7 +383,7 @@ def _switches(precision: str | None, device: torch.device):
 def _rehearse(run: Run) -> None:
     """One loss without an update, so that whatever does not fit is found before any file is touched.
 
-    In eval mode: neither statistics nor random numbers move.
+    In eval mode, inside :func:`seeded`: neither statistics nor torch's random numbers move.
     """
     was_training = run.model.training
     run.model.eval()
@@ -459,13 +462,28 @@ def _made_optimizer(optimizer, parameters: list[nn.Parameter]) -> Optimizer:
     return optimizer
 
 
+def _check_function(name: str, function, needed: str, *arguments) -> None:
+    """Raise ArgumentTypeError unless ``function`` takes ``arguments``; a class is none, though it can be called."""
+    if not callable(function) or isinstance(function, type):
+        given = f"the class {function.__name__}" if isinstance(function, type) else repr(function)
+        raise ArgumentTypeError(name, given, needed)
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise ArgumentTypeError(name, f"a callable that cannot be called so ({error})", needed) from None
+    except ValueError:  # a callable without a signature
+        pass
+
+
 def _made_scheduler(make: MakeScheduler, optimizer: Optimizer, steps: int) -> LRScheduler:
+    needed = "a function of the optimiser and its number of steps that makes a scheduler of torch.optim.lr_scheduler"
+    _check_function("scheduler", make, needed, optimizer, steps)
     made = make(optimizer, steps)
-    if not isinstance(made, LRScheduler):
-        needed = (
-            "a callable that makes a scheduler of torch.optim.lr_scheduler from the optimiser and its steps"
-        )
-        raise ArgumentTypeError("scheduler", f"a callable that returned a {type(made).__name__}", needed)
+    if not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau):
+        given = f"a function that returned a {type(made).__name__}"
+        raise ArgumentTypeError("scheduler", given, f"{needed}, whose step() needs nothing")
+    if made.optimizer is not optimizer:
+        raise ArgumentError("scheduler", "a function whose scheduler is another optimiser's", needed)
     return made
 
 

@@ -262,7 +262,7 @@ def test_bad_nudges_are_refused(make, argument, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"method": "fixed_prediction"}, ("fixed_prediction", "linear", 'method="strict"')),
+        ({"method": "fixed_prediction"}, ("fixed_prediction", "linear", "needed: method strict")),
         ({"method": "exact"}, ("exact", "linear")),
         ({"loss": "cross_entropy"}, ("not mse", 'loss="mse"')),
         ({"loss": lambda output, y: (output - y).square().mean()}, ("not mse",)),

@@ -305,8 +305,8 @@ def drawn_data(recipe, rows: int) -> datasets.Data:
 
 # every MLP, and of the others each kind of update, activation and network once
 STEPPED = [name for name in PCX if "-mlp-" in name] + [
-    "pcx-vgg5-cifar10-se", "pcx-vgg5-cifar10-ipc", "pcx-vgg7-cifar100-ce", "pcx-vgg7-cifar100-pn",
-    "spc-vgg5-cifar10-mse", "spc-vgg7-cifar100-ce", "epc-vgg5-cifar10-mse", "epc-vgg7-cifar100-ce",
+    "pcx-vgg5-cifar10-se", "pcx-vgg5-cifar10-nn", "pcx-vgg5-cifar100-ipc", "pcx-vgg7-cifar100-ce",
+    "pcx-vgg7-cifar100-pn", "spc-vgg5-cifar10-mse", "spc-vgg7-cifar100-ce", "epc-vgg5-cifar10-mse", "epc-vgg7-cifar100-ce",
     "epc-vgg9-cifar10-ce",
 ]  # fmt: skip
 
@@ -358,8 +358,9 @@ def test_updates_are_the_programs(name):
 def test_recipes_cover_so_many_epochs():
     recipe = RECIPES["pcx-mlp-mnist-cn"]
     assert recipe.settings(3)["epochs"] == 3 and recipe.settings()["epochs"] == 25
-    with pytest.raises(ArgumentError, match="at most 25"):
-        recipe.settings(26)
+    for epochs in (26, 0, True, "3"):
+        with pytest.raises(ArgumentError, match=r"epochs"):
+            recipe.settings(epochs)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -406,10 +407,30 @@ def test_on_the_command_line(tmp_path, capsys):
     assert settings["optimizer"]["name"] == "AdamW" and settings["scheduler"]["steps"] == 4
     assert settings["drop_last"] and "0.55" in settings["nudging"] and "0.7" in settings["belief_optimizer"]
     assert config["kept"]["recipe"] == "pcx-mlp-mnist-pn"
+    assert (
+        not {"data", "method", "loss", "num_steps"} & config["kept"].keys()
+    )  # the recipe's, not the options'
     # the run is over, and its schedule does not grow
     assert main(["train", "--out", str(out), "--resume", "--epochs", "3"]) == 2
     assert "scheduler.steps" in capsys.readouterr().err
     assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert "its schedule ends there" in capsys.readouterr().out
+    assert main(["train", "--out", str(out), "--resume", "--method", "strict"]) == 2
+    assert "--method with recipe pcx-mlp-mnist-pn" in capsys.readouterr().err
+    assert main(["train", "--out", str(out), "--resume", "--recipe", "pcx-mlp-mnist-se"]) == 2
+    assert "--recipe pcx-mlp-mnist-pn, not pcx-mlp-mnist-se" in capsys.readouterr().err
+
+
+def test_a_run_without_a_recipe_is_not_resumed_with_one(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    assert main(["train", "--epochs", "1", "--num-steps", "1", "--out", out]) == 0
+    assert main(["train", "--out", out, "--resume", "--recipe", "pcx-mlp-mnist-se"]) == 2
+    assert "--recipe not given, not pcx-mlp-mnist-se" in capsys.readouterr().err
+
+
+def test_a_name_that_is_none(capsys):
+    assert main(["train", "--recipe", "pcx-mlp-minst-se"]) == 2
+    assert "pcx-mlp-mnist-se" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -417,7 +438,7 @@ def test_on_the_command_line(tmp_path, capsys):
 )
 def test_options_that_the_recipe_fixes(option, capsys):
     assert main(["train", "--recipe", "pcx-mlp-mnist-se", *option]) == 2
-    assert f"{option[0]} beside --recipe" in capsys.readouterr().err
+    assert f"{option[0]} with recipe pcx-mlp-mnist-se" in capsys.readouterr().err
 
 
 def test_data_that_is_not_there(tmp_path, capsys):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 import torch
+from click.shell_completion import CompletionItem
 
 from ..backends import BACKENDS
 from ..nudging import KINDS as NUDGES
 from ..planning import TRAINING_METHODS
 from ..precision import PRECISIONS
+from ..recipes import RECIPES
 from .defaults import DEFAULTS, NUM_STEPS
 from .output import only_json
 
@@ -67,6 +70,21 @@ class Folder(click.Path):
         if value == "":
             self.fail("an empty name is no folder", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class RecipeName(click.ParamType):
+    """The name of a recipe."""
+
+    name = "recipe"
+
+    def convert(self, value, param, ctx) -> str:
+        if value not in RECIPES:
+            near = difflib.get_close_matches(value, RECIPES, n=3) or list(RECIPES)[:3]
+            self.fail(f"{value!r} is none; e.g. {', '.join(near)} (docs/recipes.md has them all)", param, ctx)
+        return value
+
+    def shell_complete(self, ctx, param, incomplete):
+        return [CompletionItem(name) for name in RECIPES if name.startswith(incomplete)]
 
 
 _WIDTHS = Numbers(int, lambda width: width >= 1, "whole numbers >= 1, e.g. 600,600")

@@ -29,6 +29,7 @@ from .building import (
 )
 from .options import (
     Folder,
+    RecipeName,
     belief_options,
     data_options,
     epochs_option,
@@ -52,8 +53,10 @@ _BESIDE_A_RECIPE = (
 @click.command()
 @click.option(
     "--recipe",
-    type=click.Choice(list(RECIPES)),
-    help="A published recipe: network, data set, preprocessing, relaxation, optimiser and schedule.",
+    type=RecipeName(),
+    metavar="NAME",
+    help="A published recipe, which fixes network, data set, preprocessing, relaxation, optimiser and schedule; "
+    "docs/recipes.md has them all. E.g. pcx-mlp-mnist-se.",
 )
 @data_options
 @network_options
@@ -64,7 +67,7 @@ _BESIDE_A_RECIPE = (
 @epochs_option
 @machine_options
 @seed_option
-@click.option("--out", type=Folder(), help="Run folder.  [default: runs/<data>]")
+@click.option("--out", type=Folder(), help="Run folder.  [default: runs/<recipe> or runs/<data>]")
 @click.option(
     "--resume",
     is_flag=True,
@@ -83,7 +86,7 @@ def train(context: click.Context, **options) -> int:
     if options["resume"]:
         options = _options_of_run(out, context, options)
     if options["recipe"] is not None:
-        _check_beside_recipe(context)
+        _check_beside_recipe(context, options["recipe"])
     device = device_of(options["device"])
     torch.manual_seed(options["seed"])
     model, data, settings = _of_recipe(options) if options["recipe"] else _of_options(options)
@@ -113,13 +116,12 @@ def train(context: click.Context, **options) -> int:
     return 0
 
 
-def _check_beside_recipe(context: click.Context) -> None:
+def _check_beside_recipe(context: click.Context, recipe: str) -> None:
     """Raise ArgumentError for an option that the recipe fixes."""
     for name in context.params:
         given = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
         if given and name not in _BESIDE_A_RECIPE:
-            shown = _option(name)
-            raise ArgumentError(name, f"{shown} beside --recipe", "one of the two", "A recipe has its own.")
+            raise ArgumentError(name, f"{_option(name)} with recipe {recipe}", "none", "The recipe fixes it.")
 
 
 def _of_recipe(options: dict) -> tuple[nn.Sequential, Data, dict]:
@@ -157,10 +159,11 @@ def _of_options(options: dict) -> tuple[nn.Sequential, Data, dict]:
 
 def _kept(options: dict) -> dict:
     """What a resumed run takes from its folder: the options, paths such that they hold from any folder."""
-    kept = {name: value for name, value in options.items() if name not in _OF_THE_CALL}
+    said = _BESIDE_A_RECIPE if options["recipe"] else options
+    kept = {name: value for name, value in options.items() if name in said and name not in _OF_THE_CALL}
     if kept["data_dir"] is not None:
         kept["data_dir"] = str(Path(kept["data_dir"]).resolve())
-    if kept["model"] is not None:
+    if kept.get("model") is not None:
         file, _, function = kept["model"].rpartition(":")
         kept["model"] = f"{Path(file).resolve()}:{function}"
     return kept
@@ -184,12 +187,13 @@ def _options_of_run(out: Path, context: click.Context, options: dict) -> dict:
             "out", f"{path}, which is none", needed, "Start anew in another folder."
         ) from error
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
-    now = {**options, "model": _kept(options)["model"]}
+    now = {**options, **_kept(options)}
     now["widths"] = None if now["widths"] is None else list(now["widths"])
+    there = {"recipe": None, **kept} if kept.get("recipe") else {"recipe": None, **with_defaults(kept)}
     others = [
-        f"{_option(name)} {_shown(kept[name])}, not {_shown(now[name])}"
+        f"{_option(name)} {_shown(kept.get(name))}, not {_shown(now[name])}"
         for name in sorted(given - {"epochs", "backend", "device", "data_dir"})
-        if name in kept and kept[name] != now[name] and with_defaults(kept).get(name) != now[name]
+        if name in there and kept.get(name) != now[name] and there[name] != now[name]
     ]
     if others:
         needed = "the options of that run, or none"
@@ -206,5 +210,5 @@ def _option(name: str) -> str:
 def _shown(value) -> str:
     """A value of an option as it is typed."""
     if value is None:
-        return "by default"
+        return "not given"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

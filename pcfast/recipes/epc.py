@@ -63,7 +63,6 @@ def _recipe(row: dict[str, str]) -> Epc:
     kind = {"Error": "epc", "State": "spc"}[row["type"]]
     return Epc(
         name=f"{kind}-{row['net']}-{row['data']}-{row['output_loss']}",
-        source=f"{row['type']}_{row['data'].upper()}_{row['net'].upper()}_{row['output_loss']}.yaml",
         type=row["type"],
         data=row["data"],
         net=row["net"],

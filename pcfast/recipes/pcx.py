@@ -91,7 +91,6 @@ def _recipe(row: dict[str, str]) -> Pcx:
     net, data, variant = row["net"], row["data"], row["variant"]
     return Pcx(
         name=f"pcx-{net}-{data}-{variant}",
-        source=f"PCX, {net} {data} {variant}",
         data=data,
         net=net,
         variant=variant,

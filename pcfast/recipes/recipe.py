@@ -17,6 +17,7 @@ from .. import networks
 from ..datasets import SOURCES, Data, FlipAndCrop, normalized, one_hot
 from ..errors import ArgumentError
 from ..learning_rates import warmup_cosine
+from ..validation import check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +26,12 @@ class Recipe(ABC):
 
     Attributes:
         name: as on the command line.
-        source: where the numbers stand.
         data: name of the data set.
         batch_size, epochs: of training.
-        loss: "mse" or "cross_entropy".
+        loss: "mse" or "cross_entropy", with what the program means by it.
     """
 
     name: str
-    source: str
     data: str
     batch_size: int
     epochs: int
@@ -58,9 +57,10 @@ class Recipe(ABC):
             epochs: instead of the recipe's; schedules span them.
 
         Raises:
-            ArgumentError: the recipe says nothing of so many epochs.
+            ArgumentError and its kinds: no number of epochs, or one that the recipe says nothing of.
         """
         epochs = self.epochs if epochs is None else epochs
+        check_count("epochs", epochs)
         if epochs > self.most_epochs:
             raise ArgumentError("epochs", f"{epochs} of {self.name}", f"at most {self.most_epochs}")
         return {"epochs": epochs, "batch_size": self.batch_size, **self._settings()}
@@ -93,6 +93,8 @@ class Tuned(Recipe):
     In both programs weights descend the energy's mean over the batch, times a factor; here updates are those of its
     sum. Adam sees a factor of its gradients only in eps and in L2 weight decay, which stand on the gradients' scale:
     both are multiplied by :attr:`ratio`, sum to mean.
+
+    Losses are summed over the batch, "mse" is 0.5 |mu - y|^2.
 
     Attributes:
         net: "mlp", "vgg5", "vgg7" or "vgg9".

@@ -17,7 +17,7 @@ from .recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Rosenbaum(Recipe):
-    """One recipe.
+    """One recipe. Losses are torch's means.
 
     Attributes:
         method: "strict" or "fixed_prediction".
@@ -46,9 +46,9 @@ _cifar = functools.partial(Rosenbaum, data="cifar10", batch_size=256, epochs=5, 
 _fixed = {"method": "fixed_prediction", "loss": "cross_entropy"}
 
 RECIPES = (
-    _mnist(name="rosenbaum-mnist-strict", source="Figures1and2.ipynb", method="strict", loss="mse"),
-    _mnist(name="rosenbaum-mnist-fixed", source="Figures3and4MNIST.ipynb", **_fixed),
-    _mnist(name="rosenbaum-mnist-fixed-eta1", source="Figure5MNIST.ipynb", eta=1.0, n=5, **_fixed),
-    _cifar(name="rosenbaum-cifar10-fixed", source="Figure3CIFAR.ipynb", **_fixed),
-    _cifar(name="rosenbaum-cifar10-fixed-eta1", source="Figure5CIFAR.ipynb", eta=1.0, n=6, **_fixed),
+    _mnist(name="rosenbaum-mnist-strict", method="strict", loss="mse"),  # Figures1and2
+    _mnist(name="rosenbaum-mnist-fixed", **_fixed),  # Figures3and4MNIST
+    _mnist(name="rosenbaum-mnist-fixed-eta1", eta=1.0, n=5, **_fixed),  # Figure5MNIST
+    _cifar(name="rosenbaum-cifar10-fixed", **_fixed),  # Figure3CIFAR
+    _cifar(name="rosenbaum-cifar10-fixed-eta1", eta=1.0, n=6, **_fixed),  # Figure5CIFAR
 )
