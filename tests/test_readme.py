@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pcfast.bench import report
+from pcfast.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -47,3 +48,15 @@ def test_the_numbers_of_the_mnist_page_are_those_of_its_runs():
         expected = [*found[tuple(key)], median(found[tuple(key)])]
         assert [float(cell) for cell in cells.split("|")] == [round(value, 2) for value in expected]
     assert min(found["mse", "strict", "0.1"]) >= 95
+
+
+def test_the_accuracies_of_the_recipes_page_are_those_of_its_runs():
+    with open(ROOT / "docs" / "recipes.csv") as file:
+        runs: dict[str, list[float]] = {}
+        for row in csv.DictReader(file):
+            runs.setdefault(row["recipe"], []).append(100 * float(row["test_accuracy"]))
+    assert all(len(runs[name]) == RECIPES[name].epochs for name in runs)
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    table = re.findall(r"^\| `([\w-]+)` \| ([\d.]+) \| ([\d.]+) \|$", page, flags=re.M)
+    expected = [(name, f"{found[-1]:.2f}", f"{max(found):.2f}") for name, found in runs.items()]
+    assert table == expected
