@@ -210,7 +210,19 @@ def train(
             return pcfast.pc_loss(model, x, y, method=method, nudging=now, **learning)
 
         kind = Run
-    run = kind(model, optimizer, schedule, data, samples, loss, update, augment, batch_size, seed, device)
+    run = kind(
+        model,
+        optimizer,
+        data,
+        loss,
+        update,
+        batch_size,
+        seed,
+        device,
+        schedule=schedule,
+        augment=augment,
+        samples=samples,
+    )
     with _switches(precision, device), seeded(seed, device):
         _rehearse(run)
     if resume:
@@ -266,12 +278,13 @@ class Run:
     """The state of a training run: what a checkpoint holds, and the update of one batch."""
 
     def __init__(
-        self, model, optimizer, schedule, data, samples, loss, update, augment, batch_size, seed, device
-    ):
+        self, model, optimizer, data, loss, update, batch_size, seed, device, *, schedule=None, augment=None,
+        samples=None,
+    ):  # fmt: skip
         self.model, self.optimizer, self.schedule, self.loss = model, optimizer, schedule, loss
-        self.samples = samples  # of one epoch
         self.update, self.augment = update, augment
         self.batch_size, self.seed, self.device = batch_size, seed, device
+        self.samples = len(data.x_train) if samples is None else samples  # of one epoch
         self.data = Data(*(tensor.to(device) for tensor in data))
         self.history = History()
         self.position = 0  # samples of the running epoch that are done
