@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from itertools import pairwise
 from statistics import median
 
@@ -57,10 +58,7 @@ def kernel_cells(row: dict) -> list[str]:
 
 def by_kernel(rows: list[dict]) -> dict[str, list[dict]]:
     """Kernel -> its rows, in order."""
-    kernels: dict[str, list[dict]] = {}
-    for row in rows:
-        kernels.setdefault(row["kernel"], []).append(row)
-    return kernels
+    return _grouped(rows, lambda row: row["kernel"])
 
 
 def fastest_ways(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
@@ -184,18 +182,20 @@ def data_heading(rows: list[dict]) -> str:
 
 def by_data(rows: list[dict]) -> dict[str, list[dict]]:
     """Data set -> its methods' rows, in order."""
-    found: dict[str, list[dict]] = {}
-    for row in rows:
-        found.setdefault(row["settings"]["data"], []).append(row)
-    return found
+    return _grouped(rows, lambda row: row["settings"]["data"])
 
 
 def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
     """(workload, precision) -> its rows, in order."""
-    cases: dict[tuple[str, str], list[dict]] = {}
+    return _grouped(rows, lambda row: (row["workload"], row["precision"]))
+
+
+def _grouped(rows: list[dict], key: Callable[[dict], Hashable]) -> dict:
+    """Key -> its rows, both in order."""
+    found: dict = {}
     for row in rows:
-        cases.setdefault((row["workload"], row["precision"]), []).append(row)
-    return cases
+        found.setdefault(key(row), []).append(row)
+    return found
 
 
 def seconds_of(contender: str, rows: list[dict]) -> float | None:

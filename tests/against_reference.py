@@ -9,8 +9,15 @@ import torch
 import pcfast
 from pcfast.accuracy import relative_error
 from pcfast.checking import loss_in
+from pcfast.precision import use_precision
 
-__all__ = ["MOVING", "assert_close_to_float64", "in_double", "updates"]
+__all__ = [
+    "MOVING",
+    "assert_bfloat16_loses_what_eager_does",
+    "assert_close_to_float64",
+    "in_double",
+    "updates",
+]
 
 
 def waning(num_steps: int) -> tuple[float, ...]:
@@ -59,3 +66,17 @@ def assert_close_to_float64(
         assert float((moved - really).norm()) <= bound * float(really.norm()) + 2 * rounding, f"v_{l}"
     for p, q in zip(updates(model, x, y, **arguments), updates(*double, **wide), strict=True):
         assert relative_error(p, q) <= bound or float(q.norm()) < 1e-12
+
+
+def assert_bfloat16_loses_what_eager_does(model, x, y, backend: str, **settings) -> list:
+    """Updates of a backend in bfloat16, to three times what eager loses; the plans of both, which ran."""
+    truth = updates(*in_double(model, x, y), backend="reference", **settings)
+    lost, plans = {}, []
+    with use_precision("bf16", x.device):
+        for tried in ("eager", backend):
+            found = updates(model, x, y, backend=tried, **settings)
+            plans.append(pcfast.last_run().plan)
+            assert plans[-1].backend == tried
+            lost[tried] = max(map(relative_error, found, truth))
+    assert 1e-4 < lost[backend] <= 3 * lost["eager"] and lost["eager"] < 0.1
+    return plans

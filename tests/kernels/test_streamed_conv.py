@@ -10,7 +10,7 @@ from itertools import pairwise
 import implicit_convolutions
 import pytest
 import torch
-from against_reference import MOVING, in_double, updates
+from against_reference import MOVING, assert_bfloat16_loses_what_eager_does, in_double, updates
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_streamed import (
@@ -26,7 +26,6 @@ from pcfast import planning
 from pcfast.accuracy import relative_error
 from pcfast.checking import check
 from pcfast.forms import LinearForm, PointwiseForm, TorchForm
-from pcfast.precision import use_precision
 from pcfast.streamed import design as designs
 from pcfast.streamed import loop as loops
 from pcfast.streamed.choices import IMPLICIT, Choices, ConvolutionKey
@@ -321,15 +320,7 @@ def test_momentum_and_schedules_from_given_beliefs(way, implicit):
 @pytest.mark.parametrize("way", MOVING)
 def test_momentum_and_schedules_in_bfloat16(way, implicit):
     model, x, y = drawn("stride")
-    settings = dict(num_steps=6, **MOVING[way](6))
-    truth = updates(*in_double(model, x, y), backend="reference", **settings)
-    lost = {}
-    with use_precision("bf16", x.device):
-        for tried in ("eager", "triton"):
-            found = updates(model, x, y, backend=tried, **settings)
-            assert pcfast.last_run().plan.backend == tried
-            lost[tried] = max(map(relative_error, found, truth))
-    assert 1e-4 < lost["triton"] <= 3 * lost["eager"] and lost["eager"] < 0.1
+    assert_bfloat16_loses_what_eager_does(model, x, y, backend="triton", num_steps=6, **MOVING[way](6))
 
 
 @pytest.mark.parametrize("name", ["3x3 relu max", "bare"])
