@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import against_reference
 import interpreter
+import kernel_networks
 import pytest
 import torch
 import triton
@@ -22,6 +23,8 @@ import triton.language as tl
 from against_reference import MOVING, assert_bfloat16_loses_what_eager_does, in_double, updates
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_networks import GRAM_TAILS, conv_net, mlp, narrowing_conv_net
+from kernel_networks import STREAMED as NETWORKS
 from networks_for_tests import LOSSES, loss_and_target
 from torch import nn
 
@@ -78,76 +81,11 @@ def staged(monkeypatch):
     monkeypatch.setattr(backend, "_target", lambda *a: dataclasses.replace(find(*a), close_bytes=0))
 
 
-def mlp(*widths: int, activation=nn.Tanh, dtype=torch.float32) -> nn.Sequential:
-    hidden = [nn.Sequential(nn.Linear(a, b), activation()) for a, b in pairwise(widths[:-1])]
-    return nn.Sequential(*hidden, nn.Linear(*widths[-2:])).to(dtype)
-
-
-def conv_net() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh()),
-        nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten()),
-        nn.Sequential(nn.Linear(45, 13), nn.Sigmoid()),
-        nn.Linear(13, 5),
-    )
-
-
-#: name -> (network, shape of a sample, form of each layer from the second on)
-NETWORKS = {
-    "mlp": (lambda: mlp(12, 20, 33, 17, 10), (12,), "lll"),
-    "wide output": (lambda: mlp(12, 20, 33), (12,), "l"),
-    "one unit": (lambda: mlp(3, 1, 1, 2), (3,), "ll"),
-    "two activations": (
-        lambda: nn.Sequential(
-            *mlp(12, 20, 18), nn.Tanh(), nn.Sequential(nn.Linear(18, 6), nn.SiLU()), nn.Linear(6, 4)
-        ),
-        (12,),
-        "lpll",
-    ),
-    "bare": (
-        lambda: nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8), nn.GELU(), nn.Linear(8, 5)),
-        (12,),
-        "plpl",
-    ),
-    "conv": (conv_net, (2, 8, 8), "pll"),
-    "bare conv": (
-        lambda: nn.Sequential(
-            nn.Conv2d(2, 3, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Sigmoid(),
-            nn.Linear(16, 5),
-        ),
-        (2, 8, 8),
-        "pppppl",
-    ),
-    "torch's layers": (
-        lambda: nn.Sequential(
-            nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh()),
-            nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh(), nn.MaxPool2d(3, 2, 1)),
-            nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh()),
-            nn.Linear(7, 4),
-        ),
-        (1, 8, 8),
-        "ttl",
-    ),
-    "conv on top": (
-        lambda: nn.Sequential(
-            nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh()), nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten())
-        ),
-        (1, 6, 6),
-        "t",
-    ),
-}  # fmt: skip
 _LETTERS = {LinearForm: "l", PointwiseForm: "p", TorchForm: "t"}
 networks = pytest.mark.parametrize("name", NETWORKS)
 
 
-def drawn(name: str):
-    torch.manual_seed(1)
-    make, shape, _ = NETWORKS[name]
-    model = make()
-    classes = model(torch.zeros(2, *shape)).shape[1]
-    return model, torch.randn(BATCH, *shape), torch.randint(0, classes, (BATCH,))
-
-
+drawn = functools.partial(kernel_networks.drawn, NETWORKS)
 assert_close_to_float64 = functools.partial(against_reference.assert_close_to_float64, backend="triton")
 
 
@@ -188,28 +126,6 @@ def test_the_gram_form(num_steps, whole, request):
     two = mlp(12, 60, 4)
     assert pcfast.relax(two, x, y, num_steps=num_steps, backend="triton").run.plan.gram == (num_steps > 1)
     assert_close_to_float64(two, x, y, num_steps=num_steps)
-
-
-#: Tails of a convolution whose Gram form costs less than its two products.
-GRAM_TAILS = {
-    "nothing": [],
-    "tanh": [nn.Tanh()],
-    "relu, max": [nn.ReLU(), nn.MaxPool2d(2)],
-    "gelu, max, rows that fill no window": [nn.GELU(), nn.MaxPool2d(3)],
-    "avg, silu": [nn.AvgPool2d((1, 2)), nn.SiLU()],
-    "torch's batch norm": [nn.BatchNorm2d(3), nn.Tanh()],
-}
-
-
-def narrowing_conv_net(tail: str) -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
-    """Layer 2 has far fewer channels than layer 1."""
-    torch.manual_seed(2)
-    second = nn.Sequential(nn.Conv2d(12, 3, (3, 2)), *copy.deepcopy(GRAM_TAILS[tail]), nn.Flatten())
-    below = nn.Sequential(nn.Conv2d(2, 12, 3, padding=1), nn.Tanh())
-    x = torch.randn(BATCH, 2, 6, 7)
-    features = second(below(x)).shape[1]
-    above = [nn.Sequential(nn.Linear(features, 7), nn.Sigmoid()), nn.Linear(7, 4)]
-    return nn.Sequential(below, second, *above), x, torch.randint(0, 4, (BATCH,))
 
 
 @pytest.mark.parametrize("num_steps", [3, 4, 7])

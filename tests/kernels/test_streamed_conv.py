@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections import Counter
 from itertools import pairwise
 
 import implicit_convolutions
+import kernel_networks
 import pytest
 import torch
 from against_reference import MOVING, assert_bfloat16_loses_what_eager_does, in_double, updates
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from kernel_networks import IMPLICIT as NETWORKS
+from kernel_networks import conv_net, first
 from test_streamed import (
     _gaps_between_matrices_are_out_of_bounds,  # noqa: F401 - a fixture
     assert_close_to_float64,
-    conv_net,
 )
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,107 +42,11 @@ def implicit(monkeypatch):
     implicit_convolutions.everywhere(monkeypatch)
 
 
-def first(out_channels: int = 3) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(2, out_channels, 3, padding=1), nn.Tanh())
-
-
-def head(features: int) -> list[nn.Module]:
-    return [nn.Sequential(nn.Linear(features, 9), nn.Sigmoid()), nn.Linear(9, 4)]
-
-
-def with_layer(features: int, *ops: nn.Module) -> nn.Sequential:
-    """``ops`` as layer 2 of 4."""
-    return nn.Sequential(first(), nn.Sequential(*ops, nn.Flatten()), *head(features))
-
-
-#: name -> (network, shape of a sample, form of each layer from the second on, while its convolutions are implicit)
-NETWORKS = {
-    "3x3 relu max": (
-        lambda: with_layer(45, nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)), (2, 6, 6), "cll",
-    ),
-    "3x3 tanh max": (
-        lambda: with_layer(45, nn.Conv2d(3, 5, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)), (2, 6, 6), "cll",
-    ),
-    "max first": (
-        lambda: with_layer(30, nn.Conv2d(3, 5, 3, padding=1), nn.MaxPool2d((2, 3)), nn.SiLU()), (2, 6, 6), "cll",
-    ),
-    "stride": (lambda: with_layer(36, nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Tanh()), (2, 5, 6), "cll"),
-    "no pool": (lambda: with_layer(80, nn.Conv2d(3, 4, 3, padding=1), nn.LeakyReLU()), (2, 5, 4), "cll"),
-    "nothing behind it": (lambda: with_layer(80, nn.Conv2d(3, 4, 3, padding=1)), (2, 5, 4), "cll"),
-    "no bias": (
-        lambda: with_layer(80, nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Tanh()), (2, 5, 4), "cll",
-    ),
-    "5x5": (
-        lambda: with_layer(16, nn.Conv2d(3, 4, 5, padding=2), nn.Sigmoid(), nn.MaxPool2d(3)), (2, 6, 6), "cll",
-    ),
-    "1x1": (lambda: with_layer(36, nn.Conv2d(3, 4, 1, stride=2), nn.Tanh()), (2, 6, 6), "cll"),
-    "avg": (
-        lambda: with_layer(36, nn.Conv2d(3, 4, 3, padding=1), nn.AvgPool2d(2), nn.Tanh()), (2, 6, 6), "cll",
-    ),
-    "gelu before max": (
-        lambda: with_layer(36, nn.Conv2d(3, 4, 3, padding=1), nn.GELU(), nn.MaxPool2d(2)), (2, 6, 6), "cll",
-    ),
-    "rows that fill no window": (
-        lambda: with_layer(24, nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)), (2, 5, 7), "cll",
-    ),
-    "convolutions one after another": (
-        lambda: nn.Sequential(
-            first(4),
-            nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            nn.Sequential(nn.Conv2d(3, 5, 1), nn.Tanh()),
-            nn.Sequential(nn.Conv2d(5, 6, (2, 3)), nn.GELU(), nn.Flatten()),
-            *head(24),
-        ),
-        (2, 7, 8), "cccll",
-    ),
-    "bare": (
-        lambda: nn.Sequential(
-            nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(4, 5, 2), nn.Flatten(), nn.Linear(10, 4),
-        ),
-        (2, 8, 7), "pcppcpl",
-    ),
-    "features below": (
-        lambda: nn.Sequential(
-            nn.Sequential(nn.Linear(7, 48), nn.Tanh(), nn.Unflatten(1, (3, 4, 4))),
-            nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Flatten()),
-            nn.Linear(64, 4),
-        ),
-        (7,), "cl",
-    ),
-    "torch's layers round it": (
-        lambda: nn.Sequential(
-            first(),
-            nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh()),
-            nn.Sequential(nn.Conv2d(4, 3, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)),
-            nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()),
-            nn.Linear(12, 4),
-        ),
-        (2, 6, 6), "tctl",
-    ),
-    "a window too large": (
-        lambda: with_layer(4, nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.MaxPool2d(5)), (2, 6, 6), "tll",
-    ),
-    "what the kernels do not take": (
-        lambda: nn.Sequential(
-            first(4),
-            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.Tanh()),
-            nn.Sequential(nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.Tanh()),
-            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten()),
-            nn.Linear(36, 4),
-        ),
-        (2, 6, 6), "pppl",
-    ),
-}  # fmt: skip
 _LETTERS = {LinearForm: "l", PointwiseForm: "p", ConvForm: "c", TorchForm: "t"}
 networks = pytest.mark.parametrize("name", NETWORKS)
 
 
-def drawn(name: str, batch: int = BATCH):
-    torch.manual_seed(1)
-    make, shape, _ = NETWORKS[name]
-    model = make()
-    return model, torch.randn(batch, *shape), torch.randint(0, 4, (batch,))
+drawn = functools.partial(kernel_networks.drawn, NETWORKS, batch=BATCH)
 
 
 def letters(made: designs.Design) -> str:

@@ -12,12 +12,15 @@ from itertools import pairwise
 
 import against_reference
 import golden
+import kernel_networks
 import pytest
 import torch
 from accuracy import allowed_error, assert_gradients_agree, assert_states_agree
 from against_reference import updates
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from kernel_networks import RESIDENT as NETWORKS
+from kernel_networks import clamped, mlp
 from native_build import needs_gcc
 from networks_for_tests import IN_KERNELS, LOSSES, architectures, loss_and_target
 from torch import nn
@@ -89,76 +92,6 @@ def _no_plans_left():
     planning.plan.cache_clear()
 
 
-def mlp(*widths: int, activation=nn.Tanh) -> nn.Sequential:
-    hidden = [nn.Sequential(nn.Linear(a, b), activation()) for a, b in pairwise(widths[:-1])]
-    return nn.Sequential(*hidden, nn.Linear(*widths[-2:]))
-
-
-def head(features: int, classes: int = 5) -> list[nn.Module]:
-    return [nn.Sequential(nn.Flatten(), nn.Linear(features, 13), nn.Sigmoid()), nn.Linear(13, classes)]
-
-
-#: name -> (network, shape of a sample)
-NETWORKS = {
-    "mlp": (lambda: mlp(12, 20, 33, 17, 10), (12,)),
-    "one unit": (lambda: mlp(3, 1, 1, 2), (3,)),
-    "one class": (lambda: mlp(3, 5, 1), (3,)),
-    "primes": (lambda: mlp(7, 13, 31, 127, 11), (7,)),
-    "around tiles": (lambda: mlp(5, 127, 129, 4), (5,)),
-    "whole tiles": (lambda: mlp(5, 32, 128, 32, 4), (5,)),
-    "around quads": (lambda: mlp(5, 3, 4, 5, 31, 32, 33), (5,)),
-    "classes beyond a warp": (lambda: mlp(12, 20, 70), (12,)),
-    "long sums": (lambda: mlp(6, 200, 9, 150, 3), (6,)),
-    "most layers": (lambda: mlp(4, *[6] * 15, 3), (4,)),
-    "activated output": (lambda: nn.Sequential(*mlp(6, 9, 7), nn.Sequential(nn.Linear(7, 4), nn.Tanh())), (6,)),
-    "bare": (
-        lambda: nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8), nn.GELU(), nn.Linear(8, 5)),
-        (12,),
-    ),
-    "nothing but a copy": (
-        lambda: nn.Sequential(nn.Linear(6, 8), nn.Identity(), nn.Sequential(), nn.Linear(8, 3), nn.Sigmoid()),
-        (6,),
-    ),
-    "conv": (
-        lambda: nn.Sequential(
-            nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh()),
-            nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)),
-            *head(45),
-        ),
-        (2, 8, 8),
-    ),
-    "pools before activations": (
-        lambda: nn.Sequential(
-            nn.Sequential(nn.Conv2d(1, 4, 2), nn.MaxPool2d(2), nn.Tanh()),
-            nn.Sequential(nn.Conv2d(4, 6, 2), nn.SiLU(), nn.AvgPool2d((2, 1)), nn.Sigmoid()),
-            nn.Sequential(nn.Conv2d(6, 1, 1), nn.AvgPool2d((1, 2)), nn.Tanh()),
-            *head(2),
-        ),
-        (1, 11, 10),
-    ),
-    "strides and paddings": (
-        lambda: nn.Sequential(
-            nn.Sequential(nn.Conv2d(3, 7, 3, padding=1), nn.Tanh()),
-            nn.Sequential(nn.Conv2d(7, 9, (3, 2), stride=(2, 3), padding=(2, 1)), nn.Tanh()),
-            nn.Sequential(nn.Conv2d(9, 8, 1, stride=2, padding=1), nn.Sigmoid()),
-            *head(8 * 4 * 2),
-        ),
-        (3, 7, 5),
-    ),
-    "bare conv": (
-        lambda: nn.Sequential(
-            nn.Conv2d(2, 3, 3), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Sigmoid(),
-            nn.Linear(16, 5),
-        ),
-        (2, 8, 8),
-    ),
-    "conv on top": (
-        lambda: nn.Sequential(
-            nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh()), nn.Sequential(nn.Conv2d(3, 6, 4), nn.Flatten())
-        ),
-        (1, 6, 6),
-    ),
-}  # fmt: skip
 networks = pytest.mark.parametrize("name", NETWORKS)
 
 
@@ -171,12 +104,7 @@ MODES = {
 modes = pytest.mark.parametrize("mode", MODES)
 
 
-def drawn(name: str, batch: int = BATCH):
-    torch.manual_seed(1)
-    make, shape = NETWORKS[name]
-    model = make()
-    classes = model(torch.zeros(2, *shape)).shape[1]
-    return model, torch.randn(batch, *shape), torch.randint(0, classes, (batch,))
+drawn = functools.partial(kernel_networks.drawn, NETWORKS)
 
 
 # the same numbers -----------------------------------------------------------------------------------------------
@@ -235,21 +163,6 @@ def test_momentum_from_given_beliefs():
 def test_a_batch_of_one(name, samples):
     samples(4)
     assert_close_to_float64(*drawn(name, 1), num_steps=6)
-
-
-def clamped(name: str):
-    """A network that the planner has in Gram form, input and target."""
-    y = torch.randint(0, 4, (BATCH,))
-    if name == "mlp":
-        return mlp(12, 60, 7, 5, 4), torch.randn(BATCH, 12), y
-    # unpadded, pooled in front of the activation, with a rest that no window covers
-    model = nn.Sequential(
-        nn.Sequential(nn.Conv2d(1, 40, 3), nn.Tanh()),
-        nn.Sequential(nn.Conv2d(40, 3, 2), nn.MaxPool2d(2), nn.Tanh()),
-        nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.Tanh()),
-        nn.Linear(7, 4),
-    )
-    return model, torch.randn(BATCH, 1, 8, 8), y
 
 
 @pytest.mark.parametrize("gram", [False, True])

@@ -1,0 +1,198 @@
+"""A triton driver without a GPU: triton compiles for a chip, and launches run the PTX on CPU tensors.
+
+with virtual_device(90) as device:
+    kernel[grid](...)            # of CPU tensors
+device.reports                   # what the checks found
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from .launching import Storages, launch_packed, packed, translated
+from .machine import Launch, Report
+from .profile import Profile
+
+__all__ = ["Device", "Ran", "virtual_device"]
+
+#: Bytes of shared memory that a block may have, by capability.
+_SHARED_MEMORY = {80: 166912, 90: 232448}
+_FORMATS = {
+    "i1": "b", "i8": "b", "u1": "B", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q",
+    "u64": "Q", "fp32": "f", "fp64": "d",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One launch."""
+
+    name: str
+    ptx: str
+    reports: list[Report]
+    profile: Profile | None
+    executed: int
+
+
+@dataclass
+class Device:
+    """A chip of compute capability ``capability`` / 10, and what it ran.
+
+    Attributes:
+        contract: products and sums that name no rounding are fused wherever ptxas may.
+        profiled: count instructions and traffic.
+        change: (name, PTX) -> the PTX to run instead; for planted faults.
+        extents: of storages, see :class:`~executor.launching.Storages`.
+        visited: by PTX which of its basic blocks ran.
+    """
+
+    capability: int
+    contract: bool = False
+    profiled: bool = False
+    change: Callable[[str, str], str] | None = None
+    extents: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    launches: list[Ran] = field(default_factory=list)
+    visited: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def reports(self) -> list[str]:
+        return list(dict.fromkeys(f"{ran.name}: {report}" for ran in self.launches for report in ran.reports))
+
+    def lines_run(self, ptx: str) -> set[int]:
+        """Lines of the instructions that ran."""
+        translation, visited = translated(ptx, self.contract), self.visited[ptx]
+        instructions = translation.kernel.instructions
+        return {
+            i.line for b in translation.blocks if visited[b.number] for i in instructions[b.first : b.last]
+        }
+
+    def launch(self, source, metadata, ptx: str, grid: tuple[int, ...], arguments: tuple) -> Launch:
+        if self.change is not None:
+            ptx = self.change(metadata.name, ptx)
+        translation, storages, values = translated(ptx, self.contract), Storages(self.extents), []
+        for name, kind, value in _runtime_arguments(source, arguments):
+            if kind[0] == "*":
+                values.append(struct.pack("<Q", storages.pointer(value, name)))
+            else:
+                values.append(struct.pack("<" + _FORMATS[kind], value))
+        # triton adds pointers to scratch memory, which no kernel of pcfast uses
+        values += [bytes(8)] * (len(translation.kernel.parameters) - len(values))
+        profile, threads = Profile() if self.profiled else None, 32 * metadata.num_warps
+        parameters = packed(translation.kernel, values)
+        machine = launch_packed(
+            translation, storages, parameters, grid, threads, metadata.shared, profile=profile
+        )
+        self.visited[ptx] = self.visited.get(ptx, False) | machine.visited
+        self.launches.append(Ran(metadata.name, ptx, machine.reports, profile, machine.executed))
+        return machine
+
+
+def _runtime_arguments(source, arguments: tuple) -> Iterator[tuple[str, str, object]]:
+    """(name, type, value) of the arguments that a compiled kernel is given."""
+    for (name, kind), value in zip(source.signature.items(), arguments, strict=True):
+        yield from _leaves(name, kind, value)
+
+
+def _leaves(name: str, kind, value) -> Iterator[tuple[str, str, object]]:
+    if isinstance(kind, tuple):
+        for j, (inner, item) in enumerate(zip(kind, value, strict=True)):
+            yield from _leaves(f"{name}[{j}]", inner, item)
+    elif kind != "constexpr":
+        yield name, kind, value
+
+
+_devices: dict[int, Device] = {}  # by capability: triton keeps launchers longer than their driver
+
+
+class _Utils:
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+        self.ptx = ""  # of the kernel that is being loaded
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": _SHARED_MEMORY[self._capability], "multiprocessor_count": 4}
+
+    def load_binary(self, name, binary, shared, device):
+        return None, self.ptx, 0, 0, 1024  # the launcher gets the text as its function
+
+
+class _Driver(triton.backends.driver.DriverBase):
+    def __init__(self, capability: int) -> None:
+        self.capability, self.utils = capability, _Utils(capability)
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_current_device(self):
+        return self.capability  # a kernel has copies of its own for each device
+
+    def set_current_device(self, device):
+        pass
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_benchmarker(self):
+        raise NotImplementedError("nothing is timed on the executor")
+
+    def get_device_interface(self):
+        raise NotImplementedError("there is no device")
+
+    def launcher_cls(self, source, metadata):
+        def run(x, y, z, stream, function, packed_metadata, launch_metadata, enter, leave, *arguments):
+            _devices[self.capability].launch(source, metadata, function, (x, y, z), arguments)
+
+        return run
+
+
+def _without_machine_code(backend, stages, options, language, capability) -> None:
+    """A hook of triton's compiler: ptxas would take half of the time, and nothing here reads what it makes."""
+    stages["cubin"] = lambda src, metadata: b""
+
+
+@contextlib.contextmanager
+def virtual_device(capability: int, **settings) -> Iterator[Device]:
+    """Triton compiles and launches for this device until the end. settings: fields of :class:`Device`.
+
+    Compiled kernels lie in triton's cache without machine code: give it a folder of its own.
+    """
+    driver, knobs = _Driver(capability), triton.knobs.runtime
+    outer_hook = knobs.add_stages_inspection_hook
+
+    def loading(module, function, name, files, hash_):
+        driver.utils.ptx = next(
+            Path(path).read_text() for path in files.values() if str(path).endswith(".ptx")
+        )
+
+    def stages_hook(*arguments):
+        if outer_hook is not None:
+            outer_hook(*arguments)
+        _without_machine_code(*arguments)
+
+    active, load_hook = triton.runtime.driver._active, knobs.kernel_load_start_hook
+    triton.runtime.driver.set_active(driver)
+    knobs.kernel_load_start_hook, knobs.add_stages_inspection_hook = loading, stages_hook
+    _devices[capability] = Device(capability, **settings)
+    try:
+        yield _devices[capability]
+    finally:
+        triton.runtime.driver._active = active
+        knobs.kernel_load_start_hook, knobs.add_stages_inspection_hook = load_hook, outer_hook
