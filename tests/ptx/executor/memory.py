@@ -113,9 +113,10 @@ class Shadow:
 
     def write(self, words, thread, epoch, block) -> tuple[np.ndarray, np.ndarray]:
         """Note stores; as :meth:`races_of_store`."""
-        races = self.races_of_store(words, thread, epoch, block)
+        after_store, after_load = self.races_of_store(words, thread, epoch, block)
         self.writer[words], self.written_in[words] = thread, epoch
-        return races
+        # Blocks that run together store in one instruction here; on a GPU one of them comes first.
+        return after_store | (self.writer[words] // self.size != block), after_load
 
 
 _ATOMICS = {"min": np.minimum, "max": np.maximum, "add": np.add}
