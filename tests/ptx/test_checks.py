@@ -24,7 +24,8 @@ _GROUP_FENCE, _GROUP_COMMIT = "wgmma.fence.sync.aligned;", "wgmma.commit_group.s
 _GROUP_WAIT = "wgmma.wait_group.sync.aligned 0;"
 
 
-_PRODUCT = f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{{_SUMS}}}, {{%r20, %r21, %r22, %r23}}, %d20, 1, 1, 1, 0;"
+_SHAPE = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16"
+_PRODUCT = f"{_SHAPE} {{{_SUMS}}}, {{%r20, %r21, %r22, %r23}}, %d20, 1, 1, 1, 0;"
 _KEEP = "st.global.f32 [%d11], %f1;"
 _BEGIN_PRODUCT = [
     _CLEAR,
@@ -155,7 +156,7 @@ def test_what_is_missing_is_reported(needed):
 
 
 def test_blocks_of_a_grid_never_wait_for_each_other():
-    body = "mad.wide.u32 %d11, %r1, 4, %d1; {load} st.global.b32 [%d11], %r1;"
+    body = "mad.wide.u32 %d11, %r1, 4, %d1; {load}\n st.global.b32 [%d11], %r1;"
     out = [np.zeros(THREADS, "u4")]
     _, alone = run(kernel(body.format(load="ld.global.b32 %r2, [%d11];"), 1), out)
     _, two = run(kernel(body.format(load=""), 1), out, blocks=2)

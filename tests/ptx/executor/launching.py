@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,7 +13,7 @@ from .memory import DeviceMemory
 from .parser import Kernel, parse
 from .translate import Translation, translate
 
-__all__ = ["Storages", "launch_packed", "packed", "translated"]
+__all__ = ["Recorded", "Storages", "launch_packed", "packed", "translated"]
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,12 +67,35 @@ def packed(kernel: Kernel, values: Sequence[bytes]) -> bytes:
     return bytes(found)
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """A launch as it was before it ran, to be run again, changed."""
+
+    translation: Translation
+    device: DeviceMemory
+    parameters: bytes
+    grid: tuple[int, ...]
+    size: int
+    shared: int
+
+    def run(self, translation: Translation | None = None, **options) -> Launch:
+        """Run it, or another translation in its place, on a copy of the memory."""
+        arguments = self.device.copy(), self.parameters, self.grid, self.size, self.shared
+        return Launch(translation or self.translation, *arguments, **options).run()
+
+
 def launch_packed(
-    translation: Translation, storages: Storages, parameters: bytes, grid, size, shared, **options
-) -> Launch:
-    """Run a launch, and copy back what it wrote. options: keywords of :class:`Launch`."""
+    translation: Translation, storages: Storages, parameters: bytes, grid, size, shared, *,
+    record: list[Recorded] | None = None, **options,
+) -> Launch:  # fmt: skip
+    """Run a launch, and copy back what it wrote.
+
+    Args:
+        record: takes the launch as it was before. options: keywords of :class:`Launch`.
+    """
     storages.device.build()
-    machine = Launch(translation, storages.device, parameters, grid, size, shared, **options)
-    machine.run()
+    if record is not None:
+        record.append(Recorded(translation, storages.device.copy(), parameters, tuple(grid), size, shared))
+    machine = Launch(translation, storages.device, parameters, grid, size, shared, **options).run()
     storages.write_back()
     return machine

@@ -52,6 +52,12 @@ class DeviceMemory:
             for first, count in extents:
                 self.valid[start + first : start + first + count] = True
 
+    def copy(self) -> DeviceMemory:
+        """The built memory as it is now."""
+        found = DeviceMemory()
+        found._buffers, found.data, found.valid = self._buffers, self.data.copy(), self.valid.copy()
+        return found
+
     def set_parameters(self, parameters: bytes) -> int:
         """Address of a launch's parameters."""
         raw = np.frombuffer(parameters, np.uint8)

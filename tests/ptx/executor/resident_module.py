@@ -7,7 +7,7 @@ import functools
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from pcfast import native
 from pcfast.resident import loop
 from pcfast.resident.program import Program, Run
 
-from .launching import Storages, launch_packed, packed, translated
+from .launching import Recorded, Storages, launch_packed, packed, translated
 from .machine import Launch
 from .profile import Profile
 
@@ -45,7 +45,7 @@ class ResidentDevice:
     ptx: str
     contract: bool = False
     profiled: bool = False
-    change: Callable[[str, str], str] | None = None
+    record: list[Recorded] | None = None
     only: Sequence[int] | None = None
     launches: list[Launch] = field(default_factory=list)
     tensors: tuple = ()  # of the launch to come
@@ -59,18 +59,17 @@ class ResidentDevice:
     ) -> int:
         """As the native module's."""
         assert scalar_bytes == 4, "float32 is what nvcc compiles"
-        ptx = self.ptx if self.change is None else self.change("resident", self.ptx)
         what, how = Program.from_buffer_copy(program), Run.from_buffer_copy(run)
         storages = Storages()
         for tensor in self.tensors:
             storages.pointer(tensor, f"a tensor {tuple(tensor.shape)}")
         pointers = struct.unpack(f"<{len(tensors) // 8}Q", tensors)
         there = struct.pack(f"<{len(pointers)}Q", *(p and storages.translate(p) for p in pointers))
-        translation, blocks = translated(ptx, self.contract), -(-how.batch // what.samples)
+        translation, blocks = translated(self.ptx, self.contract), -(-how.batch // what.samples)
         self.launches.append(
             launch_packed(
                 translation, storages, packed(translation.kernel, (program, there, run)), (blocks,), threads,
-                what.elements * 4, profile=Profile() if self.profiled else None, only=self.only,
+                what.elements * 4, profile=Profile() if self.profiled else None, only=self.only, record=self.record,
             )
         )  # fmt: skip
         return 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -400,14 +400,27 @@ def _registers_of_wgmma(kernel: Kernel) -> set[str]:
     return {name for vector in vectors for name in registers_in(vector)}
 
 
-def translate(kernel: Kernel, contract: bool = False) -> Translation:
+def _without(kernel: Kernel, line: int) -> Kernel:
+    (index,) = (n for n, instruction in enumerate(kernel.instructions) if instruction.line == line)
+    labels = {name: at - (at > index) for name, at in kernel.labels.items()}
+    return replace(
+        kernel, instructions=kernel.instructions[:index] + kernel.instructions[index + 1 :], labels=labels
+    )
+
+
+def translate(kernel: Kernel, contract: bool = False, without: int | None = None) -> Translation:
     """Translate a kernel.
+
+    Args:
+        contract: see :class:`Translation`. without: line of an instruction to leave out, for planted faults.
 
     Raises:
         UnknownInstruction: it has an instruction that is not modelled.
     """
     from . import opcodes  # noqa: F401 - registers the emitters
 
+    if without is not None:
+        kernel = _without(kernel, without)
     blocks = _split(kernel)
     registers = _outliving(kernel, blocks)
     kinds = [KINDS[kernel.type_of(name)] for name in registers]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from .launching import Storages, launch_packed, packed, translated
+from .launching import Recorded, Storages, launch_packed, packed, translated
 from .machine import Launch, Report
 from .profile import Profile
 
@@ -49,34 +49,22 @@ class Device:
     Attributes:
         contract: products and sums that name no rounding are fused wherever ptxas may.
         profiled: count instructions and traffic.
-        change: (name, PTX) -> the PTX to run instead; for planted faults.
+        record: takes launches as they were before they ran; None: they are not kept.
         extents: of storages, see :class:`~executor.launching.Storages`.
-        visited: by PTX which of its basic blocks ran.
     """
 
     capability: int
     contract: bool = False
     profiled: bool = False
-    change: Callable[[str, str], str] | None = None
+    record: list[Recorded] | None = None
     extents: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     launches: list[Ran] = field(default_factory=list)
-    visited: dict[str, object] = field(default_factory=dict)
 
     @property
     def reports(self) -> list[str]:
         return list(dict.fromkeys(f"{ran.name}: {report}" for ran in self.launches for report in ran.reports))
 
-    def lines_run(self, ptx: str) -> set[int]:
-        """Lines of the instructions that ran."""
-        translation, visited = translated(ptx, self.contract), self.visited[ptx]
-        instructions = translation.kernel.instructions
-        return {
-            i.line for b in translation.blocks if visited[b.number] for i in instructions[b.first : b.last]
-        }
-
     def launch(self, source, metadata, ptx: str, grid: tuple[int, ...], arguments: tuple) -> Launch:
-        if self.change is not None:
-            ptx = self.change(metadata.name, ptx)
         translation, storages, values = translated(ptx, self.contract), Storages(self.extents), []
         for name, kind, value in _runtime_arguments(source, arguments):
             if kind[0] == "*":
@@ -88,9 +76,15 @@ class Device:
         profile, threads = Profile() if self.profiled else None, 32 * metadata.num_warps
         parameters = packed(translation.kernel, values)
         machine = launch_packed(
-            translation, storages, parameters, grid, threads, metadata.shared, profile=profile
+            translation,
+            storages,
+            parameters,
+            grid,
+            threads,
+            metadata.shared,
+            profile=profile,
+            record=self.record,
         )
-        self.visited[ptx] = self.visited.get(ptx, False) | machine.visited
         self.launches.append(Ran(metadata.name, ptx, machine.reports, profile, machine.executed))
         return machine
 
