@@ -15,7 +15,7 @@ NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc csrc/* csrc/*/*)
 PIP_INSTALL := $(VENV_PYTHON) -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train test native compile-all lint bench clean
+.PHONY: help train test ptx native compile-all lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -30,6 +30,10 @@ train: $(STAMP) ## train the default network on digits; results in runs/digits
 test: $(NATIVE) ## run the whole test suite
 	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 -rs
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 -rs tests/kernels
+
+ptx: $(NATIVE) ## execute every compiled kernel on the CPU, in all cases (three quarters of an hour)
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/ptx/run_full.py
+	@OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/ptx/mutations.py
 
 native: $(NATIVE) ## compile the CUDA kernels again where their sources have changed
 

@@ -4,8 +4,8 @@ Of an iteration in which every layer is live, and a block that has all of its sa
 own loads, as it shares out the work: numbers that several lanes of a warp read in one instruction count once, and the
 next instruction counts anew. Pointwise work counts each number that it reads or writes once a stage. Left out are
 addresses, barriers, bank conflicts, lanes without work, rows and columns of a matrix unit's tile that stand for
-nothing, rounding to its operands, and products with the zeros of a halo; of the compiled kernel:
-tests/native/sass.py.
+nothing, rounding to its operands, and products with the zeros of a halo. What the compiled kernel executes:
+docs/kernels.md, "What the kernels execute".
 """
 
 from __future__ import annotations

@@ -39,7 +39,24 @@ from pcfast.resident import placement
 from pcfast.streamed import design as designs
 from pcfast.streamed.layout import Arena, LayoutBuilder
 
-__all__ = ["FULL", "QUICK", "Case", "Scenario", "device_of", "in_precision", "kernels_run", "run"]
+__all__ = [
+    "CHIPS",
+    "FULL",
+    "IMPLICIT_KERNELS",
+    "POINTWISE_KERNELS",
+    "PRECISIONS",
+    "QUICK",
+    "SCENARIOS",
+    "STAGES",
+    "Case",
+    "Scenario",
+    "device_of",
+    "in_precision",
+    "kernels_run",
+    "random_mlp",
+    "run",
+    "settings_of",
+]
 
 CHIPS = (80, 90)
 PRECISIONS = ("ieee", "tf32", "bf16")
@@ -95,19 +112,19 @@ class Case:
 
 # scenarios -------------------------------------------------------------------------------------------------------
 
-_STAGES = ("linear_predict", "linear_feedback")
-_POINTWISE = ("pointwise_error_kernel", "pointwise_update_kernel")
-_IMPLICIT = ("conv_predict", "conv_feedback")
+STAGES = ("linear_predict", "linear_feedback")
+POINTWISE_KERNELS = ("pointwise_error_kernel", "pointwise_update_kernel")
+IMPLICIT_KERNELS = ("conv_predict", "conv_feedback")
 
 
-def _random_mlp(*widths: int, batch: int = 9, activation=nn.Tanh) -> Problem:
+def random_mlp(*widths: int, batch: int = 9, activation=nn.Tanh) -> Problem:
     torch.manual_seed(2)
     model = mlp(*widths, activation=activation)
     return model, torch.randn(batch, widths[0]), torch.randint(0, widths[-1], (batch,))
 
 
 def _with_loss(name: str, width: int) -> Problem:
-    model, x, _ = _random_mlp(8, 12, 9, width)
+    model, x, _ = random_mlp(8, 12, 9, width)
     return model, x, loss_and_target(name, len(x), width)[1].to(torch.float32 if "mse" in name else None)
 
 
@@ -126,18 +143,28 @@ def _pooled(activation: str, pool: type[nn.Module]) -> Problem:
     )
 
 
+def _wide_maps() -> Problem:
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 20, 3, padding=1), nn.Tanh()),
+        nn.Sequential(nn.Conv2d(20, 40, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten()),
+        nn.Linear(40 * 9, 4),
+    )
+    return model, torch.randn(3, 2, 6, 6), torch.tensor([0, 3, 1])
+
+
 def _streamed() -> Iterator[Scenario]:
     for name, (_, _, forms) in STREAMED.items():
         problem = lambda name=name: drawn(STREAMED, name)  # noqa: E731
         linear = set(forms) == {"l"}
         if linear and name != "wide output":
             yield Scenario(f"{name}, one launch", problem, ("mlp_relaxation",))
-        kernels = _STAGES * ("l" in forms) + _POINTWISE * ("p" in forms)
+        kernels = STAGES * ("l" in forms) + POINTWISE_KERNELS * ("p" in forms)
         if kernels:
             yield Scenario(name, problem, kernels, close=False)
     for name, (_, _, forms) in IMPLICIT.items():
         problem = lambda name=name: drawn(IMPLICIT, name, 5)  # noqa: E731
-        kernels = _STAGES + _IMPLICIT * ("c" in forms)
+        kernels = STAGES + IMPLICIT_KERNELS * ("c" in forms)
         yield Scenario(f"{name}, implicit", problem, kernels, close=False, implicit=True)
         if "c" in forms and name in ("3x3 relu max", "stride", "convolutions one after another"):
             for way in MOVING:
@@ -147,41 +174,48 @@ def _streamed() -> Iterator[Scenario]:
         name = f"{activation} before {'max' if pool is nn.MaxPool2d else 'average'}"
         yield Scenario(name, problem, ("pointwise_error_kernel",), 3, close=False)
         if pool is nn.MaxPool2d or activation == "identity":
-            yield Scenario(f"{name}, implicit", problem, _IMPLICIT, 3, close=False, implicit=True)
+            yield Scenario(f"{name}, implicit", problem, IMPLICIT_KERNELS, 3, close=False, implicit=True)
     for tail in GRAM_TAILS:
         kernels = () if "torch" in tail else ("pointwise_gram_kernel",)
         yield Scenario(
-            f"Gram form, {tail}", lambda t=tail: narrowing_conv_net(t), (*_STAGES, *kernels), 5, False
+            f"Gram form, {tail}", lambda t=tail: narrowing_conv_net(t), (*STAGES, *kernels), 5, False
         )
-    gram = lambda: _random_mlp(12, 60, 7, 5, 4)  # noqa: E731
+    gram = lambda: random_mlp(12, 60, 7, 5, 4)  # noqa: E731
     for way in ("", *MOVING):
         behind = f", {way}" if way else ""
-        yield Scenario(f"Gram form{behind}", gram, _STAGES, 5, close=False, way=way)
+        yield Scenario(f"Gram form{behind}", gram, STAGES, 5, close=False, way=way)
         yield Scenario(f"Gram form, one launch{behind}", gram, ("mlp_relaxation",), 5, way=way)
         if way:
             plain = lambda: drawn(STREAMED, "mlp")  # noqa: E731
-            yield Scenario(f"mlp, {way}", plain, _STAGES, close=False, way=way)
+            yield Scenario(f"mlp, {way}", plain, STAGES, close=False, way=way)
             yield Scenario(f"mlp, one launch, {way}", plain, ("mlp_relaxation",), way=way)
             conv = lambda: drawn(STREAMED, "conv")  # noqa: E731
-            yield Scenario(f"conv, {way}", conv, _POINTWISE, close=False, way=way)
+            yield Scenario(f"conv, {way}", conv, POINTWISE_KERNELS, close=False, way=way)
     for loss in LOSSES:
         if loss != "custom":
             problem = lambda loss=loss: _with_loss(loss, 10)  # noqa: E731
-            yield Scenario(f"loss {loss}", problem, _STAGES, 3, close=False, loss=loss)
+            yield Scenario(f"loss {loss}", problem, STAGES, 3, close=False, loss=loss)
     wide = lambda: _with_loss("mse_mean", 70)  # noqa: E731
-    yield Scenario("wide mse", wide, (*_STAGES, "output_error_kernel"), 3, close=False, loss="mse_mean")
-    wide = lambda: _random_mlp(8, 12, 1100, batch=5)  # noqa: E731
+    yield Scenario("wide mse", wide, (*STAGES, "output_error_kernel"), 3, close=False, loss="mse_mean")
+    wide = lambda: random_mlp(8, 12, 1100, batch=5)  # noqa: E731
     yield Scenario("wide cross-entropy", wide, ("wide_cross_entropy_kernel",), 2, close=False)
+    # sums of six steps in loops of four stages, over several tiles
+    sums = lambda: random_mlp(12, 330, 70, 330, 5)  # noqa: E731
+    yield Scenario("long sums", sums, STAGES, 3, close=False, sm_count=1)
+    yield Scenario("long sums, one launch", lambda: random_mlp(12, 330, 70, 5), ("mlp_relaxation",), 3)
+    yield Scenario(
+        "maps wider than a tile, implicit", _wide_maps, IMPLICIT_KERNELS, 3, close=False, implicit=True
+    )
     # around tiles of 16 samples in one launch, of 64 and 128 in stages
     for batch in (1, 15, 16, 17):
-        problem = lambda batch=batch: _random_mlp(12, 20, 33, 5, batch=batch)  # noqa: E731
+        problem = lambda batch=batch: random_mlp(12, 20, 33, 5, batch=batch)  # noqa: E731
         yield Scenario(f"batch of {batch}, one launch", problem, ("mlp_relaxation",), 3)
     for batch in (1, 63, 64, 65):
-        problem = lambda batch=batch: _random_mlp(12, 20, 65, 5, batch=batch)  # noqa: E731
-        yield Scenario(f"batch of {batch}", problem, _STAGES, 3, close=False, sm_count=2)
+        problem = lambda batch=batch: random_mlp(12, 20, 65, 5, batch=batch)  # noqa: E731
+        yield Scenario(f"batch of {batch}", problem, STAGES, 3, close=False, sm_count=2)
     for batch in (127, 128, 129):
-        problem = lambda batch=batch: _random_mlp(20, 140, 150, 10, batch=batch, activation=nn.ReLU)  # noqa: E731
-        yield Scenario(f"batch of {batch}, large tiles", problem, _STAGES, 2, close=False, sm_count=1)
+        problem = lambda batch=batch: random_mlp(20, 140, 150, 10, batch=batch, activation=nn.ReLU)  # noqa: E731
+        yield Scenario(f"batch of {batch}, large tiles", problem, STAGES, 2, close=False, sm_count=1)
 
 
 def _resident() -> Iterator[Scenario]:
@@ -208,7 +242,7 @@ def _resident() -> Iterator[Scenario]:
         problem = lambda a=activation: _pooled(a, nn.MaxPool2d)  # noqa: E731
         yield Scenario(f"resident {activation} before max", problem, kernels, 3, samples=2)
     for batch, samples in ((1, 4), (3, 4), (4, 4), (5, 4), (16, 16)):
-        problem = lambda batch=batch: _random_mlp(12, 20, 33, 5, batch=batch)  # noqa: E731
+        problem = lambda batch=batch: random_mlp(12, 20, 33, 5, batch=batch)  # noqa: E731
         yield Scenario(f"resident batch of {batch}, {samples} a block", problem, kernels, 3, samples=samples)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Device:
 
     Attributes:
         contract: products and sums that name no rounding are fused wherever ptxas may.
-        profiled: count instructions and traffic.
+        profiled: count instructions and traffic. only: numbers of the programs to run; None for all.
         record: takes launches as they were before they ran; None: they are not kept.
         extents: of storages, see :class:`~executor.launching.Storages`.
     """
@@ -56,6 +56,7 @@ class Device:
     capability: int
     contract: bool = False
     profiled: bool = False
+    only: Sequence[int] | None = None
     record: list[Recorded] | None = None
     extents: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     launches: list[Ran] = field(default_factory=list)
@@ -76,15 +77,9 @@ class Device:
         profile, threads = Profile() if self.profiled else None, 32 * metadata.num_warps
         parameters = packed(translation.kernel, values)
         machine = launch_packed(
-            translation,
-            storages,
-            parameters,
-            grid,
-            threads,
-            metadata.shared,
-            profile=profile,
-            record=self.record,
-        )
+            translation, storages, parameters, grid, threads, metadata.shared, profile=profile, record=self.record,
+            only=self.only,
+        )  # fmt: skip
         self.launches.append(Ran(metadata.name, ptx, machine.reports, profile, machine.executed))
         return machine
 
