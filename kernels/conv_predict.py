@@ -50,7 +50,7 @@ from torch import Tensor
 from pcfast.activations import Activation
 
 from . import activations
-from .activations import act, bracket_and_slope
+from .activations import act, bracket_and_slope, exact_difference
 from .conv_geometry import (
     MAX_POOL,
     NO_POOL,
@@ -219,7 +219,8 @@ def conv_predict(
         value = tl.reshape(act(base, BEFORE, BEFORE_NEGATIVE_SLOPE), (SLOTS, WINDOWS, COLUMNS))
         moved, slope_before = bracket_and_slope(base, s, BEFORE, BEFORE_NEGATIVE_SLOPE)
         highest, _ = _window_maximum(value, slot, WINDOW)
-        relative = (value - highest[None, :, :]) + tl.reshape(moved, (SLOTS, WINDOWS, COLUMNS))
+        to_highest = exact_difference(value, tl.broadcast_to(highest[None, :, :], value.shape))
+        relative = to_highest + tl.reshape(moved, (SLOTS, WINDOWS, COLUMNS))
         deviation, first = _window_maximum(relative, slot, WINDOW)
         bracket, slope = bracket_and_slope(highest, deviation, AFTER, AFTER_NEGATIVE_SLOPE)
         if BEFORE != activations.IDENTITY:

@@ -41,7 +41,7 @@ from torch import Tensor
 from pcfast.activations import Activation
 from pcfast.forms import LARGEST_WINDOW
 
-from .activations import act, bracket_and_slope, code
+from .activations import act, bracket_and_slope, code, exact_difference
 
 # The constexpr argument POOL.
 MAX_POOL = tl.constexpr(0)
@@ -151,7 +151,7 @@ def pointwise_error_kernel(
             a = act(u, BEFORE, BEFORE_NEGATIVE_SLOPE)
             b, slope = bracket_and_slope(u, s, BEFORE, BEFORE_NEGATIVE_SLOPE)
             if POOL == MAX_POOL:
-                m = (a - anchor) + b
+                m = exact_difference(a, anchor) + b
                 wins = (m > moved) | (m != m)
                 moved = tl.where(wins, m, moved)
                 winner = tl.where(wins, i * WINDOW_COLUMNS + j, winner)

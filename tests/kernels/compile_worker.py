@@ -27,6 +27,7 @@ INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync\b",
     "cp.async": r"\bcp\.async\.c[ag]\b",
     "cvt.rna.tf32": r"\bcvt\.rna\.tf32\b",
+    "sub.rn": r"\bsub\.rn(\.ftz)?\.f32\b",
 }
 
 

@@ -127,28 +127,38 @@ CONVOLUTIONS = {
     "unpooled": ConvGeometry(32, 32, 64, 128, (3, 3), (1, 1), (1, 1)),
     "mnist": ConvGeometry(13, 13, 10, 5, (3, 3)),
 }
+SMALL_MAX_POOLED = ConvGeometry(6, 6, 16, 16, (3, 3), (1, 1), (1, 1), "max", (2, 2))
+
+
+def _conv_predict(name: str, geometry: ConvGeometry, precision: str, capability: int, before, after) -> Case:
+    operand, pooled = _operand(precision), geometry.pool is not None
+    tiles = conv_predict.predict_tiles(geometry, precision, before, after)
+    constants = conv_predict.predict_constants(
+        geometry,
+        before=before,
+        after=after,
+        precision=precision,
+        operand=_dtype(precision),
+        tiles=tiles,
+        wide=False,
+    )
+    types = dict(
+        d=operand, weight=operand, uhat="*fp32", d_out="*fp32", error="*fp32", delta=operand,
+        **({"winner": "*u8"} if pooled else {}), batch="i32",
+    )  # fmt: skip
+    missing = {} if pooled else {"winner": None}
+    name = f"conv_predict, {name}, {precision}"
+    return _conv("conv_predict", name, types, {**constants, **missing}, tiles, capability)
 
 
 def conv_cases(chips, names) -> list[Case]:
     cases = []
-    relu = activations.Relu()
     for capability, precision, name in itertools.product(chips, PRECISIONS, names):
         geometry, dtype = CONVOLUTIONS[name], _dtype(precision)
         pooled = geometry.pool is not None
         missing = {} if pooled else {"winner": None}
         operand = _operand(precision)
-        tiles = conv_predict.predict_tiles(geometry, precision, None, relu)
-        constants = conv_predict.predict_constants(
-            geometry, before=None, after=relu, precision=precision, operand=dtype, tiles=tiles, wide=False
-        )
-        types = dict(
-            d=operand, weight=operand, uhat="*fp32", d_out="*fp32", error="*fp32", delta=operand,
-            **({"winner": "*u8"} if pooled else {}), batch="i32",
-        )  # fmt: skip
-        cases.append(
-            _conv("conv_predict", f"conv_predict, {name}, {precision}", types, {**constants, **missing}, tiles,
-                  capability)
-        )  # fmt: skip
+        cases.append(_conv_predict(name, geometry, precision, capability, None, activations.Relu()))
         tiles = conv_feedback.feedback_tiles(geometry, precision)
         constants = conv_feedback.feedback_constants(
             geometry, clamped=False, precision=precision, operand=dtype, tiles=tiles, wide=False
@@ -196,6 +206,22 @@ def still_cases(chips, names) -> list[Case]:
         for case in conv_cases(chips, names)
         if case.name.startswith("conv_predict")
     ]
+
+
+def before_max_pools(capability: int) -> list[tuple[Case, int]]:
+    """(kernel with an activation in front of a max pool, elements of windows a thread), for every activation."""
+    found = []
+    (pooled,) = (c for c in pointwise_cases((capability,)) if c.name == "pointwise_error, max 2x2")
+    elements = 4 * pooled.constexprs["BLOCK_POSITIONS"] * pooled.constexprs["BLOCK_CHANNELS"]
+    for activation in _ALL_ACTIVATIONS:
+        before, negative_slope = code(activation)
+        constants = dict(BEFORE=before, BEFORE_NEGATIVE_SLOPE=negative_slope)
+        case = replace(pooled, constexprs={**pooled.constexprs, **constants})
+        found.append((case, elements // (32 * case.warps)))
+        tiles = conv_predict.predict_tiles(SMALL_MAX_POOLED, "bf16", activation, None)
+        case = _conv_predict("small", SMALL_MAX_POOLED, "bf16", capability, activation, None)
+        found.append((case, tiles.rows * tiles.columns // (32 * case.warps)))
+    return found
 
 
 _PLACE = ("batch", "row", "column")

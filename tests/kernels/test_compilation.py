@@ -26,6 +26,14 @@ def test_every_kernel_keeps_its_limits():
     assert not problems, "\n".join(problems)
 
 
+def test_distances_to_a_windows_maximum_are_not_fused():
+    """As fused they keep the rounding error of a product: 1e-7 of the activations, not of the deviations."""
+    cases = kernel_cases.before_max_pools(80)
+    for (case, elements), result in zip(cases, compile_kernels([case for case, _ in cases]), strict=True):
+        assert check(result, None) == []
+        assert result.instructions["sub.rn"] == elements, (case.name, case.constexprs["BEFORE"])
+
+
 # ---- the harness itself
 
 
