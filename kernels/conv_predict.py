@@ -26,7 +26,8 @@ to one thread, so that the reduction stays in registers.
 Arguments of the kernel:
 
     d           (batch, H, W, Cin)      fp32 or bf16   read; channels-last, as all maps; None while it is zero: s is 0
-    weight      (Cout, KH, KW, Cin)     fp32 or bf16   read, with d and as d; "tf32": rounded to TF32
+                                                       "tf32": rounded to TF32, like weight and delta
+    weight      (Cout, KH, KW, Cin)     fp32 or bf16   read, with d and as d
     uhat        (batch, OH, OW, Cout)   fp32           read; the bias is in it
     d_out       (batch, PH, PW, Cout)   fp32           read; belief deviation of this layer's output
     error       (batch, PH, PW, Cout)   fp32           written
@@ -58,10 +59,9 @@ from .conv_geometry import (
     Tiles,
     check_tensors,
     choose_tiles,
-    input_precision,
     tap_and_channel,
 )
-from .tf32 import round_to_tf32
+from .tf32 import input_precision, store_operand
 
 _ABOVE_ALL = tl.constexpr(0x7FFFFFFF)  # sort key of NaN, and what an int32 is masked with to drop its sign
 
@@ -200,8 +200,6 @@ def conv_predict(
                 mask=in_columns[None, :] & in_terms[:, None],
                 other=0.0,
             )
-            if INPUT_PRECISION == "tf32":  # weights are rounded where they are stored
-                gathered = round_to_tf32(gathered)
             s = tl.dot(gathered, taps, s, input_precision=INPUT_PRECISION)
 
     base = tl.load(
@@ -237,7 +235,7 @@ def conv_predict(
     inside = (pooled < windows)[:, None] & in_columns[None, :]
     difference = bracket - tl.load(d_out + where, mask=inside, other=0.0)
     tl.store(error + where, difference, mask=inside)
-    tl.store(delta + where, (difference * slope).to(delta.dtype.element_ty), mask=inside)
+    store_operand(delta + where, difference * slope, inside, INPUT_PRECISION)
     if POOL == MAX_POOL:
         tl.store(winner + where, first.to(tl.uint8), mask=inside)
 

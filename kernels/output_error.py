@@ -20,7 +20,7 @@ Arguments of the kernels, matrices whose last stride is 1, each followed by its 
     vhat        (B, C)  fp32
     dense       (B, C)  fp32
     error       (B, C)  fp32          written
-    delta       (B, C)  fp32, bf16    written
+    delta       (B, C)  fp32, bf16    written, rounded as INPUT_PRECISION says (tf32.py)
     mass        (B, 1)  fp32          cross-entropy; else None
     scale       fp32                  mean squared error
     rows, columns                     B, C
@@ -36,6 +36,7 @@ from triton.language.extra import libdevice
 from pcfast.activations import Activation
 
 from .activations import bracket_and_slope, code
+from .tf32 import input_precision, store_operand
 
 # The constexpr argument LOSS.
 CROSS_ENTROPY = tl.constexpr(0)
@@ -114,6 +115,7 @@ def output_error_kernel(
     LOSS: tl.constexpr,
     ACT: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -130,7 +132,7 @@ def output_error_kernel(
         row_mass = tl.load(mass + row * mass_row, mask=row < rows, other=0.0)
     e = output_error_tile(mu, y, row_mass, scale, column < columns, LOSS)
     tl.store(error + row * error_row + column, e, mask=inside)
-    tl.store(delta + row * delta_row + column, (e * slope).to(delta.dtype.element_ty), mask=inside)
+    store_operand(delta + row * delta_row + column, e * slope, inside, INPUT_PRECISION)
 
 
 @triton.jit(do_not_specialize=["columns"])
@@ -152,6 +154,7 @@ def wide_cross_entropy_kernel(
     columns,
     ACT: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """One row a program, in blocks."""
@@ -181,7 +184,7 @@ def wide_cross_entropy_kernel(
         y = tl.load(dense + row * dense_row + column, mask=inside, other=0.0)
         e = libdevice.exp(mu - top) / total * row_mass - y
         tl.store(error + row * error_row + column, e, mask=inside)
-        tl.store(delta + row * delta_row + column, (e * slope).to(delta.dtype.element_ty), mask=inside)
+        store_operand(delta + row * delta_row + column, e * slope, inside, INPUT_PRECISION)
 
 
 def output_tile(rows: int, columns: int) -> tuple[int, int, int]:
@@ -202,10 +205,12 @@ def output_error(
     mass: Tensor | None = None,
     scale: float = 1.0,
     activation: Activation | None = None,
+    precision: str,
 ) -> None:
     """Write ``error`` = dLoss/dmu and ``delta``, it pulled back to the product.
 
-    The loss is cross-entropy where ``mass`` is given, else mean squared error.
+    The loss is cross-entropy where ``mass`` is given, else mean squared error. ``precision`` is that of the product
+    which reads ``delta``: "bf16", "tf32" or "tf32x3".
     """
     rows, columns = uhat.shape
     if rows == 0 or columns == 0:
@@ -223,6 +228,7 @@ def output_error(
             columns,
             ACT=act,
             NEGATIVE_SLOPE=negative_slope,
+            INPUT_PRECISION=input_precision(precision, delta.dtype),
             BLOCK_COLUMNS=block_columns,
             num_warps=num_warps,
         )
@@ -236,6 +242,7 @@ def output_error(
         LOSS=MSE.value if mass is None else CROSS_ENTROPY.value,
         ACT=act,
         NEGATIVE_SLOPE=negative_slope,
+        INPUT_PRECISION=input_precision(precision, delta.dtype),
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
         num_warps=num_warps,

@@ -163,7 +163,7 @@ def conv_cases(chips, names) -> list[Case]:
         constants = conv_feedback.feedback_constants(
             geometry, clamped=False, precision=precision, operand=dtype, tiles=tiles, wide=False
         )
-        copied = precision == "bf16"
+        copied = precision != "tf32x3"
         types = dict(
             delta=operand, **({"winner": "*u8"} if pooled else {}), weight=operand, d="*fp32", error="*fp32",
             **({"copy": operand} if copied else {}), first_bad="*i32", batch="i32", layer="i32", iteration="i32",
@@ -173,12 +173,14 @@ def conv_cases(chips, names) -> list[Case]:
         missing |= {"velocity": None, "momentum": None}
         cases.append(
             _conv("conv_feedback", f"conv_feedback, {name}, {precision}", types, {**constants, **missing}, tiles,
-                  capability)
+                  capability, geometry.pool == "max")
         )  # fmt: skip
     return cases
 
 
-def _conv(kernel: str, name: str, types: dict, constexprs: dict, tiles, capability: int) -> Case:
+def _conv(
+    kernel: str, name: str, types: dict, constexprs: dict, tiles, capability: int, transposed=False
+) -> Case:
     return Case(
         name=name,
         kernel=f"pcfast.kernels.{kernel}:{kernel}",
@@ -188,7 +190,7 @@ def _conv(kernel: str, name: str, types: dict, constexprs: dict, tiles, capabili
         divisible=tuple(argument for argument, kind in types.items() if kind.startswith("*")),
         warps=tiles.warps,
         stages=tiles.stages,
-        instruction=matrix_instruction(capability, tiles.rows, tiles.warps),
+        instruction=matrix_instruction(capability, tiles.columns if transposed else tiles.rows, tiles.warps),
     )
 
 
@@ -309,7 +311,11 @@ def output_cases(chips) -> list[Case]:
                 kernel="pcfast.kernels.output_error:output_error_kernel",
                 signature={**types, "scale": "fp32", "rows": "i32", "columns": "i32"},
                 constexprs=dict(
-                    LOSS=CROSS_ENTROPY.value, **act, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns
+                    LOSS=CROSS_ENTROPY.value,
+                    **act,
+                    INPUT_PRECISION="tf32",
+                    BLOCK_ROWS=block_rows,
+                    BLOCK_COLUMNS=block_columns,
                 ),
                 capability=capability,
                 divisible=matrices,
@@ -322,7 +328,7 @@ def output_cases(chips) -> list[Case]:
                 name="wide_cross_entropy",
                 kernel="pcfast.kernels.output_error:wide_cross_entropy_kernel",
                 signature={**types, "columns": "i32"},
-                constexprs=dict(**act, BLOCK_COLUMNS=block_columns),
+                constexprs=dict(**act, INPUT_PRECISION="tf32", BLOCK_COLUMNS=block_columns),
                 capability=capability,
                 divisible=matrices,
                 warps=warps,
