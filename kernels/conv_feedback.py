@@ -55,6 +55,7 @@ from .conv_geometry import (
     tap_and_channel,
 )
 from .first_bad import note_bad
+from .launching import launch
 from .momentum import check_velocity, with_momentum
 from .tf32 import input_precision, store_operand
 
@@ -265,7 +266,8 @@ def launch_conv_feedback(
     )
     pixels = batch * geometry.height * geometry.width
     grid = triton.cdiv(pixels, tiles.rows) * triton.cdiv(geometry.channels, tiles.columns)
-    conv_feedback[(grid,)](
+    launch(
+        conv_feedback, (grid,),
         delta, winner, weight, d, error, copy, velocity, first_bad, batch, layer, iteration, eta, momentum or None,
         **constants, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -61,6 +61,7 @@ from .conv_geometry import (
     choose_tiles,
     tap_and_channel,
 )
+from .launching import launch
 from .tf32 import input_precision, store_operand
 
 _ABOVE_ALL = tl.constexpr(0x7FFFFFFF)  # sort key of NaN, and what an int32 is masked with to drop its sign
@@ -328,7 +329,9 @@ def launch_conv_predict(
     grid = triton.cdiv(windows * geometry.slots, tiles.rows) * triton.cdiv(
         geometry.out_channels, tiles.columns
     )
-    conv_predict[(grid,)](
+    launch(
+        conv_predict,
+        (grid,),
         d,
         weight,
         uhat,

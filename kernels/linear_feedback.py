@@ -41,6 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .first_bad import note_bad
+from .launching import launch
 from .linear_predict import MAX_REGISTERS, PART, halves, tile_position
 from .linear_rows import CLAMPED, GRAM_UPDATE, WIDTH
 from .momentum import with_momentum
@@ -260,7 +261,9 @@ def launch_linear_feedback(
     stages: int,
 ) -> None:
     """Launch on the current stream: the first ``count`` rows of ``table``, on a grid of ``programs``."""
-    linear_feedback[(programs,)](
+    launch(
+        linear_feedback,
+        (programs,),
         state,
         operand,
         table,

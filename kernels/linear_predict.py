@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import IDENTITY, bracket_and_slope
+from .launching import launch
 from .linear_rows import PRODUCT, TOP, WIDTH
 from .output_error import output_error_tile
 from .tf32 import store_operand
@@ -275,7 +276,9 @@ def launch_linear_predict(
         programs: size of the grid.
         constants: the kernel's constexpr arguments by name.
     """
-    linear_predict[(programs,)](
+    launch(
+        linear_predict,
+        (programs,),
         state,
         operand,
         table,

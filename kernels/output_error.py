@@ -36,6 +36,7 @@ from triton.language.extra import libdevice
 from pcfast.activations import Activation
 
 from .activations import bracket_and_slope, code
+from .launching import launch
 from .tf32 import input_precision, store_operand
 
 # The constexpr argument LOSS.
@@ -223,7 +224,9 @@ def output_error(
         for argument in (matrix, 0 if matrix is None else _row_stride(matrix))
     ]
     if mass is not None and columns > block_columns:
-        wide_cross_entropy_kernel[(rows,)](
+        launch(
+            wide_cross_entropy_kernel,
+            (rows,),
             *matrices,
             columns,
             ACT=act,
@@ -234,7 +237,9 @@ def output_error(
         )
         return
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))
-    output_error_kernel[grid](
+    launch(
+        output_error_kernel,
+        grid,
         *matrices,
         float(scale),
         rows,

@@ -42,6 +42,7 @@ from pcfast.activations import Activation
 from pcfast.forms import LARGEST_WINDOW
 
 from .activations import act, bracket_and_slope, code, exact_difference
+from .launching import launch
 
 # The constexpr argument POOL.
 MAX_POOL = tl.constexpr(0)
@@ -266,7 +267,9 @@ def _launch(product, uhat, deviation, error, delta, tail: Tail, *, error_given: 
     before, before_negative_slope = code(tail.before)
     after, after_negative_slope = code(tail.after)
     grid = (triton.cdiv(positions, block_positions), triton.cdiv(channels, block_channels))
-    pointwise_error_kernel[grid](
+    launch(
+        pointwise_error_kernel,
+        grid,
         product,
         *strides(product),
         uhat,
