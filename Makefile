@@ -4,6 +4,10 @@ VENV   ?= .venv
 # when it installs pcfast.
 TORCH  ?= torch==2.13.0
 
+# Another release to compile the kernels with: make compile-all TRITON=triton==3.9.0
+TRITON ?=
+TRITON_FOLDER := .venv-$(subst ==,-,$(TRITON))
+
 VENV_PYTHON := $(VENV)/bin/python
 # One stamp per TORCH: asking for another release installs it.
 STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
@@ -21,7 +25,7 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install -qq --disable-pip-version-check
 help: ## list the targets
 	@echo "make TARGET, with TARGET one of:"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
-	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH)'
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) TRITON=$(TRITON)'
 
 train: $(STAMP) ## train the default network on digits; results in runs/digits
 	@$(VENV)/bin/pcfast train
@@ -37,8 +41,8 @@ ptx: $(NATIVE) ## execute every compiled kernel on the CPU, in all cases (three 
 
 native: $(NATIVE) ## compile the CUDA kernels again where their sources have changed
 
-compile-all: $(STAMP) ## compile every Triton kernel for every chip
-	@$(VENV_PYTHON) tests/kernels/compilation.py --full
+compile-all: $(STAMP) $(if $(TRITON),$(TRITON_FOLDER)/.installed) ## compile every Triton kernel for every chip
+	@$(if $(TRITON),PYTHONPATH=$(CURDIR)/$(TRITON_FOLDER)) $(VENV_PYTHON) tests/kernels/compilation.py --full
 
 lint: $(STAMP) ## check the style
 	@$(VENV_PYTHON) -m ruff check .
@@ -48,7 +52,7 @@ bench: $(NATIVE) ## run the benchmarks; record them with python -m pcfast.bench.
 	@$(VENV)/bin/pcfast bench --json .benchmarks/latest.json
 
 clean: ## remove the environment, builds and caches (not runs/)
-	rm -rf $(VENV) build dist *.egg-info pcfast/_native*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-triton-* build dist *.egg-info pcfast/_native*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is touched last: a half-failed install leaves none and is repeated.
@@ -62,6 +66,12 @@ $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) "$(TORCH)"
 	@$(PIP_INSTALL) -e ".[train,test]"
+	@touch $@
+
+# In front of the release in $(VENV), which stays as it is.
+.venv-triton-%/.installed: $(STAMP)
+	@rm -rf $(@D)
+	@$(PIP_INSTALL) --no-deps --target $(@D) "triton==$*"
 	@touch $@
 
 $(NATIVE): $(STAMP) $(NATIVE_SOURCES)

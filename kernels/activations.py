@@ -68,6 +68,17 @@ def code(activation: activations.Activation | None) -> tuple[int, float]:
 
 
 @triton.jit
+def exact_difference(x, y):
+    """x - y of two numbers that nearly cancel, one of which may be a product.
+
+    The compiler fuses a product with a plain subtraction into one instruction, which takes the product before it was
+    rounded: of x - x the rounding error is left. It never fuses a subtraction that names its rounding. Subnormal
+    numbers count as zero.
+    """
+    return libdevice.sub_rn(x, y)
+
+
+@triton.jit
 def _relu_bracket(uhat, s):
     # max(s, -uhat) where uhat > 0 and max(uhat + s, 0) elsewhere, in one form for both
     negative_part = tl.minimum(uhat, 0.0, propagate_nan=_ALL_NAN)

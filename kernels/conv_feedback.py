@@ -17,14 +17,17 @@ Strict predictive coding in deviation form: Rosenbaum, PLOS ONE 17(3) e0266102 (
       REDUCTION x COLUMNS, index = (kh, kw, cout)         --> | fp32              |     d, error, velocity (read once)
                                                               +-------------------+
 
+Where winners are read the product is transposed: weights on the left.
+
 Arguments of the kernel:
 
-    delta       (batch, PH, PW, Cout)   fp32 or bf16   read; channels-last, as all maps
+    delta       (batch, PH, PW, Cout)   fp32 or bf16   read; channels-last, as all maps; "tf32": rounded to TF32, like
+                                                       weight and copy
     winner      (batch, PH, PW, Cout)   uint8          read; None unless max-pooled
-    weight      (Cout, KH, KW, Cin)     as delta       read; "tf32": rounded to TF32
+    weight      (Cout, KH, KW, Cin)     as delta       read
     d           (batch, H, W, Cin)      fp32           updated
     error       (batch, H, W, Cin)      fp32           read; CLAMPED: written, -d before the update
-    copy        (batch, H, W, Cin)      as delta       written: d for the next product; None where that reads d itself
+    copy        (batch, H, W, Cin)      as delta       written: d for the next product; None: "tf32x3" reads d
     velocity    (batch, H, W, Cin)      fp32           updated; None without momentum
     first_bad   (layers,)               int32          [layer] lowered to `iteration` where a new d is NaN or infinite
     batch, layer, iteration             int32
@@ -49,12 +52,12 @@ from .conv_geometry import (
     Tiles,
     check_tensors,
     choose_tiles,
-    input_precision,
     tap_and_channel,
 )
 from .first_bad import note_bad
+from .launching import launch
 from .momentum import check_velocity, with_momentum
-from .tf32 import round_to_tf32
+from .tf32 import input_precision, store_operand
 
 
 def feedback_tiles(geometry: ConvGeometry, precision: str) -> Tiles:
@@ -126,7 +129,9 @@ def conv_feedback(
     bottom, right = place // WIDTH + PADDING_H, place % WIDTH + PADDING_W
     map_start = sample * (POOLED_H * POOLED_W * OUT_CHANNELS)
 
-    r = tl.zeros((ROWS, COLUMNS), tl.float32)
+    # What winners choose is made in registers. wgmma would read a left operand there, and they may be written anew
+    # before it has (docs/kernels.md, Releases of triton); a right one goes through shared memory.
+    r = tl.zeros((COLUMNS, ROWS) if POOL == MAX_POOL else (ROWS, COLUMNS), tl.float32)
     for step in range((TAPS * OUT_CHANNELS + REDUCTION - 1) // REDUCTION):
         tap, channel = tap_and_channel(step, OUT_CHANNELS, REDUCTION)
         in_terms = tap < TAPS
@@ -142,18 +147,26 @@ def conv_feedback(
         inside = inside & (ph < POOLED_H) & (pw < POOLED_W)
         source = map_start[:, None] + (ph * POOLED_W + pw) * OUT_CHANNELS + channel[None, :]
         gathered = tl.load(delta + source, mask=inside, other=0.0)
+        terms = channel * (TAPS * CHANNELS) + tap * CHANNELS
         if POOL == MAX_POOL:
             element = (oh % WINDOW_H) * WINDOW_W + ow % WINDOW_W
             won = tl.load(winner + source, mask=inside, other=0) == element
             gathered = tl.where(won, gathered, 0.0)
-        taps = tl.load(
-            weight + (channel * (TAPS * CHANNELS) + tap * CHANNELS)[:, None] + columns[None, :],
-            mask=in_terms[:, None] & in_columns[None, :],
-            other=0.0,
-        )
-        if INPUT_PRECISION == "tf32":  # weights are rounded where they are stored
-            gathered = round_to_tf32(gathered)
-        r = tl.dot(gathered, taps, r, input_precision=INPUT_PRECISION)
+            taps = tl.load(
+                weight + terms[None, :] + columns[:, None],
+                mask=in_terms[None, :] & in_columns[:, None],
+                other=0.0,
+            )
+            r = tl.dot(taps, tl.trans(gathered), r, input_precision=INPUT_PRECISION)
+        else:
+            taps = tl.load(
+                weight + terms[:, None] + columns[None, :],
+                mask=in_terms[:, None] & in_columns[None, :],
+                other=0.0,
+            )
+            r = tl.dot(gathered, taps, r, input_precision=INPUT_PRECISION)
+    if POOL == MAX_POOL:
+        r = tl.trans(r)
     if POOL == AVG_POOL:
         r *= 1.0 / (WINDOW_H * WINDOW_W)
 
@@ -171,7 +184,7 @@ def conv_feedback(
     moved = old + eta * step
     tl.store(d + where, moved, mask=inside)
     if copy is not None:
-        tl.store(copy + where, moved.to(copy.dtype.element_ty), mask=inside)
+        store_operand(copy + where, moved, inside, INPUT_PRECISION)
     note_bad(first_bad, layer, iteration, moved, inside)
 
 
@@ -253,7 +266,8 @@ def launch_conv_feedback(
     )
     pixels = batch * geometry.height * geometry.width
     grid = triton.cdiv(pixels, tiles.rows) * triton.cdiv(geometry.channels, tiles.columns)
-    conv_feedback[(grid,)](
+    launch(
+        conv_feedback, (grid,),
         delta, winner, weight, d, error, copy, velocity, first_bad, batch, layer, iteration, eta, momentum or None,
         **constants, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -25,9 +25,6 @@ MAX_POOL = tl.constexpr(1)
 AVG_POOL = tl.constexpr(2)
 
 _POOLS = {None: NO_POOL.value, "max": MAX_POOL.value, "avg": AVG_POOL.value}
-# What tl.dot is asked for; bf16 operands have one way to be multiplied, and the word is ignored.
-# bfloat16 products are exact whatever is said
-_INPUT_PRECISION = {"tf32": "tf32", "tf32x3": "tf32x3", "bf16": "ieee"}
 _FEWEST_ROWS = 64  # of a tile: what wgmma and tcgen05 take
 _INT32_MAX = 2**31 - 1
 
@@ -145,20 +142,6 @@ class ConvGeometry:
         )
 
 
-def input_precision(precision: str, operand: torch.dtype) -> str:
-    """``precision`` ("bf16", "tf32" or "tf32x3") as ``tl.dot`` takes it, for operands of dtype ``operand``.
-
-    Raises:
-        ValueError: the two do not go together.
-    """
-    expected = torch.bfloat16 if precision == "bf16" else torch.float32
-    if precision not in _INPUT_PRECISION or operand != expected:
-        raise ValueError(
-            f"{precision!r} products of {operand} operands; bf16 reads bfloat16, tf32 and tf32x3 float32"
-        )
-    return _INPUT_PRECISION[precision]
-
-
 def check_tensors(**expected: tuple[Tensor, tuple[int, ...], torch.dtype]) -> None:
     """Raise ValueError unless every ``name=(tensor, shape, dtype)`` is so, contiguous and on one device."""
     device = next(iter(expected.values()))[0].device
@@ -205,7 +188,7 @@ def choose_tiles(
         columns=columns,
         reduction=reduction,
         warps=warps,
-        # Two steps in flight while one is multiplied, at most 78 KB: room for two programs an SM on sm_80, 90 and
+        # Two steps in flight while one is multiplied, at most 82 KB: room for two programs an SM on sm_80, 90 and
         # 100, and for one where there are 99 KB (sm_86, sm_89, sm_120).
         stages=3,
     )

@@ -26,7 +26,8 @@ to one thread, so that the reduction stays in registers.
 Arguments of the kernel:
 
     d           (batch, H, W, Cin)      fp32 or bf16   read; channels-last, as all maps; None while it is zero: s is 0
-    weight      (Cout, KH, KW, Cin)     fp32 or bf16   read, with d and as d; "tf32": rounded to TF32
+                                                       "tf32": rounded to TF32, like weight and delta
+    weight      (Cout, KH, KW, Cin)     fp32 or bf16   read, with d and as d
     uhat        (batch, OH, OW, Cout)   fp32           read; the bias is in it
     d_out       (batch, PH, PW, Cout)   fp32           read; belief deviation of this layer's output
     error       (batch, PH, PW, Cout)   fp32           written
@@ -50,7 +51,7 @@ from torch import Tensor
 from pcfast.activations import Activation
 
 from . import activations
-from .activations import act, bracket_and_slope
+from .activations import act, bracket_and_slope, exact_difference
 from .conv_geometry import (
     MAX_POOL,
     NO_POOL,
@@ -58,10 +59,10 @@ from .conv_geometry import (
     Tiles,
     check_tensors,
     choose_tiles,
-    input_precision,
     tap_and_channel,
 )
-from .tf32 import round_to_tf32
+from .launching import launch
+from .tf32 import input_precision, store_operand
 
 _ABOVE_ALL = tl.constexpr(0x7FFFFFFF)  # sort key of NaN, and what an int32 is masked with to drop its sign
 
@@ -200,8 +201,6 @@ def conv_predict(
                 mask=in_columns[None, :] & in_terms[:, None],
                 other=0.0,
             )
-            if INPUT_PRECISION == "tf32":  # weights are rounded where they are stored
-                gathered = round_to_tf32(gathered)
             s = tl.dot(gathered, taps, s, input_precision=INPUT_PRECISION)
 
     base = tl.load(
@@ -219,7 +218,8 @@ def conv_predict(
         value = tl.reshape(act(base, BEFORE, BEFORE_NEGATIVE_SLOPE), (SLOTS, WINDOWS, COLUMNS))
         moved, slope_before = bracket_and_slope(base, s, BEFORE, BEFORE_NEGATIVE_SLOPE)
         highest, _ = _window_maximum(value, slot, WINDOW)
-        relative = (value - highest[None, :, :]) + tl.reshape(moved, (SLOTS, WINDOWS, COLUMNS))
+        to_highest = exact_difference(value, tl.broadcast_to(highest[None, :, :], value.shape))
+        relative = to_highest + tl.reshape(moved, (SLOTS, WINDOWS, COLUMNS))
         deviation, first = _window_maximum(relative, slot, WINDOW)
         bracket, slope = bracket_and_slope(highest, deviation, AFTER, AFTER_NEGATIVE_SLOPE)
         if BEFORE != activations.IDENTITY:
@@ -236,7 +236,7 @@ def conv_predict(
     inside = (pooled < windows)[:, None] & in_columns[None, :]
     difference = bracket - tl.load(d_out + where, mask=inside, other=0.0)
     tl.store(error + where, difference, mask=inside)
-    tl.store(delta + where, (difference * slope).to(delta.dtype.element_ty), mask=inside)
+    store_operand(delta + where, difference * slope, inside, INPUT_PRECISION)
     if POOL == MAX_POOL:
         tl.store(winner + where, first.to(tl.uint8), mask=inside)
 
@@ -329,7 +329,9 @@ def launch_conv_predict(
     grid = triton.cdiv(windows * geometry.slots, tiles.rows) * triton.cdiv(
         geometry.out_channels, tiles.columns
     )
-    conv_predict[(grid,)](
+    launch(
+        conv_predict,
+        (grid,),
         d,
         weight,
         uhat,

@@ -22,7 +22,8 @@ Arguments of the kernel:
 
     state       arena, fp32                 error read; d (or s and sum) updated, with momentum their velocities too;
                                             error of layer 1 written
-    operand     arena, fp32 or bf16         delta and W read; where it is not ``state``, d is copied into it
+    operand     arena, fp32 or bf16         delta and W read; d is copied into it, rounded, unless products are
+                                            tf32x3: these read float32, and ``operand`` is ``state``
     table       (rows, WIDTH) int64         rows as linear_rows.FeedbackRow, highest layer first
     first_bad   (layers,) int32             lowered to ``iteration`` where a new state is NaN or infinite
     count       int32                       the first so many rows take part (docs/method.md fact 3)
@@ -40,10 +41,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .first_bad import note_bad
+from .launching import launch
 from .linear_predict import MAX_REGISTERS, PART, halves, tile_position
 from .linear_rows import CLAMPED, GRAM_UPDATE, WIDTH
 from .momentum import with_momentum
-from .tf32 import round_to_tf32
+from .tf32 import store_operand
 
 
 @triton.jit
@@ -58,6 +60,7 @@ def _finish(
     iteration,
     eta,
     momentum,
+    INPUT_PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -105,9 +108,9 @@ def _finish(
             step = with_momentum(step, velocity + where, momentum, inside)
         moved = old + eta * step
         tl.store(d + where, moved, mask=inside)
-        if operand.dtype.element_ty != state.dtype.element_ty:
+        if INPUT_PRECISION != "tf32x3":
             copy = operand + tl.multiple_of(tl.load(row + 10), 16) + corner
-            tl.store(copy + where, moved.to(operand.dtype.element_ty), mask=inside)
+            store_operand(copy + where, moved, inside, INPUT_PRECISION)
     note_bad(first_bad, tl.load(row + 14), iteration, moved, inside)
 
 
@@ -117,6 +120,7 @@ def _finish_in_parts(
     first_row,
     first_column,
     arguments,
+    INPUT_PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -125,10 +129,12 @@ def _finish_in_parts(
     if ROWS * COLUMNS > PART:
         left, right = halves(accumulator, ROWS, COLUMNS)
         HALF: tl.constexpr = COLUMNS // 2
-        _finish_in_parts(left, first_row, first_column, arguments, ALIGNED, ROWS, HALF)
-        _finish_in_parts(right, first_row, first_column + HALF, arguments, ALIGNED, ROWS, HALF)
+        _finish_in_parts(left, first_row, first_column, arguments, INPUT_PRECISION, ALIGNED, ROWS, HALF)
+        _finish_in_parts(
+            right, first_row, first_column + HALF, arguments, INPUT_PRECISION, ALIGNED, ROWS, HALF
+        )
     else:
-        _finish(accumulator, first_row, first_column, *arguments, ALIGNED, ROWS, COLUMNS)
+        _finish(accumulator, first_row, first_column, *arguments, INPUT_PRECISION, ALIGNED, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -179,14 +185,13 @@ def feedback_tile(
             mask=in_reduction[:, None] & in_weight[None, :],
             other=0.0,
         )
-        if INPUT_PRECISION == "tf32":  # weights are rounded where they are stored
-            left = round_to_tf32(left)
         accumulator = tl.dot(left, right, accumulator, input_precision=INPUT_PRECISION)
     _finish_in_parts(
         accumulator,
         first_row,
         first_column,
         (state, operand, first_bad, row, iteration, eta, momentum),
+        INPUT_PRECISION,
         ALIGNED,
         ROWS,
         COLUMNS,
@@ -256,7 +261,9 @@ def launch_linear_feedback(
     stages: int,
 ) -> None:
     """Launch on the current stream: the first ``count`` rows of ``table``, on a grid of ``programs``."""
-    linear_feedback[(programs,)](
+    launch(
+        linear_feedback,
+        (programs,),
         state,
         operand,
         table,

@@ -15,7 +15,7 @@ PLOS ONE 17(3) e0266102 (2022); docs/method.md facts 3, 5, 7, 8.
 Arguments of the kernel:
 
     state       arena, fp32                 uhat, d, s, vhat, dense, mass read; error and s written
-    operand     arena, fp32 or bf16         d_{l-1} and W read; delta written
+    operand     arena, fp32 or bf16         d_{l-1} and W read, both rounded where products are TF32; delta written so
     table       (rows, WIDTH) int64         rows as linear_rows.PredictRow, highest layer first
     products    int32                       the first so many rows take part ...
     front       int32                       ... and this one, unless it is negative (docs/method.md fact 3)
@@ -32,9 +32,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import IDENTITY, bracket_and_slope
+from .launching import launch
 from .linear_rows import PRODUCT, TOP, WIDTH
 from .output_error import output_error_tile
-from .tf32 import round_to_tf32
+from .tf32 import store_operand
 
 # Tiles of so many rows of tiles are computed together: their operands stay in L2 in between.
 _SUPER_ROWS = tl.constexpr(8)
@@ -76,6 +77,7 @@ def _finish(
     TOP_ACT: tl.constexpr,
     TOP_NEGATIVE_SLOPE: tl.constexpr,
     LOSS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -110,13 +112,13 @@ def _finish(
             in_width = columns < tl.load(row + 2).to(tl.int32) - first_column
             gradient = output_error_tile(mu, target, share[:, None], loss_scale, in_width[None, :], LOSS)
             tl.store(error + where, gradient, mask=inside)
-            tl.store(delta + where, (gradient * slope).to(delta.dtype.element_ty), mask=inside)
+            store_operand(delta + where, gradient * slope, inside, INPUT_PRECISION)
         else:
             d = state + tl.multiple_of(tl.load(row + 10), 16) + corner
             bracket, slope = bracket_and_slope(base, accumulator, ACT, NEGATIVE_SLOPE)
             difference = bracket - tl.load(d + where, mask=inside, other=0.0)
             tl.store(error + where, difference, mask=inside)
-            tl.store(delta + where, (difference * slope).to(delta.dtype.element_ty), mask=inside)
+            store_operand(delta + where, difference * slope, inside, INPUT_PRECISION)
 
 
 @triton.jit
@@ -187,8 +189,6 @@ def predict_tile(
             mask=in_stride[None, :] & in_reduction[:, None],
             other=0.0,
         )
-        if INPUT_PRECISION == "tf32":  # weights are rounded where they are stored
-            left = round_to_tf32(left)
         accumulator = tl.dot(left, right, accumulator, input_precision=INPUT_PRECISION)
     if ROWS * COLUMNS > PART:
         tl.static_assert(LOSS < 0, "the loss needs whole rows of the output in one part")
@@ -197,7 +197,7 @@ def predict_tile(
         first_row,
         first_column,
         (state, operand, row, loss_scale),
-        (ACT, NEGATIVE_SLOPE, TOP_ACT, TOP_NEGATIVE_SLOPE, LOSS, ALIGNED),
+        (ACT, NEGATIVE_SLOPE, TOP_ACT, TOP_NEGATIVE_SLOPE, LOSS, INPUT_PRECISION, ALIGNED),
         ROWS,
         COLUMNS,
     )
@@ -276,7 +276,9 @@ def launch_linear_predict(
         programs: size of the grid.
         constants: the kernel's constexpr arguments by name.
     """
-    linear_predict[(programs,)](
+    launch(
+        linear_predict,
+        (programs,),
         state,
         operand,
         table,

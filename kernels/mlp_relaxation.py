@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import launch
 from .linear_feedback import feedback_tile
 from .linear_predict import MAX_REGISTERS, predict_tile
 from .linear_rows import WIDTH
@@ -112,7 +113,8 @@ def launch_mlp_relaxation(
         eta: of all iterations, or a tensor of one for each from the first of all on.
     """
     eta, schedule = (None, eta) if isinstance(eta, Tensor) else (eta, None)
-    mlp_relaxation[(programs,)](
+    launch(
+        mlp_relaxation, (programs,),
         state, operand, predict_table, feedback_table, first_bad, layers, first, last, int(fresh), eta, schedule,
         momentum or None, loss_scale,
         **constants, num_warps=warps, num_stages=stages, maxnreg=MAX_REGISTERS,

@@ -20,7 +20,7 @@ Arguments of the kernels, matrices whose last stride is 1, each followed by its 
     vhat        (B, C)  fp32
     dense       (B, C)  fp32
     error       (B, C)  fp32          written
-    delta       (B, C)  fp32, bf16    written
+    delta       (B, C)  fp32, bf16    written, rounded as INPUT_PRECISION says (tf32.py)
     mass        (B, 1)  fp32          cross-entropy; else None
     scale       fp32                  mean squared error
     rows, columns                     B, C
@@ -36,6 +36,8 @@ from triton.language.extra import libdevice
 from pcfast.activations import Activation
 
 from .activations import bracket_and_slope, code
+from .launching import launch
+from .tf32 import input_precision, store_operand
 
 # The constexpr argument LOSS.
 CROSS_ENTROPY = tl.constexpr(0)
@@ -114,6 +116,7 @@ def output_error_kernel(
     LOSS: tl.constexpr,
     ACT: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -130,7 +133,7 @@ def output_error_kernel(
         row_mass = tl.load(mass + row * mass_row, mask=row < rows, other=0.0)
     e = output_error_tile(mu, y, row_mass, scale, column < columns, LOSS)
     tl.store(error + row * error_row + column, e, mask=inside)
-    tl.store(delta + row * delta_row + column, (e * slope).to(delta.dtype.element_ty), mask=inside)
+    store_operand(delta + row * delta_row + column, e * slope, inside, INPUT_PRECISION)
 
 
 @triton.jit(do_not_specialize=["columns"])
@@ -152,6 +155,7 @@ def wide_cross_entropy_kernel(
     columns,
     ACT: tl.constexpr,
     NEGATIVE_SLOPE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """One row a program, in blocks."""
@@ -181,7 +185,7 @@ def wide_cross_entropy_kernel(
         y = tl.load(dense + row * dense_row + column, mask=inside, other=0.0)
         e = libdevice.exp(mu - top) / total * row_mass - y
         tl.store(error + row * error_row + column, e, mask=inside)
-        tl.store(delta + row * delta_row + column, (e * slope).to(delta.dtype.element_ty), mask=inside)
+        store_operand(delta + row * delta_row + column, e * slope, inside, INPUT_PRECISION)
 
 
 def output_tile(rows: int, columns: int) -> tuple[int, int, int]:
@@ -202,10 +206,12 @@ def output_error(
     mass: Tensor | None = None,
     scale: float = 1.0,
     activation: Activation | None = None,
+    precision: str,
 ) -> None:
     """Write ``error`` = dLoss/dmu and ``delta``, it pulled back to the product.
 
-    The loss is cross-entropy where ``mass`` is given, else mean squared error.
+    The loss is cross-entropy where ``mass`` is given, else mean squared error. ``precision`` is that of the product
+    which reads ``delta``: "bf16", "tf32" or "tf32x3".
     """
     rows, columns = uhat.shape
     if rows == 0 or columns == 0:
@@ -218,17 +224,22 @@ def output_error(
         for argument in (matrix, 0 if matrix is None else _row_stride(matrix))
     ]
     if mass is not None and columns > block_columns:
-        wide_cross_entropy_kernel[(rows,)](
+        launch(
+            wide_cross_entropy_kernel,
+            (rows,),
             *matrices,
             columns,
             ACT=act,
             NEGATIVE_SLOPE=negative_slope,
+            INPUT_PRECISION=input_precision(precision, delta.dtype),
             BLOCK_COLUMNS=block_columns,
             num_warps=num_warps,
         )
         return
     grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))
-    output_error_kernel[grid](
+    launch(
+        output_error_kernel,
+        grid,
         *matrices,
         float(scale),
         rows,
@@ -236,6 +247,7 @@ def output_error(
         LOSS=MSE.value if mass is None else CROSS_ENTROPY.value,
         ACT=act,
         NEGATIVE_SLOPE=negative_slope,
+        INPUT_PRECISION=input_precision(precision, delta.dtype),
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
         num_warps=num_warps,

@@ -41,7 +41,8 @@ from torch import Tensor
 from pcfast.activations import Activation
 from pcfast.forms import LARGEST_WINDOW
 
-from .activations import act, bracket_and_slope, code
+from .activations import act, bracket_and_slope, code, exact_difference
+from .launching import launch
 
 # The constexpr argument POOL.
 MAX_POOL = tl.constexpr(0)
@@ -151,7 +152,7 @@ def pointwise_error_kernel(
             a = act(u, BEFORE, BEFORE_NEGATIVE_SLOPE)
             b, slope = bracket_and_slope(u, s, BEFORE, BEFORE_NEGATIVE_SLOPE)
             if POOL == MAX_POOL:
-                m = (a - anchor) + b
+                m = exact_difference(a, anchor) + b
                 wins = (m > moved) | (m != m)
                 moved = tl.where(wins, m, moved)
                 winner = tl.where(wins, i * WINDOW_COLUMNS + j, winner)
@@ -266,7 +267,9 @@ def _launch(product, uhat, deviation, error, delta, tail: Tail, *, error_given: 
     before, before_negative_slope = code(tail.before)
     after, after_negative_slope = code(tail.after)
     grid = (triton.cdiv(positions, block_positions), triton.cdiv(channels, block_channels))
-    pointwise_error_kernel[grid](
+    launch(
+        pointwise_error_kernel,
+        grid,
         product,
         *strides(product),
         uhat,

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .first_bad import note_bad
+from .launching import launch
 from .momentum import check_velocity, with_momentum
 
 #: Elements a program: 4 for each of its 128 threads, 16 bytes of fp32.
@@ -99,7 +100,9 @@ def gram_update(
             raise ValueError(f"{name} {tuple(tensor.shape)} does not lie as s {tuple(s.shape)}, contiguous")
     if s.numel() == 0:
         return
-    pointwise_gram_kernel[(triton.cdiv(s.numel(), BLOCK),)](
+    launch(
+        pointwise_gram_kernel,
+        (triton.cdiv(s.numel(), BLOCK),),
         s,
         total,
         delta,

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .first_bad import note_bad
+from .launching import launch
 from .momentum import check_velocity, with_momentum
 from .pointwise_error import places, strides, tile
 
@@ -123,7 +124,9 @@ def update(
         return
     block_positions, block_channels = tile(positions, channels)
     grid = (triton.cdiv(positions, block_positions), triton.cdiv(channels, block_channels))
-    pointwise_update_kernel[grid](
+    launch(
+        pointwise_update_kernel,
+        grid,
         deviation,
         *strides(deviation),
         error,

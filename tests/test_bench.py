@@ -499,9 +499,8 @@ def predicted(window: tuple[int, int], precision: str):
     """What a predict stage may do: inputs, the truth and its bounds."""
     s, uhat = torch.randn(3, 5, 6, 8).double() / 10, torch.randn(3, 5, 6, 8).double()
     d = torch.randn(3, 5, 6 // window[0], 8 // window[1]).double() / 10
-    stored = torch.bfloat16 if precision == "bf16" else torch.float32
     bound = rounding.product_bound(precision, 30, 5 * s.abs())
-    return s, uhat, d, rounding.predict_truth(s, bound, uhat, d, window, True, stored)
+    return s, uhat, d, rounding.predict_truth(s, bound, uhat, d, window, True, rounding.OPERAND[precision])
 
 
 @pytest.mark.parametrize("window", [(1, 1), (2, 2), (3, 2)])
@@ -581,7 +580,7 @@ def test_work_of_a_kernel_is_counted():
     layer = conv._layer(8, 3, 5, window=2)
     case = conv._feedback(4, layer, "tf32")
     assert case.multiply_adds == 4 * 64 * 5 * 27
-    assert case.bytes == 4 * 27 * 5 + 4 * 16 * 5 * 5 + 4 * 64 * 3 * 12
+    assert case.bytes == 4 * 27 * 5 + 4 * 16 * 5 * 5 + 4 * 64 * 3 * 16
 
 
 def kernel_row(way: str, seconds: float, precision: str = "bf16", **values) -> dict:

@@ -15,10 +15,19 @@ from pcfast.kernels.conv_geometry import ConvGeometry
 from pcfast.kernels.conv_predict import launch_conv_predict, predict_tiles
 from pcfast.kernels.pointwise_error import Tail, error_and_delta
 from pcfast.kernels.pointwise_update import update
-from pcfast.kernels.tf32 import rounded_to_tf32
+from pcfast.kernels.tf32 import as_read
 
 from .case import BEFORE, ETA, PRODUCTS, Case, Way, described, ends, normal, operand_bytes, operand_dtype
-from .rounding import Judgement, copied, judged, predict_truth, product_bound, through_memory, update_bound
+from .rounding import (
+    OPERAND,
+    Judgement,
+    copied,
+    judged,
+    predict_truth,
+    product_bound,
+    through_memory,
+    update_bound,
+)
 
 _aten = torch.ops.aten
 
@@ -83,9 +92,9 @@ def _predict(batch: int, g: ConvGeometry, precision: str) -> Case:
 def _feedback(batch: int, g: ConvGeometry, precision: str) -> Case:
     operand = operand_bytes(precision)
     below, pooled = g.height * g.width * g.channels, math.prod(g.pooled) * g.out_channels
-    # d is read and written, eps read; in bf16 d is also written as an operand
+    # d is read and written, eps read; d is also written as an operand, unless products read it itself
     moved = operand * g.taps * g.channels * g.out_channels + batch * pooled * (operand + (g.pool is not None))
-    moved += batch * below * (12 + (2 if precision == "bf16" else 0))
+    moved += batch * below * (12 + (0 if precision == "tf32x3" else operand))
     ways = partial(_feedback_ways, batch, g, precision)
     return Case("conv_feedback", _size(batch, g), precision, _macs(batch, g), moved, ways)
 
@@ -94,7 +103,7 @@ def _weights(g: ConvGeometry, precision: str, device: torch.device) -> Tensor:
     """(Cout, KH, KW, Cin), as the kernels find them."""
     scale = (g.taps * g.channels) ** -0.5
     weight = normal((g.out_channels, *g.kernel, g.channels), device, scale).to(operand_dtype(precision))
-    return rounded_to_tf32(weight) if precision == "tf32" else weight
+    return as_read(weight, precision)
 
 
 def _map(t: Tensor, samples: Tensor) -> Tensor:
@@ -115,7 +124,7 @@ def _on_the_map(pooled: Tensor, winner: Tensor | None, g: ConvGeometry) -> Tenso
 
 def _predict_ways(batch: int, g: ConvGeometry, precision: str, device: torch.device) -> list[Way]:
     dtype = operand_dtype(precision)
-    below = normal((batch, g.height, g.width, g.channels), device, 0.1).to(dtype)
+    below = as_read(normal((batch, g.height, g.width, g.channels), device, 0.1).to(dtype), precision)
     weight = _weights(g, precision, device)
     uhat = normal((batch, *g.out, g.out_channels), device)
     d = normal((batch, *g.pooled, g.out_channels), device, 0.1)
@@ -150,7 +159,7 @@ def _predict_ways(batch: int, g: ConvGeometry, precision: str, device: torch.dev
         if rounded:
             bound = through_memory(bound, absolute, dtype)
         s, bound, base = (t[:, :, :rows, :columns] for t in (s, bound, _map(uhat, samples)))
-        truth = predict_truth(s, bound, base, _map(d, samples), g.window, True, dtype)
+        truth = predict_truth(s, bound, base, _map(d, samples), g.window, True, OPERAND[precision])
         if rounded:
             found = _map(whole_delta, samples)[:, :, :rows, :columns]
         else:
@@ -171,7 +180,7 @@ def _feedback_ways(batch: int, g: ConvGeometry, precision: str, device: torch.de
     dtype, below = operand_dtype(precision), (batch, g.height, g.width, g.channels)
     start, error = normal(below, device, BEFORE, seed=1), normal(below, device, 0.1, seed=2)
     d, weight = start.clone(), _weights(g, precision, device)
-    delta = normal((batch, *g.pooled, g.out_channels), device, 0.1).to(dtype)
+    delta = as_read(normal((batch, *g.pooled, g.out_channels), device, 0.1).to(dtype), precision)
     winner = None
     if g.pool is not None:
         winner = (
@@ -181,7 +190,7 @@ def _feedback_ways(batch: int, g: ConvGeometry, precision: str, device: torch.de
     whole = torch.zeros(batch, *g.out, g.out_channels, dtype=dtype, device=device)
     spread = _on_the_map(delta.permute(0, 3, 1, 2), None if winner is None else winner.permute(0, 3, 1, 2), g)
     whole[:, : spread.shape[2], : spread.shape[3]] = spread.permute(0, 2, 3, 1)
-    copy = torch.empty(below, dtype=dtype, device=device) if precision == "bf16" else None
+    copy = None if precision == "tf32x3" else torch.empty(below, dtype=dtype, device=device)
     like = torch.zeros(below, dtype=dtype, device=device).permute(
         0, 3, 1, 2
     )  # shape and layout of the map below
@@ -219,7 +228,7 @@ def _feedback_ways(batch: int, g: ConvGeometry, precision: str, device: torch.de
         bound = update_bound(old, moved, ETA, bound)
         results = [(_map(d, samples), moved, bound)]
         if copy is not None:
-            results.append((_map(copy, samples), moved, copied(moved, bound, dtype)))
+            results.append((_map(copy, samples), moved, copied(moved, bound, OPERAND[precision])))
         return judged(*results)
 
     return [

@@ -14,13 +14,23 @@ from pcfast.kernels.linear_predict import NO_TOP, launch_linear_predict
 from pcfast.kernels.linear_rows import HIDDEN, UPDATE, FeedbackRow, PredictRow
 from pcfast.kernels.pointwise_error import Tail, error_and_delta
 from pcfast.kernels.pointwise_update import update
+from pcfast.kernels.tf32 import as_read
 from pcfast.streamed.boundary import padded
 from pcfast.streamed.layout import Arena, Layout, LayoutBuilder
 from pcfast.streamed.loop import table
 from pcfast.streamed.tiles import LinearTiles, linear_tiles
 
 from .case import BEFORE, ETA, PRODUCTS, Case, Way, described, ends, normal, operand_bytes, operand_dtype
-from .rounding import Judgement, copied, judged, predict_truth, product_bound, through_memory, update_bound
+from .rounding import (
+    OPERAND,
+    Judgement,
+    copied,
+    judged,
+    predict_truth,
+    product_bound,
+    through_memory,
+    update_bound,
+)
 
 #: (layers of one launch, batch, in, out), what matters most first.
 GRID = (
@@ -66,7 +76,7 @@ def _predict(layers: int, batch: int, fan_in: int, fan_out: int, precision: str,
 
 def _feedback(layers: int, batch: int, fan_in: int, fan_out: int, precision: str, interpreted: bool) -> Case:
     operand = operand_bytes(precision)
-    copy = 2 if precision == "bf16" else 0
+    copy = 0 if precision == "tf32x3" else operand
     # d is read and written, eps read
     moved = operand * (batch * fan_out + fan_in * fan_out) + batch * fan_in * (12 + copy)
     ways = partial(_feedback_ways, layers, batch, fan_in, fan_out, precision, interpreted)
@@ -89,7 +99,8 @@ class _Launch:
     ) -> None:
         self.layers, self.precision, self.device = layers, precision, device
         self.interpreted = interpreted
-        self.builder = LayoutBuilder(separate=precision == "bf16")
+        self.builder = LayoutBuilder()
+        self.copies = precision != "tf32x3"  # three TF32 products read the state
         sm_count = 3 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count
         all_products = [products] * layers
         self.tiles: LinearTiles = linear_tiles(all_products, precision, sm_count, interpreted)
@@ -106,18 +117,22 @@ class _Launch:
     def add(self, name: str, rows: int, columns: int, *, operand: bool = False) -> None:
         """A matrix of every layer, its rows padded as the backend pads them."""
         for layer in range(self.layers):
-            self.builder.add(f"{name}{layer}", rows, columns, padded(columns), operand=operand)
+            self.builder.add(
+                f"{name}{layer}", rows, columns, padded(columns), operand=operand and self.copies
+            )
 
     def first(self, name: str, layer: int) -> int:
         return self.builder.matrices[f"{name}{layer}"].first
 
     def fill(self, layout: Layout, **scales: float) -> None:
-        """The arena, with normal numbers in the matrices that ``scales`` names."""
+        """The arena, with normal numbers in the matrices that ``scales`` names, operands rounded."""
         self.arena = Arena(layout, self.device, torch.float32, operand_dtype(self.precision))
         for layer in range(self.layers):
             for name, scale in scales.items():
                 matrix = self.matrix(name, layer)
-                matrix.copy_(normal(tuple(matrix.shape), self.device, scale, seed=layer))
+                numbers = normal(tuple(matrix.shape), self.device, scale, seed=layer)
+                operand = self.builder.matrices[f"{name}{layer}"].operand
+                matrix.copy_(as_read(numbers, self.precision) if operand else numbers)
 
     def matrix(self, name: str, layer: int) -> Tensor:
         return self.arena.matrix(f"{name}{layer}")
@@ -154,7 +169,8 @@ def _predict_ways(
     launch.fill(launch.builder.layout(), below=0.1, uhat=1.0, d=0.1)
     for layer in range(layers):
         weight = launch.matrix("weight", layer)
-        weight[:fan_out].copy_(normal((fan_out, fan_in), device, fan_in**-0.5, seed=layer))
+        numbers = normal((fan_out, fan_in), device, fan_in**-0.5, seed=layer)
+        weight[:fan_out].copy_(as_read(numbers, precision))
     rows = tuple(
         PredictRow(
             kind=HIDDEN.value, batch=batch, width=fan_out, reduction=padded(fan_in),
@@ -195,7 +211,7 @@ def _predict_ways(
             bound = product_bound(precision, fan_in, absolute)
             if rounded:
                 bound = through_memory(bound, absolute, operand_dtype(precision))
-            truth = predict_truth(s, bound, uhat, d, (1, 1), True, operand_dtype(precision))
+            truth = predict_truth(s, bound, uhat, d, (1, 1), True, OPERAND[precision])
             results += [
                 (launch.some("error", layer, looked_at), truth.error, truth.error_bound),
                 (launch.some("delta", layer, looked_at), truth.delta, truth.delta_bound),
@@ -221,15 +237,15 @@ def _feedback_ways(
     launch.add("delta", batch, fan_out, operand=True)
     launch.add("d", batch, fan_in)
     launch.add("error", batch, fan_in)
-    separate = precision == "bf16"
-    copy = "copy" if separate else "d"
-    if separate:
+    copy = "copy" if launch.copies else "d"
+    if launch.copies:
         launch.add("copy", batch, fan_in, operand=True)
     launch.add("weight", padded(fan_out), fan_in, operand=True)
     launch.fill(launch.builder.layout(), delta=0.1, error=0.1)
     for layer in range(layers):
         weight = launch.matrix("weight", layer)
-        weight[:fan_out].copy_(normal((fan_out, fan_in), device, fan_in**-0.5, seed=layer))
+        numbers = normal((fan_out, fan_in), device, fan_in**-0.5, seed=layer)
+        weight[:fan_out].copy_(as_read(numbers, precision))
     rows = tuple(
         FeedbackRow(
             kind=UPDATE.value, batch=batch, width=fan_in, reduction=padded(fan_out),
@@ -256,7 +272,7 @@ def _feedback_ways(
             update(
                 deviation=launch.map("d", layer), error=launch.map("error", layer), pulled=pulled[:, None, None, :],
                 step_size=ETA, first_bad=first_bad, layer=layer, iteration=1,
-                operand=launch.map("copy", layer) if separate else None,
+                operand=launch.map("copy", layer) if launch.copies else None,
             )  # fmt: skip
 
     def judge(run, rounded: bool) -> Judgement:
@@ -277,9 +293,9 @@ def _feedback_ways(
             moved = old + ETA * (error - r)
             bound = update_bound(old, moved, ETA, bound)
             results.append((launch.some("d", layer, looked_at), moved, bound))
-            if separate:
+            if launch.copies:
                 results.append(
-                    (launch.some("copy", layer, looked_at), moved, copied(moved, bound, torch.bfloat16))
+                    (launch.some("copy", layer, looked_at), moved, copied(moved, bound, OPERAND[precision]))
                 )
         return judged(*results)
 

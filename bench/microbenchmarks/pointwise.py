@@ -14,7 +14,7 @@ from pcfast.kernels.pointwise_gram import BLOCK, gram_update
 from pcfast.kernels.pointwise_update import update
 
 from .case import BEFORE, ELEMENTWISE, ETA, Case, Way, ends, normal, operand_bytes, operand_dtype
-from .rounding import EPS, Judgement, copied, judged, predict_truth, update_bound
+from .rounding import EPS, STORED, Judgement, copied, judged, predict_truth, update_bound
 
 #: (batch, height, width, channels, window of the max-pool), what matters most first. Features are maps of one pixel.
 MAPS = (
@@ -101,7 +101,9 @@ def _error_ways(batch, height, width, channels, window, precision, device) -> li
         s, base, found = (
             _map(t, samples)[:, :, : rows * window, : columns * window] for t in (product, uhat, delta)
         )
-        truth = predict_truth(s, torch.zeros_like(s), base, _map(d, samples), (window, window), True, dtype)
+        truth = predict_truth(
+            s, torch.zeros_like(s), base, _map(d, samples), (window, window), True, STORED[dtype]
+        )
         return judged(
             (_map(error, samples), truth.error, truth.error_bound), (found, truth.delta, truth.delta_bound)
         )
@@ -139,7 +141,7 @@ def _update_ways(batch, height, width, channels, precision, device) -> list[Way]
         bound = update_bound(old, moved, ETA, torch.zeros_like(r))
         results = [(_map(d, samples), moved, bound)]
         if operand is not None:
-            results.append((_map(operand, samples), moved, copied(moved, bound, dtype)))
+            results.append((_map(operand, samples), moved, copied(moved, bound, STORED[dtype])))
         return judged(*results)
 
     return [Way("triton", _blocks(batch * height * width, channels), launch, judge)]
@@ -216,6 +218,7 @@ def _output_ways(batch, classes, loss, precision, device) -> list[Way]:
             delta=delta,
             mass=mass,
             scale=scale,
+            precision="bf16" if precision == "bf16" else "tf32x3",
         )
 
     def judge() -> Judgement:
@@ -239,7 +242,7 @@ def _output_ways(batch, classes, loss, precision, device) -> list[Way]:
             bound = share * lost + 4 * EPS * truth.abs()
         return judged(
             (error[rows].double(), truth, bound),
-            (delta[rows].double(), truth, copied(truth, bound, delta.dtype)),
+            (delta[rows].double(), truth, copied(truth, bound, STORED[delta.dtype])),
         )
 
     rows, columns, warps = output_tile(batch, classes)

@@ -58,7 +58,8 @@ def _case(batch: int, widths: tuple[int, ...], precision: str, interpreted: bool
     loop = list(pairwise(widths[1:]))
     macs = sum(2 * batch * fan_in * fan_out for fan_in, fan_out in loop)
     # as of linear_predict and linear_feedback, every array once a stage
-    operand, copied = operand_bytes(precision), 2 if precision == "bf16" else 0
+    operand = operand_bytes(precision)
+    copied = 0 if precision == "tf32x3" else operand
     moved = sum(
         2 * operand * fan_in * fan_out
         + batch * (fan_in * (operand + 12 + copied) + fan_out * (2 * operand + 12))

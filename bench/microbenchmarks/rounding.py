@@ -15,6 +15,8 @@ from torch import Tensor
 EPS = 2.0**-23  # of fp32: one rounding, or one truncation in a matrix unit's sum
 TF32 = 2.0**-10  # matrix units cut the 13 lowest bits of fp32 operands off
 STORED = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # rounding of what is stored in a dtype
+# the same of operands that a kernel stores, by the precision of the product that reads them
+OPERAND = {"bf16": STORED[torch.bfloat16], "tf32": 2.0**-11, "tf32x3": 0.0}
 # Slopes and curvatures of the activations are below these.
 SLOPE = 1.5
 
@@ -85,13 +87,13 @@ def predict_truth(
     d: Tensor,
     window: tuple[int, int],
     relu: bool,
-    stored: torch.dtype,
+    stored: float,
 ) -> Truth:
     """eps = [f(uhat + s) - f(uhat)] - d and delta, f = a max-pool over ``window``, then relu or nothing.
 
     Args:
         s, uhat: (batch, channels, height, width), cut to whole windows. d: pooled.
-        s_bound: what s may have lost. stored: dtype of delta.
+        s_bound: what s may have lost. stored: rounding of delta.
     """
 
     def f(u: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ def predict_truth(
     if relu:
         undecided |= F.max_pool2d(u, window).abs() <= doubt
     delta_bound = SLOPE * error_bound + 16 * EPS * error.abs()
-    delta_bound = delta_bound + STORED[stored] * (delta_bound + error.abs())
+    delta_bound = delta_bound + stored * (delta_bound + error.abs())
     delta_bound = delta_bound.masked_fill(undecided, float("inf"))
     spread = delta_bound.repeat_interleave(window[0], 2).repeat_interleave(window[1], 3)
     return Truth(error, error_bound, delta, spread)
@@ -128,6 +130,6 @@ def update_bound(old: Tensor, moved: Tensor, eta: float, r_bound: Tensor) -> Ten
     return eta * r_bound + 4 * EPS * (old.abs() + moved.abs())
 
 
-def copied(moved: Tensor, bound: Tensor, stored: torch.dtype) -> Tensor:
-    """Bound of the copy of a result in another dtype."""
-    return bound + STORED[stored] * (moved.abs() + bound)
+def copied(moved: Tensor, bound: Tensor, stored: float) -> Tensor:
+    """Bound of a rounded copy of a result."""
+    return bound + stored * (moved.abs() + bound)

@@ -173,7 +173,7 @@ def _place(network: Network, device: torch.device) -> tuple[Network, str, int | 
 
 
 class KernelsFailed(BackendError):
-    """Triton could not compile or launch a kernel."""
+    """Triton could not compile or launch a kernel, or what it made of one is not safe to run."""
 
 
 @contextlib.contextmanager
@@ -182,6 +182,10 @@ def _compiling(labels: Callable[[], str]):
     try:
         yield
     except Exception as failure:
+        from ..kernels.launching import UnsafeKernel
+
+        if isinstance(failure, UnsafeKernel):
+            raise KernelsFailed(f"{labels()}: {failure}") from failure
         frames = {
             frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(failure.__traceback__)
         }

@@ -64,9 +64,25 @@ class Target:
         return self.convolution_precision or self.precision
 
     @property
-    def separate_operands(self) -> bool:
-        """bfloat16 operands need memory of their own; fp32 ones are the state."""
-        return self.precision == "bf16"
+    def operand_bytes(self) -> int:
+        return 2 if self.precision == "bf16" else 4
+
+    @property
+    def linear_copies(self) -> bool:
+        """Whether linear kernels read operands of their own, rounded; three TF32 products read the state."""
+        return self.precision != "tf32x3"
+
+    def copies(self, form: Form | None) -> bool:
+        """Whether products of a layer read operands of their own: rounded to bfloat16, or by our kernels to TF32.
+
+        All operands of a layer are written by its own kernels, d by those of the feedback through it. cuDNN rounds
+        what it reads to TF32 itself.
+        """
+        if isinstance(form, LinearForm):
+            return self.linear_copies
+        if isinstance(form, ConvForm):
+            return self.convolutions != "tf32x3"
+        return getattr(form, "convolution", None) is not None and self.precision == "bf16"
 
 
 @dataclass(frozen=True)
@@ -167,15 +183,15 @@ def design(
     forms = _forms(network, shapes, bounds, gram, loss, target)
     linear = [l for l in range(depth, 1, -1) if isinstance(forms[l], LinearForm)]
     gram_rows = gram and 2 in linear
-    builder = LayoutBuilder(target.separate_operands)
+    builder = LayoutBuilder()
     _place_beliefs(builder, batch, bounds, forms, gram, target, momentum)
     for l in range(2, depth + 1):
         if isinstance(forms[l], PointwiseForm):
-            _place_pointwise(builder, l, batch, bounds, forms[l], gram and l == 2, momentum)
+            _place_pointwise(builder, l, batch, bounds, forms[l], gram and l == 2, target, momentum)
         elif isinstance(forms[l], ConvForm):
-            _place_convolution(builder, l, batch, bounds[l], forms[l].geometry)
+            _place_convolution(builder, l, batch, bounds[l], forms[l], target)
     for l in linear:
-        _place_linear(builder, l, batch, bounds[l], forms[l], depth, gram_rows and l == 2, momentum)
+        _place_linear(builder, l, batch, bounds[l], forms[l], depth, gram_rows and l == 2, target, momentum)
 
     feedback = _feedback(linear, batch, bounds, builder.matrices, gram_rows, target)
     wide_top = depth in linear and forms[depth].out_features > _loss_columns(target)
@@ -254,10 +270,9 @@ def _place_beliefs(builder, batch, bounds, forms, gram, target, momentum) -> Non
         builder.add(f"error{l}", batch, bound.size, bound.stride)
         if momentum:
             builder.add(f"velocity{l}", batch, bound.size, bound.stride)
-        multiplied = isinstance(above, LinearForm) or getattr(above, "convolution", None) is not None
-        if multiplied and target.separate_operands:
+        if target.copies(above):
             builder.add(f"d_operand{l}", batch, bound.size, bound.stride, operand=True)
-        elif multiplied:
+        elif isinstance(above, LinearForm) or getattr(above, "convolution", None) is not None:
             builder.matrices[f"d_operand{l}"] = d
 
 
@@ -266,7 +281,9 @@ def _gram_state(in_gram_form: bool, momentum: bool) -> tuple[str, ...]:
     return (_GRAM_STATE + (_GRAM_VELOCITIES if momentum else ())) if in_gram_form else ()
 
 
-def _place_pointwise(builder, l, batch, bounds, form: PointwiseForm, in_gram_form: bool, momentum) -> None:
+def _place_pointwise(
+    builder, l, batch, bounds, form: PointwiseForm, in_gram_form: bool, target: Target, momentum
+) -> None:
     height, width, channels = form.inner
     size = height * width * channels
     for name in _gram_state(in_gram_form, momentum):
@@ -274,16 +291,17 @@ def _place_pointwise(builder, l, batch, bounds, form: PointwiseForm, in_gram_for
     if form.convolution is None:  # the error is added to the beliefs below as it is: state, in their layout
         builder.add(f"delta{l}", batch, size, bounds[l - 1].stride)
     else:
-        builder.add(f"delta{l}", batch, size, operand=True)
+        builder.add(f"delta{l}", batch, size, operand=target.copies(form))
 
 
-def _place_convolution(builder, l, batch, bound: Boundary, geometry: ConvGeometry) -> None:
-    builder.add(f"delta{l}", batch, bound.size, operand=True)  # pooled
-    builder.add(f"weight{l}", geometry.out_channels, geometry.taps * geometry.channels, operand=True)
+def _place_convolution(builder, l, batch, bound: Boundary, form: ConvForm, target: Target) -> None:
+    geometry, copies = form.geometry, target.copies(form)
+    builder.add(f"delta{l}", batch, bound.size, operand=copies)  # pooled
+    builder.add(f"weight{l}", geometry.out_channels, geometry.taps * geometry.channels, operand=copies)
 
 
 def _place_linear(
-    builder, l, batch, bound: Boundary, form: LinearForm, depth, in_gram_form: bool, momentum
+    builder, l, batch, bound: Boundary, form: LinearForm, depth, in_gram_form: bool, target: Target, momentum
 ) -> None:
     names = ["uhat", *_gram_state(in_gram_form, momentum)]
     if l == depth:
@@ -291,10 +309,10 @@ def _place_linear(
         builder.add("mass", 1, batch)
     for name in names:
         builder.add(f"{name}{l}", batch, bound.size, bound.stride)
-    builder.add(f"delta{l}", batch, bound.size, bound.stride, operand=True)
+    builder.add(f"delta{l}", batch, bound.size, bound.stride, operand=target.copies(form))
     rows = padded(form.out_features)  # zero rows at the end: products run over the padding of delta
     columns = form.out_features if in_gram_form else form.in_features  # G takes the place of W
-    builder.add(f"weight{l}", rows, columns, padded(columns), operand=True)
+    builder.add(f"weight{l}", rows, columns, padded(columns), operand=target.copies(form))
 
 
 # launches of linear layers
@@ -473,8 +491,7 @@ def _whether_whole(linear, depth, forms, matrices, target, gram_rows) -> tuple[b
         return False, "the output is wider than a tile", None
     if len({forms[l].activation for l in linear if l != depth}) > 1:
         return False, "the hidden layers have several activations", None
-    size = 2 if target.separate_operands else 4
-    weights = size * sum(matrices[f"weight{l}"].elements for l in linear)
+    weights = target.operand_bytes * sum(matrices[f"weight{l}"].elements for l in linear)
     fits = weights <= target.close_bytes
     key = LoopKey(
         target.precision, tuple((forms[l].out_features, forms[l].in_features) for l in linear), gram_rows

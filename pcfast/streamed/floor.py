@@ -108,7 +108,7 @@ def inner_size(design: Design, l: int) -> int:
 
 def _traffic(network: specs.Network, design: Design, l: int) -> int:
     """Bytes of layer l's predict and of the feedback through it, every array once a stage."""
-    state, operand = 4, 2 if design.target.separate_operands else 4
+    state, operand = 4, design.target.operand_bytes
     batch = next(m.rows for name, m in design.layout.matrices if name.startswith("error"))
     above, below = batch * design.boundaries[l].size, batch * design.boundaries[l - 1].size
     inner, weights = batch * inner_size(design, l), operand * _weights(network, design, l)
@@ -120,7 +120,7 @@ def _traffic(network: specs.Network, design: Design, l: int) -> int:
         # s stands for the product; s and its sum move, with momentum their velocities too
         moved = 4 * state * inner * (2 if design.momentum else 1)
         return epilogue + state * inner + operand * above + moved + weights
-    copied = operand if design.target.separate_operands and weights else 0
+    copied = operand if design.target.copies(design.forms[l]) else 0
     predict = operand * below + epilogue + weights
     # the error below is read, layer 1's written; velocities are read and written
     arrays = 5 if design.momentum else 3

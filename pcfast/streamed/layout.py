@@ -27,41 +27,31 @@ class Matrix:
 
 
 class LayoutBuilder:
-    """Places matrices one after another.
+    """Places matrices one after another, state in one arena and operands of their own dtype in another."""
 
-    Args:
-        separate: operands have an arena and a dtype of their own; otherwise they lie among the state.
-    """
-
-    def __init__(self, separate: bool) -> None:
-        self._separate = separate
+    def __init__(self) -> None:
         self._sizes = {False: 0, True: 0}
         self.matrices: dict[str, Matrix] = {}
 
     def add(
         self, name: str, rows: int, columns: int, stride: int | None = None, *, operand: bool = False
     ) -> Matrix:
-        operand = operand and self._separate
         matrix = Matrix(operand, self._sizes[operand], rows, columns, stride or columns)
         self._sizes[operand] += -(-matrix.elements // _MATRIX_MULTIPLE) * _MATRIX_MULTIPLE
         self.matrices[name] = matrix
         return matrix
 
     def layout(self) -> Layout:
-        return Layout(
-            tuple(self.matrices.items()),
-            max(self._sizes[False], 1),
-            self._sizes[True] if self._separate else None,
-        )
+        return Layout(tuple(self.matrices.items()), max(self._sizes[False], 1), self._sizes[True])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Named matrices; sizes of the arenas in elements (``operand_elements`` None: there is one arena)."""
+    """Named matrices; sizes of the arenas in elements. Without operands there is one arena."""
 
     matrices: tuple[tuple[str, Matrix], ...]
     state_elements: int
-    operand_elements: int | None
+    operand_elements: int
 
 
 class Arena:
@@ -72,10 +62,9 @@ class Arena:
     ) -> None:
         self.layout = layout
         self.state = torch.zeros(layout.state_elements, dtype=state, device=device)
-        if layout.operand_elements is None:
-            self.operand = self.state
-        else:
-            self.operand = torch.zeros(max(layout.operand_elements, 1), dtype=operand, device=device)
+        self.operand = self.state
+        if layout.operand_elements:
+            self.operand = torch.zeros(layout.operand_elements, dtype=operand, device=device)
         self._matrices = dict(layout.matrices)
 
     def __contains__(self, name: str) -> bool:

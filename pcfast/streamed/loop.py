@@ -30,7 +30,7 @@ from ..kernels.output_error import CROSS_ENTROPY, MSE, output_error
 from ..kernels.pointwise_error import Tail, error_and_delta
 from ..kernels.pointwise_gram import gram_update
 from ..kernels.pointwise_update import update
-from ..kernels.tf32 import rounded_to_tf32
+from ..kernels.tf32 import as_read
 from ..losses import Target as LossTarget
 from ..network import MaxPool2d
 from .boundary import as_image
@@ -85,11 +85,6 @@ def arena_of(design: Design, device: torch.device, operand: torch.dtype) -> Aren
     return Arena(design.layout, device, torch.float32, operand)
 
 
-def _rounded(weight: Tensor, precision: str) -> Tensor:
-    """As the matrix unit should read it: TF32 operands are rounded, it would truncate them."""
-    return rounded_to_tf32(weight) if precision == "tf32" else weight
-
-
 def _tail(form: PointwiseForm) -> Tail:
     if form.pool is None:
         return Tail(form.before, None, (1, 1), form.after)
@@ -137,7 +132,7 @@ class Loop:
                 step = next(s for s in inputs.chains[l].steps if isinstance(s, LinearStep))
                 in_gram_form = design.gram and l == 2
                 weight = step.gram() if in_gram_form else below.weight_in_memory(step.weight)
-                matrix(f"weight{l}")[: form.out_features].copy_(_rounded(weight, design.target.precision))
+                matrix(f"weight{l}")[: form.out_features].copy_(as_read(weight, self._precision(l)))
             elif isinstance(form, PointwiseForm):
                 self._images[l] = self._image_of_uhat(l, form)
             elif isinstance(form, ConvForm):
@@ -151,11 +146,16 @@ class Loop:
             for l in range(1, self.depth):
                 moved = design.boundaries[l].in_memory(inputs.starts[l])
                 matrix(f"d{l}").copy_(moved)
-                if f"d_operand{l}" in self.arena:
-                    matrix(f"d_operand{l}").copy_(moved)
+                if design.target.copies(design.forms[l + 1]):
+                    matrix(f"d_operand{l}").copy_(as_read(moved, self._precision(l + 1)))
+
+    def _precision(self, l: int) -> str:
+        """Of layer l's products."""
+        target = self.design.target
+        return target.precision if isinstance(self.design.forms[l], LinearForm) else target.convolutions
 
     def _fill_convolution(self, l: int, form: ConvForm) -> None:
-        weight = _rounded(self._convolution(l, form).weight, self.design.target.convolutions)
+        weight = as_read(self._convolution(l, form).weight, self._precision(l))
         self._weight_image(l, form).copy_(weight.permute(0, 2, 3, 1))
         self._images[l] = self._image_of_uhat(l, form)
         if form.geometry.pool == "max":
@@ -245,6 +245,12 @@ class Loop:
 
     # linear layers
 
+    @property
+    def _arenas(self) -> tuple[Tensor, Tensor]:
+        """State and operands as linear kernels take them."""
+        arena = self.arena
+        return arena.state, arena.operand if self.design.target.linear_copies else arena.state
+
     def _constants(self, launch: PredictLaunch | FeedbackLaunch) -> dict:
         tiles, precision = launch.tiles, self.design.target.precision
         return dict(
@@ -271,7 +277,7 @@ class Loop:
         # at most one layer has an error while its prediction has not moved; its row follows those with products
         front = len(launch.layers) + products if products < len(live) else -1
         launch_linear_predict(
-            self.arena.state, self.arena.operand, rows, products=products, front=front,
+            *self._arenas, rows, products=products, front=front,
             loss_scale=self._loss_scale(), programs=launch.programs, constants=self._predict_constants(launch),
             warps=launch.tiles.warps, stages=launch.tiles.stages,
         )  # fmt: skip
@@ -291,11 +297,12 @@ class Loop:
             mass=None if target.mass is None else matrix("mass").reshape(-1, 1),
             scale=target.scale,
             activation=self.design.forms[self.depth].activation,
+            precision=self.design.target.precision,
         )
 
     def _feedback_linear(self, launch: FeedbackLaunch, count: int, t: int) -> None:
         launch_linear_feedback(
-            self.arena.state, self.arena.operand, self._feedback_table, self.first_bad, count=count, iteration=t,
+            *self._arenas, self._feedback_table, self.first_bad, count=count, iteration=t,
             eta=self._eta(t), momentum=self.momentum, programs=launch.programs, constants=self._constants(launch),
             warps=launch.tiles.warps, stages=launch.tiles.stages,
         )  # fmt: skip
@@ -307,7 +314,7 @@ class Loop:
 
         def iterations(first: int, last: int) -> None:
             launch_mlp_relaxation(
-                self.arena.state, self.arena.operand, self._tables[0], self._feedback_table, self.first_bad,
+                *self._arenas, self._tables[0], self._feedback_table, self.first_bad,
                 layers=len(launch.layers), first=first, last=last, fresh=self.design.fresh,
                 eta=eta, momentum=self.momentum, loss_scale=self._loss_scale(),
                 programs=launch.programs, constants=self._predict_constants(launch), warps=launch.tiles.warps,
@@ -429,9 +436,9 @@ class Loop:
         return self._image("velocity", link) if self.design.momentum else None
 
     def _operand_copy(self, link: int) -> Tensor | None:
-        """Where d_link is kept for the product above, in a dtype of its own; None where that reads d itself."""
-        separate = self.design.target.separate_operands and f"d_operand{link}" in self.arena
-        return self._image("d_operand", link) if separate else None
+        """Where d_link is kept, rounded, for the product above; None where that reads d itself."""
+        copied = self.design.target.copies(self.design.forms[link + 1])
+        return self._image("d_operand", link) if copied else None
 
     # what torch does
 

@@ -1,4 +1,4 @@
-"""Triton kernels compiled for real chips, without one: registers, spills, shared memory, matrix instructions.
+"""Triton kernels compiled for real chips, without one: registers, spills, shared memory, instructions, hazards.
 
 python tests/kernels/compilation.py            # compile the cases of kernel_cases.CASES, check them, print a table
 python tests/kernels/compilation.py --record   # and write compile_limits.json, which the tests hold them to
@@ -85,6 +85,7 @@ class Result:
     spills: int = 0  # bytes stored and loaded
     shared: int = 0  # bytes
     instructions: dict[str, int] = dataclasses.field(default_factory=dict)  # how many of each are in the PTX
+    hazards: Sequence[str] = ()  # in the PTX, and for sm_90a in the machine code
 
     @property
     def matrix(self) -> str | None:
@@ -140,12 +141,14 @@ def _work(pending: queue.SimpleQueue[Case], cache: str, report: Callable[[Result
 
 def _start(cache: str) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # the kernels of this checkout, whatever is installed
+    path = os.pathsep.join([str(TESTS.parents[1]), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return subprocess.Popen(
         [sys.executable, TESTS / "compile_worker.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**environment, "TRITON_CACHE_DIR": cache},
+        env={**environment, "PYTHONPATH": path, "TRITON_CACHE_DIR": cache},
     )
 
 
@@ -183,7 +186,7 @@ def check(result: Result, limits: dict | None) -> list[str]:
         return [f"{at}: {result.error}"]
     most_shared = SHARED_MEMORY[case.capability]
     most_registers, most_spills = REGISTERS, 0
-    problems = []
+    problems = [f"{at}: {hazard}" for hazard in result.hazards]
     if limits is not None:
         most_shared = min(most_shared, limits["shared"])
         most_registers = min(most_registers, limits["registers"] + REGISTER_SLACK)

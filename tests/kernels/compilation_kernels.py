@@ -25,8 +25,9 @@ def product(
     COLUMNS: tl.constexpr,
     REDUCTION: tl.constexpr,
     PRECISION: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
 ):
-    """One tile of left (., K) right (K, COLUMNS)."""
+    """One tile of left (., K) right (K, COLUMNS). IN_REGISTERS: the loop changes what it loaded, then multiplies."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
     steps = tl.arange(0, REDUCTION)
@@ -35,6 +36,8 @@ def product(
         k = start + steps
         a = tl.load(left + rows * K + k[None, :])
         b = tl.load(right + k[:, None] * COLUMNS + columns)
+        if IN_REGISTERS:
+            a = tl.where(a > 0, a, 0.0)
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
     tl.store(out + rows * COLUMNS + columns, accumulator)
 

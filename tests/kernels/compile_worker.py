@@ -16,9 +16,12 @@ import sys
 import tempfile
 import time
 
+import machine_code
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from pcfast.kernels import async_proxy
 
 # What is counted in the PTX.
 INSTRUCTIONS = {
@@ -27,6 +30,7 @@ INSTRUCTIONS = {
     "mma.sync": r"\bmma\.sync\b",
     "cp.async": r"\bcp\.async\.c[ag]\b",
     "cvt.rna.tf32": r"\bcvt\.rna\.tf32\b",
+    "sub.rn": r"\bsub\.rn(\.ftz)?\.f32\b",
 }
 
 
@@ -81,6 +85,7 @@ def answer(case: dict) -> dict:
                     "num_warps": case["warps"],
                     "num_stages": case["stages"],
                     "maxnreg": case["max_registers"],
+                    "enable_fp_fusion": True,  # as in pcfast.kernels.launching
                 },
             )
             error = ""
@@ -96,14 +101,23 @@ def answer(case: dict) -> dict:
         "spills": sum(int(count) for count in re.findall(r"(\d+) bytes spill", ptxas)),
         "shared": compiled.metadata.shared,
         "instructions": {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()},
+        "hazards": async_proxy.hazards(ptx) + _overwritten(case, compiled),
         "seconds": seconds,
     }
+
+
+def _overwritten(case: dict, compiled) -> list[str]:
+    if case["capability"] != 90:
+        return []
+    found = machine_code.overwritten(machine_code.disassembled(compiled.asm["cubin"]))
+    return [f"a pending product's left operand is overwritten: {line}" for line in found[:1]]
 
 
 def main() -> None:
     # Whatever else is printed goes to stderr, not between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    async_proxy.install()  # as before each launch
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # a kernel taken from the cache has no log
     for line in sys.stdin:

@@ -178,6 +178,7 @@ _LIBDEVICE = {
     "erfc": _in_double(torch.special.erfc),
     "exp": np.exp,
     "expm1": np.expm1,
+    "fsub_rn": np.subtract,
     "log1p": np.log1p,
     "tanh": np.tanh,
 }

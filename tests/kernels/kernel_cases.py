@@ -127,33 +127,43 @@ CONVOLUTIONS = {
     "unpooled": ConvGeometry(32, 32, 64, 128, (3, 3), (1, 1), (1, 1)),
     "mnist": ConvGeometry(13, 13, 10, 5, (3, 3)),
 }
+SMALL_MAX_POOLED = ConvGeometry(6, 6, 16, 16, (3, 3), (1, 1), (1, 1), "max", (2, 2))
+
+
+def _conv_predict(name: str, geometry: ConvGeometry, precision: str, capability: int, before, after) -> Case:
+    operand, pooled = _operand(precision), geometry.pool is not None
+    tiles = conv_predict.predict_tiles(geometry, precision, before, after)
+    constants = conv_predict.predict_constants(
+        geometry,
+        before=before,
+        after=after,
+        precision=precision,
+        operand=_dtype(precision),
+        tiles=tiles,
+        wide=False,
+    )
+    types = dict(
+        d=operand, weight=operand, uhat="*fp32", d_out="*fp32", error="*fp32", delta=operand,
+        **({"winner": "*u8"} if pooled else {}), batch="i32",
+    )  # fmt: skip
+    missing = {} if pooled else {"winner": None}
+    name = f"conv_predict, {name}, {precision}"
+    return _conv("conv_predict", name, types, {**constants, **missing}, tiles, capability)
 
 
 def conv_cases(chips, names) -> list[Case]:
     cases = []
-    relu = activations.Relu()
     for capability, precision, name in itertools.product(chips, PRECISIONS, names):
         geometry, dtype = CONVOLUTIONS[name], _dtype(precision)
         pooled = geometry.pool is not None
         missing = {} if pooled else {"winner": None}
         operand = _operand(precision)
-        tiles = conv_predict.predict_tiles(geometry, precision, None, relu)
-        constants = conv_predict.predict_constants(
-            geometry, before=None, after=relu, precision=precision, operand=dtype, tiles=tiles, wide=False
-        )
-        types = dict(
-            d=operand, weight=operand, uhat="*fp32", d_out="*fp32", error="*fp32", delta=operand,
-            **({"winner": "*u8"} if pooled else {}), batch="i32",
-        )  # fmt: skip
-        cases.append(
-            _conv("conv_predict", f"conv_predict, {name}, {precision}", types, {**constants, **missing}, tiles,
-                  capability)
-        )  # fmt: skip
+        cases.append(_conv_predict(name, geometry, precision, capability, None, activations.Relu()))
         tiles = conv_feedback.feedback_tiles(geometry, precision)
         constants = conv_feedback.feedback_constants(
             geometry, clamped=False, precision=precision, operand=dtype, tiles=tiles, wide=False
         )
-        copied = precision == "bf16"
+        copied = precision != "tf32x3"
         types = dict(
             delta=operand, **({"winner": "*u8"} if pooled else {}), weight=operand, d="*fp32", error="*fp32",
             **({"copy": operand} if copied else {}), first_bad="*i32", batch="i32", layer="i32", iteration="i32",
@@ -163,12 +173,14 @@ def conv_cases(chips, names) -> list[Case]:
         missing |= {"velocity": None, "momentum": None}
         cases.append(
             _conv("conv_feedback", f"conv_feedback, {name}, {precision}", types, {**constants, **missing}, tiles,
-                  capability)
+                  capability, geometry.pool == "max")
         )  # fmt: skip
     return cases
 
 
-def _conv(kernel: str, name: str, types: dict, constexprs: dict, tiles, capability: int) -> Case:
+def _conv(
+    kernel: str, name: str, types: dict, constexprs: dict, tiles, capability: int, transposed=False
+) -> Case:
     return Case(
         name=name,
         kernel=f"pcfast.kernels.{kernel}:{kernel}",
@@ -178,7 +190,7 @@ def _conv(kernel: str, name: str, types: dict, constexprs: dict, tiles, capabili
         divisible=tuple(argument for argument, kind in types.items() if kind.startswith("*")),
         warps=tiles.warps,
         stages=tiles.stages,
-        instruction=matrix_instruction(capability, tiles.rows, tiles.warps),
+        instruction=matrix_instruction(capability, tiles.columns if transposed else tiles.rows, tiles.warps),
     )
 
 
@@ -196,6 +208,22 @@ def still_cases(chips, names) -> list[Case]:
         for case in conv_cases(chips, names)
         if case.name.startswith("conv_predict")
     ]
+
+
+def before_max_pools(capability: int) -> list[tuple[Case, int]]:
+    """(kernel with an activation in front of a max pool, elements of windows a thread), for every activation."""
+    found = []
+    (pooled,) = (c for c in pointwise_cases((capability,)) if c.name == "pointwise_error, max 2x2")
+    elements = 4 * pooled.constexprs["BLOCK_POSITIONS"] * pooled.constexprs["BLOCK_CHANNELS"]
+    for activation in _ALL_ACTIVATIONS:
+        before, negative_slope = code(activation)
+        constants = dict(BEFORE=before, BEFORE_NEGATIVE_SLOPE=negative_slope)
+        case = replace(pooled, constexprs={**pooled.constexprs, **constants})
+        found.append((case, elements // (32 * case.warps)))
+        tiles = conv_predict.predict_tiles(SMALL_MAX_POOLED, "bf16", activation, None)
+        case = _conv_predict("small", SMALL_MAX_POOLED, "bf16", capability, activation, None)
+        found.append((case, tiles.rows * tiles.columns // (32 * case.warps)))
+    return found
 
 
 _PLACE = ("batch", "row", "column")
@@ -283,7 +311,11 @@ def output_cases(chips) -> list[Case]:
                 kernel="pcfast.kernels.output_error:output_error_kernel",
                 signature={**types, "scale": "fp32", "rows": "i32", "columns": "i32"},
                 constexprs=dict(
-                    LOSS=CROSS_ENTROPY.value, **act, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns
+                    LOSS=CROSS_ENTROPY.value,
+                    **act,
+                    INPUT_PRECISION="tf32",
+                    BLOCK_ROWS=block_rows,
+                    BLOCK_COLUMNS=block_columns,
                 ),
                 capability=capability,
                 divisible=matrices,
@@ -296,7 +328,7 @@ def output_cases(chips) -> list[Case]:
                 name="wide_cross_entropy",
                 kernel="pcfast.kernels.output_error:wide_cross_entropy_kernel",
                 signature={**types, "columns": "i32"},
-                constexprs=dict(**act, BLOCK_COLUMNS=block_columns),
+                constexprs=dict(**act, INPUT_PRECISION="tf32", BLOCK_COLUMNS=block_columns),
                 capability=capability,
                 divisible=matrices,
                 warps=warps,

@@ -611,8 +611,13 @@ def target_of(kind, rows, columns):
     return y, target
 
 
-def check_output_error(kind, name, rows, columns, *, moved=True, dtype=torch.float32, spread=1.0):
+#: Of the dtype in which delta is stored; of TF32 the lowest 13 bits are zero, too.
+ROUNDING = {"tf32x3": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-7}
+
+
+def check_output_error(kind, name, rows, columns, *, moved=True, precision="tf32x3", spread=1.0):
     activation, function = ACTIVATIONS[name]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     y, target = target_of(kind, rows, columns)
     uhat = Guarded((rows, columns), values=spread * torch.randn(rows, columns))
     vhat = Guarded((rows, columns), values=function(uhat.view.double()))
@@ -629,6 +634,7 @@ def check_output_error(kind, name, rows, columns, *, moved=True, dtype=torch.flo
         mass=target.mass,
         scale=target.scale,
         activation=activation,
+        precision=precision,
     )
     u = uhat.view.double() + (0 if s is None else s.view.double())
     mu = function(u).requires_grad_()
@@ -638,7 +644,8 @@ def check_output_error(kind, name, rows, columns, *, moved=True, dtype=torch.flo
     size = target.scale * (1 + mu.abs() + target.dense.abs()) if target.mass is None else target.mass
     close(error.view, expected, roundings=8, scale=size * (1 + u.abs().amax(1, keepdim=True)))
     pulled = derivative(function, u) * error.view.double()
-    close(delta.view, pulled, roundings=8, scale=error.view.abs(), eps=torch.finfo(dtype).eps)
+    close(delta.view, pulled, roundings=8, scale=error.view.abs(), eps=ROUNDING[precision])
+    assert precision != "tf32" or not (delta.view.contiguous().view(torch.int32) & 0x1FFF).any()
     for array in (uhat, vhat, s, dense, error, delta):
         if array is not None:
             array.check_guards()
@@ -661,12 +668,14 @@ def test_output_error_of_rows_wider_than_a_tile(kind, columns, moved):
 @pytest.mark.parametrize("kind", ["smoothed_sum", "mse_sum", "mse_half"])
 def test_output_error_with_every_activation(kind, name):
     check_output_error(kind, name, 6, 11)
-    check_output_error(kind, name, 6, 11, moved=False, dtype=torch.bfloat16)
-    check_output_error(kind, name, 6, 11, dtype=torch.bfloat16)
+    check_output_error(kind, name, 6, 11, moved=False, precision="bf16")
+    check_output_error(kind, name, 6, 11, precision="bf16")
+    check_output_error(kind, name, 6, 11, precision="tf32")
 
 
-def test_output_error_with_an_activation_on_wide_rows():
-    check_output_error("cross_entropy", "tanh", 2, 1100, dtype=torch.bfloat16)
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_output_error_with_an_activation_on_wide_rows(precision):
+    check_output_error("cross_entropy", "tanh", 2, 1100, precision=precision)
 
 
 @pytest.mark.parametrize("columns", [7, 1500])
@@ -686,6 +695,7 @@ def test_output_error_of_large_logits(columns):
         error=error,
         delta=delta,
         mass=target.mass,
+        precision="tf32x3",
     )
     expected = torch.softmax(uhat[:2].double(), 1) / 3 - target.dense[:2]
     close(error[:2], expected)

@@ -91,14 +91,14 @@ def test_the_gram_form_of_a_convolution_is_another_convolution():
     )
 
 
-@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "tf32x3"])
 def test_the_design_gives_every_matrix_its_own_place(precision):
     found = designed("convolutions one after another", precision, implicit_convolutions.EveryConvolution())
     for operand in (False, True):
         places = sorted({m for _, m in found.layout.matrices if m.operand == operand}, key=lambda m: m.first)
         assert all(a.first + a.elements <= b.first for a, b in pairwise(places))
     pooled = dict(found.layout.matrices)["delta2"]
-    assert pooled.columns == 3 * 3 * 4 and pooled.operand == (precision == "bf16")
+    assert pooled.columns == 3 * 3 * 4 and pooled.operand == (precision != "tf32x3")
 
 
 # the same numbers ------------------------------------------------------------------------------------------------

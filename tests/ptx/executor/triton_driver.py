@@ -152,9 +152,24 @@ class _Driver(triton.backends.driver.DriverBase):
         return run
 
 
-def _without_machine_code(backend, stages, options, language, capability) -> None:
-    """A hook of triton's compiler: ptxas would take half of the time, and nothing here reads what it makes."""
-    stages["cubin"] = lambda src, metadata: b""
+_compiling = False  # whether a virtual device is there
+_hooked = False
+
+
+def _leave_machine_code_out() -> None:
+    """Have triton's compiler stop at PTX while there is a virtual device: ptxas would take half of the time."""
+    global _hooked
+    if _hooked:
+        return
+    _hooked, earlier = True, triton.knobs.runtime.add_stages_inspection_hook
+
+    def hook(*arguments):
+        if earlier is not None:
+            earlier(*arguments)
+        if _compiling:
+            arguments[1]["cubin"] = lambda source, metadata: b""
+
+    triton.knobs.runtime.add_stages_inspection_hook = hook
 
 
 @contextlib.contextmanager
@@ -163,25 +178,21 @@ def virtual_device(capability: int, **settings) -> Iterator[Device]:
 
     Compiled kernels lie in triton's cache without machine code: give it a folder of its own.
     """
+    global _compiling
+    _leave_machine_code_out()
     driver, knobs = _Driver(capability), triton.knobs.runtime
-    outer_hook = knobs.add_stages_inspection_hook
 
     def loading(module, function, name, files, hash_):
         driver.utils.ptx = next(
             Path(path).read_text() for path in files.values() if str(path).endswith(".ptx")
         )
 
-    def stages_hook(*arguments):
-        if outer_hook is not None:
-            outer_hook(*arguments)
-        _without_machine_code(*arguments)
-
     active, load_hook = triton.runtime.driver._active, knobs.kernel_load_start_hook
     triton.runtime.driver.set_active(driver)
-    knobs.kernel_load_start_hook, knobs.add_stages_inspection_hook = loading, stages_hook
+    knobs.kernel_load_start_hook, _compiling = loading, True
     _devices[capability] = Device(capability, **settings)
     try:
         yield _devices[capability]
     finally:
         triton.runtime.driver._active = active
-        knobs.kernel_load_start_hook, knobs.add_stages_inspection_hook = load_hook, outer_hook
+        knobs.kernel_load_start_hook, _compiling = load_hook, False
