@@ -37,6 +37,7 @@ from page_tables import PAGE, renewed  # noqa: E402
 #: What is deleted -> why one that is not reported is redundant.
 KINDS = {
     "bar.sync": "what a thread stores on one side no other thread touches on the other",
+    "bar.warp.sync": "what a thread stores on one side no other thread of its warp touches on the other",
     "cp.async.commit_group": "its copies join the next group, which every wait that covers them covers",
     "cp.async.wait_group": "the waits beside it cover its copies before they are read",
     "fence.proxy.async": "no wgmma before the next fence reads what its threads wrote since the fence before",

@@ -51,6 +51,21 @@ FAULTS = {
         {1: ""},
         "shared store races with an earlier store",
     ),
+    "a barrier of the warp before a load": (
+        [_STORE, "bar.warp.sync -1;", "xor.b32 %r4, %r3, 16; ld.shared.b32 %r5, [%r4];"],
+        {1: ""},
+        "shared load races with a store",
+    ),
+    "a barrier of the block between warps": (
+        [_STORE, _BARRIER, _LOAD_OTHER],
+        {1: "bar.warp.sync -1;"},
+        "shared load races with a store",
+    ),
+    "a barrier of the warp before a store": (
+        [_STORE, _BARRIER, "xor.b32 %r4, %r3, 16; ld.shared.b32 %r5, [%r4];", "bar.warp.sync -1;", _STORE],
+        {3: ""},
+        "shared store races with an earlier load",
+    ),
     "one value": (["st.shared.b32 [0], %r10;"], {0: "st.shared.b32 [0], %r1;"}, "different values"),
     "something written": ([_STORE, _BARRIER, _LOAD_OTHER], {0: ""}, "shared load of what nobody wrote"),
     "a copy's wait": ([_COPY, _COMMIT, _WAIT, _BARRIER, _LOAD_OTHER], {2: ""}, "what cp.async has not brought yet"),

@@ -34,7 +34,7 @@ class AsyncCopies:
         if shared.shadow is not None:
             words = shared.words(byte, size)
             shared.check_free(M, words, threads, line, "cp.async")
-            races = shared.shadow.races_of_store(words, *shared.when(M, threads))
+            races = shared.shadow.races_of_store(words, shared.when(M, threads))
             for raced, other in zip(races, ("store", "load"), strict=True):
                 if raced.any():
                     M.report(f"cp.async races with an earlier {other}", line, threads[raced.any(1)])
@@ -68,7 +68,6 @@ class AsyncCopies:
         shared.view(f"u{unit}")[(byte // unit)[:, None] + np.arange(size // unit)] = numbers
         if shared.shadow is not None:
             words = shared.words(byte, size)
-            thread, epoch, _ = shared.when(M, threads)
             shared.arriving[words] = False
-            shared.shadow.writer[words], shared.shadow.written_in[words] = thread, epoch
+            shared.shadow.note_store(words, shared.when(M, threads))
             shared.note_written(words, by_copy=True)

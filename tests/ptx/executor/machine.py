@@ -79,6 +79,7 @@ class Launch:
         self.count = len(self.block_numbers)
         self.threads = np.arange(self.count * size, dtype=np.int64)
         self.epoch = np.zeros(self.count, np.int32)  # barriers passed, by block
+        self.warp_epoch = np.zeros(len(self.threads) // 32, np.int32)  # barriers of warps passed, by warp
         self.parameter_bytes, self._parameter_start = parameters, device.set_parameters(parameters)
         self._offsets = {p.name: p.offset for p in self.kernel.parameters}
         self.memory = GlobalMemory(device, translation.global_granule, size, checks)
@@ -134,6 +135,11 @@ class Launch:
     def _check_members(self, members, line: int) -> None:
         if not np.all(np.asarray(members) == _ALL_LANES):
             self.report("an instruction of a warp whose mask is not full", line, None)
+
+    def warp_barrier(self, members, I, line: int) -> None:
+        """bar.warp.sync."""
+        self._check_members(members, line)
+        self.warp_epoch[slice(None) if I is None else np.unique(I // 32)] += 1
 
     def shuffle(self, mode: str, value, by, clamp, members, line: int):
         """shfl: what the source lane holds, and whether there is one."""

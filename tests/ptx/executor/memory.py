@@ -9,6 +9,7 @@ are left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -77,6 +78,17 @@ class DeviceMemory:
 
 
 _NOBODY, _SEVERAL = -1, -2
+_WARP = 32
+
+
+@dataclass(frozen=True)
+class When:
+    """Who accesses and when, (n, 1) each: thread, epochs of its block and of its warp, and its block."""
+
+    thread: np.ndarray
+    epoch: np.ndarray
+    warp_epoch: np.ndarray
+    block: np.ndarray
 
 
 class Shadow:
@@ -85,44 +97,66 @@ class Shadow:
     def __init__(self, words: int, threads_per_block: int) -> None:
         self.size = threads_per_block
         self.writer = np.full(words, _NOBODY, np.int32)
-        self.written_in = np.zeros(words, np.int32)
-        self.reader = np.full(words, _NOBODY, np.int32)  # _SEVERAL: threads of one block
-        self.reader_block = np.full(words, _NOBODY, np.int32)  # _SEVERAL: blocks
-        self.read_in = np.zeros(words, np.int32)
+        self._written_in = np.zeros(words, np.int32)
+        self._written_in_warp = np.zeros(words, np.int32)
+        self._reader = np.full(words, _NOBODY, np.int32)  # _SEVERAL: threads of one block
+        self._reader_warp = np.full(words, _NOBODY, np.int32)  # _SEVERAL: warps
+        self._reader_block = np.full(words, _NOBODY, np.int32)  # _SEVERAL: blocks
+        self._read_in = np.zeros(words, np.int32)
+        self._read_in_warp = np.zeros(words, np.int32)
 
-    def _races_with_store(self, words, thread, epoch, block):
+    def _races_with_store(self, words, now: When) -> np.ndarray:
         writer = self.writer[words]
-        unordered = (writer // self.size != block) | (self.written_in[words] == epoch)
-        return (writer >= 0) & (writer != thread) & unordered
+        # within an epoch of the block a barrier of the warp orders its own threads
+        ordered = (writer // _WARP == now.thread // _WARP) & (self._written_in_warp[words] != now.warp_epoch)
+        unordered = (self._written_in[words] == now.epoch) & ~ordered
+        return (writer >= 0) & (writer != now.thread) & ((writer // self.size != now.block) | unordered)
 
-    def read(self, words, thread, epoch, block) -> np.ndarray:
+    def _read_before_in_warp(self, words, now: When) -> np.ndarray:
+        """Whether only the warp itself read a word, before its last barrier."""
+        own = self._reader_warp[words] == now.thread // _WARP
+        return own & (self._read_in_warp[words] != now.warp_epoch)
+
+    def read(self, words, now: When) -> np.ndarray:
         """Note loads; which of them race with an earlier store."""
-        races = self._races_with_store(words, thread, epoch, block)
-        held, reader = self.reader_block[words], self.reader[words]
-        again = (held == block) & (self.read_in[words] == epoch)
-        readers = np.where(again & (reader != thread), _SEVERAL, thread).astype(np.int32)
-        blocks = np.where((held == _NOBODY) | (held == block), block, _SEVERAL).astype(np.int32)
-        self.reader[words], self.reader_block[words], self.read_in[words] = readers, blocks, epoch
-        # of several threads that read a word at once, the last one's note stands: it says there were others
-        for note, wanted in ((self.reader, readers), (self.reader_block, blocks)):
+        races = self._races_with_store(words, now)
+        held = self._reader_block[words]
+        again = (
+            (held == now.block) & (self._read_in[words] == now.epoch) & ~self._read_before_in_warp(words, now)
+        )
+        warp = now.thread // _WARP
+        notes = (
+            (self._reader, np.where(again & (self._reader[words] != now.thread), _SEVERAL, now.thread)),
+            (self._reader_warp, np.where(again & (self._reader_warp[words] != warp), _SEVERAL, warp)),
+            (self._reader_block, np.where((held == _NOBODY) | (held == now.block), now.block, _SEVERAL)),
+        )
+        self._read_in[words], self._read_in_warp[words] = now.epoch, now.warp_epoch
+        for note, wanted in notes:
+            note[words] = wanted
+            # of several threads that read a word at once the last one's note stands: it says there were others
             others = note[words] != wanted
             if others.any():
                 note[words[others]] = _SEVERAL
         return races
 
-    def races_of_store(self, words, thread, epoch, block) -> tuple[np.ndarray, np.ndarray]:
+    def races_of_store(self, words, now: When) -> tuple[np.ndarray, np.ndarray]:
         """Which stores race with an earlier store, and which with an earlier load."""
-        held = self.reader_block[words]
-        after_load = (held == _SEVERAL) | ((held >= 0) & (held != block))
-        after_load |= (held == block) & (self.read_in[words] == epoch) & (self.reader[words] != thread)
-        return self._races_with_store(words, thread, epoch, block), after_load
+        held = self._reader_block[words]
+        others = (self._reader[words] != now.thread) & ~self._read_before_in_warp(words, now)
+        after_load = (held == now.block) & (self._read_in[words] == now.epoch) & others
+        after_load |= (held == _SEVERAL) | ((held >= 0) & (held != now.block))
+        return self._races_with_store(words, now), after_load
 
-    def write(self, words, thread, epoch, block) -> tuple[np.ndarray, np.ndarray]:
+    def note_store(self, words, now: When) -> None:
+        self.writer[words] = now.thread
+        self._written_in[words], self._written_in_warp[words] = now.epoch, now.warp_epoch
+
+    def write(self, words, now: When) -> tuple[np.ndarray, np.ndarray]:
         """Note stores; as :meth:`races_of_store`."""
-        after_store, after_load = self.races_of_store(words, thread, epoch, block)
-        self.writer[words], self.written_in[words] = thread, epoch
+        after_store, after_load = self.races_of_store(words, now)
+        self.note_store(words, now)
         # Blocks that run together store in one instruction here; on a GPU one of them comes first.
-        return after_store | (self.writer[words] // self.size != block), after_load
+        return after_store | (self.writer[words] // self.size != now.block), after_load
 
 
 _ATOMICS = {"min": np.minimum, "max": np.maximum, "add": np.add}
@@ -159,22 +193,21 @@ class Memory:
         return threads[where], where
 
     @staticmethod
-    def when(M, threads) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Thread, epoch and block of accesses, as the shadow wants them."""
-        block = threads // M.size
-        return threads[:, None].astype(np.int32), M.epoch[block][:, None], block[:, None]
+    def when(M, threads) -> When:
+        block, thread = (threads // M.size)[:, None], threads[:, None].astype(np.int32)
+        return When(thread, M.epoch[block], M.warp_epoch[thread // _WARP], block)
 
     def place(self, M, address, width, threads, line, what) -> np.ndarray:
         """Offsets in ``data``. Accesses out of bounds or misaligned are reported, and led to a valid place."""
         raise NotImplementedError
 
     def check_load(self, M, words, threads, line) -> None:
-        races = self.shadow.read(words, *self.when(M, threads))
+        races = self.shadow.read(words, self.when(M, threads))
         if races.any():
             M.report(f"{self.name} load races with a store", line, threads[races.any(1)])
 
     def check_store(self, M, words, threads, line) -> None:
-        races = self.shadow.write(words, *self.when(M, threads))
+        races = self.shadow.write(words, self.when(M, threads))
         for raced, other in zip(races, ("store", "load"), strict=True):
             if raced.any():
                 M.report(f"{self.name} store races with an earlier {other}", line, threads[raced.any(1)])

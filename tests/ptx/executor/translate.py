@@ -21,7 +21,8 @@ from .profile import instruction_class
 __all__ = ["EMITTERS", "Block", "Emitter", "Translation", "UnknownInstruction", "emitter", "translate"]
 
 #: How many threads, side by side, must run an instruction together: a warp's or a warpgroup's.
-_TOGETHER = {"shfl": 32, "mma": 32, "ldmatrix": 32, "stmatrix": 32, "redux": 32, "wgmma": 128}
+_TOGETHER = {"shfl": 32, "mma": 32, "ldmatrix": 32, "stmatrix": 32, "redux": 32, "warp": 32, "wgmma": 128}
+_JUMPS = ("bra", "ret", "exit")
 _WITHOUT_RESULT = {"st", "red", "bra", "ret", "exit", "bar", "barrier", "cp", "stmatrix", "fence"}
 _SPECIAL = re.compile(r"%(n?tid|n?ctaid)\.[xyz]$")
 
@@ -325,15 +326,16 @@ class Emitter:
         return f"def block{self.block.number}(R, I, n, M):\n{body}"
 
 
+def _is_barrier(i: Instruction) -> bool:
+    """Of all threads of a block."""
+    return i.root in ("bar", "barrier") and "warp" not in i.op
+
+
 def _split(kernel: Kernel) -> list[Block]:
     instructions = kernel.instructions
     targets = {operand.name for i in instructions if i.root == "bra" for operand in i.operands}
     firsts = {0, *(index for label, index in kernel.labels.items() if label in targets)}
-    firsts |= {
-        index + 1
-        for index, i in enumerate(instructions)
-        if i.root in ("bra", "ret", "exit", "bar", "barrier")
-    }
+    firsts |= {index + 1 for index, i in enumerate(instructions) if i.root in _JUMPS or _is_barrier(i)}
     ordered = sorted(first for first in firsts if first < len(instructions))
     numbers = {first: number for number, first in enumerate(ordered)}
     blocks = []
@@ -344,9 +346,9 @@ def _split(kernel: Kernel) -> list[Block]:
             block.end, block.target = "branch", numbers[kernel.labels[final.operands[-1].name]]
         elif final.root in ("ret", "exit"):
             block.end = "return"
-        elif final.root in ("bar", "barrier"):
+        elif _is_barrier(final):
             block.end = "barrier"
-        block.together = max(_TOGETHER.get(i.root, 1) for i in within)
+        block.together = max(_TOGETHER.get("warp" if "warp" in i.op else i.root, 1) for i in within)
         block.counts = Counter(map(instruction_class, within))
         blocks.append(block)
     return blocks
@@ -431,7 +433,7 @@ def translate(kernel: Kernel, contract: bool = False, without: int | None = None
     for block in blocks:
         writer, condition = Emitter(translation, block, pending), None
         for instruction in kernel.instructions[block.first : block.last]:
-            if instruction.root in ("bra", "ret", "exit"):
+            if instruction.root in _JUMPS:
                 writer.instruction = instruction
                 condition = writer.guard()
             else:

@@ -81,7 +81,10 @@ def _fence(e: Emitter, i: Instruction) -> None:
     e.put("M.shared.fence_proxy(I)")
 
 
-@emitter("bar", "barrier", modifiers="sync aligned")
+@emitter("bar", "barrier", modifiers="sync aligned warp")
 def _barrier(e: Emitter, i: Instruction) -> None:
+    if "warp" in i.op and i.guard is None:
+        e.put(f"M.warp_barrier({e.use(i.operands[0], 'u4')}, I, {e.line})")
+        return
     if i.guard is not None or i.operands != [Immediate(0)]:
         raise e.unknown("the executor knows the barrier of all of a block's threads alone")
