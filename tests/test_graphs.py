@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcfast
-from pcfast import early_exit, graphs, log, precision
+from pcfast import early_exit, graphs, log, network, precision
+from pcfast.backends import Eager
 from pcfast.diagnostics import diagnose
 from pcfast.torch2pc import FixedPredPCPredErrs
+from pcfast.uploads import uploaded
 
 METHODS = ("exact", "fixed_prediction", "strict", "error_based", "zero_divergence")
 STEPS = {"step_size": 0.2, "num_steps": 4}
@@ -213,6 +215,17 @@ def test_the_model_changes_the_key(name, monkeypatch):
     change(model)
     assert key_of(model, x, y, monkeypatch) != before
     del kept
+
+
+def test_the_keys_tensors_are_torchs_in_torchs_order():
+    shared, tied = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), nn.Linear(3, 3, bias=False)
+    tied.weight = shared[0].weight
+    model = nn.Sequential(
+        shared, nn.Sequential(nn.BatchNorm1d(3, affine=False), shared, tied), nn.Linear(3, 1)
+    )
+    parameters, buffers = network.tensors_of(model)
+    for found, expected in ((parameters, model.parameters()), (buffers, model.buffers())):
+        assert list(map(id, found)) == list(map(id, expected))
 
 
 def test_shapes_strides_and_dtypes_change_the_key(monkeypatch):
@@ -470,6 +483,31 @@ def test_shapes_that_come_once_are_not_recorded(install, monkeypatch):
         loss_and_updates(model, *batch(rows))
     loss_and_updates(model, *batch(1))
     assert (len(cache), recorder.recorded) == (0, 0)
+
+
+def test_what_a_first_call_uploaded_is_there_at_its_recording(install, monkeypatch):
+    """However many other first calls have come in between: a capture cannot upload."""
+    made = []
+
+    @uploaded(capacity=1)
+    def table(rows: int) -> Tensor:
+        made.append(rows)
+        return torch.zeros(rows)
+
+    run = Eager.run
+
+    def reading_a_table(self, problem, plan):
+        outcome = run(self, problem, plan)
+        outcome.resources = table(len(problem.x))
+        return outcome
+
+    monkeypatch.setattr(Eager, "run", reading_a_table)
+    install(capacity=9)
+    model = mlp()
+    for _ in range(2):
+        for rows in (2, 3, 4):
+            loss_and_updates(model, *batch(rows), backend="eager")
+    assert pcfast.last_run().replayed and made == [2, 3, 4]
 
 
 def test_a_failed_recording_falls_back_and_says_so_once(install, caplog, monkeypatch):
