@@ -1,10 +1,20 @@
-"""What holds in every test on a CUDA device."""
+"""What holds in every test on a CUDA device, or, with PCFAST_FAKE_CUDA=1, on a CPU in its place (fake_cuda.py)."""
+
+import os
 
 import pytest
 
 import pcfast
 from pcfast import graphs
 from pcfast.precision import CONVOLUTIONS, PRODUCTS
+
+if os.environ.get("PCFAST_FAKE_CUDA") == "1":
+    import fake_cuda
+
+    fake_cuda.install()
+
+    def pytest_collection_modifyitems(items):
+        fake_cuda.skip_what_needs_a_device(items)
 
 
 @pytest.fixture(autouse=True)
