@@ -815,14 +815,12 @@ def steps(folder: Path, seconds: int, commands: str) -> tuple[str, str, int]:
     return (folder / "summary").read_text(), (folder / "log").read_text(), done.returncode
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "1"]])
-def test_a_step_whose_time_runs_out_leaves_what_it_found(workers, tmp_path):
+def test_a_step_whose_time_runs_out_leaves_what_it_found(tmp_path):
     (tmp_path / "test_slow.py").write_text(
         "import time\ndef test_broken():\n    assert 'what is' == 'wrong'\n"
         "def test_endless():\n    time.sleep(100)\n"
     )
-    pytest_ = ["$PYTHON", "-m", "pytest", "-v", "--tb=short", "-p", "no:benchmark", "-p", "no:cacheprovider"]
-    command = " ".join([*pytest_, *workers, str(tmp_path)])
+    command = f"$PYTHON -m pytest -v --tb=short -p no:benchmark -p no:cacheprovider -n 1 {tmp_path}"
     # as where this shell was started in the background: Ctrl-C is ignored
     summary, log, status = steps(tmp_path, 100, f"trap '' INT; step tests 12 {command}; exit $STATUS")
     assert "not done after 12 s" in summary and status == 1
@@ -830,12 +828,57 @@ def test_a_step_whose_time_runs_out_leaves_what_it_found(workers, tmp_path):
 
 
 def test_a_step_has_no_more_than_what_is_left_and_its_own_words(tmp_path):
+    ran_out = 'timeout() { echo "within $3"; return 124; }'
     summary, log, status = steps(
-        tmp_path, 11, "step first 60 echo well; step slow 60 sleep 30; step late 60 echo no; exit $STATUS"
+        tmp_path,
+        50,
+        f"""step first 60 echo well; {ran_out}; step slow 600 sleep 30
+        DEADLINE=$((SECONDS + 9)); step late 60 echo no; exit $STATUS""",
     )
     first, slow, late = summary.splitlines()
-    assert first.endswith("s: well") and "FAILED: not done after 1" in slow and "not reached" in late
-    assert status == 1 and "== slow: sleep 30" in log
+    assert first.endswith("s: well") and "not reached" in late and status == 1
+    assert re.search(r"FAILED: not done after (50|49|48) s: within \1$", slow) and "== slow: sleep 30" in log
+
+
+STAND_IN = """#!/bin/sh
+case $* in *--help*) echo "memcheck racecheck" ;; esac
+echo "unbuffered $PYTHONUNBUFFERED, preallocate $XLA_PYTHON_CLIENT_PREALLOCATE"
+"""
+
+
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        ("1", "build native info tools launches eager probed jax tests large"),
+        ("2", "build native info constants kernels bench compilers memcheck racecheck synccheck"),
+    ],
+)
+def test_the_parts_of_the_gpu_script_run_their_steps(part, names, tmp_path):
+    """With a stand-in for Python and for compute-sanitizer, which both do nothing."""
+    for name in ("python", "compute-sanitizer"):
+        path = tmp_path / name
+        path.write_text(STAND_IN)
+        path.chmod(0o755)
+    done = subprocess.run(
+        ["bash", ROOT / "bench" / "on_gpu.sh", tmp_path / "out", "--part", part], capture_output=True, text=True,
+        env={**os.environ, "PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert " ".join(line.split()[0] for line in summary) == names
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "unbuffered 1, preallocate false" in log
+    if part == "1":
+        runs = re.findall(r"-m pytest .*", log)
+        assert len(runs) == 4 and all("-p no:benchmark" in run for run in runs)
+        (probed,), (rest,) = (re.findall(rf"-k {begin}.*", log) for begin in (r"\(where", "not "))
+        assert "two_to_the_31" in probed and "two_to_the_31" in rest  # last, and apart
+    else:
+        assert summary[-1].endswith("has no synccheck")
+        for contender in re.findall(r"--contender (\S+)", log):
+            assert contender in CONTENDERS
+        assert "mlp_600 mnist_cnn --contender plain_compiled --contender jax" in log
 
 
 def test_no_pipe_of_the_gpu_script_ends_in_a_quiet_grep():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pcfast import graphs, streams
+from pcfast.bench import contenders
 from pcfast.hashing import hashed_once
 from pcfast.streamed.branches import Branches
 from pcfast.uploads import uploaded
@@ -73,6 +74,7 @@ def cuda(monkeypatch) -> FakeCuda:
     for name, value in {
         "Stream": fake.stream,
         "stream": fake.use,
+        "device": lambda device: contextlib.nullcontext(),
         "current_stream": lambda device=None: fake.current,
         "set_stream": lambda stream: setattr(fake, "current", stream),
         "CUDAGraph": Graph,
@@ -111,6 +113,13 @@ def test_a_thread_captures_on_one_stream_beside_each_of_the_callers(cuda):
     beside_another = {captured_on() for _ in range(3)}
     assert [len(found) for found in (here, elsewhere, beside_another)] == [1, 1, 1]
     assert len(here | elsewhere | beside_another) == 3
+
+
+def test_benchmarks_capture_as_steps_do(cuda):
+    """Beside jax's threads, say, whose allocations would end a capture in torch's default mode."""
+    step = contenders.graphed(CUDA, lambda: [torch.ones(())])
+    step.run()
+    assert [mode for _, mode in cuda.captures] == ["thread_local"] and len(step.updates()) == 1
 
 
 def test_branches_of_captures_take_the_same_streams(cuda):
