@@ -8,6 +8,7 @@ CMAKE_ARGS has more options of cmake. In a checkout, `python setup.py build_ext 
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -23,15 +24,6 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 FOLDERS = ("kernels", "bench")
 TOOLS = "pip install 'cmake>=3.24' ninja pybind11"
-
-
-def find_nvcc() -> str | None:
-    if named := os.environ.get("CUDACXX"):
-        return named  # cmake says what is wrong with it
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if (folder := os.environ.get(variable)) and (found := shutil.which("nvcc", path=f"{folder}/bin")):
-            return found
-    return shutil.which("nvcc")
 
 
 def find_tool(name: str) -> str:
@@ -52,7 +44,7 @@ def remove_after_another_compiler(folder: Path) -> None:
         kept.write_text(compiler)
 
 
-NVCC = find_nvcc()
+NVCC = runpy.run_path(str(ROOT / "pcfast" / "nvcc.py"))["find_nvcc"]()
 if os.environ.get("PCFAST_NATIVE") == "0":
     WITHOUT = "PCFAST_NATIVE=0"
 elif NVCC is None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import pcfast
 from pcfast.backends import BACKENDS
+from pcfast.graphs import record_cuda
 from pcfast.network import describe
 from pcfast.precision import parameter_dtype, use_precision
 from pcfast.problem import Request
@@ -102,11 +103,10 @@ def graphed(device: torch.device, run: Callable[[], list[Tensor]]) -> Step:
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.clear_autocast_cache()  # casts made outside the graph would not be repeated in it
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        updates = run()
+    with torch.cuda.device(device):
+        updates, replay = record_cuda(run)
     torch.clear_autocast_cache()
-    return Step(graph.replay, lambda: updates, _waiting(device))
+    return Step(replay, lambda: updates, _waiting(device))
 
 
 # pcfast's backends

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -156,6 +156,7 @@ def run(
     seeds: int = SEEDS,
     epochs: int | None = None,
     progress: Progress = lambda done, total, what: None,
+    keep: Callable[[dict], None] = lambda record: None,
 ) -> dict:
     """Time, then train every entry on the data sets ``names``.
 
@@ -163,6 +164,7 @@ def run(
         folder: with the files of those that do not come with scikit-learn; None: fetch them.
         seeds: 0 .. seeds - 1 of initial weights, order of samples and the split of digits.
         epochs: instead of the data sets' own; fewer make a quick run, with few rounds of timing.
+        keep: gets the record after every run of training, not yet ``complete``.
 
     Returns:
         The record; under ``methods`` a row an entry and data set: ``settings`` (:func:`settings_of`); ``seconds``,
@@ -184,6 +186,7 @@ def run(
             rows[name, entry.name] = {
                 "settings": settings_of(entry, name, epochs), **_timing(times.get(entry.name)), "runs": [],
             }  # fmt: skip
+    record["methods"] = list(rows.values())
     for name in names:
         for seed in range(seeds):
             # MNIST's parts are the same for every seed, and reading them from OpenML takes a minute
@@ -192,8 +195,9 @@ def run(
                 progress(done, total, f"{name}, seed {seed}: {entry.name}")
                 rows[name, entry.name]["runs"].append(_trained(entry, name, data, device, seed, epochs))
                 done += 1
+                keep(record)
     progress(total, total, "done")
-    record["methods"] = list(rows.values())
+    record["complete"] = True
     return record
 
 
@@ -302,9 +306,12 @@ def methods(names, folder, seeds, epochs, device, path) -> None:
         def progress(done: int, total: int, what: str) -> None:
             update(completed=done, total=total, description=what)
 
-        record = run(names, device, folder=folder, seeds=seeds, epochs=epochs, progress=progress)
-    if path is not None:
-        write_json(path, record)
+        def keep(record: dict) -> None:
+            if path is not None:
+                write_json(path, record)
+
+        record = run(names, device, folder=folder, seeds=seeds, epochs=epochs, progress=progress, keep=keep)
+    keep(record)
     out = console()
     for rows in by_data(record["methods"]).values():
         shown = table(data_heading(rows), *method_headings())

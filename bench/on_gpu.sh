@@ -1,33 +1,43 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command on a machine without network:
+# Everything that needs a GPU on a machine without network, in two calls of 7 minutes each:
 #
-#     bench/on_gpu.sh OUT [--minutes M] [--only STEP,STEP] [--rehearse]
+#     bench/on_gpu.sh OUT --part 1    # builds; the assumptions that no CPU can test, one by one; the GPU tests
+#     bench/on_gpu.sh OUT --part 2    # constants, kernels alone, whole training steps; compute-sanitizer if time is left
 #
-# Builds the package and its CUDA kernels in place with what is there (cmake, ninja and pybind11 among it), runs the
-# GPU tests, measures the constants, the kernels alone and whole training steps, what matters most first, then runs
-# compute-sanitizer where there is one, and stops cleanly within M minutes (default 9). --only runs some of the steps
-# tests, constants, kernels, bench, sanitizer: where one command may not take long enough for all. OUT gets at most 8
-# small files. --rehearse runs every step without a GPU, each as short as it can be. PYTHON names the interpreter
-# (default python3). Exit status 0 if every step ended well or was skipped with a reason.
+# Builds the package and its CUDA kernels in place with what is there (cmake, ninja and pybind11 among it), runs what
+# matters most first, and stops cleanly within --minutes M (default 7, 14 without --part); a step whose time runs out
+# leaves its tracebacks and what it has measured. --only STEP,STEP runs some of the steps probes, tests, large,
+# constants, kernels, bench, sanitizer. OUT gets at most 8 small files. --rehearse runs every step without a GPU, each
+# as short as it can be. PYTHON names the interpreter (default python3). Exit status 0 if every step ended well or was
+# skipped with a reason.
 set -uo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-USAGE="usage: bench/on_gpu.sh OUT [--minutes M] [--only STEP,STEP] [--rehearse]"
-STEPS="tests constants kernels bench sanitizer"
-OUT='' MINUTES=9 REHEARSE='' ONLY=${STEPS// /,}
+USAGE="usage: bench/on_gpu.sh OUT [--part 1|2] [--minutes M] [--only STEP,STEP] [--rehearse]"
+PART_1=probes,tests,large PART_2=constants,kernels,bench,sanitizer
+STEPS="$PART_1,$PART_2"
+OUT='' MINUTES='' REHEARSE='' ONLY='' PART=''
 while [ $# -gt 0 ]; do
     case $1 in
         --minutes) MINUTES=${2:-}; shift 2 || fail "--minutes needs a number" ;;
         --only) ONLY=${2:-}; shift 2 || fail "--only needs steps, some of: $STEPS" ;;
+        --part) PART=${2:-}; shift 2 || fail "--part needs a number, 1 or 2" ;;
         --rehearse) REHEARSE=yes; shift ;;
         -*) fail "unknown option $1; $USAGE" ;;
         *) [ -z "$OUT" ] || fail "one folder OUT, got $OUT and $1"; OUT=$1; shift ;;
     esac
 done
 [ -n "$OUT" ] || fail "$USAGE"
+[ -z "$PART" ] || [ -z "$ONLY" ] || fail "--part $PART with --only $ONLY: one of the two"
+case $PART in
+    '') ONLY=${ONLY:-$STEPS} MINUTES=${MINUTES:-14} ;;
+    1) ONLY=$PART_1 MINUTES=${MINUTES:-7} ;;
+    2) ONLY=$PART_2 MINUTES=${MINUTES:-7} ;;
+    *) fail "--part needs 1 or 2, got '$PART'" ;;
+esac
 for name in ${ONLY//,/ }; do
-    [[ " $STEPS " == *" $name "* ]] || fail "--only: '$name' is no step; some of: $STEPS"
+    [[ ",$STEPS," == *",$name,"* ]] || fail "--only: '$name' is no step; some of: $STEPS"
 done
 [[ $MINUTES =~ ^[0-9]+$ ]] && [ "$MINUTES" -ge 1 ] || fail "--minutes needs a whole number >= 1, got '$MINUTES'"
 mkdir -p "$OUT" || fail "$OUT: a folder that can be written is needed"
@@ -38,51 +48,40 @@ PYTHON=${PYTHON:-python3}
 command -v "$PYTHON" > /dev/null || fail "$PYTHON is not there: name an interpreter, PYTHON=... bench/on_gpu.sh"
 SUMMARY=$OUT/summary.txt LOG=$OUT/log.txt
 : > "$SUMMARY"; : > "$LOG"
-SPARE=20 # seconds kept for the end
-SANITIZED="one_step_agrees or states_agree" # tests of tests/gpu that the sanitizers run
+TABLES=$(mktemp -d) || fail "no temporary folder can be made"
+trap 'rm -rf "$TABLES"' EXIT
+SAID=$TABLES/said
+SPARE=30 # seconds kept for the end, and for a step that does not stop when its time is up
 DEADLINE=$((SECONDS + 60 * MINUTES - SPARE))
 STATUS=0
+source bench/steps.sh
 
-left() { echo $((DEADLINE - SECONDS)); }
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 PCFAST_TRACEBACK=1
+export XLA_PYTHON_CLIENT_PREALLOCATE=false # or jax takes three quarters of the GPU at its first use
 
-# wanted STEP: whether --only names it
+# wanted STEP: whether it is one of this call's
 wanted() { [[ ",$ONLY," == *",$1,"* ]]; }
 
-# say NAME VERDICT
-say() { printf '%-12s %s\n' "$1" "$2" | tee -a "$SUMMARY"; }
+# for_minutes SECONDS: as options of pcfast want them
+for_minutes() { awk "BEGIN { printf \"%.2f\", $1 / 60 }"; }
 
-# step NAME SECONDS COMMAND...: run with a limit, output to the log; the verdict is the last line it printed.
-step() {
-    local name=$1 limit=$2 started=$SECONDS status verdict
-    shift 2
-    if [ "$(left)" -lt 10 ]; then say "$name" "not reached: out of time"; return 1; fi
-    [ "$limit" -le "$(left)" ] || limit=$(left)
-    echo "== $name: $*" >> "$LOG"
-    timeout --kill-after=10 "$limit" "$@" > "$OUT/.step" 2>&1
-    status=$?
-    cat "$OUT/.step" >> "$LOG"
-    case $name in bench | kernels) cp "$OUT/.step" "$OUT/$name.txt" ;; esac
-    verdict=$(grep -v '^[[:space:]]*$' "$OUT/.step" | tail -n 1 | cut -c1-160)
-    rm -f "$OUT/.step"
-    case $status in
-        0) say "$name" "ok, $((SECONDS - started)) s: $verdict" ;;
-        124 | 137) say "$name" "FAILED: not done after $limit s"; STATUS=1 ;;
-        *) say "$name" "FAILED, status $status: $verdict"; STATUS=1 ;;
-    esac
-    return $status
-}
+# keep NAME: the last step's output, for the end
+keep() { [ ! -f "$SAID" ] || cp "$SAID" "$TABLES/$1.txt"; }
 
-if [ -n "$REHEARSE" ]; then
-    TESTS=(tests/gpu -q -rs) BENCH=(tiny_exact --contender eager --contender backpropagation --quick --device cpu)
-    # the kernels are interpreted, or compiled for the CPU, on sizes that say nothing of their speed
-    KERNELS=(--quick --precision ieee --precision bf16 --device cpu)
-else
+# pytest-benchmark warns beside xdist, which is an error here. A test that hangs says where after 90 s.
+PYTEST=(-m pytest -v --tb=short -rs -p no:cacheprovider -p no:benchmark -o faulthandler_timeout=90)
+ALONE=("${PYTEST[@]}") # in one process
+if [ -z "$REHEARSE" ]; then
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
         fail "torch sees no GPU here; --rehearse runs the steps without one"
-    TESTS=(tests/gpu -q -rs)
     # compiling kernels takes most of the time, and several processes compile side by side
-    "$PYTHON" -c 'import xdist' 2> /dev/null && TESTS+=(-n 4)
+    if "$PYTHON" -c 'import xdist' 2> /dev/null; then PYTEST+=(-n "$(at_most 12 "$(nproc)")"); fi
 fi
+# Names of tests of tests/gpu: tiles of other sizes sum alike; threads capture side by side; cuDNN's deterministic
+# algorithms in every precision; inputs at odd addresses. The probes run them first, the tests leave them out then.
+PROBED="where_tiles_grow or threads_do_not_disturb or cifar_cnn or padded_cnn or mnist_cnn or inputs_that_are_views"
+LARGE="two_to_the_31" # needs most of the GPU's memory
+SANITIZED="states_agree" # what the sanitizers run of test_resident_cuda.py
 
 # Built in place with what is there; an installation that is this checkout already is left as it is.
 in_place() {
@@ -98,7 +97,7 @@ END
 if in_place 2> /dev/null; then
     say build "ok: this checkout is installed"
 else
-    step build 240 env PCFAST_NATIVE=0 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-build-isolation \
+    step build 120 env PCFAST_NATIVE=0 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-build-isolation \
         --editable . || exit 1
 fi
 # Apart: what needs no CUDA kernels is run without them, too. Compiled for this GPU alone, which takes a minute.
@@ -107,21 +106,61 @@ if [ -z "$REHEARSE" ]; then
 import torch
 major, minor = torch.cuda.get_device_capability()
 print(str(major) + str(minor) + "a" * (major >= 9))')
-    step native 240 env PCFAST_CUDA_ARCHITECTURES="$PCFAST_CUDA_ARCHITECTURES" "$PYTHON" setup.py build_ext --inplace
+    step native 180 env PCFAST_CUDA_ARCHITECTURES="$PCFAST_CUDA_ARCHITECTURES" "$PYTHON" setup.py build_ext --inplace
 fi
-"$PYTHON" -m pcfast info --json > "$OUT/info.json" 2>> "$LOG"
-"$PYTHON" -m pcfast info > "$OUT/.info" 2>&1 && cat "$OUT/.info" >> "$LOG"
-rm -f "$OUT/.info"
+step info 60 bash -c '"$0" -m pcfast info --json > "$1"; status=$?; cat "$1"; exit $status' "$PYTHON" "$OUT/info.json"
 
-# half of the time at most: what is measured comes after
-wanted tests && step tests $((30 * MINUTES)) "$PYTHON" -m pytest "${TESTS[@]}" -p no:cacheprovider
+if wanted probes; then
+    step tools 20 bash -c '
+        for tool in nvcc gcc compute-sanitizer nvidia-smi; do command -v "$tool" || echo "no $tool"; done
+        nvidia-smi
+        "$0" -m pip list | grep -i -E "pytest|benchmark|xdist|timeout|torch|triton|numpy|jax"; true' "$PYTHON"
+    if [ -n "$REHEARSE" ]; then
+        say probes "rehearsed: they need a GPU"
+    else
+        # each kernel once, judged against float64
+        step launches "$(at_most 75 $((12 * MINUTES)))" "$PYTHON" -m pcfast bench --kernels --quick --minutes 0.6 \
+            --json "$OUT/probes.json"
+        step eager 75 env OMP_NUM_THREADS=1 "$PYTHON" "${ALONE[@]}" tests/gpu/test_eager_cuda.py
+        step probed 75 env OMP_NUM_THREADS=1 "$PYTHON" "${PYTEST[@]}" tests/gpu/test_resident_cuda.py \
+            tests/gpu/test_triton_cuda.py -k "($PROBED) and not $LARGE"
+        step jax 30 "$PYTHON" -c '
+import importlib.util, torch
+torch.ones(1).cuda()
+if importlib.util.find_spec("jax") is None:
+    print("jax is not installed")
+else:
+    import jax
+    print("jax runs on", jax.default_backend())'
+    fi
+fi
+
+if wanted tests; then
+    kept=0 rest="not $LARGE" files=(tests/gpu)
+    if wanted large && [ "$(left)" -ge 150 ]; then kept=70; fi
+    if wanted probes && [ -z "$REHEARSE" ]; then
+        files=(tests/gpu/test_resident_cuda.py tests/gpu/test_triton_cuda.py)
+        rest="not ($PROBED or $LARGE)"
+    fi
+    # what is measured comes after, where it is wanted
+    limit=$(($(left) - kept))
+    if wanted kernels || wanted bench; then limit=$(at_most "$limit" $((25 * MINUTES))); fi
+    step tests "$limit" env OMP_NUM_THREADS=1 "$PYTHON" "${PYTEST[@]}" "${files[@]}" -k "$rest"
+fi
+if ! wanted large; then
+    :
+elif [ -n "$REHEARSE" ]; then
+    say large "rehearsed: needs a GPU"
+else
+    step large 70 "$PYTHON" "${ALONE[@]}" tests/gpu/test_triton_cuda.py -k "$LARGE"
+fi
 
 if ! wanted constants; then
     :
 elif [ -n "$REHEARSE" ]; then
     say constants "rehearsed: needs a GPU"
 else
-    step constants 150 "$PYTHON" -m pcfast.bench.constants.measure --out "$OUT/constants.json"
+    step constants 100 "$PYTHON" -m pcfast.bench.constants.measure --out "$OUT/constants.json"
 fi
 
 # The CUDA kernels compiled for the CPU, where they run without a GPU; for rehearsals.
@@ -140,41 +179,56 @@ host_module() {
         for name in "$PWD"/build/host/_native_host*.so; do export PCFAST_CUDA_ON_HOST=$name; done
 }
 
+# measured NAME SECONDS LIMIT ARGUMENTS...: a benchmark that stops by itself after SECONDS; LIMIT is for what hangs.
 # A process of its own: a kernel that breaks takes the context of its process with it.
+measured() {
+    local name=$1 seconds=$2 limit=$3
+    shift 3
+    if [ "$seconds" -lt 20 ]; then say "$name" "not reached: out of time"; return 1; fi
+    step "$name" "$limit" "$PYTHON" -m pcfast bench "$@" --minutes "$(for_minutes "$seconds")" --json "$OUT/$name.json"
+    keep "$name"
+}
+
 if ! wanted kernels; then
     :
 elif [ -z "$REHEARSE" ]; then
     # a fifth of the time; all of it where nothing else is wanted
-    seconds=$((12 * MINUTES))
-    [ "$ONLY" != kernels ] || seconds=$(($(left) - 20))
-    step kernels $((seconds + 60)) "$PYTHON" -m pcfast bench --kernels --json "$OUT/kernels.json" \
-        --minutes "$(awk "BEGIN { print $seconds / 60 }")"
+    seconds=$(at_most $((12 * MINUTES)) $(($(left) - 40)))
+    [ "$ONLY" != kernels ] || seconds=$(($(left) - 40))
+    measured kernels "$seconds" $((seconds + 40)) --kernels
 elif "$PYTHON" -c 'import triton' 2> /dev/null; then
     host_module
+    # interpreted, or compiled for the CPU, on sizes that say nothing of their speed
     step kernels 120 env TRITON_INTERPRET=1 PYTHONPATH="tests/kernels${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -c '
 import sys, interpreter
 interpreter.repair()
 from pcfast.cli import main
-sys.exit(main(sys.argv[1:]))' bench --kernels "${KERNELS[@]}" --json "$OUT/kernels.json"
+sys.exit(main(sys.argv[1:]))' bench --kernels --quick --precision ieee --precision bf16 --device cpu \
+        --json "$OUT/kernels.json"
+    keep kernels
 else
     say kernels "not rehearsed: triton is not installed"
 fi
 
+# named OPTION VALUE...: OPTION before each
+named() { local option=$1; shift; printf -- "$option %s " "$@"; }
+FIRST=$(named --contender cuda triton eager literal plain_graph backpropagation_graph)
+COMPILERS=$(named --contender plain_compiled jax)
+
 if ! wanted bench; then
     :
 elif [ -n "$REHEARSE" ]; then
-    step bench 120 "$PYTHON" -m pcfast bench "${BENCH[@]}" --json "$OUT/bench.json"
+    step bench 120 "$PYTHON" -m pcfast bench tiny_exact --contender eager --contender backpropagation --quick \
+        --device cpu --json "$OUT/bench.json"
+    keep bench
 else
-    # three minutes stay for the sanitizers, where there is time for both; the benchmark stops by itself, the step's
-    # limit is for what hangs
-    spared=0
-    if wanted sanitizer && [ "$(left)" -ge 360 ]; then spared=180; fi
-    minutes=$((($(left) - spared) / 60))
-    if [ "$minutes" -ge 1 ]; then
-        step bench $((60 * minutes + 90)) "$PYTHON" -m pcfast bench --minutes "$minutes" --json "$OUT/bench.json"
-    else
-        say bench "not reached: out of time"
-    fi
+    # the compilers take a minute or two for a case: two networks alone, in what is left
+    kept=60
+    if [ "$(left)" -ge 240 ]; then kept=160; fi
+    seconds=$(($(left) - kept))
+    measured bench "$seconds" $((seconds + 60)) $FIRST
+    seconds=$(($(left) - 60))
+    measured compilers "$seconds" $((seconds + 60)) mlp_600 mnist_cnn $COMPILERS
 fi
 
 if ! wanted sanitizer; then
@@ -184,21 +238,22 @@ elif ! command -v compute-sanitizer > /dev/null; then
 elif [ -n "$REHEARSE" ]; then
     say sanitizer "rehearsed: needs a GPU"
 else
-    # the CUDA kernels first: what triton compiles has less of its own to go wrong
-    for tests in resident triton eager; do
-        for tool in memcheck racecheck synccheck; do
-            if ! compute-sanitizer --help | grep -q "$tool"; then
-                say "$tool" "not run: this compute-sanitizer has no $tool"
-                continue
-            fi
-            step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m pytest \
-                "tests/gpu/test_${tests}_cuda.py" -q -x -k "$SANITIZED" -p no:cacheprovider
-        done
+    # The CUDA kernel alone: what triton compiles has less of its own to go wrong. torch's cache would hide what lies
+    # outside a tensor.
+    help=$(compute-sanitizer --help 2>&1)
+    for tool in memcheck racecheck synccheck; do
+        if [[ $help != *"$tool"* ]]; then
+            say "$tool" "not run: this compute-sanitizer has no $tool"
+            continue
+        fi
+        step "$tool" 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 PCFAST_CUDA_GRAPHS=0 compute-sanitizer --tool "$tool" \
+            --report-api-errors no --error-exitcode 1 "$PYTHON" "${ALONE[@]}" -x tests/gpu/test_resident_cuda.py \
+            -k "$SANITIZED"
     done
 fi
 
 echo
-for name in kernels bench; do [ ! -f "$OUT/$name.txt" ] || cat "$OUT/$name.txt"; done
+for name in kernels bench compilers; do [ ! -f "$TABLES/$name.txt" ] || cat "$TABLES/$name.txt"; done
 echo
 cat "$SUMMARY"
 exit $STATUS

@@ -40,11 +40,14 @@ def record(path: Path) -> Path:
     """Keep a run that ``pcfast bench`` or ``pcfast.bench.methods`` wrote with ``--json``.
 
     Raises:
-        click.ClickException: a quick run, or one of changed sources, which its commit does not name.
+        click.ClickException: a quick run, one that did not end, or one of changed sources, which its
+            commit does not name.
     """
     found = json.loads(path.read_text())
     if found.get("format") != FORMAT or found["quick"]:
         raise click.ClickException(f"{path} is no full run of this version's benchmarks")
+    if not found.get("complete", True):  # older records say nothing of it
+        raise click.ClickException(f"{path} is of a run that did not end: it holds what was found until then")
     if found["commit"] is None or found["commit"].endswith("+"):
         raise click.ClickException("the run's sources were not committed: commit, then run again")
     if found.get("kernels") and found["device"] == "cpu":

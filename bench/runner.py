@@ -29,7 +29,10 @@ GATE_ROWS = {"cuda": None, "cpu": 16}  # None: the whole batch
 LONGEST_STEP = {"cuda": 20.0, "cpu": 4.0}  # seconds: what would take longer is not started
 GATE_PRODUCTS = 2e10  # multiply-adds of a float64 relaxation on a CPU that the gate may cost
 
+OUT_OF_TIME = "out of time"
+
 Progress = Callable[[int, int, str], None]
+Keep = Callable[[dict], None]
 
 
 def run(
@@ -41,12 +44,14 @@ def run(
     quick: bool = False,
     seconds: float = math.inf,
     progress: Progress = lambda done, total, what: None,
+    keep: Keep = lambda record: None,
 ) -> dict:
     """Time ``contenders`` on ``workloads`` in ``precisions``.
 
     Args:
         quick: few rounds.
         seconds: stop cleanly after about so long; what was not reached is in the record and says so.
+        keep: gets the record after every workload and precision, not yet ``complete``.
 
     Returns:
         The record: plain values, see :func:`_row` for its rows. Times are in seconds.
@@ -55,28 +60,46 @@ def run(
     record = new_record(device, quick)
     record["ceilings"] = {precision: ceilings(precision, device, quick) for precision in precisions}
     cases = [(WORKLOADS[name], precision) for name in workloads for precision in precisions]
+    taking_part = [CONTENDERS[name] for name in contenders]
+    rows = {
+        case: [_row(WORKLOADS[case[0]], case[1], c, reason=OUT_OF_TIME) for c in taking_part]
+        for case in ((workload.name, precision) for workload, precision in cases)
+    }
+    gates: dict[str, Gate] = {}
     for done, (workload, precision) in enumerate(cases):
-        taking_part = [CONTENDERS[name] for name in contenders]
+        record["rows"] = [row for found in rows.values() for row in found]
+        _add_floors(record)
+        keep(record)
         if time.monotonic() >= deadline:
-            record["rows"] += [_row(workload, precision, c, reason="out of time") for c in taking_part]
-            continue
+            break
 
         def say(what: str, done: int = done, case: str = f"{workload.name} in {precision}") -> None:
             progress(done, len(cases), f"{case}: {what}")
 
-        record["rows"] += _case(workload, precision, taking_part, device, record, quick, deadline, say)
+        if workload.name not in gates:
+            gates.clear()  # of the last workload: its networks
+        found = _case(workload, precision, taking_part, device, record, quick, deadline, say, gates)
+        rows[workload.name, precision] = found
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    record["rows"] = [row for found in rows.values() for row in found]
     for precision in precisions:  # the machine may have been busy the first time
+        if time.monotonic() >= deadline:
+            break
         again = ceilings(precision, device, quick)
         first = record["ceilings"][precision]
         record["ceilings"][precision] = {name: max(first[name], again[name]) for name in first}
+    _add_floors(record)
+    progress(len(cases), len(cases), "done")
+    record["complete"] = True
+    return record
+
+
+def _add_floors(record: dict) -> None:
     for row in record["rows"]:
         if "multiply_adds" in row:
             row.update(floor_of(row, record["ceilings"][row["precision"]]))
-    progress(len(cases), len(cases), "done")
-    return record
 
 
 def run_kernels(
@@ -86,6 +109,7 @@ def run_kernels(
     quick: bool = False,
     seconds: float = math.inf,
     progress: Progress = lambda done, total, what: None,
+    keep: Keep = lambda record: None,
 ) -> dict:
     """Time the cuda and triton backends' kernels, each alone; arguments and record as of :func:`run`.
 
@@ -100,12 +124,16 @@ def run_kernels(
     record = new_record(device, quick)
     able = [backend for backend, reason in unable.items() if not reason]
     cases = microbenchmarks.chosen_cases(precisions, able, device.type == "cpu", quick)
-    record["ceilings"], record["kernels"] = microbenchmarks.run(
-        cases, device, quick=quick, seconds=seconds, progress=progress
+    absent = [microbenchmarks.absent(backend, reason) for backend, reason in unable.items() if reason]
+
+    def keep_rows(found: dict[str, dict], rows: list[dict]) -> None:
+        record["ceilings"], record["kernels"] = found, [*rows, *absent]
+        keep(record)
+
+    keep_rows(
+        *microbenchmarks.run(cases, device, quick=quick, seconds=seconds, progress=progress, keep=keep_rows)
     )
-    record["kernels"] += [
-        microbenchmarks.absent(backend, reason) for backend, reason in unable.items() if reason
-    ]
+    record["complete"] = True
     return record
 
 
@@ -119,6 +147,7 @@ def new_record(device: torch.device, quick: bool) -> dict:
         "device": device.type,
         "machine": {**describe_machine(device), **(_gpu_state(device) if device.type == "cuda" else {})},
         "quick": quick,
+        "complete": False,
         "ceilings": {},
         "rows": [],
         "kernels": [],
@@ -135,8 +164,9 @@ def _case(
     quick: bool,
     deadline: float,
     say: Callable[[str], None],
+    gates: dict[str, Gate],
 ) -> list[dict]:
-    """The rows of one workload in one precision."""
+    """The rows of one workload in one precision. gates: by workload, filled here."""
     model, x, y = workload.draw(device)
     dtype = parameter_dtype(precision)
     model, x = model.to(dtype), x.to(dtype)
@@ -157,10 +187,15 @@ def _case(
         return list(rows.values())
 
     say("gate")
-    gate = Gate(workload, device, _gate_rows(workload, macs, device))
+    if workload.name not in gates:
+        gates[workload.name] = Gate(workload, device, _gate_rows(workload, macs, device))
+    gate = gates[workload.name]
     steps: list[tuple[str, Step]] = []
     for contender in able:
         row = rows[contender.name]
+        if time.monotonic() >= deadline:
+            row["reason"] = OUT_OF_TIME
+            continue
         try:
             say(f"gate of {contender.name}")
             verdict = gate.judge(contender, precision)
@@ -168,10 +203,12 @@ def _case(
             if verdict.reason:
                 row["reason"] = f"gate closed: {verdict.reason}"
                 continue
-            with switches(precision, device):
-                step = contender.prepare(workload, model, x, y, precision)
-                step.run()
-                step.wait()
+            step = verdict.step
+            if step is None:
+                with switches(precision, device):
+                    step = contender.prepare(workload, model, x, y, precision)
+                    step.run()
+                    step.wait()
         except Exception as error:  # of a compiler, of memory, of a baseline: the others go on
             row["reason"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue

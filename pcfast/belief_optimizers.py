@@ -9,7 +9,6 @@ that of the energy sum 0.5 |eps_l|^2 + loss and of 0.5 lambda |v_l|^2; lambda is
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError
 from .ranges import checked_number
+from .uploads import uploaded
 
 StepSize = float | tuple[float, ...]  # one for all iterations, or one an iteration
 
@@ -26,7 +26,7 @@ def step_size_of(step_size: StepSize, iteration: int) -> float:
     return step_size[iteration - 1] if isinstance(step_size, tuple) else step_size
 
 
-@functools.lru_cache(maxsize=16)
+@uploaded(capacity=16)
 def schedule_on_device(step_sizes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A schedule where kernels read it. Uploaded once: a CUDA graph cannot record a copy from the host."""
     return torch.tensor(step_sizes, dtype=dtype, device=device)

@@ -9,6 +9,7 @@ lies in graph memory.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -19,9 +20,12 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
+from .hashing import hashed_once
 from .log import say_once
+from .network import tensors_of
 from .planning import Plan
 from .problem import Outcome, Problem
+from .streams import kept_beside
 
 #: A recorder runs a function once and gives its result and what replays it into that same result.
 Recorder = Callable[[Callable[[], Outcome]], tuple[Outcome, Callable[[], None]]]
@@ -65,7 +69,7 @@ def _refusal(backend: Backend, problem: Problem, plan: Plan) -> str:
 
 
 def _layout(tensor: Tensor) -> Hashable:
-    return (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+    return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 def _numerics() -> Hashable:
@@ -80,11 +84,17 @@ def _numerics() -> Hashable:
     )
 
 
+@hashed_once
+@dataclass(frozen=True)
+class _Key:
+    parts: tuple[Hashable, ...]
+
+
 def graph_key(problem: Problem, plan: Plan) -> Hashable:
     """What a graph depends on. Equal keys may share a graph."""
-    model = problem.model
+    parameters, buffers = tensors_of(problem.model)
     weight = problem.loss.weight
-    return (
+    parts = (
         plan,
         problem.network,
         (problem.step_size, problem.belief_optimizer, problem.nudging, problem.tolerance),
@@ -94,12 +104,13 @@ def graph_key(problem: Problem, plan: Plan) -> Hashable:
         _layout(problem.y),
         (problem.loss.kind, problem.loss.settings, problem.loss.normalizer),
         None if weight is None else (weight.data_ptr(), _layout(weight)),
-        tuple((p.data_ptr(), _layout(p), p.requires_grad) for p in model.parameters()),
-        tuple((b.data_ptr(), _layout(b)) for b in model.buffers()),
+        tuple((p.data_ptr(), _layout(p), p.requires_grad) for p in parameters),
+        tuple((b.data_ptr(), _layout(b)) for b in buffers),
         _numerics(),
         torch.cuda.current_stream(problem.x.device).cuda_stream if problem.x.is_cuda else None,
         threading.get_ident(),  # cuBLAS and cuDNN handles are per thread, and capturing must not make any
     )
+    return _Key(parts)
 
 
 _NOTES = 256  # keys remembered as called once
@@ -133,7 +144,7 @@ class _Graph:
         outcome = _copied(self.result)
         outcome.gradients = {
             parameter: outcome.gradients[index]
-            for index, parameter in enumerate(problem.model.parameters())
+            for index, parameter in enumerate(tensors_of(problem.model)[0])
             if index in outcome.gradients
         }
         return outcome
@@ -149,7 +160,8 @@ class GraphCache:
     def __init__(self, capacity: int, recorder: Recorder) -> None:
         self.capacity, self._record = capacity, recorder
         self._graphs: OrderedDict[Hashable, _Graph | str] = OrderedDict()  # a str says why there is none
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()  # keys called once
+        # keys called once, and what a recording will read: it is not uploaded again, which no capture could do
+        self._seen: OrderedDict[Hashable, object] = OrderedDict()
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -166,8 +178,9 @@ class GraphCache:
         key = graph_key(problem, plan)
         with self._lock:
             if key in self._seen:
-                del self._seen[key]
+                resources = self._seen.pop(key)
                 self._graphs[key] = self._capture(backend, problem, plan)
+                del resources
                 _trim(self._graphs, self.capacity)
             if key in self._graphs:
                 self._graphs.move_to_end(key)
@@ -175,15 +188,19 @@ class GraphCache:
                 if isinstance(entry, _Graph):
                     return entry.run(problem), ""
             else:
-                self._seen[key] = None
-                _trim(self._seen, _NOTES)
-                entry = "first call of its kind: recorded from the next on"
-        return backend.run(problem, plan), entry
+                entry = None
+        outcome = backend.run(problem, plan)
+        if entry is not None:
+            return outcome, entry
+        with self._lock:
+            self._seen[key] = outcome.resources
+            _trim(self._seen, _NOTES)
+        return outcome, "first call of its kind: recorded from the next on"
 
     def _capture(self, backend: Backend, problem: Problem, plan: Plan) -> _Graph | str:
         x, y = problem.x.clone(), problem.y.clone()
         static = replace(problem, x=x, y=y)
-        positions = {parameter: index for index, parameter in enumerate(problem.model.parameters())}
+        positions = {parameter: index for index, parameter in enumerate(tensors_of(problem.model)[0])}
 
         def work() -> Outcome:
             outcome = backend.run(static, plan)
@@ -201,14 +218,32 @@ class GraphCache:
 
 
 def record_cuda(work: Callable[[], Outcome]) -> tuple[Outcome, Callable[[], None]]:
-    """Capture ``work`` in a CUDA graph. Other threads may go on using CUDA meanwhile."""
-    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    # torch's default capture stream belongs to the first device that captured: give one of the current device
+    """Capture ``work`` in a CUDA graph. Other threads may go on using CUDA meanwhile.
+
+    In torch 2.11 they may not draw random numbers on this device: until the capture has ended torch takes them for
+    part of it, and raises.
+    """
+    before = torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-            result = work()
-    finally:
+        return _captured(work, before)
+    except BaseException:
         torch.cuda.set_stream(before)  # a capture that fails leaves its own stream current
+        # torch 2.11 takes the device's random generator for captured until some capture succeeds: before that,
+        # dropout and every replay raise
+        with contextlib.suppress(RuntimeError):  # a broken context: the failure itself says so
+            _captured(lambda: torch.zeros(1, device=before.device), before)
+        raise
+    finally:
+        torch.cuda.set_stream(before)
+
+
+def _captured(work: Callable[[], object], beside: torch.cuda.Stream) -> tuple:
+    """``work``'s result and what replays it, captured on the stream that this thread keeps beside ``beside``."""
+    graph = torch.cuda.CUDAGraph()
+    # torch's own capture stream belongs to the first device that captured
+    (stream,) = kept_beside(beside, 1)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        result = work()
     return result, graph.replay
 
 

@@ -8,6 +8,7 @@ they name their module by its path in the model and hold no tensor, so plans can
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from . import activations
 from .errors import ModelError, ShapeError
+from .hashing import hashed_once
 from .residual import Residual as ResidualModule
 
 Shape = tuple[int, ...]
@@ -442,6 +444,7 @@ class LayerSpec:
         return tuple(shapes)
 
 
+@hashed_once
 @dataclass(frozen=True)
 class Network:
     """A model described: ``layers`` are f_1..f_L."""
@@ -497,12 +500,20 @@ def describe(model: nn.Module) -> Network:
         )
     if len(model) == 0:
         raise ModelError("model", "an empty Sequential", "at least one layer")
-    return Network(
-        tuple(
-            LayerSpec(index, tuple(_operations(name, module)))
-            for index, (name, module) in enumerate(model._modules.items(), start=1)
+    return _same(
+        Network(
+            tuple(
+                LayerSpec(index, tuple(_operations(name, module)))
+                for index, (name, module) in enumerate(model._modules.items(), start=1)
+            )
         )
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _same(network: Network) -> Network:
+    """One object for equal descriptions: caches that are asked for it recognise it at a glance."""
+    return network
 
 
 def common_placement(model: nn.Module) -> tuple[torch.device, torch.dtype] | None:
@@ -512,7 +523,8 @@ def common_placement(model: nn.Module) -> tuple[torch.device, torch.dtype] | Non
         ModelError: uninitialised (lazy) parameters, or layers on different devices or of different dtypes.
     """
     first = None
-    for tensor in _tensors(model):
+    parameters, buffers = tensors_of(model)
+    for tensor in (*parameters, *buffers):
         if is_lazy(tensor):
             raise ModelError(
                 "model",
@@ -534,12 +546,24 @@ def common_placement(model: nn.Module) -> tuple[torch.device, torch.dtype] | Non
     return None if first is None else (first.device, first.dtype)
 
 
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """All parameters and buffers; without their names, which take longer to make than everything else."""
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                yield tensor
+def tensors_of(model: nn.Module) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
+    """Parameters and buffers in the order of ``model.parameters()`` and ``buffers()``, each once.
+
+    Every step asks for them, and the names that torch's own walk makes take longer than everything else.
+    """
+    parameters, buffers, seen, waiting = {}, {}, set(), [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for held, found in ((module._parameters, parameters), (module._buffers, buffers)):
+            for tensor in held.values():
+                if tensor is not None:
+                    found[id(tensor)] = tensor
+        if module._modules:
+            waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
+    return list(parameters.values()), list(buffers.values())
 
 
 def _name_in(model: nn.Module, tensor: torch.Tensor) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from . import network as specs
 from .belief_optimizers import PLAIN, BeliefOptimizer
+from .hashing import hashed_once
 from .precision import Precision
 
 METHODS = ("exact", "fixed_prediction", "strict", "error_based", "zero_divergence")
@@ -33,6 +34,7 @@ class Work:
         return self.forward + self.relaxation + self.gradients
 
 
+@hashed_once
 @dataclass(frozen=True)
 class Plan:
     """What will run, and why.

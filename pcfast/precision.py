@@ -86,7 +86,7 @@ def numerics(device: torch.device, precision: Precision):
         if device.type == "cuda":
             stack.enter_context(switched(torch.backends.cudnn, "deterministic", True))
             if precision.autocast == torch.float16:
-                stack.enter_context(switched(torch.backends.cuda.matmul, "fp32_precision", "tf32"))
+                stack.enter_context(switched(PRODUCTS, "state", PRODUCTS.of("tf32")))
         yield
 
 
@@ -112,6 +112,68 @@ def switched(owner, name: str, value):
             if users == 1:
                 del _switch_users[key]
                 setattr(owner, name, before)
+
+
+class Products:
+    """Precision of float32 matrix products on CUDA, by torch's newer switch and by the older one.
+
+    Where the two differ torch raises as soon as the older one is read, which torch.compile does.
+    """
+
+    @property
+    def state(self) -> tuple[str | None, str, str]:
+        """The older switch (None: it differs already, and cannot be read), the newer, and the CPU's newer one."""
+        newer = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+        try:
+            return torch.get_float32_matmul_precision(), *newer
+        except RuntimeError:
+            return None, *newer
+
+    @state.setter
+    def state(self, value: tuple[str | None, str, str]) -> None:
+        older, on_cuda, on_cpu = value
+        if older is not None:
+            torch.set_float32_matmul_precision(older)  # sets the newer ones, too
+        torch.backends.cuda.matmul.fp32_precision = on_cuda
+        torch.backends.mkldnn.matmul.fp32_precision = on_cpu
+
+    def of(self, precision: str) -> tuple[str | None, str, str]:
+        """The state for "ieee" or "tf32"; the CPU's products stay as they are."""
+        older, _, on_cpu = self.state
+        return older and ("high" if precision == "tf32" else "highest"), precision, on_cpu
+
+
+class Convolutions:
+    """Precision of cuDNN: of convolutions and recurrent layers, and by the older switch of both.
+
+    Where the three differ torch raises as soon as the older one is read, which torch.export and cudnn.flags do.
+    """
+
+    @property
+    def state(self) -> tuple[bool | None, str, str]:
+        """The older switch (None: as for :class:`Products`), that of convolutions, that of recurrent layers."""
+        cudnn = torch.backends.cudnn
+        newer = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+        try:
+            return cudnn.allow_tf32, *newer
+        except RuntimeError:
+            return None, *newer
+
+    @state.setter
+    def state(self, value: tuple[bool | None, str, str]) -> None:
+        older, convolutions, recurrent = value
+        if older is not None:
+            torch.backends.cudnn.allow_tf32 = older  # sets the newer ones, too
+        torch.backends.cudnn.conv.fp32_precision = convolutions
+        torch.backends.cudnn.rnn.fp32_precision = recurrent
+
+    def of(self, precision: str) -> tuple[bool | None, str, str]:
+        """The state for "ieee" or "tf32"."""
+        older = self.state[0]
+        return None if older is None else precision == "tf32", precision, precision
+
+
+PRODUCTS, CONVOLUTIONS = Products(), Convolutions()
 
 
 def parameter_dtype(name: str) -> torch.dtype:
@@ -144,8 +206,8 @@ def use_precision(name: str, device: torch.device):
     products = "tf32" if name == "tf32" else "ieee"
     with contextlib.ExitStack() as stack:
         if device.type == "cuda":
-            stack.enter_context(switched(torch.backends.cuda.matmul, "fp32_precision", products))
-            stack.enter_context(switched(torch.backends.cudnn.conv, "fp32_precision", products))
+            for switch in (PRODUCTS, CONVOLUTIONS):
+                stack.enter_context(switched(switch, "state", switch.of(products)))
         if name == "bf16":
             stack.enter_context(torch.autocast(device.type, torch.bfloat16))
         yield

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcfast
 from pcfast import networks
@@ -329,6 +330,71 @@ def test_counts_are_those_of_the_planner():
 def test_a_run_out_of_time_says_so(small_workloads):
     record = runner.run(["small_mlp"], ["eager"], ["ieee"], CPU, quick=True, seconds=0)
     assert [row["reason"] for row in record["rows"]] == ["out of time"]
+
+
+def test_what_was_found_is_kept_after_every_case(small_workloads, tmp_path, monkeypatch, capsys):
+    """A run that is stopped in its second case has written the first; the file does not pass for a full run."""
+    path, case, seen = tmp_path / "run.json", runner._case, []
+    monkeypatch.setitem(WORKLOADS, "tiny_exact", SMALL["mlp"])
+
+    def interrupted(workload, precision, *rest):
+        seen.append((workload.name, precision))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return case(workload, precision, *rest)
+
+    monkeypatch.setattr(runner, "_case", interrupted)
+    monkeypatch.setenv("PCFAST_TRACEBACK", "1")
+    command = ["bench", "tiny_exact", "--contender", "eager", "--precision", "ieee", "--precision", "bf16"]
+    assert main([*command, "--quick", "--device", "cpu", "--json", str(path)]) == 130
+    assert "in interrupted" in capsys.readouterr().err
+    record = json.loads(path.read_text())
+    first, second = record["rows"]
+    assert first["status"] == "timed" and first["floor_seconds"] > 0
+    assert second["precision"] == "bf16" and second["reason"] == "out of time"
+    path.write_text(json.dumps({**record, "quick": False, "commit": "abc1234"}))
+    with pytest.raises(Exception, match="did not end"):
+        report.record(path)
+
+
+def test_the_time_is_looked_at_before_every_contender(small_workloads, monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(now))  # a second more at every look
+    names = ["eager", "plain", "literal", "backpropagation"]
+    record = runner.run(["small_mlp"], names, ["ieee"], CPU, quick=True, seconds=4)
+    reasons = [timed(record, name)["reason"] for name in names]
+    assert reasons == ["", "", "out of time", "out of time"] and record["complete"]
+
+
+def test_compilers_run_once_for_a_case_and_once_for_the_gate_in_float64(small_workloads, monkeypatch):
+    prepared = []
+
+    def prepare(workload, model, x, y, precision):
+        prepared.append((precision, x.dtype))
+        return contenders._plain_eager(workload, model, x, y, precision)
+
+    monkeypatch.setitem(CONTENDERS, "another", another(prepare))
+    record = runner.run(["small_mlp"], ["another"], ["ieee", "bf16"], CPU, quick=True)
+    assert [row["status"] for row in record["rows"]] == ["timed", "timed"]
+    assert prepared == [("fp64", torch.float64), ("ieee", torch.float32), ("bf16", torch.float32)]
+
+
+def test_the_ceiling_of_bf16_is_that_of_a_product_alone(monkeypatch):
+    """Not of the casts of its operands, which autocast makes in every product."""
+    monkeypatch.setattr(measure, "SECONDS_OF_A_CEILING", 0.0)
+    casts, best = [], measure._best
+
+    class NoCasts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            casts.extend([function] if function is torch.ops.aten._to_copy.default else [])
+            return function(*args, **(kwargs or {}))
+
+    def watched(run, *rest):
+        with NoCasts():
+            return best(run, *rest)
+
+    monkeypatch.setattr(measure, "_best", watched)
+    assert measure.ceilings("bf16", CPU, quick=True)["multiply_adds_per_s"] > 0 and casts == []
 
 
 def test_what_would_take_minutes_is_not_started(small_workloads, monkeypatch):
@@ -690,11 +756,23 @@ def test_the_gpu_script_can_be_rehearsed(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    kernels = ["kernels.json", "kernels.txt"] if importlib.util.find_spec("triton") else []
-    assert files == ["bench.json", "bench.txt", "info.json", *kernels, "log.txt", "summary.txt"]
+    kernels = ["kernels.json"] if importlib.util.find_spec("triton") else []
+    assert files == ["bench.json", "info.json", *kernels, "log.txt", "summary.txt"]
+    assert "Whole training steps" in done.stdout  # tables stand there, too
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert done.stdout.rstrip().endswith(summary.rstrip())
-    for step in ("build", "tests", "constants", "kernels", "bench", "sanitizer"):
+    for step in (
+        "build",
+        "info",
+        "tools",
+        "probes",
+        "tests",
+        "large",
+        "constants",
+        "kernels",
+        "bench",
+        "sanitizer",
+    ):
         assert step in summary
     if kernels:
         record = json.loads((tmp_path / "out" / "kernels.json").read_text())
@@ -713,13 +791,99 @@ def test_the_gpu_script_can_be_rehearsed(tmp_path):
     assert json.loads((tmp_path / "out" / "bench.json").read_text())["quick"] is True
 
 
-def test_the_sanitizers_have_tests_to_run():
-    """Names that pytest knows: -k would select nothing without a word."""
+@pytest.mark.parametrize("selection", ["PROBED", "LARGE", "SANITIZED"])
+def test_probes_and_sanitizers_have_tests_to_run(selection):
+    """Names that pytest knows: -k would leave one out without a word."""
     script = (ROOT / "bench" / "on_gpu.sh").read_text()
-    names = re.search(r'^SANITIZED="(.*)"', script, flags=re.M)[1].split(" or ")
-    for tests in re.search(r"for tests in (.*); do", script)[1].split():
-        text = (ROOT / "tests" / "gpu" / f"test_{tests}_cuda.py").read_text()
-        assert any(name in found for name in names for found in re.findall(r"def (test_\w+)", text)), tests
+    names = re.search(rf'^{selection}="(.*?)"', script, flags=re.M)[1].split(" or ")
+    tests = ["resident"] if selection == "SANITIZED" else ["resident", "triton"]
+    text = "".join((ROOT / "tests" / "gpu" / f"test_{name}_cuda.py").read_text() for name in tests)
+    found = re.findall(r"def (test_\w+)", text) + re.findall(r'^    "(\w+)": Case', text, flags=re.M)
+    assert all(any(name in each for each in found) for name in names)
+
+
+def steps(folder: Path, seconds: int, commands: str) -> tuple[str, str, int]:
+    """What ``commands``, with bench/steps.sh and so many seconds left, put into summary and log; exit status."""
+    begin = f"""set -uo pipefail; source {ROOT}/bench/steps.sh; DEADLINE=$((SECONDS + {seconds})) STATUS=0
+    SUMMARY={folder}/summary LOG={folder}/log SAID={folder}/said PYTHON={sys.executable}; : > $SUMMARY; : > $LOG
+    """
+    done = subprocess.run(
+        ["bash", "-c", begin + commands], capture_output=True, text=True, timeout=100, cwd=ROOT
+    )
+    assert done.stderr == ""
+    return (folder / "summary").read_text(), (folder / "log").read_text(), done.returncode
+
+
+def test_a_step_whose_time_runs_out_leaves_what_it_found(tmp_path):
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_broken():\n    assert 'what is' == 'wrong'\n"
+        "def test_endless():\n    time.sleep(100)\n"
+    )
+    command = f"$PYTHON -m pytest -v --tb=short -p no:benchmark -p no:cacheprovider -n 1 {tmp_path}"
+    # as where this shell was started in the background: Ctrl-C is ignored
+    summary, log, status = steps(tmp_path, 100, f"trap '' INT; step tests 12 {command}; exit $STATUS")
+    assert "not done after 12 s" in summary and status == 1
+    assert "assert 'what is' == 'wrong'" in log and "KeyboardInterrupt" in log
+
+
+def test_a_step_has_no_more_than_what_is_left_and_its_own_words(tmp_path):
+    ran_out = 'timeout() { echo "within $3"; return 124; }'
+    summary, log, status = steps(
+        tmp_path,
+        50,
+        f"""step first 60 echo well; {ran_out}; step slow 600 sleep 30
+        DEADLINE=$((SECONDS + 9)); step late 60 echo no; exit $STATUS""",
+    )
+    first, slow, late = summary.splitlines()
+    assert first.endswith("s: well") and "not reached" in late and status == 1
+    assert re.search(r"FAILED: not done after (50|49|48) s: within \1$", slow) and "== slow: sleep 30" in log
+
+
+STAND_IN = """#!/bin/sh
+case $* in *--help*) echo "memcheck racecheck" ;; esac
+echo "unbuffered $PYTHONUNBUFFERED, preallocate $XLA_PYTHON_CLIENT_PREALLOCATE"
+"""
+
+
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        ("1", "build native info tools launches eager probed jax tests large"),
+        ("2", "build native info constants kernels bench compilers memcheck racecheck synccheck"),
+    ],
+)
+def test_the_parts_of_the_gpu_script_run_their_steps(part, names, tmp_path):
+    """With a stand-in for Python and for compute-sanitizer, which both do nothing."""
+    for name in ("python", "compute-sanitizer"):
+        path = tmp_path / name
+        path.write_text(STAND_IN)
+        path.chmod(0o755)
+    done = subprocess.run(
+        ["bash", ROOT / "bench" / "on_gpu.sh", tmp_path / "out", "--part", part], capture_output=True, text=True,
+        env={**os.environ, "PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert " ".join(line.split()[0] for line in summary) == names
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "unbuffered 1, preallocate false" in log
+    if part == "1":
+        runs = re.findall(r"-m pytest .*", log)
+        assert len(runs) == 4 and all("-p no:benchmark" in run for run in runs)
+        (probed,), (rest,) = (re.findall(rf"-k {begin}.*", log) for begin in (r"\(where", "not "))
+        assert "two_to_the_31" in probed and "two_to_the_31" in rest  # last, and apart
+    else:
+        assert summary[-1].endswith("has no synccheck")
+        for contender in re.findall(r"--contender (\S+)", log):
+            assert contender in CONTENDERS
+        assert "mlp_600 mnist_cnn --contender plain_compiled --contender jax" in log
+
+
+def test_no_pipe_of_the_gpu_script_ends_in_a_quiet_grep():
+    """It leaves at the first match; under pipefail the writer's SIGPIPE then looks like no match."""
+    for script in (ROOT / "bench").glob("*.sh"):
+        assert not re.search(r"\|\s*grep\s+-\w*q", script.read_text()), script
 
 
 def test_the_gpu_script_runs_some_steps_alone(tmp_path):
@@ -729,7 +893,7 @@ def test_the_gpu_script_runs_some_steps_alone(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     summary = (tmp_path / "out" / "summary.txt").read_text().split("\n")
-    assert [line.split()[0] for line in summary if line] == ["build", "constants", "sanitizer"]
+    assert [line.split()[0] for line in summary if line] == ["build", "info", "constants", "sanitizer"]
 
 
 @pytest.mark.parametrize(
@@ -738,6 +902,8 @@ def test_the_gpu_script_runs_some_steps_alone(tmp_path):
         ([], "usage"),
         (["out", "--only", "tests,nothing"], "'nothing' is no step"),
         (["out", "--minutes", "x"], "--minutes"),
+        (["out", "--part", "3"], "1 or 2"),
+        (["out", "--part", "1", "--only", "tests"], "one of the two"),
         (["a", "b"], "one folder"),
         (["out", "--fast"], "--fast"),
     ],

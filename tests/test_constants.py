@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from pcfast.bench.constants import measure
 from pcfast.constants import BY_CLUSTER_SIZE, CLUSTER_SIZES, DEFAULTS, NAMES, Table, load
 from pcfast.errors import ArgumentError
 
+NVCC_VARIABLES = ("CUDACXX", "CUDA_HOME", "CUDA_PATH")
 FOLDER = Path(__file__).resolve().parent.parent / "bench" / "constants"
 ARCHITECTURES = ("80", "90a", "100a")
 
@@ -197,8 +199,45 @@ def test_names_of_architectures():
 
 def test_without_nvcc(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(measure.MeasuringError, match="nvcc is not on PATH"):
+    for variable in NVCC_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(measure.MeasuringError, match="no nvcc on PATH"):
         measure.build(tmp_path / "program", ["90a"])
+
+
+@pytest.mark.parametrize("variable", NVCC_VARIABLES)
+def test_nvcc_is_found_where_the_kernels_build_finds_it(variable, monkeypatch, tmp_path):
+    folder = tmp_path / "cuda" / "bin"
+    folder.mkdir(parents=True)
+    nvcc = script(folder, "nvcc", "echo 'x.cu: fatal error: of this one' >&2; exit 2")
+    for name in NVCC_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(nvcc if variable == "CUDACXX" else tmp_path / "cuda"))
+    with pytest.raises(measure.MeasuringError, match="of this one"):
+        measure.build(tmp_path / "program", ["90a"])
+    said = (
+        "import setuptools; setuptools.setup = lambda **_: None; exec(open('setup.py').read()); print(NVCC)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"__file__ = 'setup.py'; {said}"],
+        cwd=FOLDER.parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(nvcc), done.stderr
+
+
+def test_what_the_program_measured_is_kept_before_torch_is_timed(monkeypatch, tmp_path):
+    out = tmp_path / "constants.json"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(measure, "build", lambda program, architectures: None)
+    monkeypatch.setattr(measure, "run", lambda program: {"measured": {"sm_count": 132}, "not_measured": {}})
+    monkeypatch.setattr(measure, "matmul_rates", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(sys, "argv", ["measure", "--out", str(out)])
+    with pytest.raises(KeyboardInterrupt):
+        measure.main()
+    assert json.loads(out.read_text())["measured"] == {"sm_count": 132}
 
 
 def script(folder: Path, name: str, text: str) -> Path:

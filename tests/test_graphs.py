@@ -1,8 +1,6 @@
 """Graph replay without a GPU: keys, aliasing, bounds, failures and refusals of pcfast/graphs.py.
 
-A real recorder captures kernels; the one here runs the work again at each replay and copies what it finds into
-the tensors of the first result in place, as a replayed graph would. A result that shares memory with the graph's
-own, or with the caller's, therefore changes under the test.
+A real recorder captures kernels; the one here (graph_recorder.py) runs the work again at each replay.
 """
 
 from __future__ import annotations
@@ -20,13 +18,16 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from graph_recorder import Recorder, tensors_of
+from host_reads import NoHostReads
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcfast
-from pcfast import early_exit, graphs, log, precision
+from pcfast import early_exit, graphs, log, network, precision
+from pcfast.backends import Eager
 from pcfast.diagnostics import diagnose
 from pcfast.torch2pc import FixedPredPCPredErrs
+from pcfast.uploads import uploaded
 
 METHODS = ("exact", "fixed_prediction", "strict", "error_based", "zero_divergence")
 STEPS = {"step_size": 0.2, "num_steps": 4}
@@ -44,38 +45,6 @@ def mlp() -> nn.Sequential:
 
 def batch(rows: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 5), torch.randint(0, CLASSES, (rows,))
-
-
-def tensors_of(value) -> list[Tensor]:
-    """All tensors in a result, lists and dictionaries included."""
-    if isinstance(value, Tensor):
-        return [value]
-    if dataclasses.is_dataclass(value):
-        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for entry in value for t in tensors_of(entry)] if isinstance(value, list) else []
-
-
-class Recorder:
-    """Runs the work again at each replay, into the first result's tensors."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-        self.static: list[Tensor] = []
-
-    def __call__(self, work):
-        self.recorded += 1
-        result = work()
-        static = tensors_of(result)
-        self.static += static
-
-        def replay() -> None:
-            self.replayed += 1
-            for old, new in zip(static, tensors_of(work()), strict=True):
-                old.copy_(new)
-
-        return result, replay
 
 
 @pytest.fixture
@@ -213,6 +182,17 @@ def test_the_model_changes_the_key(name, monkeypatch):
     change(model)
     assert key_of(model, x, y, monkeypatch) != before
     del kept
+
+
+def test_the_keys_tensors_are_torchs_in_torchs_order():
+    shared, tied = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), nn.Linear(3, 3, bias=False)
+    tied.weight = shared[0].weight
+    model = nn.Sequential(
+        shared, nn.Sequential(nn.BatchNorm1d(3, affine=False), shared, tied), nn.Linear(3, 1)
+    )
+    parameters, buffers = network.tensors_of(model)
+    for found, expected in ((parameters, model.parameters()), (buffers, model.buffers())):
+        assert list(map(id, found)) == list(map(id, expected))
 
 
 def test_shapes_strides_and_dtypes_change_the_key(monkeypatch):
@@ -472,6 +452,31 @@ def test_shapes_that_come_once_are_not_recorded(install, monkeypatch):
     assert (len(cache), recorder.recorded) == (0, 0)
 
 
+def test_what_a_first_call_uploaded_is_there_at_its_recording(install, monkeypatch):
+    """However many other first calls have come in between: a capture cannot upload."""
+    made = []
+
+    @uploaded(capacity=1)
+    def table(rows: int) -> Tensor:
+        made.append(rows)
+        return torch.zeros(rows)
+
+    run = Eager.run
+
+    def reading_a_table(self, problem, plan):
+        outcome = run(self, problem, plan)
+        outcome.resources = table(len(problem.x))
+        return outcome
+
+    monkeypatch.setattr(Eager, "run", reading_a_table)
+    install(capacity=9)
+    model = mlp()
+    for _ in range(2):
+        for rows in (2, 3, 4):
+            loss_and_updates(model, *batch(rows), backend="eager")
+    assert pcfast.last_run().replayed and made == [2, 3, 4]
+
+
 def test_a_failed_recording_falls_back_and_says_so_once(install, caplog, monkeypatch):
     monkeypatch.setattr(log, "_said", set())
     attempts = []
@@ -591,23 +596,6 @@ def test_activations_given_by_the_caller_are_refused(install):
 # What may be captured at all -----------------------------------------------------------------------------------
 
 
-class NoHostReads(TorchDispatchMode):
-    """Raises where a value goes from the device to the host: a capture would fail there."""
-
-    READS = (
-        torch.ops.aten._local_scalar_dense.default,
-        torch.ops.aten.is_nonzero.default,
-        torch.ops.aten.equal.default,
-        torch.ops.aten.nonzero.default,
-        torch.ops.aten.masked_select.default,
-    )
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in self.READS:
-            raise AssertionError(f"{func} waits for the device")
-        return func(*args, **(kwargs or {}))
-
-
 def everything() -> nn.Sequential:
     """All that eager captures in one net, input (B, 1, 12, 12)."""
     return nn.Sequential(
@@ -643,9 +631,9 @@ def test_eager_never_waits_for_the_device(check, method, run, loss, monkeypatch)
 
 
 def test_reads_by_the_host_are_noticed():
-    with pytest.raises(AssertionError, match="waits for the device"), NoHostReads():
+    with pytest.raises(RuntimeError, match="waits for the device"), NoHostReads():
         bool(torch.ones(()))
-    with pytest.raises(AssertionError, match="waits for the device"), NoHostReads():
+    with pytest.raises(RuntimeError, match="waits for the device"), NoHostReads():
         torch.arange(3)[torch.tensor(1)]
 
 

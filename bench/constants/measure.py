@@ -11,17 +11,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from pcfast.files import write_json
+from pcfast.nvcc import find_nvcc
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "constants.cu"
@@ -42,9 +42,11 @@ def architecture(capability: tuple[int, int]) -> str:
 
 def build(program: Path, architectures: Sequence[str], *options: str) -> None:
     """Compile constants.cu for ``architectures`` into ``program``."""
-    nvcc = shutil.which("nvcc")
+    nvcc = find_nvcc()
     if nvcc is None:
-        raise MeasuringError("nvcc is not on PATH: install the CUDA toolkit, or add its bin folder to PATH")
+        raise MeasuringError(
+            "no nvcc on PATH, nor by CUDACXX, CUDA_HOME or CUDA_PATH: install the CUDA toolkit, or name it by one"
+        )
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
     command = [nvcc, "-O3", "-std=c++17", *targets, *options, "-o", str(program), str(SOURCE)]
     try:
@@ -126,18 +128,20 @@ def _matmul_rate(size: int, dtype: torch.dtype, repetitions: int, allowed: float
     return {"median": median, "p20": p20, "p80": p80, "samples": len(rates)}
 
 
-def measure() -> dict:
-    """Everything, as pcfast.constants reads it."""
+def measure(keep: Callable[[dict], None] = lambda record: None) -> dict:
+    """Everything, as pcfast.constants reads it. ``keep`` gets what is there before torch's products are timed."""
     if not torch.cuda.is_available():
         raise MeasuringError("no GPU: torch.cuda.is_available() is False")
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "constants"
         build(program, [architecture(torch.cuda.get_device_capability(0))])
         record = run(program)
+    record.update(torch=str(torch.__version__), date=datetime.date.today().isoformat())
+    keep(record)
     measured, not_measured = matmul_rates()
     record["measured"].update(measured)
     record["not_measured"].update(not_measured)
-    return {**record, "torch": str(torch.__version__), "date": datetime.date.today().isoformat()}
+    return record
 
 
 def save(record: dict, path: Path) -> None:
@@ -150,7 +154,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="JSON file to write (%(default)s)")
     arguments = parser.parse_args()
     try:
-        record = measure()
+        record = measure(keep=lambda found: save(found, arguments.out))
         save(record, arguments.out)
     except (MeasuringError, OSError) as error:
         print(f"measure.py: {error}", file=sys.stderr)

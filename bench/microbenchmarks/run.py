@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import torch
 from torch import nn
@@ -27,7 +27,10 @@ LAUNCHES = 20
 #: Sizes of every kernel in a quick run.
 QUICK_SIZES = 2
 
+OUT_OF_TIME = "out of time"
+
 Progress = Callable[[int, int, str], None]
+Keep = Callable[[dict[str, dict], list[dict]], None]
 
 
 def unable(device: torch.device) -> dict[str, str]:
@@ -97,26 +100,27 @@ def run(
     quick: bool = False,
     seconds: float = math.inf,
     progress: Progress = lambda done, total, what: None,
+    keep: Keep = lambda ceilings, rows: None,
 ) -> tuple[dict[str, dict], list[dict]]:
-    """Time ``cases``; ``seconds``: stop cleanly after about so long.
+    """Time ``cases``; ``seconds``: stop cleanly after about so long; ``keep`` gets the result after every case.
 
     Returns:
         Ceilings by precision, and a row for each way of each case: see :func:`_row`. Times are in seconds.
     """
     deadline = time.monotonic() + seconds
     ceilings = _ceilings({case.precision for case in cases}, device, quick)
-    rows: list[dict] = []
+    rows = [[_row(case, ceilings, reason=OUT_OF_TIME)] for case in cases]
     for done, case in enumerate(cases):
         progress(done, len(cases), f"{case.kernel} in {case.precision}, {case.size}")
+        keep(ceilings, list(chain.from_iterable(rows)))
         if time.monotonic() >= deadline:
-            rows.append(_row(case, ceilings, reason="out of time"))
-            continue
-        rows += _timed(case, ceilings, device, quick, deadline)
+            break
+        rows[done] = _timed(case, ceilings, device, quick, deadline)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     progress(len(cases), len(cases), "done")
-    return ceilings, rows
+    return ceilings, list(chain.from_iterable(rows))
 
 
 def _ceilings(precisions: set[str], device: torch.device, quick: bool) -> dict[str, dict]:
@@ -146,6 +150,9 @@ def _timed(case: Case, ceilings: dict, device: torch.device, quick: bool, deadli
     rows = {_name(way): _row(case, ceilings, way) for way in ways}
     for way in ways:
         row = rows[_name(way)]
+        if time.monotonic() >= deadline:
+            row["reason"] = OUT_OF_TIME
+            continue
         try:
             with switches(precision, device), numerics(device, choose_precision(device.type, torch.float32)):
                 verdict = way.judge()

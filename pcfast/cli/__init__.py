@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
@@ -62,6 +63,8 @@ def main(
     except click.ClickException as error:
         return _fail(BAD_INPUT, error.format_message())
     except click.Abort as error:
+        if os.environ.get("PCFAST_TRACEBACK"):
+            traceback.print_exception(error)  # where it was: of what hangs
         return _fail(INTERRUPTED, str(error.__cause__ or "") or "stopped; nothing half-written is left", "")
     except RelaxationDiverged as error:
         return _fail(FAILED, _in_options(str(error)))

@@ -77,13 +77,16 @@ def bench(workloads, contenders, precisions, kernels, device, quick, minutes, pa
         def progress(done: int, total: int, what: str) -> None:
             update(completed=done, total=total, description=what)
 
-        limits = dict(quick=quick, seconds=seconds, progress=progress)
+        def keep(record: dict) -> None:
+            if path is not None:
+                write_json(path, record)
+
+        limits = dict(quick=quick, seconds=seconds, progress=progress, keep=keep)
         if kernels:
             record = runner.run_kernels(precisions, device, **limits)
         else:
             record = runner.run(names, contenders, precisions, device, **limits)
-    if path is not None:
-        write_json(path, record)
+    keep(record)
     (_print_kernels if kernels else _print)(record)
     return 1 if _failed(record) else 0
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..streams import kept_beside
+
 
 class Branches:
     """Runs pieces that do not depend on each other.
@@ -17,17 +19,14 @@ class Branches:
     def __init__(self, device: torch.device) -> None:
         self._capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self._device = device
-        self._streams: list[torch.cuda.Stream] = []
 
     def run(self, pieces: Sequence[Callable[[], None]]) -> None:
         if not self._capturing:
             for piece in pieces:
                 piece()
             return
-        while len(self._streams) < len(pieces) - 1:
-            self._streams.append(torch.cuda.Stream(self._device))
         main = torch.cuda.current_stream(self._device)
-        used = self._streams[: max(len(pieces) - 1, 0)]
+        used = kept_beside(main, max(len(pieces) - 1, 0))
         for stream, piece in zip(used, pieces[1:], strict=True):
             stream.wait_stream(main)
             with torch.cuda.stream(stream):

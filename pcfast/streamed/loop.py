@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +32,7 @@ from ..kernels.pointwise_update import update
 from ..kernels.tf32 import as_read
 from ..losses import Target as LossTarget
 from ..network import MaxPool2d
+from ..uploads import uploaded
 from .boundary import as_image
 from .branches import Branches
 from .design import Design, FeedbackLaunch, PredictLaunch
@@ -47,7 +47,7 @@ _LOSSES = {"cross_entropy": CROSS_ENTROPY.value, "mse": MSE.value}
 _NEVER = torch.iinfo(torch.int32).max
 
 
-@lru_cache(maxsize=64)
+@uploaded(capacity=64)
 def table(rows: tuple, device: torch.device) -> Tensor:
     """Rows as the kernels read them. Cached: a CUDA graph can only be captured where nothing has to be uploaded."""
     numbers = torch.tensor([as_numbers(row) for row in rows], dtype=torch.int64)

@@ -1,23 +1,32 @@
-"""What holds in every test on a CUDA device."""
+"""What holds in every test on a CUDA device, or, with PCFAST_FAKE_CUDA=1, on a CPU in its place (fake_cuda.py)."""
+
+import os
 
 import pytest
-import torch
 
 import pcfast
 from pcfast import graphs
+from pcfast.precision import CONVOLUTIONS, PRODUCTS
+
+if os.environ.get("PCFAST_FAKE_CUDA") == "1":
+    import fake_cuda
+
+    fake_cuda.install()
+
+    def pytest_collection_modifyitems(items):
+        fake_cuda.skip_what_needs_a_device(items)
 
 
 @pytest.fixture(autouse=True)
 def _clean():
     """IEEE float32, no graphs and no reports left over from another test, before and after."""
-    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
+    before = {switch: switch.state for switch in (PRODUCTS, CONVOLUTIONS)}
+    for switch in before:
+        switch.state = switch.of("ieee")
     graphs.CACHE.clear()
     pcfast.synchronize()
     yield
     graphs.CACHE.clear()
-    for switch, precision in zip(switches, before, strict=True):
-        switch.fp32_precision = precision
+    for switch, state in before.items():
+        switch.state = state
     pcfast.synchronize()

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcfast
+from pcfast.backends import cuda, triton
 from pcfast.precision import numerics
 from pcfast.problem import Wanted
 from pcfast.relaxation import prepare
@@ -117,49 +118,80 @@ def problem(make: Callable[[], nn.Sequential], sample: Sequence[int], rows: int 
     return make().to(DEVICE), x.to(DEVICE), y.to(DEVICE)
 
 
-def _on_given_forward_pass(kind: type, whole, rows: slice) -> type:
-    """``kind``, a backend's run, from what the forward pass of ``whole`` gave for some of its rows."""
+def views_of(x: Tensor) -> dict[str, Tensor]:
+    """Inputs of x's shape at odd addresses and with odd strides."""
+    rows, size, sample = len(x), x[0].numel(), x.shape[1:]
+    large = torch.randn(rows + 3, 2 * size + 5, device=x.device)
+    views = {
+        "sliced": large[:rows, 5 : 5 + size],
+        "offset": large.flatten()[1 : 1 + rows * size].view(rows, size),
+        "strided": large[:rows, 1 : 1 + 2 * size : 2],
+        "transposed": torch.randn(size, rows, device=x.device).t(),
+    }
+    return {
+        **{name: view.unflatten(1, sample) for name, view in views.items()},
+        "expanded": x[:1].expand_as(x),
+    }
 
-    class OnGivenForwardPass(kind):
-        def _forward(self):
-            super()._forward()
-            self.pre_activations = [u if u is None else u[rows] for u in whole.pre_activations]
-            return [value[rows] for value in whole.vhat]
 
-    return OnGivenForwardPass
+class _Streamed(triton._Run):
+    """A run of the triton backend; ``given``: another run and rows of it, whose forward pass it takes."""
+
+    given: tuple | None = None
+
+    def _forward(self):
+        own = super()._forward()
+        if self.given is None:
+            return own
+        whole, rows = self.given
+        self.pre_activations = [u if u is None else u[rows] for u in whole.pre_activations]
+        for l, u in enumerate(self.pre_activations):
+            if f"uhat{l}" in self.arena:  # where the loop reads linear layers'
+                self.arena.matrix(f"uhat{l}").copy_(u)
+        return [value[rows] for value in whole.vhat]
+
+
+class _Resident(cuda._Run):
+    """A run of the cuda backend, whose kernel runs the forward pass but for the lowest product, which is torch's."""
+
+    given: tuple | None = None
+
+    def arguments(self, first):
+        placed, self.inputs = super().arguments(first)
+        if self.given is not None:
+            whole, rows = self.given
+            self.inputs = replace(self.inputs, below=whole.inputs.below[rows])
+        return placed, self.inputs
 
 
 class Batch:
     """A batch relaxed as a whole, and parts of it relaxed alone from the same forward pass."""
 
-    def __init__(self, backend, make, sample, rows: int, gram: bool, num_steps: int = 8) -> None:
-        """backend: its module, which has a _Run."""
+    def __init__(self, backend: str, make, sample, rows: int, gram: bool, num_steps: int = 8) -> None:
         self.backend, (self.model, self.x, self.y) = backend, problem(make, sample, rows)
         self.gram, self.num_steps = gram, num_steps
-        self.run = self.relaxed(slice(0, rows), backend._Run)
+        self.run = self.relaxed(slice(0, rows))
 
-    def relaxed(self, rows: slice, kind: type):
+    def relaxed(self, rows: slice, whole=None):
         # a sum: every row's loss is its own
         ready = prepare(
             self.model, self.x[rows], self.y[rows], loss=nn.CrossEntropyLoss(reduction="sum"), method="strict",
-            step_size=0.1, num_steps=self.num_steps, wanted=Wanted(gradients=False),
-            backend=self.backend.__name__.rpartition(".")[2], check="off",
+            step_size=0.1, num_steps=self.num_steps, wanted=Wanted(gradients=False), backend=self.backend,
+            check="off",
         )  # fmt: skip
         plan = replace(ready.plan, gram=self.gram)
         with numerics(self.x.device, plan.precision):
-            run = kind(ready.problem, plan)
+            run = {"triton": _Streamed, "cuda": _Resident}[self.backend](ready.problem, plan)
+            run.given = None if whole is None else (whole, rows)
             run.outcome()
         return run
 
     def values(self, run) -> list[Tensor]:
-        """Deviations and errors that the loop left. Layer 1's in Gram form is a product of torch's."""
-        lowest = 2 if self.gram else 1
-        states = [link.d for link in run.links[lowest:]]
-        return states + [value for _, value in run.checked[-1:]]
+        """Beliefs, or their deviations, and the output's error. Layer 1's in Gram form is a product of torch's."""
+        return [value for l, value in run.checked if l >= (2 if self.gram else 1)]
 
     def assert_alone_as_in_the_batch(self, rows: slice) -> None:
-        kind = _on_given_forward_pass(self.backend._Run, self.run, rows)
-        alone = self.values(self.relaxed(rows, kind))
+        alone = self.values(self.relaxed(rows, self.run))
         together = [value[rows] for value in self.values(self.run)]
         assert all(bool(value.any()) for value in together)
         assert same_bits(alone, together), rows

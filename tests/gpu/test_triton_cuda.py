@@ -31,12 +31,12 @@ from gpu_helpers import (
     problem,
     same_bits,
     updates,
+    views_of,
 )
 from torch import Tensor, nn
 
 import pcfast
 from pcfast import checking, networks
-from pcfast.backends import triton as backend
 from pcfast.precision import use_precision
 
 pytestmark = [
@@ -118,8 +118,9 @@ CASES = {
     "cifar_cnn": Case(small_cifar_cnn, (3, 12, 12), TWO_STAGES),
     "mixed": Case(mixed, (37,), "several activations", precisions=("ieee",)),
     "odd_sizes": Case(lambda: networks.mlp([37, 61, 53, 7]), (37,), ONE_LAUNCH, precisions=("tf32", "bf16")),
+    # smooth: one relu of a single sample on its kink decides a whole update
     "batch_of_one": Case(
-        lambda: networks.mlp([37, 64, 64, CLASSES]),
+        lambda: networks.mlp([37, 64, 64, CLASSES], nn.Tanh),
         (37,),
         ONE_LAUNCH,
         batch=1,
@@ -359,14 +360,15 @@ def test_runs_are_bit_for_bit_equal(name, precision, convolutions, request):
 @pytest.mark.parametrize("name", ["one_launch", "two_stages"])
 def test_a_row_does_not_depend_on_its_batch(name, precision, gram):
     with use_precision(precision, DEVICE):
-        batch = Batch(backend, *SMOOTH[name], 300, gram)
-        for rows in (slice(0, 1), slice(299, 300), slice(0, 37), slice(100, 137)):
-            batch.assert_alone_as_in_the_batch(rows)
+        count = 300 if DEVICE.type == "cuda" else 70  # interpreted kernels are slow
+        batch = Batch("triton", *SMOOTH[name], count, gram)
+        for first, end in ((0, 1), (count - 1, count), (0, 37), (count // 3, count // 3 + 37)):
+            batch.assert_alone_as_in_the_batch(slice(first, end))
 
 
 def test_a_row_does_not_depend_on_its_batch_where_tiles_grow():
     with use_precision("bf16", DEVICE):
-        batch = Batch(backend, *SMOOTH["two_stages"], 9000, gram=False, num_steps=5)
+        batch = Batch("triton", *SMOOTH["two_stages"], 9000, gram=False, num_steps=5)
         for rows in (slice(0, 40), slice(8963, 9000)):
             batch.assert_alone_as_in_the_batch(rows)
 
@@ -379,7 +381,7 @@ def test_a_matrix_of_more_than_two_to_the_31_elements():
     rows = 2**31 // width + 130
     with use_precision("bf16", DEVICE):
         batch = Batch(
-            backend,
+            "triton",
             lambda: networks.mlp([16, 16, width, CLASSES], nn.Tanh),
             (16,),
             rows,
@@ -452,22 +454,15 @@ def test_batches_of_several_sizes_take_turns():
         assert distance(ours(model, x, y), truth) <= allowed(model, x, y, truth)
 
 
-def test_inputs_that_are_views():
-    model, x, y = problem(*SMOOTH["one_launch"])
-    large = torch.randn(ROWS + 3, 2 * 37 + 5, device=DEVICE)
-    views = {
-        "sliced": large[:ROWS, 5:42],
-        "offset": large.flatten()[1 : 1 + ROWS * 37].view(ROWS, 37),
-        "strided": large[:ROWS, 1:75:2],
-        "transposed": torch.randn(37, ROWS, device=DEVICE).t(),
-        "expanded": x[:1].expand(ROWS, 37),
-    }
+@pytest.mark.parametrize("name", SMOOTH)
+def test_inputs_that_are_views(name):
+    model, x, y = problem(*SMOOTH[name])
     labels = torch.stack([y, y], 1)[:, 1]
-    for name, view in views.items():
+    for kind, view in views_of(x).items():
         truth = in_float64(model, view, y)
         bound = allowed(model, view.contiguous(), y, truth)
         for _ in range(2):
-            assert distance(ours(model, view, labels), truth) <= bound, name
+            assert distance(ours(model, view, labels), truth) <= bound, kind
 
 
 def test_channels_last_inputs_and_weights():
@@ -599,7 +594,7 @@ def test_divergence_names_iteration_and_layer(name):
     model, x, _ = problem(*SMOOTH[name])
     target = 1e3 * torch.ones(ROWS, CLASSES, device=DEVICE)
     with pytest.raises(pcfast.RelaxationDiverged) as truth:
-        updates(copy.deepcopy(model).cpu(), x.cpu(), target.cpu(), backend="eager", **TOO_FAST)
+        updates(copy.deepcopy(model).cpu(), x.cpu(), target.cpu(), backend="eager", check="sync", **TOO_FAST)
     for _ in range(3):  # plain, recorded, replayed
         with pytest.raises(pcfast.RelaxationDiverged) as found:
             updates(model, x, target, backend="triton", check="sync", **TOO_FAST)

@@ -65,3 +65,9 @@ def once(target: Path, make: Callable[[], None]) -> Path:
         if not target.exists():
             make()
     return target
+
+
+def host_module(factory: pytest.TempPathFactory) -> Path:
+    """A built _native_host: the kernels compiled for the CPU."""
+    folder = shared_folder(factory, "host_module")
+    return once(folder / f"_native_host{SUFFIX}", lambda: build(folder, "PCFAST_HOST=ON"))
