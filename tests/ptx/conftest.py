@@ -29,10 +29,9 @@ def _cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def host_module(tmp_path_factory) -> Path:
     """The native module on the CPU, whose interface the executor's takes."""
-    from native_build import SUFFIX, build, once, shared_folder
+    import native_build
 
-    folder = shared_folder(tmp_path_factory, "host_module")
-    return once(folder / f"_native_host{SUFFIX}", lambda: build(folder, "PCFAST_HOST=ON"))
+    return native_build.host_module(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
