@@ -51,6 +51,22 @@ struct Bf16 {
   }
 };
 
+__device__ inline int quotient(int n, const Divisor& by) {
+  return static_cast<int>(tile::multiply_high(static_cast<uint32_t>(n) + 1, by.multiplier));
+}
+
+// Work for one warp (program.h).
+struct Unit {
+  int split, tile, group;
+
+  __device__ Unit(const Product& product, int index) {
+    const int rest = quotient(index, product.by_splits);
+    split = index - rest * product.by_splits.value;
+    group = quotient(rest, product.by_tiles);
+    tile = rest - group * product.by_tiles.value;
+  }
+};
+
 // a of a step from its rows g and g + 8.
 __device__ inline void join(uint32_t (&a)[4], const uint32_t (&upper)[2], const uint32_t (&lower)[2]) {
   a[0] = upper[0], a[1] = lower[0], a[2] = upper[1], a[3] = lower[1];
@@ -180,28 +196,19 @@ __device__ void linear_tiles(const Product& product, float* memory, int split, i
 }
 
 template <class Operand, bool FEEDBACK>
-__device__ void run_linear_tiles(const Product& product, float* memory, int unit, int samples, int lane) {
-  const int groups = ceil_div(samples, kTileColumns), group = unit % groups * kTileColumns;
-  unit /= groups;
-  const int split = unit % product.splits, row = unit / product.splits * product.tiles * kTileRows;
+__device__ void run_linear_tiles(const Product& product, float* memory, const Unit& unit, int samples, int lane) {
+  const int row = unit.tile * product.tiles * kTileRows, first = unit.group * kTileColumns;
+  if (first >= samples) return;
   switch (min(product.tiles, ceil_div(product.out - row, kTileRows))) {
     case 1:
-      linear_tiles<Operand, FEEDBACK, 1>(product, memory, split, row, group, samples - group, lane);
-      return;
+      return linear_tiles<Operand, FEEDBACK, 1>(product, memory, unit.split, row, first, samples - first, lane);
     case 2:
-      linear_tiles<Operand, FEEDBACK, 2>(product, memory, split, row, group, samples - group, lane);
-      return;
+      return linear_tiles<Operand, FEEDBACK, 2>(product, memory, unit.split, row, first, samples - first, lane);
     case 3:
-      linear_tiles<Operand, FEEDBACK, 3>(product, memory, split, row, group, samples - group, lane);
-      return;
+      return linear_tiles<Operand, FEEDBACK, 3>(product, memory, unit.split, row, first, samples - first, lane);
     default:
-      linear_tiles<Operand, FEEDBACK, 4>(product, memory, split, row, group, samples - group, lane);
-      return;
+      return linear_tiles<Operand, FEEDBACK, 4>(product, memory, unit.split, row, first, samples - first, lane);
   }
-}
-
-__device__ inline int quotient(int n, const Divisor& by) {
-  return static_cast<int>(uint64_t(uint32_t(n)) * by.multiplier >> by.shift);
 }
 
 // Where place p of a product's map, all samples' places one after another, reads its first number.
@@ -241,14 +248,12 @@ __device__ void write_term(const Product& product, float* memory, int slot) {
 }
 
 template <class Operand, int COLUMNS>
-__device__ void pixel_tiles(const Product& product, float* memory, int unit, int samples, int lane) {
+__device__ void pixel_tiles(const Product& product, float* memory, const Unit& unit, int samples, int lane) {
   constexpr int PLACES = place_tiles(COLUMNS);
-  const int split = unit % product.splits, tile = unit / product.splits;
-  const int groups = ceil_div(product.out, COLUMNS * kTileColumns);
-  const int first_column = tile % groups * COLUMNS * kTileColumns;
-  const int first_place = tile / groups * PLACES * kTileRows;
+  const int first_column = unit.tile * COLUMNS * kTileColumns;
+  const int first_place = unit.group * PLACES * kTileRows;
   const int area = product.by_area.value, places = samples * area;
-  const int begin = split * product.split, end = min(begin + product.split, product.term_count);
+  const int begin = unit.split * product.split, end = min(begin + product.split, product.term_count);
 
   tile::SharedPointer<float> input[PLACES][2];  // rows g and g + 8
   PCFAST_UNROLL
@@ -296,7 +301,7 @@ __device__ void pixel_tiles(const Product& product, float* memory, int unit, int
       for (int c = 0; c < COLUMNS; ++c) Operand::multiply(sum[j][c], a, b[c]);
     }
   }
-  float* out = memory + product.scratch + split * product.scratch_split;
+  float* out = memory + product.scratch + unit.split * product.scratch_split;
   PCFAST_UNROLL
   for (int j = 0; j < PLACES; ++j)
     PCFAST_UNROLL
@@ -313,36 +318,16 @@ __device__ void pixel_tiles(const Product& product, float* memory, int unit, int
     }
 }
 
-// Units of a product for a block of `samples`.
-__host__ __device__ inline int matrix_units(const Product& product, int samples) {
-  switch (product.kind) {
-    case LINEAR:
-      return ceil_div(product.out, product.tiles * kTileRows) * product.splits * ceil_div(samples, kTileColumns);
-    case PIXELS:
-      return ceil_div(samples * product.by_area.value, place_tiles(product.tiles) * kTileRows) *
-             ceil_div(product.out, product.tiles * kTileColumns) * product.splits;
-    default:
-      return 0;
-  }
-}
-
-// One unit of work for one warp.
 template <class Operand, bool FEEDBACK>
-__device__ void run_matrix_unit(const Product& product, float* memory, int unit, int samples, int lane) {
-  if (product.kind == LINEAR) {
-    run_linear_tiles<Operand, FEEDBACK>(product, memory, unit, samples, lane);
-    return;
-  }
+__device__ void run_matrix_unit(const Product& product, float* memory, const Unit& unit, int samples, int lane) {
+  if (product.kind == LINEAR) return run_linear_tiles<Operand, FEEDBACK>(product, memory, unit, samples, lane);
   switch (product.tiles) {
     case 1:
-      pixel_tiles<Operand, 1>(product, memory, unit, samples, lane);
-      return;
+      return pixel_tiles<Operand, 1>(product, memory, unit, samples, lane);
     case 2:
-      pixel_tiles<Operand, 2>(product, memory, unit, samples, lane);
-      return;
+      return pixel_tiles<Operand, 2>(product, memory, unit, samples, lane);
     default:
-      pixel_tiles<Operand, 4>(product, memory, unit, samples, lane);
-      return;
+      return pixel_tiles<Operand, 4>(product, memory, unit, samples, lane);
   }
 }
 

@@ -37,14 +37,14 @@ constexpr int kFeedbackRowsALane = 4;
 constexpr int kPixelsALane = 4;
 
 // LINEAR, prediction: s[n][m] = sum_k W[k][m] d[n][k]. A lane has four rows m and every sample of its group; lanes beyond
-// `product.lanes` take every so many-th quad of k.
+// 2^lanes_log2 take every so many-th quad of k.
 template <class Real, int SAMPLES>
-__device__ void linear_prediction(const Product& product, Real* memory, int unit, int first_sample, int samples, int lane) {
-  const int split = unit % product.splits, tile = unit / product.splits;
-  const int sharing = kWarpSize / product.lanes, share = lane / product.lanes;
-  const int row = (tile * product.lanes + lane % product.lanes) * kQuad;
+__device__ void linear_prediction(const Product& product, Real* memory, const Unit& unit, int samples, int lane) {
+  const int lanes_log2 = product.lanes_log2, share = lane >> lanes_log2, sharing = kWarpSize >> lanes_log2;
+  const int row = ((unit.tile << lanes_log2) + lane - (share << lanes_log2)) * kQuad;
+  const int first_sample = unit.group * SAMPLES;
   const bool active = row < product.out;
-  const int begin = split * product.split;
+  const int begin = unit.split * product.split;
   const int end = min(begin + product.split, product.channels);
 
   Real sum[kQuad][SAMPLES] = {};
@@ -65,26 +65,26 @@ __device__ void linear_prediction(const Product& product, Real* memory, int unit
       }
     }
   }
-  for (int lanes = product.lanes; lanes < kWarpSize; lanes *= 2)
+  for (int lanes = 1 << lanes_log2; lanes < kWarpSize; lanes *= 2)
     PCFAST_UNROLL
     for (int i = 0; i < kQuad; ++i)
       PCFAST_UNROLL
       for (int n = 0; n < SAMPLES; ++n) sum[i][n] += tile::shuffle_xor(sum[i][n], lanes);
   if (!active || share != 0) return;
-  Real* out = memory + product.scratch + split * product.scratch_split + first_sample * product.scratch_sample + row;
+  Real* out = memory + product.scratch + unit.split * product.scratch_split + first_sample * product.scratch_sample + row;
   PCFAST_UNROLL
   for (int i = 0; i < kQuad; ++i)
     PCFAST_UNROLL
     for (int n = 0; n < SAMPLES; ++n)
-      if (row + i < product.out && n < samples) out[n * product.scratch_sample + i] = sum[i][n];
+      if (row + i < product.out && first_sample + n < samples) out[n * product.scratch_sample + i] = sum[i][n];
 }
 
 // LINEAR, feedback: r[n][m] = sum_k W[m][k] delta[n][k]. A lane has rows m, m + 32, ... and every sample of its group.
 template <class Real, int SAMPLES>
-__device__ void linear_feedback(const Product& product, Real* memory, int unit, int first_sample, int samples, int lane) {
-  const int split = unit % product.splits, tile = unit / product.splits;
-  const int row = tile * kWarpSize * kFeedbackRowsALane + lane;
-  const int begin = split * product.split;
+__device__ void linear_feedback(const Product& product, Real* memory, const Unit& unit, int samples, int lane) {
+  const int row = unit.tile * kWarpSize * kFeedbackRowsALane + lane;
+  const int first_sample = unit.group * SAMPLES;
+  const int begin = unit.split * product.split;
   const int end = min(begin + product.split, product.channels);
   const Real* input = memory + product.input.first + first_sample * product.input.samples;
   const Real* weights[kFeedbackRowsALane];
@@ -106,23 +106,22 @@ __device__ void linear_feedback(const Product& product, Real* memory, int unit, 
         for (int n = 0; n < SAMPLES; ++n) sum[i][n] += a.x[j] * b[n].x[j];
     }
   }
-  Real* out = memory + product.scratch + split * product.scratch_split + first_sample * product.scratch_sample;
+  Real* out = memory + product.scratch + unit.split * product.scratch_split + first_sample * product.scratch_sample;
   PCFAST_UNROLL
   for (int i = 0; i < kFeedbackRowsALane; ++i)
     PCFAST_UNROLL
     for (int n = 0; n < SAMPLES; ++n)
-      if (row + i * kWarpSize < product.out && n < samples) out[n * product.scratch_sample + row + i * kWarpSize] = sum[i][n];
+      if (row + i * kWarpSize < product.out && first_sample + n < samples)
+        out[n * product.scratch_sample + row + i * kWarpSize] = sum[i][n];
 }
 
 // PIXELS: lanes run over (sample, y, x); a lane has ROWS rows of A at kPixelsALane places. Weights of a term are the
 // same numbers for all lanes. ADJACENT: those of the rows lie side by side, padded to a quad.
 template <class Real, int ROWS, bool ADJACENT>
-__device__ void pixels(const Product& product, Real* memory, int unit, int samples, int lane) {
-  const int split = unit % product.splits;
-  const int row_tiles = ceil_div(product.out, ROWS);
-  const int row = unit / product.splits % row_tiles * ROWS;
-  const int place = unit / product.splits / row_tiles * kWarpSize * kPixelsALane + lane;
-  const int begin = split * product.split;
+__device__ void pixels(const Product& product, Real* memory, const Unit& unit, int samples, int lane) {
+  const int row = unit.tile * ROWS;
+  const int place = unit.group * kWarpSize * kPixelsALane + lane;
+  const int begin = unit.split * product.split;
   const int end = min(begin + product.split, product.channels);
   const int area = product.by_area.value, places = samples * area;
 
@@ -165,7 +164,7 @@ __device__ void pixels(const Product& product, Real* memory, int unit, int sampl
         b_step += product.input_tap_x;
       }
     }
-  Real* out = memory + product.scratch + split * product.scratch_split;
+  Real* out = memory + product.scratch + unit.split * product.scratch_split;
   PCFAST_UNROLL
   for (int j = 0; j < kPixelsALane; ++j) {
     const int p = place + j * kWarpSize;
@@ -179,7 +178,7 @@ __device__ void pixels(const Product& product, Real* memory, int unit, int sampl
 }
 
 template <class Real, int ROWS>
-__device__ void run_pixels_unit(const Product& product, Real* memory, int unit, int samples, int lane) {
+__device__ void run_pixels_unit(const Product& product, Real* memory, const Unit& unit, int samples, int lane) {
   if (product.weight_row == 1)
     pixels<Real, ROWS, true>(product, memory, unit, samples, lane);
   else
@@ -197,39 +196,18 @@ __device__ void copy(const Product& product, Real* memory, int sample, int lane)
                    i % product.width * product.input.columns];
 }
 
-// Units of a product for a block of `samples`.
-template <bool FEEDBACK>
-__device__ int units(const Product& product, int operand, int groups, int samples) {
-  if (operand != IEEE) return matrix_units(product, samples);
-  switch (product.kind) {
-    case COPY:
-      return samples;
-    case LINEAR: {
-      const int rows = FEEDBACK ? kWarpSize * kFeedbackRowsALane : product.lanes * kQuad;
-      return ceil_div(product.out, rows) * product.splits * groups;
-    }
-    case PIXELS: {
-      const int places = samples * product.height * product.width;
-      return ceil_div(places, kWarpSize * kPixelsALane) * ceil_div(product.out, product.rows_a_thread) * product.splits;
-    }
-    default:
-      return 0;
-  }
-}
-
 // SAMPLES: that a lane has.
 template <bool FEEDBACK, class Real, int SAMPLES>
-__device__ void run_linear_unit(const Product& product, Real* memory, int unit, int groups, int samples, int lane) {
-  const int first = unit % groups * SAMPLES;
+__device__ void run_linear_unit(const Product& product, Real* memory, const Unit& unit, int samples, int lane) {
   if constexpr (FEEDBACK)
-    linear_feedback<Real, SAMPLES>(product, memory, unit / groups, first, samples - first, lane);
+    linear_feedback<Real, SAMPLES>(product, memory, unit, samples, lane);
   else
-    linear_prediction<Real, SAMPLES>(product, memory, unit / groups, first, samples - first, lane);
+    linear_prediction<Real, SAMPLES>(product, memory, unit, samples, lane);
 }
 
-// One unit of work for one warp. group: samples that a lane of a linear product has; groups: of the block.
+// group: samples that a lane of a linear product has.
 template <bool FEEDBACK, class Real>
-__device__ void run_unit(const Product& product, int operand, Real* memory, int unit, int group, int groups, int samples,
+__device__ void run_unit(const Product& product, int operand, Real* memory, const Unit& unit, int group, int samples,
                          int lane) {
   if constexpr (sizeof(Real) == sizeof(float)) {
     if (operand == TF32) return run_matrix_unit<Tf32, FEEDBACK>(product, memory, unit, samples, lane);
@@ -237,17 +215,18 @@ __device__ void run_unit(const Product& product, int operand, Real* memory, int 
   }
   switch (product.kind) {
     case COPY:
-      return copy(product, memory, unit, lane);
+      if (unit.group < samples) copy(product, memory, unit.group, lane);
+      return;
     case LINEAR:
       switch (group) {
         case 1:
-          return run_linear_unit<FEEDBACK, Real, 1>(product, memory, unit, groups, samples, lane);
+          return run_linear_unit<FEEDBACK, Real, 1>(product, memory, unit, samples, lane);
         case 2:
-          return run_linear_unit<FEEDBACK, Real, 2>(product, memory, unit, groups, samples, lane);
+          return run_linear_unit<FEEDBACK, Real, 2>(product, memory, unit, samples, lane);
         case 3:
-          return run_linear_unit<FEEDBACK, Real, 3>(product, memory, unit, groups, samples, lane);
+          return run_linear_unit<FEEDBACK, Real, 3>(product, memory, unit, samples, lane);
         default:
-          return run_linear_unit<FEEDBACK, Real, kMostGroup>(product, memory, unit, groups, samples, lane);
+          return run_linear_unit<FEEDBACK, Real, kMostGroup>(product, memory, unit, samples, lane);
       }
     case PIXELS:
       switch (product.rows_a_thread) {
@@ -268,17 +247,13 @@ __device__ void run_unit(const Product& product, int operand, Real* memory, int 
 // The products of layers `highest` down to `lowest`, counted from 1, shared out among the warps.
 template <bool FEEDBACK, class Real>
 __device__ void products(const Program& program, Real* memory, int highest, int lowest, int samples, const Warp& warp) {
-  const int groups = ceil_div(samples, program.group);
-  int before = 0;
+  int unit = warp.index;
   for (int l = highest; l >= lowest; --l) {
     const Layer& layer = program.layers[l - 1];
     const Product& product = FEEDBACK ? layer.feedback : layer.predict;
-    const int count = units<FEEDBACK>(product, layer.operand, groups, samples);
-    // the first unit of this product that falls to this warp, counting on from the products before it
-    int unit = (warp.index - before % warp.count + warp.count) % warp.count;
-    for (; unit < count; unit += warp.count)
-      run_unit<FEEDBACK>(product, layer.operand, memory, unit, program.group, groups, samples, warp.lane);
-    before += count;
+    for (; unit < product.units; unit += warp.count)
+      run_unit<FEEDBACK>(product, layer.operand, memory, Unit(product, unit), program.group, samples, warp.lane);
+    unit -= product.units;  // the warps after those of this product's last units go on with the next one
   }
 }
 
@@ -287,7 +262,7 @@ template <class Real>
 __device__ Real summed(const Product& product, const Real* memory, int sample, int index) {
   const Real* at = memory + product.scratch + sample * product.scratch_sample + index;
   Real sum = at[0];
-  for (int split = 1; split < product.splits; ++split) sum += at[split * product.scratch_split];
+  for (int split = 1; split < product.by_splits.value; ++split) sum += at[split * product.scratch_split];
   return product.sign < 0 ? -sum : sum;
 }
 

@@ -46,11 +46,11 @@ struct Place {
   int32_t first, samples, channels, rows, columns;
 };
 
-// For a quotient by `value` of any n from 0 to 2^31 - 1 without a division: n * multiplier >> shift in 64 bits.
+// For a quotient by `value` without a division: the upper 32 bits of (n + 1) * multiplier, exact where (n + 1) * value is
+// at most 2^32. A block has fewer than 2^16 numbers.
 struct Divisor {
   int32_t value;
   uint32_t multiplier;
-  int32_t shift;
 };
 
 // C[row][y][x] = sum over (channel, tap_y, tap_x) of A[row][channel, tap_y, tap_x] B[channel, y, x, tap_y, tap_x],
@@ -65,10 +65,14 @@ struct Product {
   Place input;
   int32_t input_tap_y, input_tap_x;   // steps of B with a tap
   int32_t scratch, scratch_sample, scratch_split;
-  // Parts of the sum, and channels in each: in linear products a multiple of 4, on matrix units of a step's depth, and
-  // there PIXELS counts terms instead of channels.
-  int32_t splits, split;
-  int32_t lanes;                      // LINEAR, prediction: lanes over output features; the others share the sum
+  // Work for one warp, of a block with all its samples: unit (group * by_tiles + tile) * by_splits + split. A group is of
+  // samples, in PIXELS of places; a tile of rows of A; a split is a part of the sum.
+  int32_t units;
+  Divisor by_splits, by_tiles;
+  // Channels of a part: in linear products a multiple of 4, on matrix units of a step's depth, and there PIXELS counts
+  // terms instead of channels.
+  int32_t split;
+  int32_t lanes_log2;                 // LINEAR, prediction: lanes over output features; the others share the sum
   int32_t rows_a_thread;              // PIXELS
   int32_t tiles;                      // on matrix units, of a unit: of 16 rows (LINEAR), of 8 rows of A (PIXELS)
   int32_t terms, term_count;          // PIXELS on matrix units: the terms' table, padded to a step's depth
