@@ -21,6 +21,7 @@ __device__ Real load_weight(const Layer& layer, const void* from, int i) {
 
 template <class Real>
 __device__ void store_weight(const Layer& layer, Real* memory, int place, Real weight) {
+  if (layer.gram) weight = -weight;
   if constexpr (sizeof(Real) == sizeof(float)) {
     if (layer.operand == BF16 && layer.predict.kind == LINEAR) {
       reinterpret_cast<tile::bf16*>(memory + layer.weights)[place] = tile::to_bf16(weight);

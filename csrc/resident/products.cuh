@@ -260,10 +260,15 @@ __device__ void products(const Program& program, Real* memory, int highest, int 
 // The sum of the parts of one number.
 template <class Real>
 __device__ Real summed(const Product& product, const Real* memory, int sample, int index) {
-  const Real* at = memory + product.scratch + sample * product.scratch_sample + index;
-  Real sum = at[0];
-  for (int split = 1; split < product.by_splits.value; ++split) sum += at[split * product.scratch_split];
-  return product.sign < 0 ? -sum : sum;
+  tile::SharedPointer<Real> part = memory + product.scratch + sample * product.scratch_sample + index;
+  const int step = product.scratch_split;
+  Real sum = *part;
+  PCFAST_UNROLL_TWICE
+  for (int left = product.by_splits.value - 1; left > 0; --left) {
+    part = part + step;
+    sum += *part;
+  }
+  return sum;
 }
 
 }  // namespace pcfast::resident

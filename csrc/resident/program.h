@@ -76,7 +76,6 @@ struct Product {
   int32_t rows_a_thread;              // PIXELS
   int32_t tiles;                      // on matrix units, of a unit: of 16 rows (LINEAR), of 8 rows of A (PIXELS)
   int32_t terms, term_count;          // PIXELS on matrix units: the terms' table, padded to a step's depth
-  int32_t sign;                       // +1, -1
 };
 
 struct Layer {
@@ -93,7 +92,7 @@ struct Layer {
   int32_t operand;                    // of both products
   // As in shared memory, the stride in numbers of the kind that is kept there; weight_inputs 0: none to load.
   int32_t weights, weight_inputs, weight_stride;
-  int32_t gram;                       // delta holds S
+  int32_t gram;                       // delta holds S, and weights -G
   Place delta;
   Place d;                            // of the layer's own output; the output layer has none
 };

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int thread = threadIdx.x, threads = blockDim.x;
   const Warp warp{thread / kWarpSize, threads / kWarpSize, thread % kWarpSize};
   const int first_sample = blockIdx.x * program.samples;
-  Moment<Real> now{program, tensors, run, reinterpret_cast<Real*>(bytes), first_sample,
+  Moment<Real> now{program, tensors, run, tile::in_register(reinterpret_cast<Real*>(bytes)), first_sample,
                    min(program.samples, run.batch - first_sample), Real(run.eta), Real(run.momentum), 0, false,
                    run.iterations > 0};
   fill(now, thread, threads, warp);

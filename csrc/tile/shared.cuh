@@ -31,10 +31,23 @@ class SharedPointer {
   uint32_t address_;
 };
 
+// The same address, to read and write, opaque as above: everything that is found from it begins with a register.
+template <class T>
+__device__ __forceinline__ T* in_register(T* shared) {
+  uint32_t address = shared_address(shared);
+  asm("" : "+r"(address));
+  return static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
 #else
 
 template <class T>
 using SharedPointer = const T*;
+
+template <class T>
+T* in_register(T* shared) {
+  return shared;
+}
 
 #endif
 

@@ -363,9 +363,9 @@ def _place_convolution(
 
 
 def _place_gram(memory: _Memory, layer: p.Layer, l: int, shape: _Shape) -> None:
-    """s = -S G; S takes the place of delta, G that of the weights."""
+    """s = -S G; S takes the place of delta, -G that of the weights."""
     out, height, width = shape.inner
-    layer.gram, layer.predict.sign = 1, -1
+    layer.gram = 1
     if shape.linear:
         _place_linear_weights(memory, layer, l, shape.operand, out, out)
         layer.delta = _packed(memory, memory.add("sum", l, out), shape.inner)
@@ -438,7 +438,6 @@ def _place_scratch(memory: _Memory, what: p.Program) -> None:
             size = product.out * product.height * product.width
             product.scratch, product.scratch_sample = end, size
             product.scratch_split = size * memory.samples
-            product.sign = product.sign or 1
             end += product.scratch_split * product.splits
         ends.append(end)
     # also a number for every warp (output.cuh)

@@ -52,7 +52,7 @@ class Product(Structure):
         *_ints("units"),
         ("by_splits", Divisor),
         ("by_tiles", Divisor),
-        *_ints("split", "lanes_log2", "rows_a_thread", "tiles", "terms", "term_count", "sign"),
+        *_ints("split", "lanes_log2", "rows_a_thread", "tiles", "terms", "term_count"),
     ]
 
     @property
