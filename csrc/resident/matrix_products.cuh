@@ -82,7 +82,7 @@ struct LinearWeights;
 // [k][row] in float32, a row of it `weight_channel` long: k = 2t and 2t + 1 hit different banks (placement.py).
 template <>
 struct LinearWeights<Tf32, false> {
-  tile::SharedPointer<float> upper, lower;
+  tile::SharedPointer<const float> upper, lower;
   int stride;
 
   LinearWeights() = default;
@@ -103,7 +103,7 @@ struct LinearWeights<Tf32, false> {
 // [row][k]: k = t and t + 4 do.
 template <>
 struct LinearWeights<Tf32, true> {
-  tile::SharedPointer<float> upper, lower;
+  tile::SharedPointer<const float> upper, lower;
 
   LinearWeights() = default;
   __device__ LinearWeights(const Product& product, const float* memory, int row, int lane) {
@@ -122,7 +122,7 @@ struct LinearWeights<Tf32, true> {
 // In bfloat16; the lane's address is of eight numbers of one k (prediction) or of one row (feedback).
 template <bool FEEDBACK>
 struct LinearWeights<Bf16, FEEDBACK> {
-  tile::SharedPointer<tile::bf16> at;
+  tile::SharedPointer<const tile::bf16> at;
   int step;
 
   LinearWeights() = default;
@@ -148,7 +148,7 @@ __device__ inline Pair load_pair(const float* from) { return *reinterpret_cast<c
 
 // One sample's numbers of a step as b, in the order of the weights; rows of the state start at multiples of a quad.
 template <class Operand, bool FEEDBACK>
-__device__ void load_sample(uint32_t (&b)[2], const tile::SharedPointer<float>& input, int member) {
+__device__ void load_sample(uint32_t (&b)[2], const tile::SharedPointer<const float>& input, int member) {
   if constexpr (Operand::kLane == 4) {
     const Pair low = load_pair(input + 2 * member), high = load_pair(input + (2 * member + 8));
     Operand::round(b, {low.x[0], low.x[1], high.x[0], high.x[1]});
@@ -165,7 +165,7 @@ __device__ void linear_tiles(const Product& product, float* memory, int split, i
                              int lane) {
   const int begin = split * product.split, end = min(begin + product.split, product.channels);
   // the last sample stands in for those that do not exist
-  const tile::SharedPointer<float> input =
+  const tile::SharedPointer<const float> input =
       memory + product.input.first + (first_sample + min(lane / 4, samples - 1)) * product.input.samples;
   LinearWeights<Operand, FEEDBACK> weights[TILES];
   PCFAST_UNROLL
@@ -255,13 +255,13 @@ __device__ void pixel_tiles(const Product& product, float* memory, const Unit& u
   const int area = product.by_area.value, places = samples * area;
   const int begin = unit.split * product.split, end = min(begin + product.split, product.term_count);
 
-  tile::SharedPointer<float> input[PLACES][2];  // rows g and g + 8
+  tile::SharedPointer<const float> input[PLACES][2];  // rows g and g + 8
   PCFAST_UNROLL
   for (int i = 0; i < PLACES * 2; ++i) {
     const int p = min(first_place + i / 2 * kTileRows + i % 2 * 8 + lane / 4, places - 1);
     input[i / 2][i % 2] = memory + input_place(product, p);
   }
-  tile::SharedPointer<float> weights[COLUMNS];
+  tile::SharedPointer<const float> weights[COLUMNS];
   PCFAST_UNROLL
   for (int c = 0; c < COLUMNS; ++c)
     weights[c] = memory + product.weights +

@@ -125,12 +125,12 @@ __device__ void pixels(const Product& product, Real* memory, const Unit& unit, i
   const int end = min(begin + product.split, product.channels);
   const int area = product.by_area.value, places = samples * area;
 
-  tile::SharedPointer<Real> input[kPixelsALane];
+  tile::SharedPointer<const Real> input[kPixelsALane];
   PCFAST_UNROLL
   for (int j = 0; j < kPixelsALane; ++j)
     input[j] = memory + input_place(product, min(place + j * kWarpSize, places - 1));
   constexpr int kPointers = ADJACENT ? 1 : ROWS;
-  tile::SharedPointer<Real> weights[kPointers];  // the last row again past the end: read, never written
+  tile::SharedPointer<const Real> weights[kPointers];  // the last row again past the end: read, never written
   PCFAST_UNROLL
   for (int i = 0; i < kPointers; ++i)
     weights[i] = memory + product.weights + min(row + i, product.out - 1) * product.weight_row;
@@ -257,15 +257,20 @@ __device__ void products(const Program& program, Real* memory, int highest, int 
   }
 }
 
-// The sum of the parts of one number.
+// The first part of a number that a product gives.
 template <class Real>
-__device__ Real summed(const Product& product, const Real* memory, int sample, int index) {
-  tile::SharedPointer<Real> part = memory + product.scratch + sample * product.scratch_sample + index;
+__device__ tile::SharedPointer<const Real> first_part(const Product& product, const Real* memory, int sample, int index) {
+  return memory + product.scratch + sample * product.scratch_sample + index;
+}
+
+// The sum of all its parts.
+template <class Real>
+__device__ Real summed(const Product& product, tile::SharedPointer<const Real> part) {
   const int step = product.scratch_split;
   Real sum = *part;
-  PCFAST_UNROLL_TWICE
-  for (int left = product.by_splits.value - 1; left > 0; --left) {
-    part = part + step;
+  PCFAST_NO_UNROLL
+  for (int left = product.by_splits.value; left > 1; --left) {
+    part += step;
     sum += *part;
   }
   return sum;

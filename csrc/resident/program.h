@@ -82,7 +82,12 @@ struct Layer {
   Product predict;   // NO_PRODUCT: the layer below is clamped
   Product feedback;  // into the beliefs below
   int32_t channels, height, width;    // of the product's output
-  Divisor by_size, by_area, by_width; // of the output, pooled: a sample's numbers, a channel's, a row's
+  int32_t size;                       // of the output, pooled: a sample's numbers
+  Divisor by_area, by_width;          // of it: a channel's, a row's
+  // Pointwise work for one thread: item group * by_items + index is number `index` of a group of samples. by_items is the
+  // size, rounded up to whole warps.
+  int32_t items;
+  Divisor by_items;
   int32_t pool, window_y, window_x;
   Divisor by_window_x;
   int32_t before, after;              // activations in front of and behind the pool: codes of activations.cuh
@@ -100,7 +105,9 @@ struct Layer {
 // layers[0] is layer 1, of which only d and the output's sizes count. Its forward pass, and in Gram form layer 2's product,
 // are torch's.
 struct Program {
-  int32_t depth, samples, group;      // samples of a block, and of a lane in linear products: group divides samples
+  // Samples of a block, and of a group, which a lane of a linear product or a thread of pointwise work has: group divides
+  // samples.
+  int32_t depth, samples, group;
   int32_t elements;                   // of shared memory
   int32_t loss, classes;
   int32_t vhat, dense, mass, classes_stride;

@@ -221,7 +221,7 @@ def pointwise_words(program: p.Program, l: int) -> tuple[int, int]:
     if l == program.depth:
         error += 2 * program.classes  # vhat and target
     else:
-        error += 2 * layer.by_size.value  # d
+        error += 2 * layer.size  # d
     update = 0
     if layer.feedback.kind != p.NO_PRODUCT:
         below = layer.feedback.out * layer.feedback.height * layer.feedback.width

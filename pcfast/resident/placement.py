@@ -106,7 +106,7 @@ class _Memory:
 
     def __init__(self, samples: int, multiple: int) -> None:
         self.samples, self.multiple, self.arrays, self.elements = samples, multiple, [], 0
-        # of a lane in linear products: all samples that are tried are multiples of it
+        # of a lane in linear products, of a thread in pointwise work: all samples that are tried are multiples of it
         self.group = min(samples, _MOST_GROUP)
 
     def padded(self, a_sample: int) -> int:
@@ -401,18 +401,21 @@ def _place_layer(
         _copy(memory, layer.feedback, shape.below, layer.delta)
 
 
-def _describe_output(layer: p.Layer, out: tuple[int, int, int]) -> None:
+def _describe_output(memory: _Memory, layer: p.Layer, out: tuple[int, int, int]) -> None:
     layer.channels, height, width = out
-    layer.by_size, layer.by_area = p.divisor(math.prod(out)), p.divisor(height * width)
-    layer.by_width = p.divisor(width)
+    layer.size = math.prod(out)
+    layer.by_area, layer.by_width = p.divisor(height * width), p.divisor(width)
+    items = _padded(layer.size, _WARP)
+    layer.items, layer.by_items = items * (memory.samples // memory.group), p.divisor(items)
 
 
-def _describe_tail(layer: p.Layer, shape: _Shape) -> None:
+def _describe_tail(memory: _Memory, layer: p.Layer, shape: _Shape) -> None:
     channels, layer.height, layer.width = shape.inner
     pool = None if shape.linear else shape.form.pool
     layer.window_y, layer.window_x = (1, 1) if pool is None else pool.kernel
     layer.by_window_x = p.divisor(layer.window_x)
-    _describe_output(layer, (channels, layer.height // layer.window_y, layer.width // layer.window_x))
+    out = channels, layer.height // layer.window_y, layer.width // layer.window_x
+    _describe_output(memory, layer, out)
     if shape.linear:
         layer.after, layer.after_negative_slope = p.activation_code(shape.form.activation)
         return
@@ -463,7 +466,7 @@ def _program(
     what = p.Program()
     what.depth, what.samples, what.group = network.depth, samples, memory.group
     what.loss, what.first_in_loop = p.LOSSES[loss], 2 if gram else 1
-    _describe_output(what.layers[0], layers[2].below)
+    _describe_output(memory, what.layers[0], layers[2].below)
     d_first = d_columns = 0
     if not gram:
         what.layers[0].d, d_first, d_columns = _place_beliefs(memory, 1, layers[2].below, layers[2])
@@ -476,7 +479,7 @@ def _program(
             _place_gram(memory, layer, l, shape)
         else:
             _place_layer(memory, layer, l, shape, d_first, d_columns)
-        _describe_tail(layer, shape)
+        _describe_tail(memory, layer, shape)
         size = math.prod(shape.inner)
         layer.uhat, layer.uhat_sample = memory.add("uhat", l, size), memory.padded(size)
         if l < network.depth:

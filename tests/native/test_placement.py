@@ -50,8 +50,8 @@ def program_of(placed: Placement) -> Program:
 
 def output_shape(layer: Layer) -> tuple[int, int, int]:
     """(channels, height, width) of a layer's output, pooled."""
-    size, area, width = (by.value for by in (layer.by_size, layer.by_area, layer.by_width))
-    return size // area, area // width, width
+    area, width = layer.by_area.value, layer.by_width.value
+    return layer.size // area, area // width, width
 
 
 def assert_sound(
@@ -152,7 +152,7 @@ def assert_sound(
                 assert product.weight_row % VECTOR == product.weight_channel % VECTOR == 0
         if layer.feedback.kind != NO_PRODUCT and l > 2:
             below = what.layers[l - 2]
-            assert layer.feedback.scratch_sample == below.by_size.value
+            assert layer.feedback.scratch_sample == below.size
     assert not terms
     for l in range(1, network.depth + 1):
         layer = what.layers[l - 1]
@@ -160,7 +160,7 @@ def assert_sound(
             assert layer.velocity_sample == 0
             continue
         above = what.layers[l]
-        moving = above.channels * above.height * above.width if gram and l == 1 else layer.by_size.value
+        moving = above.channels * above.height * above.width if gram and l == 1 else layer.size
         assert layer.velocity == first["velocity", l] and layer.velocity_sample >= moving
         assert layer.velocity_sample * placed.samples == size["velocity", l]
     # products of one stage do not share scratch

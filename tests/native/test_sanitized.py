@@ -70,7 +70,7 @@ def sizes(program: Program, run: Run, scalar_bytes: int) -> list[int]:
     """Bytes of every tensor of csrc/resident/program.h, where it is given."""
     layers = [program.layers[l] for l in range(MOST_LAYERS)]
     inner = [run.batch * layer.channels * layer.height * layer.width * scalar_bytes for layer in layers]
-    out = [run.batch * layer.by_size.value * scalar_bytes for layer in layers]
+    out = [run.batch * layer.size * scalar_bytes for layer in layers]
     rows, classes = run.batch * scalar_bytes, program.classes * scalar_bytes
     found = dict(
         weight=[
