@@ -74,71 +74,79 @@ __device__ inline void join(uint32_t (&a)[4], const uint32_t (&upper)[2], const 
 
 // LINEAR: rows of a tile are features, columns samples. A unit has up to four tiles, side by side along the features.
 
-// The weights of one tile of rows as a, one step after another. Rows past the end are read again from the last ones:
-// nobody stores their sums.
-template <class Operand, bool FEEDBACK>
+// The weights of a unit's tiles as a, one step after another. What stands in for rows past the end is any numbers: nobody
+// stores their sums.
+template <class Operand, bool FEEDBACK, int TILES>
 struct LinearWeights;
 
-// [k][row] in float32, a row of it `weight_channel` long: k = 2t and 2t + 1 hit different banks (placement.py).
-template <>
-struct LinearWeights<Tf32, false> {
-  tile::SharedPointer<const float> upper, lower;
-  int stride;
+// [k][row] in float32, a row of it `weight_channel` long: k = 2t and 2t + 1 hit different banks (placement.py). Tiles reach
+// into the next row, and past the last one.
+template <int TILES>
+struct LinearWeights<Tf32, false, TILES> {
+  tile::SharedPointer<const float> even, odd;
+  int step;
 
-  LinearWeights() = default;
-  __device__ LinearWeights(const Product& product, const float* memory, int row, int lane)
-      : stride(product.weight_channel) {
-    const float* first = memory + product.weights + lane % 4 * 2 * stride;
-    upper = first + min(row + lane / 4, product.out - 1);
-    lower = first + min(row + lane / 4 + 8, product.out - 1);
+  __device__ LinearWeights(const Product& product, const float* memory, int row, int k, int lane)
+      : even(memory + product.weights + (k + lane % 4 * 2) * product.weight_channel + row + lane / 4),
+        odd(even + product.weight_channel),
+        step(Tf32::kDepth * product.weight_channel) {}
+  __device__ void load(uint32_t (&a)[4], int tile) const {
+    a[0] = tile::as_bits(even[tile * kTileRows]);
+    a[1] = tile::as_bits(even[tile * kTileRows + 8]);
+    a[2] = tile::as_bits(odd[tile * kTileRows]);
+    a[3] = tile::as_bits(odd[tile * kTileRows + 8]);
   }
-  __device__ void load(uint32_t (&a)[4], int k) const {
-    a[0] = tile::as_bits(upper[k * stride]);
-    a[1] = tile::as_bits(lower[k * stride]);
-    a[2] = tile::as_bits(upper[(k + 1) * stride]);
-    a[3] = tile::as_bits(lower[(k + 1) * stride]);
+  __device__ void advance() {
+    even += step;
+    odd += step;
   }
 };
 
 // [row][k]: k = t and t + 4 do.
-template <>
-struct LinearWeights<Tf32, true> {
-  tile::SharedPointer<const float> upper, lower;
+template <int TILES>
+struct LinearWeights<Tf32, true, TILES> {
+  tile::SharedPointer<const float> rows[TILES * 2];  // g and g + 8 of each tile
 
-  LinearWeights() = default;
-  __device__ LinearWeights(const Product& product, const float* memory, int row, int lane) {
-    const float* first = memory + product.weights + lane % 4;
-    upper = first + min(row + lane / 4, product.out - 1) * product.weight_row;
-    lower = first + min(row + lane / 4 + 8, product.out - 1) * product.weight_row;
+  __device__ LinearWeights(const Product& product, const float* memory, int row, int k, int lane) {
+    PCFAST_UNROLL
+    for (int i = 0; i < TILES * 2; ++i)
+      rows[i] = memory + product.weights + min(row + i * 8 + lane / 4, product.out - 1) * product.weight_row +
+                (k + lane % 4);
   }
-  __device__ void load(uint32_t (&a)[4], int k) const {
-    a[0] = tile::as_bits(upper[k]);
-    a[1] = tile::as_bits(lower[k]);
-    a[2] = tile::as_bits(upper[k + 4]);
-    a[3] = tile::as_bits(lower[k + 4]);
+  __device__ void load(uint32_t (&a)[4], int tile) const {
+    a[0] = tile::as_bits(rows[2 * tile][0]);
+    a[1] = tile::as_bits(rows[2 * tile + 1][0]);
+    a[2] = tile::as_bits(rows[2 * tile][4]);
+    a[3] = tile::as_bits(rows[2 * tile + 1][4]);
+  }
+  __device__ void advance() {
+    PCFAST_UNROLL
+    for (auto& row : rows) row += Tf32::kDepth;
   }
 };
 
 // In bfloat16; the lane's address is of eight numbers of one k (prediction) or of one row (feedback).
-template <bool FEEDBACK>
-struct LinearWeights<Bf16, FEEDBACK> {
-  tile::SharedPointer<const tile::bf16> at;
+template <bool FEEDBACK, int TILES>
+struct LinearWeights<Bf16, FEEDBACK, TILES> {
+  tile::SharedPointer<const tile::bf16> at[TILES];
   int step;
 
-  LinearWeights() = default;
-  __device__ LinearWeights(const Product& product, const float* memory, int row, int lane) {
+  __device__ LinearWeights(const Product& product, const float* memory, int row, int k, int lane) {
     const auto* first = reinterpret_cast<const tile::bf16*>(memory + product.weights);
-    const int half = lane / 8 % 2 * 8, deep = lane / 16 * 8, within = lane % 8;
-    if constexpr (FEEDBACK) {
-      at = first + min(row + half + within, product.out - 1) * product.weight_row + deep;
-      step = 1;
-    } else {
-      // a row of the weights is a multiple of eight long
-      at = first + (deep + within) * product.weight_channel + min(row + half, product.weight_channel - 8);
-      step = product.weight_channel;
-    }
+    const int half = lane / 8 % 2 * 8, deep = k + lane / 16 * 8, within = lane % 8;
+    step = Bf16::kDepth * (FEEDBACK ? 1 : product.weight_channel);
+    PCFAST_UNROLL
+    for (int tile = 0; tile < TILES; ++tile, row += kTileRows)
+      if constexpr (FEEDBACK)
+        at[tile] = first + min(row + half + within, product.out - 1) * product.weight_row + deep;
+      else  // a row of the weights is a multiple of eight long
+        at[tile] = first + (deep + within) * product.weight_channel + min(row + half, product.weight_channel - 8);
   }
-  __device__ void load(uint32_t (&a)[4], int k) const { tile::load_matrix<4, !FEEDBACK>(a, at + k * step); }
+  __device__ void load(uint32_t (&a)[4], int tile) const { tile::load_matrix<4, !FEEDBACK>(a, at[tile]); }
+  __device__ void advance() {
+    PCFAST_UNROLL
+    for (auto& tile : at) tile += step;
+  }
 };
 
 struct alignas(2 * sizeof(float)) Pair {
@@ -165,34 +173,35 @@ __device__ void linear_tiles(const Product& product, float* memory, int split, i
                              int lane) {
   const int begin = split * product.split, end = min(begin + product.split, product.channels);
   // the last sample stands in for those that do not exist
-  const tile::SharedPointer<const float> input =
-      memory + product.input.first + (first_sample + min(lane / 4, samples - 1)) * product.input.samples;
-  LinearWeights<Operand, FEEDBACK> weights[TILES];
-  PCFAST_UNROLL
-  for (int tile = 0; tile < TILES; ++tile)
-    weights[tile] = LinearWeights<Operand, FEEDBACK>(product, memory, first_row + tile * kTileRows, lane);
+  tile::SharedPointer<const float> input =
+      memory + product.input.first + (first_sample + min(lane / 4, samples - 1)) * product.input.samples + begin;
+  LinearWeights<Operand, FEEDBACK, TILES> weights(product, memory, first_row, begin, lane);
 
   float sum[TILES][4] = {};
   PCFAST_UNROLL_TWICE
   for (int k = begin; k < end; k += Operand::kDepth) {
     uint32_t b[2];
-    load_sample<Operand, FEEDBACK>(b, input + k, lane % 4);
+    load_sample<Operand, FEEDBACK>(b, input, lane % 4);
     PCFAST_UNROLL
     for (int tile = 0; tile < TILES; ++tile) {
       uint32_t a[4];
-      weights[tile].load(a, k);
+      weights.load(a, tile);
       Operand::multiply(sum[tile], a, b);
     }
+    input += Operand::kDepth;
+    weights.advance();
   }
-  float* out = memory + product.scratch + split * product.scratch_split + first_sample * product.scratch_sample;
+  const int row = first_row + tile::accumulator_row(lane, 0), rows = product.out - row;
   PCFAST_UNROLL
-  for (int tile = 0; tile < TILES; ++tile)
+  for (int side = 0; side < 2; ++side) {
+    const int n = tile::accumulator_column(lane, side);
+    if (n >= samples) continue;
+    const tile::SharedPointer<float> out = memory + product.scratch + split * product.scratch_split +
+                                           (first_sample + n) * product.scratch_sample + row;
     PCFAST_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int row = first_row + tile * kTileRows + tile::accumulator_row(lane, i);
-      const int n = tile::accumulator_column(lane, i);
-      if (row < product.out && n < samples) out[n * product.scratch_sample + row] = sum[tile][i];
-    }
+    for (int i = 0; i < TILES * 2; ++i)
+      if (i * 8 < rows) out[i * 8] = sum[i / 2][i % 2 * 2 + side];
+  }
 }
 
 template <class Operand, bool FEEDBACK>
@@ -301,7 +310,8 @@ __device__ void pixel_tiles(const Product& product, float* memory, const Unit& u
       for (int c = 0; c < COLUMNS; ++c) Operand::multiply(sum[j][c], a, b[c]);
     }
   }
-  float* out = memory + product.scratch + unit.split * product.scratch_split;
+  const int column = first_column + tile::accumulator_column(lane, 0), columns = product.out - column;
+  float* out = memory + product.scratch + unit.split * product.scratch_split + column * area;
   PCFAST_UNROLL
   for (int j = 0; j < PLACES; ++j)
     PCFAST_UNROLL
@@ -309,11 +319,11 @@ __device__ void pixel_tiles(const Product& product, float* memory, const Unit& u
       const int p = first_place + j * kTileRows + half * 8 + lane / 4;
       if (p >= places) continue;
       const int sample = quotient(p, product.by_area);
-      float* at = out + sample * product.scratch_sample + (p - sample * area);
+      const tile::SharedPointer<float> at = out + sample * product.scratch_sample + (p - sample * area);
       PCFAST_UNROLL
       for (int i = 0; i < COLUMNS * 2; ++i) {
-        const int column = first_column + i / 2 * kTileColumns + lane % 4 * 2 + i % 2;
-        if (column < product.out) at[column * area] = sum[j][i / 2][half * 2 + i % 2];
+        const int next = i / 2 * kTileColumns + i % 2;
+        if (next < columns) at[next * area] = sum[j][i / 2][half * 2 + i % 2];
       }
     }
 }

@@ -36,10 +36,12 @@ constexpr int kFeedbackRowsALane = 4;
 // PIXELS: places that a lane covers.
 constexpr int kPixelsALane = 4;
 
+// LINEAR: samples that a last block lacks have zeros for state, and a place in the scratch.
+
 // LINEAR, prediction: s[n][m] = sum_k W[k][m] d[n][k]. A lane has four rows m and every sample of its group; lanes beyond
 // 2^lanes_log2 take every so many-th quad of k.
 template <class Real, int SAMPLES>
-__device__ void linear_prediction(const Product& product, Real* memory, const Unit& unit, int samples, int lane) {
+__device__ void linear_prediction(const Product& product, Real* memory, const Unit& unit, int lane) {
   const int lanes_log2 = product.lanes_log2, share = lane >> lanes_log2, sharing = kWarpSize >> lanes_log2;
   const int row = ((unit.tile << lanes_log2) + lane - (share << lanes_log2)) * kQuad;
   const int first_sample = unit.group * SAMPLES;
@@ -71,17 +73,19 @@ __device__ void linear_prediction(const Product& product, Real* memory, const Un
       PCFAST_UNROLL
       for (int n = 0; n < SAMPLES; ++n) sum[i][n] += tile::shuffle_xor(sum[i][n], lanes);
   if (!active || share != 0) return;
-  Real* out = memory + product.scratch + unit.split * product.scratch_split + first_sample * product.scratch_sample + row;
+  tile::SharedPointer<Real> out =
+      memory + product.scratch + unit.split * product.scratch_split + first_sample * product.scratch_sample + row;
+  const int rows = product.out - row;
   PCFAST_UNROLL
-  for (int i = 0; i < kQuad; ++i)
+  for (int n = 0; n < SAMPLES; ++n, out += product.scratch_sample)
     PCFAST_UNROLL
-    for (int n = 0; n < SAMPLES; ++n)
-      if (row + i < product.out && first_sample + n < samples) out[n * product.scratch_sample + i] = sum[i][n];
+    for (int i = 0; i < kQuad; ++i)
+      if (i < rows) out[i] = sum[i][n];
 }
 
 // LINEAR, feedback: r[n][m] = sum_k W[m][k] delta[n][k]. A lane has rows m, m + 32, ... and every sample of its group.
 template <class Real, int SAMPLES>
-__device__ void linear_feedback(const Product& product, Real* memory, const Unit& unit, int samples, int lane) {
+__device__ void linear_feedback(const Product& product, Real* memory, const Unit& unit, int lane) {
   const int row = unit.tile * kWarpSize * kFeedbackRowsALane + lane;
   const int first_sample = unit.group * SAMPLES;
   const int begin = unit.split * product.split;
@@ -106,13 +110,14 @@ __device__ void linear_feedback(const Product& product, Real* memory, const Unit
         for (int n = 0; n < SAMPLES; ++n) sum[i][n] += a.x[j] * b[n].x[j];
     }
   }
-  Real* out = memory + product.scratch + unit.split * product.scratch_split + first_sample * product.scratch_sample;
+  tile::SharedPointer<Real> out =
+      memory + product.scratch + unit.split * product.scratch_split + first_sample * product.scratch_sample + row;
+  const int rows = product.out - row;
   PCFAST_UNROLL
-  for (int i = 0; i < kFeedbackRowsALane; ++i)
+  for (int n = 0; n < SAMPLES; ++n, out += product.scratch_sample)
     PCFAST_UNROLL
-    for (int n = 0; n < SAMPLES; ++n)
-      if (row + i * kWarpSize < product.out && first_sample + n < samples)
-        out[n * product.scratch_sample + row + i * kWarpSize] = sum[i][n];
+    for (int i = 0; i < kFeedbackRowsALane; ++i)
+      if (i * kWarpSize < rows) out[i * kWarpSize] = sum[i][n];
 }
 
 // PIXELS: lanes run over (sample, y, x); a lane has ROWS rows of A at kPixelsALane places. Weights of a term are the
@@ -164,16 +169,17 @@ __device__ void pixels(const Product& product, Real* memory, const Unit& unit, i
         b_step += product.input_tap_x;
       }
     }
-  Real* out = memory + product.scratch + unit.split * product.scratch_split;
+  Real* out = memory + product.scratch + unit.split * product.scratch_split + row * area;
+  const int rows = product.out - row;
   PCFAST_UNROLL
   for (int j = 0; j < kPixelsALane; ++j) {
     const int p = place + j * kWarpSize;
     if (p >= places) continue;
     const int sample = quotient(p, product.by_area);
-    Real* at = out + sample * product.scratch_sample + (p - sample * area);
+    tile::SharedPointer<Real> at = out + sample * product.scratch_sample + (p - sample * area);
     PCFAST_UNROLL
-    for (int i = 0; i < ROWS; ++i)
-      if (row + i < product.out) at[(row + i) * area] = sum[i][j];
+    for (int i = 0; i < ROWS; ++i, at += area)
+      if (i < rows) *at = sum[i][j];
   }
 }
 
@@ -198,11 +204,11 @@ __device__ void copy(const Product& product, Real* memory, int sample, int lane)
 
 // SAMPLES: that a lane has.
 template <bool FEEDBACK, class Real, int SAMPLES>
-__device__ void run_linear_unit(const Product& product, Real* memory, const Unit& unit, int samples, int lane) {
+__device__ void run_linear_unit(const Product& product, Real* memory, const Unit& unit, int lane) {
   if constexpr (FEEDBACK)
-    linear_feedback<Real, SAMPLES>(product, memory, unit, samples, lane);
+    linear_feedback<Real, SAMPLES>(product, memory, unit, lane);
   else
-    linear_prediction<Real, SAMPLES>(product, memory, unit, samples, lane);
+    linear_prediction<Real, SAMPLES>(product, memory, unit, lane);
 }
 
 // group: samples that a lane of a linear product has.
@@ -220,13 +226,13 @@ __device__ void run_unit(const Product& product, int operand, Real* memory, cons
     case LINEAR:
       switch (group) {
         case 1:
-          return run_linear_unit<FEEDBACK, Real, 1>(product, memory, unit, samples, lane);
+          return run_linear_unit<FEEDBACK, Real, 1>(product, memory, unit, lane);
         case 2:
-          return run_linear_unit<FEEDBACK, Real, 2>(product, memory, unit, samples, lane);
+          return run_linear_unit<FEEDBACK, Real, 2>(product, memory, unit, lane);
         case 3:
-          return run_linear_unit<FEEDBACK, Real, 3>(product, memory, unit, samples, lane);
+          return run_linear_unit<FEEDBACK, Real, 3>(product, memory, unit, lane);
         default:
-          return run_linear_unit<FEEDBACK, Real, kMostGroup>(product, memory, unit, samples, lane);
+          return run_linear_unit<FEEDBACK, Real, kMostGroup>(product, memory, unit, lane);
       }
     case PIXELS:
       switch (product.rows_a_thread) {

@@ -298,7 +298,7 @@ def _place_beliefs(
 def _place_linear_weights(
     memory: _Memory, layer: p.Layer, l: int, operand: str, inputs: int, out: int
 ) -> None:
-    """[input][padded output]. On matrix units steps run past the end of a row, and of the last one: into zeros."""
+    """[input][padded output]. On matrix units steps and tiles run past the end of a row, and of the last one."""
     layer.weight_inputs = inputs
     if operand == "bf16":
         # rows of an odd number of 16 bytes: eight of them lie in different banks
@@ -307,7 +307,7 @@ def _place_linear_weights(
     else:
         layer.weight_stride = _odd_quads(out)
         depth = _DEPTHS.get(operand, _QUAD)
-        once = _padded(inputs, depth) * layer.weight_stride + (depth if operand in _DEPTHS else 0)
+        once = _padded(inputs, depth) * layer.weight_stride + (_TILE_ROWS if operand in _DEPTHS else 0)
     layer.weights = memory.add("weights", l, once=once)
 
 
