@@ -149,7 +149,8 @@ struct Tail {
     for (int k = 0; k < window(); ++k) {
       const Real moved = before(k).bracket;
       // max_k((v_k - v_highest) + moved_k): the first wins a tie, NaN wins always, as in PyTorch
-      const Real relative = (activated(k) - base) + moved;
+      // where v_highest is a product, contraction would leave its rounding error
+      const Real relative = tile::subtract(activated(k), base) + moved;
       if (layer.pool == AVG_POOL) {
         difference += moved;
       } else if (k == 0 || relative > difference || (relative != relative && difference == difference)) {
