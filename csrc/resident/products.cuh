@@ -90,20 +90,27 @@ __device__ void linear_feedback(const Product& product, Real* memory, const Unit
   const int first_sample = unit.group * SAMPLES;
   const int begin = unit.split * product.split;
   const int end = min(begin + product.split, product.channels);
-  const Real* input = memory + product.input.first + first_sample * product.input.samples;
-  const Real* weights[kFeedbackRowsALane];
+  tile::SharedPointer<const Real> input[SAMPLES], weights[kFeedbackRowsALane];
+  PCFAST_UNROLL
+  for (int n = 0; n < SAMPLES; ++n)
+    input[n] = memory + product.input.first + (first_sample + n) * product.input.samples + begin;
   PCFAST_UNROLL
   for (int i = 0; i < kFeedbackRowsALane; ++i)
-    weights[i] = memory + product.weights + min(row + i * kWarpSize, product.out - 1) * product.weight_row;
+    weights[i] = memory + product.weights + min(row + i * kWarpSize, product.out - 1) * product.weight_row + begin;
 
   Real sum[kFeedbackRowsALane][SAMPLES] = {};
+  PCFAST_UNROLL_TWICE
   for (int k = begin; k < end; k += kQuad) {
     Quad<Real> b[SAMPLES];
     PCFAST_UNROLL
-    for (int n = 0; n < SAMPLES; ++n) b[n] = load_quad(input + n * product.input.samples + k);
+    for (int n = 0; n < SAMPLES; ++n) {
+      b[n] = load_quad<Real>(input[n]);
+      input[n] += kQuad;
+    }
     PCFAST_UNROLL
     for (int i = 0; i < kFeedbackRowsALane; ++i) {
-      Quad<Real> a = load_quad(weights[i] + k);
+      Quad<Real> a = load_quad<Real>(weights[i]);
+      weights[i] += kQuad;
       PCFAST_UNROLL
       for (int j = 0; j < kQuad; ++j)
         PCFAST_UNROLL
@@ -121,8 +128,9 @@ __device__ void linear_feedback(const Product& product, Real* memory, const Unit
 }
 
 // PIXELS: lanes run over (sample, y, x); a lane has ROWS rows of A at kPixelsALane places. Weights of a term are the
-// same numbers for all lanes. ADJACENT: those of the rows lie side by side, padded to a quad.
-template <class Real, int ROWS, bool ADJACENT>
+// same numbers for all lanes. FORWARD, in predictions: those of the rows lie side by side, padded to a quad, and
+// taps go to the right of B; in feedback to the left.
+template <class Real, int ROWS, bool FORWARD>
 __device__ void pixels(const Product& product, Real* memory, const Unit& unit, int samples, int lane) {
   const int row = unit.tile * ROWS;
   const int place = unit.group * kWarpSize * kPixelsALane + lane;
@@ -134,7 +142,8 @@ __device__ void pixels(const Product& product, Real* memory, const Unit& unit, i
   PCFAST_UNROLL
   for (int j = 0; j < kPixelsALane; ++j)
     input[j] = memory + input_place(product, min(place + j * kWarpSize, places - 1));
-  constexpr int kPointers = ADJACENT ? 1 : ROWS;
+  constexpr bool kQuads = FORWARD && ROWS >= kQuad;
+  constexpr int kPointers = kQuads ? 1 : ROWS;
   tile::SharedPointer<const Real> weights[kPointers];  // the last row again past the end: read, never written
   PCFAST_UNROLL
   for (int i = 0; i < kPointers; ++i)
@@ -148,7 +157,7 @@ __device__ void pixels(const Product& product, Real* memory, const Unit& unit, i
       PCFAST_UNROLL_TWICE  // rows of taps are short
       for (int tap_x = 0; tap_x < product.taps_x; ++tap_x) {
         Real a[ceil_div(ROWS, kQuad) * kQuad], b[kPixelsALane];
-        if constexpr (ADJACENT) {
+        if constexpr (kQuads) {
           PCFAST_UNROLL
           for (int i = 0; i < ROWS; i += kQuad) {
             const Quad<Real> four = load_quad<Real>(weights[0] + (a_step + i));
@@ -166,7 +175,7 @@ __device__ void pixels(const Product& product, Real* memory, const Unit& unit, i
           PCFAST_UNROLL
           for (int j = 0; j < kPixelsALane; ++j) sum[i][j] += a[i] * b[j];
         a_step += product.weight_tap_x;
-        b_step += product.input_tap_x;
+        b_step += FORWARD ? 1 : -1;
       }
     }
   Real* out = memory + product.scratch + unit.split * product.scratch_split + row * area;
@@ -243,7 +252,7 @@ __device__ void run_unit(const Product& product, int operand, Real* memory, cons
         case 4:
           return run_pixels_unit<Real, 4>(product, memory, unit, samples, lane);
         default:
-          return pixels<Real, 1, false>(product, memory, unit, samples, lane);
+          return run_pixels_unit<Real, 1>(product, memory, unit, samples, lane);
       }
     default:
       return;
