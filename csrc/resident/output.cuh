@@ -119,7 +119,7 @@ __device__ void output_error(const Moment<Real>& now, bool forward, bool moved, 
       for (int c = warp.lane; c < classes; c += kWarpSize) {
         Moved<Real> found = own;
         if (pass == first_pass || c != warp.lane) {
-          const Real s = moved ? summed(layer.predict, first_part(layer.predict, now.memory, n, c)) : Real(0);
+          const Real s = moved ? summed(Parts(layer.predict), first_part(layer.predict, now.memory, n, c)) : Real(0);
           found = after(layer, now.memory[layer.uhat + n * layer.uhat_sample + c], s);
           if (c == warp.lane) own = found;
         }

@@ -18,7 +18,7 @@ __device__ void forward_values(const Moment<Real>& now, int l, int thread, int t
       if (!layer.gram) {
         for (int k = 0; k < tail.window(); ++k) {
           const int source = tail.source(k).index;
-          Real u = summed(layer.predict, first_part(layer.predict, now.memory, sample, source));
+          Real u = summed(Parts(layer.predict), first_part(layer.predict, now.memory, sample, source));
           if (bias) u += bias[where.channel];
           now.memory[layer.uhat + sample * layer.uhat_sample + source] = u;
         }
@@ -91,18 +91,22 @@ __device__ void pull_errors(const Moment<Real>& now, int l, bool moved, bool fin
       tile::SharedPointer<Real> uhat = now.memory + layer.uhat + first * layer.uhat_sample + index;
       tile::SharedPointer<Real> stored = now.memory + at(layer.delta, first, where);
       tile::SharedPointer<const Real> part = first_part(layer.predict, now.memory, first, index);
+      const Parts parts(layer.predict);
+      const int d_step = tile::in_register(layer.d.samples), uhat_step = tile::in_register(layer.uhat_sample);
+      const int stored_step = tile::in_register(layer.delta.samples);
+      const int part_step = tile::in_register(layer.predict.scratch_sample);
       PCFAST_NO_UNROLL
       for (int sample = first; sample < end; ++sample) {
-        const Moved<Real> found = after(layer, *uhat, moved ? summed(layer.predict, part) : Real(0));
+        const Moved<Real> found = after(layer, *uhat, moved ? summed(parts, part) : Real(0));
         if (finish)
           finished(sample, index, known_error(sample, index) * found.slope);
         else
           pull_back(now, layer, *stored, sample, index,
                     error_of(now, l, *d, sample, index, found.bracket) * found.slope);
-        d += layer.d.samples;
-        uhat += layer.uhat_sample;
-        stored += layer.delta.samples;
-        part += layer.predict.scratch_sample;
+        d += d_step;
+        uhat += uhat_step;
+        stored += stored_step;
+        part += part_step;
       }
       return;
     }
@@ -137,9 +141,11 @@ __device__ void update(const Moment<Real>& now, int l, int& item, int threads) {
   each_number(now, layer, item, threads, [&](const Element& where, int first, int end) {
     tile::SharedPointer<Real> d = now.memory + at(layer.d, first, where);
     tile::SharedPointer<const Real> part = first_part(feedback, now.memory, first, where.index);
+    const Parts parts(feedback);
+    const int d_step = tile::in_register(layer.d.samples), part_step = tile::in_register(feedback.scratch_sample);
     PCFAST_NO_UNROLL
     for (int sample = first; sample < end; ++sample) {
-      Real pulled = summed(feedback, part);
+      Real pulled = summed(parts, part);
       if (l == 1) {
         if (now.last) number_of(now, now.tensors.error[0], sample, layer.size, where.index) = -*d;
         pulled += *d;
@@ -151,8 +157,8 @@ __device__ void update(const Moment<Real>& now, int l, int& item, int threads) {
       }
       *d -= now.eta * pulled;
       note_bad(now, l, static_cast<Real>(*d));
-      d += layer.d.samples;
-      part += feedback.scratch_sample;
+      d += d_step;
+      part += part_step;
     }
   });
 }

@@ -278,16 +278,27 @@ __device__ tile::SharedPointer<const Real> first_part(const Product& product, co
   return memory + product.scratch + sample * product.scratch_sample + index;
 }
 
-// The sum of all its parts.
+// The parts that a product gives of every number.
+struct Parts {
+  int count, step;
+
+  __device__ explicit Parts(const Product& product)
+      : count(tile::in_register(product.by_splits.value)), step(tile::in_register(product.scratch_split)) {}
+};
+
+// Their sum, from the first one on.
 template <class Real>
-__device__ Real summed(const Product& product, tile::SharedPointer<const Real> part) {
-  const int step = product.scratch_split;
+__device__ Real summed(const Parts& parts, tile::SharedPointer<const Real> part) {
   Real sum = *part;
+  int left = parts.count - 1;
   PCFAST_NO_UNROLL
-  for (int left = product.by_splits.value; left > 1; --left) {
-    part += step;
+  for (; left > 1; left -= 2) {
+    const tile::SharedPointer<const Real> next = part + parts.step;
+    part = next + parts.step;
+    sum += *next;
     sum += *part;
   }
+  if (left > 0) sum += part[parts.step];
   return sum;
 }
 

@@ -111,7 +111,7 @@ struct Tail {
     return memory[layer.uhat + sample * layer.uhat_sample + source];
   }
   __device__ Real s(int source) const {
-    return moved ? summed(layer.predict, first_part(layer.predict, memory, sample, source)) : Real(0);
+    return moved ? summed(Parts(layer.predict), first_part(layer.predict, memory, sample, source)) : Real(0);
   }
   __device__ Moved<Real> before(int k) const {
     const int at = source(k).index;
