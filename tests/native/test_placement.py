@@ -18,7 +18,17 @@ from pcfast.planning import choose_gram
 from pcfast.precision import Operands
 from pcfast.resident import placement
 from pcfast.resident.placement import Chip, Placement, place
-from pcfast.resident.program import COPY, LINEAR, MOST_LAYERS, NO_PRODUCT, OPERANDS, PIXELS, Layer, Program
+from pcfast.resident.program import (
+    COPY,
+    LINEAR,
+    MOST_LAYERS,
+    NO_PRODUCT,
+    OPERANDS,
+    PIXELS,
+    Layer,
+    Program,
+    divisor,
+)
 from pcfast.resident.words import describe as in_words
 
 H200 = Chip(132, 232448, 233472)
@@ -115,6 +125,9 @@ def assert_sound(
         assert bool(layer.gram) == (gram and l == 2)
         assert (layer.feedback.kind == NO_PRODUCT) == (gram and l == 2)
         assert layer.uhat == first["uhat", l] and layer.uhat_sample >= inner
+        # whole warps have pointwise work of one group of samples
+        assert layer.items == layer.by_items.value * placed.samples // placed.group
+        assert layer.by_items.value % 32 == 0 <= layer.by_items.value - layer.size < 32
         assert layer.uhat_sample * placed.samples == size["uhat", l]
         places = [
             (layer.delta, "sum" if layer.gram else "delta", (layer.channels, layer.height, layer.width))
@@ -264,6 +277,11 @@ def test_as_many_layers_as_the_argument_holds(extra):
         assert placed == "it has 17 layers; the kernel's argument has room for 16"
     else:
         assert_sound(network, network.shapes((2, 4)), False, placed)
+
+
+@given(st.integers(1, 1 << 16), st.integers(0, (1 << 16) - 1))
+def test_quotients_of_a_blocks_numbers_are_exact(value, n):
+    assert (n + 1) * divisor(value).multiplier >> 32 == n // value
 
 
 def test_more_samples_until_one_wave_does():
