@@ -51,6 +51,22 @@ struct Bf16 {
   }
 };
 
+__device__ inline int quotient(int n, const Divisor& by) {
+  return static_cast<int>(tile::multiply_high(static_cast<uint32_t>(n) + 1, by.multiplier));
+}
+
+// Work for one warp (program.h).
+struct Unit {
+  int split, tile, group;
+
+  __device__ Unit(const Product& product, int index) {
+    const int rest = quotient(index, product.by_splits);
+    split = index - rest * product.by_splits.value;
+    group = quotient(rest, product.by_tiles);
+    tile = rest - group * product.by_tiles.value;
+  }
+};
+
 // a of a step from its rows g and g + 8.
 __device__ inline void join(uint32_t (&a)[4], const uint32_t (&upper)[2], const uint32_t (&lower)[2]) {
   a[0] = upper[0], a[1] = lower[0], a[2] = upper[1], a[3] = lower[1];
@@ -58,71 +74,79 @@ __device__ inline void join(uint32_t (&a)[4], const uint32_t (&upper)[2], const 
 
 // LINEAR: rows of a tile are features, columns samples. A unit has up to four tiles, side by side along the features.
 
-// The weights of one tile of rows as a, one step after another. Rows past the end are read again from the last ones:
-// nobody stores their sums.
-template <class Operand, bool FEEDBACK>
+// The weights of a unit's tiles as a, one step after another. What stands in for rows past the end is any numbers: nobody
+// stores their sums.
+template <class Operand, bool FEEDBACK, int TILES>
 struct LinearWeights;
 
-// [k][row] in float32, a row of it `weight_channel` long: k = 2t and 2t + 1 hit different banks (placement.py).
-template <>
-struct LinearWeights<Tf32, false> {
-  tile::SharedPointer<float> upper, lower;
-  int stride;
+// [k][row] in float32, a row of it `weight_channel` long: k = 2t and 2t + 1 hit different banks (placement.py). Tiles reach
+// into the next row, and past the last one.
+template <int TILES>
+struct LinearWeights<Tf32, false, TILES> {
+  tile::SharedPointer<const float> even, odd;
+  int step;
 
-  LinearWeights() = default;
-  __device__ LinearWeights(const Product& product, const float* memory, int row, int lane)
-      : stride(product.weight_channel) {
-    const float* first = memory + product.weights + lane % 4 * 2 * stride;
-    upper = first + min(row + lane / 4, product.out - 1);
-    lower = first + min(row + lane / 4 + 8, product.out - 1);
+  __device__ LinearWeights(const Product& product, const float* memory, int row, int k, int lane)
+      : even(memory + product.weights + (k + lane % 4 * 2) * product.weight_channel + row + lane / 4),
+        odd(even + product.weight_channel),
+        step(Tf32::kDepth * product.weight_channel) {}
+  __device__ void load(uint32_t (&a)[4], int tile) const {
+    a[0] = tile::as_bits(even[tile * kTileRows]);
+    a[1] = tile::as_bits(even[tile * kTileRows + 8]);
+    a[2] = tile::as_bits(odd[tile * kTileRows]);
+    a[3] = tile::as_bits(odd[tile * kTileRows + 8]);
   }
-  __device__ void load(uint32_t (&a)[4], int k) const {
-    a[0] = tile::as_bits(upper[k * stride]);
-    a[1] = tile::as_bits(lower[k * stride]);
-    a[2] = tile::as_bits(upper[(k + 1) * stride]);
-    a[3] = tile::as_bits(lower[(k + 1) * stride]);
+  __device__ void advance() {
+    even += step;
+    odd += step;
   }
 };
 
 // [row][k]: k = t and t + 4 do.
-template <>
-struct LinearWeights<Tf32, true> {
-  tile::SharedPointer<float> upper, lower;
+template <int TILES>
+struct LinearWeights<Tf32, true, TILES> {
+  tile::SharedPointer<const float> rows[TILES * 2];  // g and g + 8 of each tile
 
-  LinearWeights() = default;
-  __device__ LinearWeights(const Product& product, const float* memory, int row, int lane) {
-    const float* first = memory + product.weights + lane % 4;
-    upper = first + min(row + lane / 4, product.out - 1) * product.weight_row;
-    lower = first + min(row + lane / 4 + 8, product.out - 1) * product.weight_row;
+  __device__ LinearWeights(const Product& product, const float* memory, int row, int k, int lane) {
+    PCFAST_UNROLL
+    for (int i = 0; i < TILES * 2; ++i)
+      rows[i] = memory + product.weights + min(row + i * 8 + lane / 4, product.out - 1) * product.weight_row +
+                (k + lane % 4);
   }
-  __device__ void load(uint32_t (&a)[4], int k) const {
-    a[0] = tile::as_bits(upper[k]);
-    a[1] = tile::as_bits(lower[k]);
-    a[2] = tile::as_bits(upper[k + 4]);
-    a[3] = tile::as_bits(lower[k + 4]);
+  __device__ void load(uint32_t (&a)[4], int tile) const {
+    a[0] = tile::as_bits(rows[2 * tile][0]);
+    a[1] = tile::as_bits(rows[2 * tile + 1][0]);
+    a[2] = tile::as_bits(rows[2 * tile][4]);
+    a[3] = tile::as_bits(rows[2 * tile + 1][4]);
+  }
+  __device__ void advance() {
+    PCFAST_UNROLL
+    for (auto& row : rows) row += Tf32::kDepth;
   }
 };
 
 // In bfloat16; the lane's address is of eight numbers of one k (prediction) or of one row (feedback).
-template <bool FEEDBACK>
-struct LinearWeights<Bf16, FEEDBACK> {
-  tile::SharedPointer<tile::bf16> at;
+template <bool FEEDBACK, int TILES>
+struct LinearWeights<Bf16, FEEDBACK, TILES> {
+  tile::SharedPointer<const tile::bf16> at[TILES];
   int step;
 
-  LinearWeights() = default;
-  __device__ LinearWeights(const Product& product, const float* memory, int row, int lane) {
+  __device__ LinearWeights(const Product& product, const float* memory, int row, int k, int lane) {
     const auto* first = reinterpret_cast<const tile::bf16*>(memory + product.weights);
-    const int half = lane / 8 % 2 * 8, deep = lane / 16 * 8, within = lane % 8;
-    if constexpr (FEEDBACK) {
-      at = first + min(row + half + within, product.out - 1) * product.weight_row + deep;
-      step = 1;
-    } else {
-      // a row of the weights is a multiple of eight long
-      at = first + (deep + within) * product.weight_channel + min(row + half, product.weight_channel - 8);
-      step = product.weight_channel;
-    }
+    const int half = lane / 8 % 2 * 8, deep = k + lane / 16 * 8, within = lane % 8;
+    step = Bf16::kDepth * (FEEDBACK ? 1 : product.weight_channel);
+    PCFAST_UNROLL
+    for (int tile = 0; tile < TILES; ++tile, row += kTileRows)
+      if constexpr (FEEDBACK)
+        at[tile] = first + min(row + half + within, product.out - 1) * product.weight_row + deep;
+      else  // a row of the weights is a multiple of eight long
+        at[tile] = first + (deep + within) * product.weight_channel + min(row + half, product.weight_channel - 8);
   }
-  __device__ void load(uint32_t (&a)[4], int k) const { tile::load_matrix<4, !FEEDBACK>(a, at + k * step); }
+  __device__ void load(uint32_t (&a)[4], int tile) const { tile::load_matrix<4, !FEEDBACK>(a, at[tile]); }
+  __device__ void advance() {
+    PCFAST_UNROLL
+    for (auto& tile : at) tile += step;
+  }
 };
 
 struct alignas(2 * sizeof(float)) Pair {
@@ -132,7 +156,7 @@ __device__ inline Pair load_pair(const float* from) { return *reinterpret_cast<c
 
 // One sample's numbers of a step as b, in the order of the weights; rows of the state start at multiples of a quad.
 template <class Operand, bool FEEDBACK>
-__device__ void load_sample(uint32_t (&b)[2], const tile::SharedPointer<float>& input, int member) {
+__device__ void load_sample(uint32_t (&b)[2], const tile::SharedPointer<const float>& input, int member) {
   if constexpr (Operand::kLane == 4) {
     const Pair low = load_pair(input + 2 * member), high = load_pair(input + (2 * member + 8));
     Operand::round(b, {low.x[0], low.x[1], high.x[0], high.x[1]});
@@ -149,59 +173,51 @@ __device__ void linear_tiles(const Product& product, float* memory, int split, i
                              int lane) {
   const int begin = split * product.split, end = min(begin + product.split, product.channels);
   // the last sample stands in for those that do not exist
-  const tile::SharedPointer<float> input =
-      memory + product.input.first + (first_sample + min(lane / 4, samples - 1)) * product.input.samples;
-  LinearWeights<Operand, FEEDBACK> weights[TILES];
-  PCFAST_UNROLL
-  for (int tile = 0; tile < TILES; ++tile)
-    weights[tile] = LinearWeights<Operand, FEEDBACK>(product, memory, first_row + tile * kTileRows, lane);
+  tile::SharedPointer<const float> input =
+      memory + product.input.first + (first_sample + min(lane / 4, samples - 1)) * product.input.samples + begin;
+  LinearWeights<Operand, FEEDBACK, TILES> weights(product, memory, first_row, begin, lane);
 
   float sum[TILES][4] = {};
   PCFAST_UNROLL_TWICE
   for (int k = begin; k < end; k += Operand::kDepth) {
     uint32_t b[2];
-    load_sample<Operand, FEEDBACK>(b, input + k, lane % 4);
+    load_sample<Operand, FEEDBACK>(b, input, lane % 4);
     PCFAST_UNROLL
     for (int tile = 0; tile < TILES; ++tile) {
       uint32_t a[4];
-      weights[tile].load(a, k);
+      weights.load(a, tile);
       Operand::multiply(sum[tile], a, b);
     }
+    input += Operand::kDepth;
+    weights.advance();
   }
-  float* out = memory + product.scratch + split * product.scratch_split + first_sample * product.scratch_sample;
+  const int row = first_row + tile::accumulator_row(lane, 0), rows = product.out - row;
   PCFAST_UNROLL
-  for (int tile = 0; tile < TILES; ++tile)
+  for (int side = 0; side < 2; ++side) {
+    const int n = tile::accumulator_column(lane, side);
+    if (n >= samples) continue;
+    const tile::SharedPointer<float> out = memory + product.scratch + split * product.scratch_split +
+                                           (first_sample + n) * product.scratch_sample + row;
     PCFAST_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int row = first_row + tile * kTileRows + tile::accumulator_row(lane, i);
-      const int n = tile::accumulator_column(lane, i);
-      if (row < product.out && n < samples) out[n * product.scratch_sample + row] = sum[tile][i];
-    }
+    for (int i = 0; i < TILES * 2; ++i)
+      if (i * 8 < rows) out[i * 8] = sum[i / 2][i % 2 * 2 + side];
+  }
 }
 
 template <class Operand, bool FEEDBACK>
-__device__ void run_linear_tiles(const Product& product, float* memory, int unit, int samples, int lane) {
-  const int groups = ceil_div(samples, kTileColumns), group = unit % groups * kTileColumns;
-  unit /= groups;
-  const int split = unit % product.splits, row = unit / product.splits * product.tiles * kTileRows;
+__device__ void run_linear_tiles(const Product& product, float* memory, const Unit& unit, int samples, int lane) {
+  const int row = unit.tile * product.tiles * kTileRows, first = unit.group * kTileColumns;
+  if (first >= samples) return;
   switch (min(product.tiles, ceil_div(product.out - row, kTileRows))) {
     case 1:
-      linear_tiles<Operand, FEEDBACK, 1>(product, memory, split, row, group, samples - group, lane);
-      return;
+      return linear_tiles<Operand, FEEDBACK, 1>(product, memory, unit.split, row, first, samples - first, lane);
     case 2:
-      linear_tiles<Operand, FEEDBACK, 2>(product, memory, split, row, group, samples - group, lane);
-      return;
+      return linear_tiles<Operand, FEEDBACK, 2>(product, memory, unit.split, row, first, samples - first, lane);
     case 3:
-      linear_tiles<Operand, FEEDBACK, 3>(product, memory, split, row, group, samples - group, lane);
-      return;
+      return linear_tiles<Operand, FEEDBACK, 3>(product, memory, unit.split, row, first, samples - first, lane);
     default:
-      linear_tiles<Operand, FEEDBACK, 4>(product, memory, split, row, group, samples - group, lane);
-      return;
+      return linear_tiles<Operand, FEEDBACK, 4>(product, memory, unit.split, row, first, samples - first, lane);
   }
-}
-
-__device__ inline int quotient(int n, const Divisor& by) {
-  return static_cast<int>(uint64_t(uint32_t(n)) * by.multiplier >> by.shift);
 }
 
 // Where place p of a product's map, all samples' places one after another, reads its first number.
@@ -241,22 +257,20 @@ __device__ void write_term(const Product& product, float* memory, int slot) {
 }
 
 template <class Operand, int COLUMNS>
-__device__ void pixel_tiles(const Product& product, float* memory, int unit, int samples, int lane) {
+__device__ void pixel_tiles(const Product& product, float* memory, const Unit& unit, int samples, int lane) {
   constexpr int PLACES = place_tiles(COLUMNS);
-  const int split = unit % product.splits, tile = unit / product.splits;
-  const int groups = ceil_div(product.out, COLUMNS * kTileColumns);
-  const int first_column = tile % groups * COLUMNS * kTileColumns;
-  const int first_place = tile / groups * PLACES * kTileRows;
+  const int first_column = unit.tile * COLUMNS * kTileColumns;
+  const int first_place = unit.group * PLACES * kTileRows;
   const int area = product.by_area.value, places = samples * area;
-  const int begin = split * product.split, end = min(begin + product.split, product.term_count);
+  const int begin = unit.split * product.split, end = min(begin + product.split, product.term_count);
 
-  tile::SharedPointer<float> input[PLACES][2];  // rows g and g + 8
+  tile::SharedPointer<const float> input[PLACES][2];  // rows g and g + 8
   PCFAST_UNROLL
   for (int i = 0; i < PLACES * 2; ++i) {
     const int p = min(first_place + i / 2 * kTileRows + i % 2 * 8 + lane / 4, places - 1);
     input[i / 2][i % 2] = memory + input_place(product, p);
   }
-  tile::SharedPointer<float> weights[COLUMNS];
+  tile::SharedPointer<const float> weights[COLUMNS];
   PCFAST_UNROLL
   for (int c = 0; c < COLUMNS; ++c)
     weights[c] = memory + product.weights +
@@ -296,7 +310,8 @@ __device__ void pixel_tiles(const Product& product, float* memory, int unit, int
       for (int c = 0; c < COLUMNS; ++c) Operand::multiply(sum[j][c], a, b[c]);
     }
   }
-  float* out = memory + product.scratch + split * product.scratch_split;
+  const int column = first_column + tile::accumulator_column(lane, 0), columns = product.out - column;
+  float* out = memory + product.scratch + unit.split * product.scratch_split + column * area;
   PCFAST_UNROLL
   for (int j = 0; j < PLACES; ++j)
     PCFAST_UNROLL
@@ -304,45 +319,25 @@ __device__ void pixel_tiles(const Product& product, float* memory, int unit, int
       const int p = first_place + j * kTileRows + half * 8 + lane / 4;
       if (p >= places) continue;
       const int sample = quotient(p, product.by_area);
-      float* at = out + sample * product.scratch_sample + (p - sample * area);
+      const tile::SharedPointer<float> at = out + sample * product.scratch_sample + (p - sample * area);
       PCFAST_UNROLL
       for (int i = 0; i < COLUMNS * 2; ++i) {
-        const int column = first_column + i / 2 * kTileColumns + lane % 4 * 2 + i % 2;
-        if (column < product.out) at[column * area] = sum[j][i / 2][half * 2 + i % 2];
+        const int next = i / 2 * kTileColumns + i % 2;
+        if (next < columns) at[next * area] = sum[j][i / 2][half * 2 + i % 2];
       }
     }
 }
 
-// Units of a product for a block of `samples`.
-__host__ __device__ inline int matrix_units(const Product& product, int samples) {
-  switch (product.kind) {
-    case LINEAR:
-      return ceil_div(product.out, product.tiles * kTileRows) * product.splits * ceil_div(samples, kTileColumns);
-    case PIXELS:
-      return ceil_div(samples * product.by_area.value, place_tiles(product.tiles) * kTileRows) *
-             ceil_div(product.out, product.tiles * kTileColumns) * product.splits;
-    default:
-      return 0;
-  }
-}
-
-// One unit of work for one warp.
 template <class Operand, bool FEEDBACK>
-__device__ void run_matrix_unit(const Product& product, float* memory, int unit, int samples, int lane) {
-  if (product.kind == LINEAR) {
-    run_linear_tiles<Operand, FEEDBACK>(product, memory, unit, samples, lane);
-    return;
-  }
+__device__ void run_matrix_unit(const Product& product, float* memory, const Unit& unit, int samples, int lane) {
+  if (product.kind == LINEAR) return run_linear_tiles<Operand, FEEDBACK>(product, memory, unit, samples, lane);
   switch (product.tiles) {
     case 1:
-      pixel_tiles<Operand, 1>(product, memory, unit, samples, lane);
-      return;
+      return pixel_tiles<Operand, 1>(product, memory, unit, samples, lane);
     case 2:
-      pixel_tiles<Operand, 2>(product, memory, unit, samples, lane);
-      return;
+      return pixel_tiles<Operand, 2>(product, memory, unit, samples, lane);
     default:
-      pixel_tiles<Operand, 4>(product, memory, unit, samples, lane);
-      return;
+      return pixel_tiles<Operand, 4>(product, memory, unit, samples, lane);
   }
 }
 

@@ -21,6 +21,7 @@ __device__ Real load_weight(const Layer& layer, const void* from, int i) {
 
 template <class Real>
 __device__ void store_weight(const Layer& layer, Real* memory, int place, Real weight) {
+  if (layer.gram) weight = -weight;
   if constexpr (sizeof(Real) == sizeof(float)) {
     if (layer.operand == BF16 && layer.predict.kind == LINEAR) {
       reinterpret_cast<tile::bf16*>(memory + layer.weights)[place] = tile::to_bf16(weight);
@@ -79,18 +80,16 @@ __device__ void fill(const Moment<Real>& now, int thread, int threads, const War
   if (now.tensors.uhat_2) {
     const Layer& layer = program.layers[1];
     const int inner = layer.channels * layer.height * layer.width;
-    const Real* uhat = row_of<Real>(now.tensors.uhat_2, now.first_sample, inner);
     for (int i = thread; i < now.samples * inner; i += threads)
-      memory[layer.uhat + i / inner * layer.uhat_sample + i % inner] = uhat[i];
+      memory[layer.uhat + i / inner * layer.uhat_sample + i % inner] = number_of(now, now.tensors.uhat_2, 0, inner, i);
   }
   if (now.tensors.vhat_1) {
     const Layer& layer = program.layers[0];
-    const int size = layer.by_size.value;
-    const Real* vhat = row_of<Real>(now.tensors.vhat_1, now.first_sample, size);
-    for (int e = thread; e < now.samples * size; e += threads) {
-      const Element<Real> where = element<Real>(layer, e);
-      memory[at(layer.d, where.sample, where.channel, where.y, where.x)] = vhat[e];
-    }
+    int item = thread;
+    each_number(now, layer, item, threads, [&](const Element& where, int first, int end) {
+      for (int sample = first; sample < end; ++sample)
+        memory[at(layer.d, sample, where)] = number_of(now, now.tensors.vhat_1, sample, layer.size, where.index);
+    });
   }
   fill_targets(now, thread, threads, warp);
 }
@@ -99,15 +98,16 @@ __device__ void fill(const Moment<Real>& now, int thread, int threads, const War
 template <class Real>
 __device__ void begin_beliefs(const Moment<Real>& now, int thread, int threads) {
   const Program& program = now.program;
+  int item = thread;
   for (int l = program.first_in_loop; l < program.depth; ++l) {
     const Layer& layer = program.layers[l - 1];
-    const int size = layer.by_size.value;
     const void* start = now.tensors.start[l - 1];
-    for (int e = thread; e < now.samples * size; e += threads) {
-      const Element<Real> where = element<Real>(layer, e);
-      Real& d = now.memory[at(layer.d, where.sample, where.channel, where.y, where.x)];
-      d = start ? row_of<Real>(start, now.first_sample, size)[e] - d : Real(0);
-    }
+    each_number(now, layer, item, threads, [&](const Element& where, int first, int end) {
+      for (int sample = first; sample < end; ++sample) {
+        Real& d = now.memory[at(layer.d, sample, where)];
+        d = start ? number_of(now, start, sample, layer.size, where.index) - d : Real(0);
+      }
+    });
   }
 }
 
@@ -115,23 +115,21 @@ __device__ void begin_beliefs(const Moment<Real>& now, int thread, int threads) 
 template <class Real>
 __device__ void store(const Moment<Real>& now, int thread, int threads) {
   const Program& program = now.program;
+  int item = thread;
   for (int l = program.first_in_loop; l < program.depth; ++l) {
     const Layer& layer = program.layers[l - 1];
-    const int size = layer.by_size.value;
-    const void* forward = l == 1 ? now.tensors.vhat_1 : now.tensors.vhat[l - 1];
-    const Real* vhat = row_of<Real>(forward, now.first_sample, size);
-    Real* belief = row_of<Real>(now.tensors.belief[l - 1], now.first_sample, size);
-    for (int e = thread; e < now.samples * size; e += threads) {
-      const Element<Real> where = element<Real>(layer, e);
-      belief[e] = vhat[e] + now.memory[at(layer.d, where.sample, where.channel, where.y, where.x)];
-    }
+    const void* vhat = l == 1 ? now.tensors.vhat_1 : now.tensors.vhat[l - 1];
+    each_number(now, layer, item, threads, [&](const Element& where, int first, int end) {
+      for (int sample = first; sample < end; ++sample)
+        number_of(now, now.tensors.belief[l - 1], sample, layer.size, where.index) =
+            number_of(now, vhat, sample, layer.size, where.index) + now.memory[at(layer.d, sample, where)];
+    });
   }
   const Layer& gram = program.layers[1];
   if (!gram.gram) return;
   const int area = gram.height * gram.width, inner = gram.channels * area;
-  Real* sum = row_of<Real>(now.tensors.gram_sum, now.first_sample, inner);
   for (int i = thread; i < now.samples * inner; i += threads)
-    sum[i] = now.memory[at(gram.delta, i / inner, i % inner / area, i % area / gram.width, i % gram.width)];
+    number_of(now, now.tensors.gram_sum, 0, inner, i) = now.memory[at(gram.delta, i / inner, i % inner / area, i % area / gram.width, i % gram.width)];
 }
 
 }  // namespace pcfast::resident

@@ -117,11 +117,10 @@ __device__ void output_error(const Moment<Real>& now, bool forward, bool moved, 
     PCFAST_NO_UNROLL
     for (int pass = first_pass; pass <= ERROR; ++pass) {
       for (int c = warp.lane; c < classes; c += kWarpSize) {
-        const Element<Real> where{n, c, 0, 0, c};
         Moved<Real> found = own;
         if (pass == first_pass || c != warp.lane) {
-          int winner;
-          found = Tail<Real>{layer, now.memory, moved, where}.evaluate(winner);
+          const Real s = moved ? summed(Parts(layer.predict), first_part(layer.predict, now.memory, n, c)) : Real(0);
+          found = after(layer, now.memory[layer.uhat + n * layer.uhat_sample + c], s);
           if (c == warp.lane) own = found;
         }
         const Real output = vhat[c] + found.bracket;
@@ -140,8 +139,8 @@ __device__ void output_error(const Moment<Real>& now, bool forward, bool moved, 
             error = difference * loss_scale;
             loss += difference * difference * (loss_scale / 2);
           }
-          if (kept) row_of<Real>(kept, now.first_sample, classes)[n * classes + c] = error;
-          if (!forward) pull_back(now, program.depth, where, {0, 0, c}, error * found.slope);
+          if (kept) number_of(now, kept, n, classes, c) = error;
+          if (!forward) pull_back(now, layer, now.memory[at(layer.delta, n, c, 0, 0)], n, c, error * found.slope);
         }
       }
       if (pass == HIGHEST) highest = tile::warp_max(highest);
@@ -149,7 +148,7 @@ __device__ void output_error(const Moment<Real>& now, bool forward, bool moved, 
     }
     if (!forward) continue;
     loss = tile::warp_sum(loss);
-    if (warp.lane == 0) row_of<Real>(now.tensors.loss_rows, now.first_sample, 1)[n] = loss;
+    if (warp.lane == 0) number_of(now, now.tensors.loss_rows, n, 1, 0) = loss;
   }
 }
 

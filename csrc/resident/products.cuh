@@ -36,15 +36,17 @@ constexpr int kFeedbackRowsALane = 4;
 // PIXELS: places that a lane covers.
 constexpr int kPixelsALane = 4;
 
+// LINEAR: samples that a last block lacks have zeros for state, and a place in the scratch.
+
 // LINEAR, prediction: s[n][m] = sum_k W[k][m] d[n][k]. A lane has four rows m and every sample of its group; lanes beyond
-// `product.lanes` take every so many-th quad of k.
+// 2^lanes_log2 take every so many-th quad of k.
 template <class Real, int SAMPLES>
-__device__ void linear_prediction(const Product& product, Real* memory, int unit, int first_sample, int samples, int lane) {
-  const int split = unit % product.splits, tile = unit / product.splits;
-  const int sharing = kWarpSize / product.lanes, share = lane / product.lanes;
-  const int row = (tile * product.lanes + lane % product.lanes) * kQuad;
+__device__ void linear_prediction(const Product& product, Real* memory, const Unit& unit, int lane) {
+  const int lanes_log2 = product.lanes_log2, share = lane >> lanes_log2, sharing = kWarpSize >> lanes_log2;
+  const int row = ((unit.tile << lanes_log2) + lane - (share << lanes_log2)) * kQuad;
+  const int first_sample = unit.group * SAMPLES;
   const bool active = row < product.out;
-  const int begin = split * product.split;
+  const int begin = unit.split * product.split;
   const int end = min(begin + product.split, product.channels);
 
   Real sum[kQuad][SAMPLES] = {};
@@ -65,73 +67,84 @@ __device__ void linear_prediction(const Product& product, Real* memory, int unit
       }
     }
   }
-  for (int lanes = product.lanes; lanes < kWarpSize; lanes *= 2)
+  for (int lanes = 1 << lanes_log2; lanes < kWarpSize; lanes *= 2)
     PCFAST_UNROLL
     for (int i = 0; i < kQuad; ++i)
       PCFAST_UNROLL
       for (int n = 0; n < SAMPLES; ++n) sum[i][n] += tile::shuffle_xor(sum[i][n], lanes);
   if (!active || share != 0) return;
-  Real* out = memory + product.scratch + split * product.scratch_split + first_sample * product.scratch_sample + row;
+  tile::SharedPointer<Real> out =
+      memory + product.scratch + unit.split * product.scratch_split + first_sample * product.scratch_sample + row;
+  const int rows = product.out - row;
   PCFAST_UNROLL
-  for (int i = 0; i < kQuad; ++i)
+  for (int n = 0; n < SAMPLES; ++n, out += product.scratch_sample)
     PCFAST_UNROLL
-    for (int n = 0; n < SAMPLES; ++n)
-      if (row + i < product.out && n < samples) out[n * product.scratch_sample + i] = sum[i][n];
+    for (int i = 0; i < kQuad; ++i)
+      if (i < rows) out[i] = sum[i][n];
 }
 
 // LINEAR, feedback: r[n][m] = sum_k W[m][k] delta[n][k]. A lane has rows m, m + 32, ... and every sample of its group.
 template <class Real, int SAMPLES>
-__device__ void linear_feedback(const Product& product, Real* memory, int unit, int first_sample, int samples, int lane) {
-  const int split = unit % product.splits, tile = unit / product.splits;
-  const int row = tile * kWarpSize * kFeedbackRowsALane + lane;
-  const int begin = split * product.split;
+__device__ void linear_feedback(const Product& product, Real* memory, const Unit& unit, int lane) {
+  const int row = unit.tile * kWarpSize * kFeedbackRowsALane + lane;
+  const int first_sample = unit.group * SAMPLES;
+  const int begin = unit.split * product.split;
   const int end = min(begin + product.split, product.channels);
-  const Real* input = memory + product.input.first + first_sample * product.input.samples;
-  const Real* weights[kFeedbackRowsALane];
+  tile::SharedPointer<const Real> input[SAMPLES], weights[kFeedbackRowsALane];
+  PCFAST_UNROLL
+  for (int n = 0; n < SAMPLES; ++n)
+    input[n] = memory + product.input.first + (first_sample + n) * product.input.samples + begin;
   PCFAST_UNROLL
   for (int i = 0; i < kFeedbackRowsALane; ++i)
-    weights[i] = memory + product.weights + min(row + i * kWarpSize, product.out - 1) * product.weight_row;
+    weights[i] = memory + product.weights + min(row + i * kWarpSize, product.out - 1) * product.weight_row + begin;
 
   Real sum[kFeedbackRowsALane][SAMPLES] = {};
+  PCFAST_UNROLL_TWICE
   for (int k = begin; k < end; k += kQuad) {
     Quad<Real> b[SAMPLES];
     PCFAST_UNROLL
-    for (int n = 0; n < SAMPLES; ++n) b[n] = load_quad(input + n * product.input.samples + k);
+    for (int n = 0; n < SAMPLES; ++n) {
+      b[n] = load_quad<Real>(input[n]);
+      input[n] += kQuad;
+    }
     PCFAST_UNROLL
     for (int i = 0; i < kFeedbackRowsALane; ++i) {
-      Quad<Real> a = load_quad(weights[i] + k);
+      Quad<Real> a = load_quad<Real>(weights[i]);
+      weights[i] += kQuad;
       PCFAST_UNROLL
       for (int j = 0; j < kQuad; ++j)
         PCFAST_UNROLL
         for (int n = 0; n < SAMPLES; ++n) sum[i][n] += a.x[j] * b[n].x[j];
     }
   }
-  Real* out = memory + product.scratch + split * product.scratch_split + first_sample * product.scratch_sample;
+  tile::SharedPointer<Real> out =
+      memory + product.scratch + unit.split * product.scratch_split + first_sample * product.scratch_sample + row;
+  const int rows = product.out - row;
   PCFAST_UNROLL
-  for (int i = 0; i < kFeedbackRowsALane; ++i)
+  for (int n = 0; n < SAMPLES; ++n, out += product.scratch_sample)
     PCFAST_UNROLL
-    for (int n = 0; n < SAMPLES; ++n)
-      if (row + i * kWarpSize < product.out && n < samples) out[n * product.scratch_sample + row + i * kWarpSize] = sum[i][n];
+    for (int i = 0; i < kFeedbackRowsALane; ++i)
+      if (i * kWarpSize < rows) out[i * kWarpSize] = sum[i][n];
 }
 
 // PIXELS: lanes run over (sample, y, x); a lane has ROWS rows of A at kPixelsALane places. Weights of a term are the
-// same numbers for all lanes. ADJACENT: those of the rows lie side by side, padded to a quad.
-template <class Real, int ROWS, bool ADJACENT>
-__device__ void pixels(const Product& product, Real* memory, int unit, int samples, int lane) {
-  const int split = unit % product.splits;
-  const int row_tiles = ceil_div(product.out, ROWS);
-  const int row = unit / product.splits % row_tiles * ROWS;
-  const int place = unit / product.splits / row_tiles * kWarpSize * kPixelsALane + lane;
-  const int begin = split * product.split;
+// same numbers for all lanes. FORWARD, in predictions: those of the rows lie side by side, padded to a quad, and
+// taps go to the right of B; in feedback to the left.
+template <class Real, int ROWS, bool FORWARD>
+__device__ void pixels(const Product& product, Real* memory, const Unit& unit, int samples, int lane) {
+  const int row = unit.tile * ROWS;
+  const int place = unit.group * kWarpSize * kPixelsALane + lane;
+  const int begin = unit.split * product.split;
   const int end = min(begin + product.split, product.channels);
   const int area = product.by_area.value, places = samples * area;
 
-  tile::SharedPointer<Real> input[kPixelsALane];
+  tile::SharedPointer<const Real> input[kPixelsALane];
   PCFAST_UNROLL
   for (int j = 0; j < kPixelsALane; ++j)
     input[j] = memory + input_place(product, min(place + j * kWarpSize, places - 1));
-  constexpr int kPointers = ADJACENT ? 1 : ROWS;
-  tile::SharedPointer<Real> weights[kPointers];  // the last row again past the end: read, never written
+  constexpr bool kQuads = FORWARD && ROWS >= kQuad;
+  constexpr int kPointers = kQuads ? 1 : ROWS;
+  tile::SharedPointer<const Real> weights[kPointers];  // the last row again past the end: read, never written
   PCFAST_UNROLL
   for (int i = 0; i < kPointers; ++i)
     weights[i] = memory + product.weights + min(row + i, product.out - 1) * product.weight_row;
@@ -144,7 +157,7 @@ __device__ void pixels(const Product& product, Real* memory, int unit, int sampl
       PCFAST_UNROLL_TWICE  // rows of taps are short
       for (int tap_x = 0; tap_x < product.taps_x; ++tap_x) {
         Real a[ceil_div(ROWS, kQuad) * kQuad], b[kPixelsALane];
-        if constexpr (ADJACENT) {
+        if constexpr (kQuads) {
           PCFAST_UNROLL
           for (int i = 0; i < ROWS; i += kQuad) {
             const Quad<Real> four = load_quad<Real>(weights[0] + (a_step + i));
@@ -162,24 +175,25 @@ __device__ void pixels(const Product& product, Real* memory, int unit, int sampl
           PCFAST_UNROLL
           for (int j = 0; j < kPixelsALane; ++j) sum[i][j] += a[i] * b[j];
         a_step += product.weight_tap_x;
-        b_step += product.input_tap_x;
+        b_step += FORWARD ? 1 : -1;
       }
     }
-  Real* out = memory + product.scratch + split * product.scratch_split;
+  Real* out = memory + product.scratch + unit.split * product.scratch_split + row * area;
+  const int rows = product.out - row;
   PCFAST_UNROLL
   for (int j = 0; j < kPixelsALane; ++j) {
     const int p = place + j * kWarpSize;
     if (p >= places) continue;
     const int sample = quotient(p, product.by_area);
-    Real* at = out + sample * product.scratch_sample + (p - sample * area);
+    tile::SharedPointer<Real> at = out + sample * product.scratch_sample + (p - sample * area);
     PCFAST_UNROLL
-    for (int i = 0; i < ROWS; ++i)
-      if (row + i < product.out) at[(row + i) * area] = sum[i][j];
+    for (int i = 0; i < ROWS; ++i, at += area)
+      if (i < rows) *at = sum[i][j];
   }
 }
 
 template <class Real, int ROWS>
-__device__ void run_pixels_unit(const Product& product, Real* memory, int unit, int samples, int lane) {
+__device__ void run_pixels_unit(const Product& product, Real* memory, const Unit& unit, int samples, int lane) {
   if (product.weight_row == 1)
     pixels<Real, ROWS, true>(product, memory, unit, samples, lane);
   else
@@ -197,39 +211,18 @@ __device__ void copy(const Product& product, Real* memory, int sample, int lane)
                    i % product.width * product.input.columns];
 }
 
-// Units of a product for a block of `samples`.
-template <bool FEEDBACK>
-__device__ int units(const Product& product, int operand, int groups, int samples) {
-  if (operand != IEEE) return matrix_units(product, samples);
-  switch (product.kind) {
-    case COPY:
-      return samples;
-    case LINEAR: {
-      const int rows = FEEDBACK ? kWarpSize * kFeedbackRowsALane : product.lanes * kQuad;
-      return ceil_div(product.out, rows) * product.splits * groups;
-    }
-    case PIXELS: {
-      const int places = samples * product.height * product.width;
-      return ceil_div(places, kWarpSize * kPixelsALane) * ceil_div(product.out, product.rows_a_thread) * product.splits;
-    }
-    default:
-      return 0;
-  }
-}
-
 // SAMPLES: that a lane has.
 template <bool FEEDBACK, class Real, int SAMPLES>
-__device__ void run_linear_unit(const Product& product, Real* memory, int unit, int groups, int samples, int lane) {
-  const int first = unit % groups * SAMPLES;
+__device__ void run_linear_unit(const Product& product, Real* memory, const Unit& unit, int lane) {
   if constexpr (FEEDBACK)
-    linear_feedback<Real, SAMPLES>(product, memory, unit / groups, first, samples - first, lane);
+    linear_feedback<Real, SAMPLES>(product, memory, unit, lane);
   else
-    linear_prediction<Real, SAMPLES>(product, memory, unit / groups, first, samples - first, lane);
+    linear_prediction<Real, SAMPLES>(product, memory, unit, lane);
 }
 
-// One unit of work for one warp. group: samples that a lane of a linear product has; groups: of the block.
+// group: samples that a lane of a linear product has.
 template <bool FEEDBACK, class Real>
-__device__ void run_unit(const Product& product, int operand, Real* memory, int unit, int group, int groups, int samples,
+__device__ void run_unit(const Product& product, int operand, Real* memory, const Unit& unit, int group, int samples,
                          int lane) {
   if constexpr (sizeof(Real) == sizeof(float)) {
     if (operand == TF32) return run_matrix_unit<Tf32, FEEDBACK>(product, memory, unit, samples, lane);
@@ -237,17 +230,18 @@ __device__ void run_unit(const Product& product, int operand, Real* memory, int 
   }
   switch (product.kind) {
     case COPY:
-      return copy(product, memory, unit, lane);
+      if (unit.group < samples) copy(product, memory, unit.group, lane);
+      return;
     case LINEAR:
       switch (group) {
         case 1:
-          return run_linear_unit<FEEDBACK, Real, 1>(product, memory, unit, groups, samples, lane);
+          return run_linear_unit<FEEDBACK, Real, 1>(product, memory, unit, lane);
         case 2:
-          return run_linear_unit<FEEDBACK, Real, 2>(product, memory, unit, groups, samples, lane);
+          return run_linear_unit<FEEDBACK, Real, 2>(product, memory, unit, lane);
         case 3:
-          return run_linear_unit<FEEDBACK, Real, 3>(product, memory, unit, groups, samples, lane);
+          return run_linear_unit<FEEDBACK, Real, 3>(product, memory, unit, lane);
         default:
-          return run_linear_unit<FEEDBACK, Real, kMostGroup>(product, memory, unit, groups, samples, lane);
+          return run_linear_unit<FEEDBACK, Real, kMostGroup>(product, memory, unit, lane);
       }
     case PIXELS:
       switch (product.rows_a_thread) {
@@ -258,7 +252,7 @@ __device__ void run_unit(const Product& product, int operand, Real* memory, int 
         case 4:
           return run_pixels_unit<Real, 4>(product, memory, unit, samples, lane);
         default:
-          return pixels<Real, 1, false>(product, memory, unit, samples, lane);
+          return run_pixels_unit<Real, 1>(product, memory, unit, samples, lane);
       }
     default:
       return;
@@ -268,27 +262,44 @@ __device__ void run_unit(const Product& product, int operand, Real* memory, int 
 // The products of layers `highest` down to `lowest`, counted from 1, shared out among the warps.
 template <bool FEEDBACK, class Real>
 __device__ void products(const Program& program, Real* memory, int highest, int lowest, int samples, const Warp& warp) {
-  const int groups = ceil_div(samples, program.group);
-  int before = 0;
+  int unit = warp.index;
   for (int l = highest; l >= lowest; --l) {
     const Layer& layer = program.layers[l - 1];
     const Product& product = FEEDBACK ? layer.feedback : layer.predict;
-    const int count = units<FEEDBACK>(product, layer.operand, groups, samples);
-    // the first unit of this product that falls to this warp, counting on from the products before it
-    int unit = (warp.index - before % warp.count + warp.count) % warp.count;
-    for (; unit < count; unit += warp.count)
-      run_unit<FEEDBACK>(product, layer.operand, memory, unit, program.group, groups, samples, warp.lane);
-    before += count;
+    for (; unit < product.units; unit += warp.count)
+      run_unit<FEEDBACK>(product, layer.operand, memory, Unit(product, unit), program.group, samples, warp.lane);
+    unit -= product.units;  // the warps after those of this product's last units go on with the next one
   }
 }
 
-// The sum of the parts of one number.
+// The first part of a number that a product gives.
 template <class Real>
-__device__ Real summed(const Product& product, const Real* memory, int sample, int index) {
-  const Real* at = memory + product.scratch + sample * product.scratch_sample + index;
-  Real sum = at[0];
-  for (int split = 1; split < product.splits; ++split) sum += at[split * product.scratch_split];
-  return product.sign < 0 ? -sum : sum;
+__device__ tile::SharedPointer<const Real> first_part(const Product& product, const Real* memory, int sample, int index) {
+  return memory + product.scratch + sample * product.scratch_sample + index;
+}
+
+// The parts that a product gives of every number.
+struct Parts {
+  int count, step;
+
+  __device__ explicit Parts(const Product& product)
+      : count(tile::in_register(product.by_splits.value)), step(tile::in_register(product.scratch_split)) {}
+};
+
+// Their sum, from the first one on.
+template <class Real>
+__device__ Real summed(const Parts& parts, tile::SharedPointer<const Real> part) {
+  Real sum = *part;
+  int left = parts.count - 1;
+  PCFAST_NO_UNROLL
+  for (; left > 1; left -= 2) {
+    const tile::SharedPointer<const Real> next = part + parts.step;
+    part = next + parts.step;
+    sum += *next;
+    sum += *part;
+  }
+  if (left > 0) sum += part[parts.step];
+  return sum;
 }
 
 }  // namespace pcfast::resident

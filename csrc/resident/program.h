@@ -46,11 +46,11 @@ struct Place {
   int32_t first, samples, channels, rows, columns;
 };
 
-// For a quotient by `value` of any n from 0 to 2^31 - 1 without a division: n * multiplier >> shift in 64 bits.
+// For a quotient by `value` without a division: the upper 32 bits of (n + 1) * multiplier, exact where (n + 1) * value is
+// at most 2^32. A block has fewer than 2^16 numbers.
 struct Divisor {
   int32_t value;
   uint32_t multiplier;
-  int32_t shift;
 };
 
 // C[row][y][x] = sum over (channel, tap_y, tap_x) of A[row][channel, tap_y, tap_x] B[channel, y, x, tap_y, tap_x],
@@ -65,21 +65,29 @@ struct Product {
   Place input;
   int32_t input_tap_y, input_tap_x;   // steps of B with a tap
   int32_t scratch, scratch_sample, scratch_split;
-  // Parts of the sum, and channels in each: in linear products a multiple of 4, on matrix units of a step's depth, and
-  // there PIXELS counts terms instead of channels.
-  int32_t splits, split;
-  int32_t lanes;                      // LINEAR, prediction: lanes over output features; the others share the sum
+  // Work for one warp, of a block with all its samples: unit (group * by_tiles + tile) * by_splits + split. A group is of
+  // samples, in PIXELS of places; a tile of rows of A; a split is a part of the sum.
+  int32_t units;
+  Divisor by_splits, by_tiles;
+  // Channels of a part: in linear products a multiple of 4, on matrix units of a step's depth, and there PIXELS counts
+  // terms instead of channels.
+  int32_t split;
+  int32_t lanes_log2;                 // LINEAR, prediction: lanes over output features; the others share the sum
   int32_t rows_a_thread;              // PIXELS
   int32_t tiles;                      // on matrix units, of a unit: of 16 rows (LINEAR), of 8 rows of A (PIXELS)
   int32_t terms, term_count;          // PIXELS on matrix units: the terms' table, padded to a step's depth
-  int32_t sign;                       // +1, -1
 };
 
 struct Layer {
   Product predict;   // NO_PRODUCT: the layer below is clamped
   Product feedback;  // into the beliefs below
   int32_t channels, height, width;    // of the product's output
-  Divisor by_size, by_area, by_width; // of the output, pooled: a sample's numbers, a channel's, a row's
+  int32_t size;                       // of the output, pooled: a sample's numbers
+  Divisor by_area, by_width;          // of it: a channel's, a row's
+  // Pointwise work for one thread: item group * by_items + index is number `index` of a group of samples. by_items is the
+  // size, rounded up to whole warps.
+  int32_t items;
+  Divisor by_items;
   int32_t pool, window_y, window_x;
   Divisor by_window_x;
   int32_t before, after;              // activations in front of and behind the pool: codes of activations.cuh
@@ -89,7 +97,7 @@ struct Layer {
   int32_t operand;                    // of both products
   // As in shared memory, the stride in numbers of the kind that is kept there; weight_inputs 0: none to load.
   int32_t weights, weight_inputs, weight_stride;
-  int32_t gram;                       // delta holds S
+  int32_t gram;                       // delta holds S, and weights -G
   Place delta;
   Place d;                            // of the layer's own output; the output layer has none
 };
@@ -97,7 +105,9 @@ struct Layer {
 // layers[0] is layer 1, of which only d and the output's sizes count. Its forward pass, and in Gram form layer 2's product,
 // are torch's.
 struct Program {
-  int32_t depth, samples, group;      // samples of a block, and of a lane in linear products: group divides samples
+  // Samples of a block, and of a group, which a lane of a linear product or a thread of pointwise work has: group divides
+  // samples.
+  int32_t depth, samples, group;
   int32_t elements;                   // of shared memory
   int32_t loss, classes;
   int32_t vhat, dense, mass, classes_stride;

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int thread = threadIdx.x, threads = blockDim.x;
   const Warp warp{thread / kWarpSize, threads / kWarpSize, thread % kWarpSize};
   const int first_sample = blockIdx.x * program.samples;
-  Moment<Real> now{program, tensors, run, reinterpret_cast<Real*>(bytes), first_sample,
+  Moment<Real> now{program, tensors, run, tile::SharedPointer<Real>(reinterpret_cast<Real*>(bytes)), first_sample,
                    min(program.samples, run.batch - first_sample), Real(run.eta), Real(run.momentum), 0, false,
                    run.iterations > 0};
   fill(now, thread, threads, warp);
@@ -60,8 +60,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     }
     // the output layer's warps are busy with it
     const int free = finish || warp.count == 1 ? threads : threads - output_warps(program) * kWarpSize;
+    int item = thread;
     for (int l = depth - !finish; l >= front && thread < free; --l)
-      pull_errors(now, l, l >= moved, finish, thread, free);
+      pull_errors(now, l, l >= moved, finish, item, free);
     if (finish) break;
     tile::block_barrier();
     if (now.moves) {
@@ -69,7 +70,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       const int moving = max(fresh ? depth - t : 1, program.first_in_loop);
       products<true>(program, now.memory, depth, moving + 1, now.samples, warp);
       tile::block_barrier();
-      for (int l = depth - 1; l >= moving; --l) update(now, l, thread, threads);
+      item = thread;
+      for (int l = depth - 1; l >= moving; --l) update(now, l, item, threads);
       tile::block_barrier();
     }
     if (now.last && !tensors.local_error[depth - 1]) break;

@@ -8,16 +8,6 @@
 
 namespace pcfast::resident {
 
-// Of a dense tensor in device memory whose rows are samples.
-template <class Real>
-__device__ Real* row_of(void* tensor, int64_t row, int64_t size) {
-  return static_cast<Real*>(tensor) + row * size;
-}
-template <class Real>
-__device__ const Real* row_of(const void* tensor, int64_t row, int64_t size) {
-  return static_cast<const Real*>(tensor) + row * size;
-}
-
 // What a block works on, and when.
 template <class Real>
 struct Moment {
@@ -32,6 +22,16 @@ struct Moment {
   bool last;         // errors go to device memory
   bool moves;        // beliefs move
 };
+
+// Number `index` of one of the block's samples in a dense tensor in device memory, `size` numbers a sample.
+template <class Real>
+__device__ Real& number_of(const Moment<Real>& now, void* tensor, int sample, int size, int index) {
+  return static_cast<Real*>(tensor)[int64_t(now.first_sample + sample) * size + index];
+}
+template <class Real>
+__device__ Real number_of(const Moment<Real>& now, const void* tensor, int sample, int size, int index) {
+  return static_cast<const Real*>(tensor)[int64_t(now.first_sample + sample) * size + index];
+}
 
 __device__ inline int at(const Place& place, int sample, int channel, int y, int x) {
   return place.first + sample * place.samples + channel * place.channels + y * place.rows + x * place.columns;
@@ -49,19 +49,40 @@ __device__ void note_bad(const Moment<Real>& now, int layer, Real value) {
   if (!(value - value == Real(0))) tile::atomic_min(now.tensors.first_bad + layer - 1, now.iteration);
 }
 
-// One number of a layer's output: where it is, and how it depends on the product.
-template <class Real>
+// One number of a layer's output.
 struct Element {
-  int sample, channel, y, x;
-  int index;  // in the output, packed
+  int channel, y, x;
+  int index;  // packed
 };
 
-template <class Real>
-__device__ Element<Real> element(const Layer& layer, int e) {
-  const int sample = quotient(e, layer.by_size), index = e - sample * layer.by_size.value;
+__device__ inline Element element(const Layer& layer, int index) {
   const int channel = quotient(index, layer.by_area), place = index - channel * layer.by_area.value;
   const int y = quotient(place, layer.by_width);
-  return {sample, channel, y, place - y * layer.by_width.value, index};
+  return {channel, y, place - y * layer.by_width.value, index};
+}
+
+__device__ inline int at(const Place& place, int sample, const Element& where) {
+  return at(place, sample, where.channel, where.y, where.x);
+}
+
+// Calls work(element, first, end), of samples, for all numbers of a layer's output that fall to a thread: where a number
+// lies is found once for a group of samples. `item` is the thread's first one, and counts on to the next layer.
+template <class Real, class Work>
+__device__ void each_number(const Moment<Real>& now, const Layer& layer, int& item, int threads, const Work& work) {
+  for (; item < layer.items; item += threads) {
+    const int group = quotient(item, layer.by_items), index = item - group * layer.by_items.value;
+    if (index >= layer.size) continue;
+    const Element where = element(layer, index);
+    const int first = group * now.program.group;
+    work(where, first, min(first + now.program.group, now.samples));
+  }
+  item -= layer.items;
+}
+
+// mu - vhat and act', of the activation behind the pool.
+template <class Real>
+__device__ Moved<Real> after(const Layer& layer, Real base, Real difference) {
+  return bracket_and_slope(base, difference, layer.after, layer.after_negative_slope);
 }
 
 // One element of the pooling window, in the product's output.
@@ -70,13 +91,15 @@ struct Source {
   int index;  // packed
 };
 
-// The tail of a layer at one number of its output: pre-activations come from `uhat` and the product, if it has moved.
+// The tail of a layer at one number of a sample's output: pre-activations come from `uhat` and the product, if it has
+// moved.
 template <class Real>
 struct Tail {
   const Layer& layer;
   const Real* memory;
   bool moved;
-  const Element<Real>& where;
+  const Element& where;
+  int sample;
 
   __device__ Source source(int k) const {
     if (layer.pool == NO_POOL) return {where.y, where.x, where.index};
@@ -85,17 +108,14 @@ struct Tail {
     return {y, x, (where.channel * layer.height + y) * layer.width + x};
   }
   __device__ Real uhat(int source) const {
-    return memory[layer.uhat + where.sample * layer.uhat_sample + source];
+    return memory[layer.uhat + sample * layer.uhat_sample + source];
   }
   __device__ Real s(int source) const {
-    return moved ? summed(layer.predict, memory, where.sample, source) : Real(0);
+    return moved ? summed(Parts(layer.predict), first_part(layer.predict, memory, sample, source)) : Real(0);
   }
   __device__ Moved<Real> before(int k) const {
     const int at = source(k).index;
     return bracket_and_slope(uhat(at), s(at), layer.before, layer.before_negative_slope);
-  }
-  __device__ Moved<Real> after(Real base, Real difference) const {
-    return bracket_and_slope(base, difference, layer.after, layer.after_negative_slope);
   }
   __device__ int window() const { return layer.window_y * layer.window_x; }
 
@@ -120,35 +140,30 @@ struct Tail {
     return activate(layer.pool == NO_POOL ? uhat(where.index) : pooled(), layer.after, layer.after_negative_slope);
   }
 
-  // mu - vhat, act' behind the pool, and the pool's winner.
+  // Of a pool: mu - vhat, act' behind it, and its winner.
   __device__ Moved<Real> evaluate(int& winner) const {
     winner = 0;
-    Real base, difference = 0;
-    if (layer.pool == NO_POOL) {
-      base = uhat(where.index);
-      difference = s(where.index);
-    } else {
-      base = pooled();
-      PCFAST_NO_UNROLL
-      for (int k = 0; k < window(); ++k) {
-        const Real moved = before(k).bracket;
-        // max_k((v_k - v_highest) + moved_k): the first wins a tie, NaN wins always, as in PyTorch
-        const Real relative = (activated(k) - base) + moved;
-        if (layer.pool == AVG_POOL) {
-          difference += moved;
-        } else if (k == 0 || relative > difference || (relative != relative && difference == difference)) {
-          difference = relative;
-          winner = k;
-        }
+    const Real base = pooled();
+    Real difference = 0;
+    PCFAST_NO_UNROLL
+    for (int k = 0; k < window(); ++k) {
+      const Real moved = before(k).bracket;
+      // max_k((v_k - v_highest) + moved_k): the first wins a tie, NaN wins always, as in PyTorch
+      // where v_highest is a product, contraction would leave its rounding error
+      const Real relative = tile::subtract(activated(k), base) + moved;
+      if (layer.pool == AVG_POOL) {
+        difference += moved;
+      } else if (k == 0 || relative > difference || (relative != relative && difference == difference)) {
+        difference = relative;
+        winner = k;
       }
-      if (layer.pool == AVG_POOL) difference /= window();
     }
-    return after(base, difference);
+    if (layer.pool == AVG_POOL) difference /= window();
+    return after(layer, base, difference);
   }
 
   // What of an error behind the pool's activation reaches element k of the window.
   __device__ Real share(int k, Real error, int winner) const {
-    if (layer.pool == NO_POOL) return error;
     if (layer.pool == MAX_POOL && k != winner) return Real(0);
     return (layer.pool == MAX_POOL ? error : error / window()) * before(k).slope;
   }

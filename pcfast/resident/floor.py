@@ -127,7 +127,9 @@ def _linear_tiles_bytes(product: p.Product, operand: str, feedback: bool, sample
     depth, tiles = DEPTHS[operand], -(-product.out // TILE_ROWS)
     units, groups = -(-tiles // product.tiles), range(0, samples, TILE_COLUMNS)
     inputs = _BYTES * depth * units * sum(_in_range(samples, groups, TILE_COLUMNS))
-    if operand == "tf32":
+    if operand == "tf32" and not feedback:
+        weights = _BYTES * depth * tiles * TILE_ROWS
+    elif operand == "tf32":
         weights = _BYTES * depth * sum(_in_range(product.out, range(0, tiles * TILE_ROWS, _HALF), _HALF))
     elif feedback:
         rows = _in_range(product.out, range(0, tiles * TILE_ROWS, TILE_ROWS), TILE_ROWS)
@@ -221,7 +223,7 @@ def pointwise_words(program: p.Program, l: int) -> tuple[int, int]:
     if l == program.depth:
         error += 2 * program.classes  # vhat and target
     else:
-        error += 2 * layer.by_size.value  # d
+        error += 2 * layer.size  # d
     update = 0
     if layer.feedback.kind != p.NO_PRODUCT:
         below = layer.feedback.out * layer.feedback.height * layer.feedback.width

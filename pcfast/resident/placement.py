@@ -22,6 +22,8 @@ _MOST_GROUP = 4
 _WARPS = 16
 # Of shared memory, for every block, which the driver keeps.
 _RESERVED_BYTES = 1024
+# Numbers of a block: the kernel's quotients are exact below it.
+_MOST_ELEMENTS = 1 << 16
 # Registers of a multiprocessor, and of a thread (tests/native/compile_limits.json).
 _SM_REGISTERS, _THREAD_REGISTERS = 65536, 128
 # A part of a sum is no shorter than so many quads a lane: a shorter one costs more in the scratch than it saves.
@@ -104,6 +106,8 @@ class _Memory:
 
     def __init__(self, samples: int, multiple: int) -> None:
         self.samples, self.multiple, self.arrays, self.elements = samples, multiple, [], 0
+        # of a lane in linear products, of a thread in pointwise work: all samples that are tried are multiples of it
+        self.group = min(samples, _MOST_GROUP)
 
     def padded(self, a_sample: int) -> int:
         return _padded(a_sample, self.multiple)
@@ -173,8 +177,15 @@ def _linear_splits(out_tiles: int, quads: int, sharing: int) -> tuple[int, int]:
     return -(-quads // split), split * _QUAD
 
 
-def _power_of_two(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
+def _share(product: p.Product, groups: int, tiles: int, splits: int, split: int) -> None:
+    """Units of a product: so many groups of samples or places, tiles of rows, and parts of the sum."""
+    product.by_tiles, product.by_splits, product.split = p.divisor(tiles), p.divisor(splits), split
+    product.units = groups * tiles * splits
+
+
+def _log2(size: int) -> int:
+    """Rounded up."""
+    return max(size - 1, 0).bit_length()
 
 
 def _linear(product: p.Product, out: int, channels: int, weights: int, input: p.Place) -> None:
@@ -183,37 +194,43 @@ def _linear(product: p.Product, out: int, channels: int, weights: int, input: p.
     product.weights, product.input = weights, input
 
 
-def _linear_predict(product: p.Product, operand: str, out: int, channels: int, weights, stride, input):
+def _linear_predict(
+    memory: _Memory, product: p.Product, operand: str, out: int, channels: int, weights, stride, input
+) -> None:
     _linear(product, out, channels, weights, input)
     product.weight_channel = stride
     if operand != "ieee":
-        _row_tiles(product, operand)
+        _row_tiles(memory, product, operand)
         return
-    product.lanes = min(_WARP, _power_of_two(-(-out // _QUAD)))
+    product.lanes_log2 = min(_log2(-(-out // _QUAD)), _log2(_WARP))
     tiles = -(-out // (product.lanes * _QUAD))
-    product.splits, product.split = _linear_splits(tiles, -(-channels // _QUAD), _WARP // product.lanes)
+    splits = _linear_splits(tiles, -(-channels // _QUAD), _WARP // product.lanes)
+    _share(product, memory.samples // memory.group, tiles, *splits)
 
 
-def _linear_feedback(product: p.Product, operand: str, out: int, channels: int, weights, stride, input):
+def _linear_feedback(
+    memory: _Memory, product: p.Product, operand: str, out: int, channels: int, weights, stride, input
+) -> None:
     _linear(product, out, channels, weights, input)
     product.weight_row = stride
     if operand != "ieee":
-        _row_tiles(product, operand)
+        _row_tiles(memory, product, operand)
         return
     tiles = -(-out // (_WARP * _FEEDBACK_ROWS_A_LANE))
-    product.splits, product.split = _linear_splits(tiles, -(-channels // _QUAD), 1)
+    splits = _linear_splits(tiles, -(-channels // _QUAD), 1)
+    _share(product, memory.samples // memory.group, tiles, *splits)
 
 
-def _row_tiles(product: p.Product, operand: str) -> None:
+def _row_tiles(memory: _Memory, product: p.Product, operand: str) -> None:
     """A linear product on matrix units. Tiles of a unit share what they read of the samples."""
     depth, tiles = _DEPTHS[operand], -(-product.out // _TILE_ROWS)
     product.channels = _padded(product.channels, depth)
     steps = product.channels // depth
     most_splits = max(steps // _FEWEST_STEPS, 1)
     product.tiles = max(min(-(-tiles * most_splits // _WARPS), tiles, _MOST_ROW_TILES), 1)
-    splits = min(max(_WARPS // -(-tiles // product.tiles), 1), most_splits)
-    split = -(-steps // splits)
-    product.splits, product.split = -(-steps // split), split * depth
+    units = -(-tiles // product.tiles)
+    split = -(-steps // min(max(_WARPS // units, 1), most_splits))
+    _share(product, -(-memory.samples // _TILE_COLUMNS), units, -(-steps // split), split * depth)
 
 
 def _pixels(product: p.Product, out, channels, taps, weights, row, channel, tap_y, tap_x, place, steps):
@@ -235,24 +252,25 @@ def _share_pixels(memory: _Memory, product: p.Product, l: int, operand: str) -> 
         if product.out % rows and product.out in (6, 7):
             rows = 8
         product.rows_a_thread = rows
-        units = -(-area // (_WARP * _PIXELS_A_LANE)) * -(-product.out // rows)
+        tiles, places = -(-product.out // rows), _WARP * _PIXELS_A_LANE
         terms, depth, fewest = product.channels, 1, 1
     else:
         columns = -(-product.out // _TILE_COLUMNS)
-        product.tiles = min(_power_of_two(columns), max(_PLACE_TILES))
-        places = _PLACE_TILES[product.tiles] * _TILE_ROWS
-        units = -(-area // places) * -(-columns // product.tiles)
+        product.tiles = min(1 << _log2(columns), max(_PLACE_TILES))
+        tiles, places = -(-columns // product.tiles), _PLACE_TILES[product.tiles] * _TILE_ROWS
         depth, fewest = _DEPTHS[operand], _FEWEST_STEPS
         terms = _padded(product.channels * product.taps_y * product.taps_x, depth)
         product.terms, product.term_count = memory.add("terms", l, once=2 * terms), terms
     steps = terms // depth
-    splits = min(max(steps // fewest, 1), max(_WARPS // 2 // units, 1))
+    splits = min(max(steps // fewest, 1), max(_WARPS // 2 // (-(-area // places) * tiles), 1))
     split = -(-steps // splits)
-    product.splits, product.split = -(-steps // split), split * depth
+    groups = -(-memory.samples * area // places)
+    _share(product, groups, tiles, -(-steps // split), split * depth)
 
 
-def _copy(product: p.Product, shape: tuple[int, int, int], place: p.Place) -> None:
-    product.kind, product.input, product.splits = p.COPY, place, 1
+def _copy(memory: _Memory, product: p.Product, shape: tuple[int, int, int], place: p.Place) -> None:
+    product.kind, product.input = p.COPY, place
+    _share(product, memory.samples, 1, 1, 0)
     product.out, product.height, product.width = shape
 
 
@@ -280,7 +298,7 @@ def _place_beliefs(
 def _place_linear_weights(
     memory: _Memory, layer: p.Layer, l: int, operand: str, inputs: int, out: int
 ) -> None:
-    """[input][padded output]. On matrix units steps run past the end of a row, and of the last one: into zeros."""
+    """[input][padded output]. On matrix units steps and tiles run past the end of a row, and of the last one."""
     layer.weight_inputs = inputs
     if operand == "bf16":
         # rows of an odd number of 16 bytes: eight of them lie in different banks
@@ -289,7 +307,7 @@ def _place_linear_weights(
     else:
         layer.weight_stride = _odd_quads(out)
         depth = _DEPTHS.get(operand, _QUAD)
-        once = _padded(inputs, depth) * layer.weight_stride + (depth if operand in _DEPTHS else 0)
+        once = _padded(inputs, depth) * layer.weight_stride + (_TILE_ROWS if operand in _DEPTHS else 0)
     layer.weights = memory.add("weights", l, once=once)
 
 
@@ -298,10 +316,10 @@ def _place_linear(memory: _Memory, layer: p.Layer, l: int, shape: _Shape, d_firs
     _place_linear_weights(memory, layer, l, shape.operand, inputs, out)
     weights = layer.weights, layer.weight_stride
     _linear_predict(
-        layer.predict, shape.operand, out, inputs, *weights, _packed(memory, d_first, shape.below)
+        memory, layer.predict, shape.operand, out, inputs, *weights, _packed(memory, d_first, shape.below)
     )
     layer.delta = _packed(memory, memory.add("delta", l, out), shape.inner)
-    _linear_feedback(layer.feedback, shape.operand, inputs, out, *weights, layer.delta)
+    _linear_feedback(memory, layer.feedback, shape.operand, inputs, out, *weights, layer.delta)
 
 
 def _dilated(size: int, out: int, kernel: int, stride: int, padding: int) -> tuple[int, int]:
@@ -345,14 +363,14 @@ def _place_convolution(
 
 
 def _place_gram(memory: _Memory, layer: p.Layer, l: int, shape: _Shape) -> None:
-    """s = -S G; S takes the place of delta, G that of the weights."""
+    """s = -S G; S takes the place of delta, -G that of the weights."""
     out, height, width = shape.inner
-    layer.gram, layer.predict.sign = 1, -1
+    layer.gram = 1
     if shape.linear:
         _place_linear_weights(memory, layer, l, shape.operand, out, out)
         layer.delta = _packed(memory, memory.add("sum", l, out), shape.inner)
         weights = layer.weights, layer.weight_stride
-        _linear_predict(layer.predict, shape.operand, out, out, *weights, layer.delta)
+        _linear_predict(memory, layer.predict, shape.operand, out, out, *weights, layer.delta)
         return
     ky, kx = (2 * size - 1 for size in shape.convolution.kernel)
     stride, taps = _padded(out), ky * kx
@@ -378,23 +396,26 @@ def _place_layer(
         _place_convolution(memory, layer, l, shape, d_first, d_columns)
     else:
         size = math.prod(shape.inner)
-        _copy(layer.predict, shape.inner, _packed(memory, d_first, shape.inner))
+        _copy(memory, layer.predict, shape.inner, _packed(memory, d_first, shape.inner))
         layer.delta = _packed(memory, memory.add("delta", l, size), shape.inner)
-        _copy(layer.feedback, shape.below, layer.delta)
+        _copy(memory, layer.feedback, shape.below, layer.delta)
 
 
-def _describe_output(layer: p.Layer, out: tuple[int, int, int]) -> None:
+def _describe_output(memory: _Memory, layer: p.Layer, out: tuple[int, int, int]) -> None:
     layer.channels, height, width = out
-    layer.by_size, layer.by_area = p.divisor(math.prod(out)), p.divisor(height * width)
-    layer.by_width = p.divisor(width)
+    layer.size = math.prod(out)
+    layer.by_area, layer.by_width = p.divisor(height * width), p.divisor(width)
+    items = _padded(layer.size, _WARP)
+    layer.items, layer.by_items = items * (memory.samples // memory.group), p.divisor(items)
 
 
-def _describe_tail(layer: p.Layer, shape: _Shape) -> None:
+def _describe_tail(memory: _Memory, layer: p.Layer, shape: _Shape) -> None:
     channels, layer.height, layer.width = shape.inner
     pool = None if shape.linear else shape.form.pool
     layer.window_y, layer.window_x = (1, 1) if pool is None else pool.kernel
     layer.by_window_x = p.divisor(layer.window_x)
-    _describe_output(layer, (channels, layer.height // layer.window_y, layer.width // layer.window_x))
+    out = channels, layer.height // layer.window_y, layer.width // layer.window_x
+    _describe_output(memory, layer, out)
     if shape.linear:
         layer.after, layer.after_negative_slope = p.activation_code(shape.form.activation)
         return
@@ -420,7 +441,6 @@ def _place_scratch(memory: _Memory, what: p.Program) -> None:
             size = product.out * product.height * product.width
             product.scratch, product.scratch_sample = end, size
             product.scratch_split = size * memory.samples
-            product.sign = product.sign or 1
             end += product.scratch_split * product.splits
         ends.append(end)
     # also a number for every warp (output.cuh)
@@ -444,9 +464,9 @@ def _program(
     operands = {shape.operand for shape in layers[2:]}
     memory = _Memory(samples, max(_DEPTHS.get(operand, _QUAD) for operand in operands))
     what = p.Program()
-    what.depth, what.samples, what.group = network.depth, samples, min(samples, _MOST_GROUP)
+    what.depth, what.samples, what.group = network.depth, samples, memory.group
     what.loss, what.first_in_loop = p.LOSSES[loss], 2 if gram else 1
-    _describe_output(what.layers[0], layers[2].below)
+    _describe_output(memory, what.layers[0], layers[2].below)
     d_first = d_columns = 0
     if not gram:
         what.layers[0].d, d_first, d_columns = _place_beliefs(memory, 1, layers[2].below, layers[2])
@@ -459,7 +479,7 @@ def _program(
             _place_gram(memory, layer, l, shape)
         else:
             _place_layer(memory, layer, l, shape, d_first, d_columns)
-        _describe_tail(layer, shape)
+        _describe_tail(memory, layer, shape)
         size = math.prod(shape.inner)
         layer.uhat, layer.uhat_sample = memory.add("uhat", l, size), memory.padded(size)
         if l < network.depth:
@@ -503,14 +523,15 @@ def place(
     if isinstance(layers, str):
         return layers
     batch, chosen = shapes[0][0][0], None
+    room = min(chip.block_bytes, _MOST_ELEMENTS * scalar_bytes)
     for samples in SAMPLES:
         what, memory = _program(network, shapes, layers, gram, loss, momentum, samples)
         needed = memory.elements * scalar_bytes
-        if needed > chip.block_bytes:
+        if needed > room:
             if chosen is None:
                 return (
                     f"one sample and the loop's weights take {needed:,} bytes of shared memory, "
-                    f"a block has {chip.block_bytes:,}"
+                    f"a block has {room:,}"
                 )
             break
         threads = _WARPS * _WARP

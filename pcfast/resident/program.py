@@ -32,13 +32,12 @@ class Place(Structure):
 
 
 class Divisor(Structure):
-    _fields_ = [("value", c_int32), ("multiplier", c_uint32), ("shift", c_int32)]
+    _fields_ = [("value", c_int32), ("multiplier", c_uint32)]
 
 
 def divisor(value: int) -> Divisor:
-    """For quotients of numbers below 2^31: the multiplier is less than 1 above 2^shift / value, so they are exact."""
-    shift = 31 + (value - 1).bit_length()
-    return Divisor(value, -(-(1 << shift) // value), shift)
+    """The multiplier is at most 1 below 2^32 / value: a quotient of n is exact up to (n + 1) value = 2^32."""
+    return Divisor(value, (2**32 - 1) // value)
 
 
 class Product(Structure):
@@ -50,9 +49,19 @@ class Product(Structure):
         *_ints("weights", "weight_row", "weight_channel", "weight_tap_y", "weight_tap_x"),
         ("input", Place),
         *_ints("input_tap_y", "input_tap_x", "scratch", "scratch_sample", "scratch_split"),
-        *_ints("splits", "split", "lanes", "rows_a_thread"),
-        *_ints("tiles", "terms", "term_count", "sign"),
+        *_ints("units"),
+        ("by_splits", Divisor),
+        ("by_tiles", Divisor),
+        *_ints("split", "lanes_log2", "rows_a_thread", "tiles", "terms", "term_count"),
     ]
+
+    @property
+    def splits(self) -> int:
+        return self.by_splits.value
+
+    @property
+    def lanes(self) -> int:
+        return 1 << self.lanes_log2
 
 
 class Layer(Structure):
@@ -60,7 +69,11 @@ class Layer(Structure):
         ("predict", Product),
         ("feedback", Product),
         *_ints("channels", "height", "width"),
-        *((name, Divisor) for name in ("by_size", "by_area", "by_width")),
+        *_ints("size"),
+        ("by_area", Divisor),
+        ("by_width", Divisor),
+        *_ints("items"),
+        ("by_items", Divisor),
         *_ints("pool", "window_y", "window_x"),
         ("by_window_x", Divisor),
         *_ints("before", "after"),

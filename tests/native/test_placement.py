@@ -18,7 +18,17 @@ from pcfast.planning import choose_gram
 from pcfast.precision import Operands
 from pcfast.resident import placement
 from pcfast.resident.placement import Chip, Placement, place
-from pcfast.resident.program import COPY, LINEAR, MOST_LAYERS, NO_PRODUCT, OPERANDS, PIXELS, Layer, Program
+from pcfast.resident.program import (
+    COPY,
+    LINEAR,
+    MOST_LAYERS,
+    NO_PRODUCT,
+    OPERANDS,
+    PIXELS,
+    Layer,
+    Program,
+    divisor,
+)
 from pcfast.resident.words import describe as in_words
 
 H200 = Chip(132, 232448, 233472)
@@ -50,8 +60,8 @@ def program_of(placed: Placement) -> Program:
 
 def output_shape(layer: Layer) -> tuple[int, int, int]:
     """(channels, height, width) of a layer's output, pooled."""
-    size, area, width = (by.value for by in (layer.by_size, layer.by_area, layer.by_width))
-    return size // area, area // width, width
+    area, width = layer.by_area.value, layer.by_width.value
+    return layer.size // area, area // width, width
 
 
 def assert_sound(
@@ -115,6 +125,9 @@ def assert_sound(
         assert bool(layer.gram) == (gram and l == 2)
         assert (layer.feedback.kind == NO_PRODUCT) == (gram and l == 2)
         assert layer.uhat == first["uhat", l] and layer.uhat_sample >= inner
+        # whole warps have pointwise work of one group of samples
+        assert layer.items == layer.by_items.value * placed.samples // placed.group
+        assert layer.by_items.value % 32 == 0 <= layer.by_items.value - layer.size < 32
         assert layer.uhat_sample * placed.samples == size["uhat", l]
         places = [
             (layer.delta, "sum" if layer.gram else "delta", (layer.channels, layer.height, layer.width))
@@ -152,7 +165,7 @@ def assert_sound(
                 assert product.weight_row % VECTOR == product.weight_channel % VECTOR == 0
         if layer.feedback.kind != NO_PRODUCT and l > 2:
             below = what.layers[l - 2]
-            assert layer.feedback.scratch_sample == below.by_size.value
+            assert layer.feedback.scratch_sample == below.size
     assert not terms
     for l in range(1, network.depth + 1):
         layer = what.layers[l - 1]
@@ -160,7 +173,7 @@ def assert_sound(
             assert layer.velocity_sample == 0
             continue
         above = what.layers[l]
-        moving = above.channels * above.height * above.width if gram and l == 1 else layer.by_size.value
+        moving = above.channels * above.height * above.width if gram and l == 1 else layer.size
         assert layer.velocity == first["velocity", l] and layer.velocity_sample >= moving
         assert layer.velocity_sample * placed.samples == size["velocity", l]
     # products of one stage do not share scratch
@@ -264,6 +277,11 @@ def test_as_many_layers_as_the_argument_holds(extra):
         assert placed == "it has 17 layers; the kernel's argument has room for 16"
     else:
         assert_sound(network, network.shapes((2, 4)), False, placed)
+
+
+@given(st.integers(1, 1 << 16), st.integers(0, (1 << 16) - 1))
+def test_quotients_of_a_blocks_numbers_are_exact(value, n):
+    assert (n + 1) * divisor(value).multiplier >> 32 == n // value
 
 
 def test_more_samples_until_one_wave_does():

@@ -70,7 +70,7 @@ def sizes(program: Program, run: Run, scalar_bytes: int) -> list[int]:
     """Bytes of every tensor of csrc/resident/program.h, where it is given."""
     layers = [program.layers[l] for l in range(MOST_LAYERS)]
     inner = [run.batch * layer.channels * layer.height * layer.width * scalar_bytes for layer in layers]
-    out = [run.batch * layer.by_size.value * scalar_bytes for layer in layers]
+    out = [run.batch * layer.size * scalar_bytes for layer in layers]
     rows, classes = run.batch * scalar_bytes, program.classes * scalar_bytes
     found = dict(
         weight=[
@@ -241,8 +241,8 @@ BUGS = {
     ),
     "a sum written past its end": (
         "resident/memory.cuh",
-        "sum[i] = now.memory",
-        "sum[i + {planted}] = now.memory",
+        "now.tensors.gram_sum, 0, inner, i)",
+        "now.tensors.gram_sum, 0, inner, i + {planted})",
     ),
     "zeros past the end of shared memory": (
         "resident/memory.cuh",
@@ -256,8 +256,8 @@ BUGS = {
     ),
     "a row of the prediction too many": (
         "resident/products.cuh",
-        "if (row + i < product.out && n < samples) out[n * product.scratch_sample + i]",
-        "if (row + i < product.out + {planted} && n < samples) out[n * product.scratch_sample + i]",
+        "if (i < rows) out[i]",
+        "if (i < rows + {planted}) out[i]",
     ),
     "a place of the map too many": (
         "resident/products.cuh",
@@ -266,8 +266,8 @@ BUGS = {
     ),
     "a sample too many": (
         "resident/matrix_products.cuh",
-        "row < product.out && n < samples) out",
-        "row < product.out && n < samples + {planted}) out",
+        "if (n >= samples) continue;",
+        "if (n >= samples + {planted}) continue;",
     ),
     "iterations noted without an atomic": (
         "resident/tail.cuh",
