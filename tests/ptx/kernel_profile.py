@@ -73,15 +73,11 @@ class Workload:
 
 
 def _workload(
-    name: str,
-    make: Callable,
-    *kernels: str,
-    num_steps: int = 4,
-    close: bool = False,
-    block: int = 0,
-    **settings,
-) -> Workload:
-    return Workload(Scenario(name, make, kernels, num_steps, close, sm_count=_SM_COUNT, **settings), block)
+    name: str, make: Callable, *kernels: str, num_steps: int = 4, close: bool = False, block: int = 0,
+    precisions: tuple[str, ...] = cases.PRECISIONS, **settings,
+) -> Workload:  # fmt: skip
+    scenario = Scenario(name, make, kernels, num_steps, close, sm_count=_SM_COUNT, **settings)
+    return Workload(scenario, block, precisions)
 
 
 _WITHOUT_PRODUCTS = ("ieee", "bf16")
