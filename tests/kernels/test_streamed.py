@@ -38,7 +38,7 @@ from pcfast.cli import main
 from pcfast.forms import LinearForm, PointwiseForm, TorchForm
 from pcfast.kernels.linear_predict import PART
 from pcfast.kernels.tf32 import round_to_tf32, rounded_to_tf32
-from pcfast.precision import use_precision
+from pcfast.precision import switched, use_precision
 from pcfast.problem import Request
 from pcfast.streamed import design as designs
 from pcfast.streamed import floor
@@ -1098,10 +1098,9 @@ def test_memory_above_the_parameters(name, precision, momentum, staged, monkeypa
     monkeypatch.setattr(Loop, "run", watched)
     for launch in ("error_and_delta", "update", "gram_update"):  # around them lies what torch's products left
         monkeypatch.setattr(loops, launch, functools.partial(between, getattr(loops, launch)))
-    monkeypatch.setattr(
-        torch.backends.cuda.matmul, "fp32_precision", "tf32" if precision == "tf32" else "ieee"
-    )
-    with use_precision("bf16" if precision == "bf16" else "ieee", x.device):
+    matmul, products = torch.backends.cuda.matmul, "tf32" if precision == "tf32" else "ieee"
+    autocast = use_precision("bf16" if precision == "bf16" else "ieee", x.device)
+    with autocast, switched(matmul, "fp32_precision", products):
         pcfast.pc_loss(
             model, x, y, backend="triton", num_steps=6, belief_optimizer=pcfast.GradientDescent(momentum)
         )
