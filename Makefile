@@ -4,9 +4,10 @@ VENV   ?= .venv
 # when it installs pcfast.
 TORCH  ?= torch==2.13.0
 
-# Another release to compile the kernels with: make compile-all TRITON=triton==3.9.0
+# Another release to compile the kernels with: make compile-all TRITON=triton==3.9.0, make ptx TRITON=triton==3.9.0
 TRITON ?=
 TRITON_FOLDER := .venv-$(subst ==,-,$(TRITON))
+WITH_TRITON := $(if $(TRITON),PYTHONPATH=$(CURDIR)/$(TRITON_FOLDER))
 
 VENV_PYTHON := $(VENV)/bin/python
 # One stamp per TORCH: asking for another release installs it.
@@ -35,14 +36,15 @@ test: $(NATIVE) ## run the whole test suite
 	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 -rs
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 -rs tests/kernels
 
-ptx: $(NATIVE) ## execute every compiled kernel on the CPU, in all cases (three quarters of an hour)
-	@OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/ptx/run_full.py
-	@OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/ptx/mutations.py
+# What is deleted one by one is recorded of the tests' release of triton.
+ptx: $(NATIVE) $(if $(TRITON),$(TRITON_FOLDER)/.installed) ## execute every compiled kernel on the CPU (three quarters of an hour)
+	@$(WITH_TRITON) OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/ptx/run_full.py
+	@$(if $(TRITON),,OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/ptx/mutations.py)
 
 native: $(NATIVE) ## compile the CUDA kernels again where their sources have changed
 
 compile-all: $(STAMP) $(if $(TRITON),$(TRITON_FOLDER)/.installed) ## compile every Triton kernel for every chip
-	@$(if $(TRITON),PYTHONPATH=$(CURDIR)/$(TRITON_FOLDER)) $(VENV_PYTHON) tests/kernels/compilation.py --full
+	@$(WITH_TRITON) $(VENV_PYTHON) tests/kernels/compilation.py --full
 
 lint: $(STAMP) ## check the style
 	@$(VENV_PYTHON) -m ruff check .
