@@ -76,6 +76,7 @@ class Scenario:
         sm_count: of the chip: with few, tiles are large and a program has several.
         loss: a name of networks_for_tests.LOSSES; "" for cross-entropy. way: of MOVING, or "".
         samples: of a block of the resident kernel; None where its placement decides.
+        starts: beliefs are given instead of the forward pass's.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Scenario:
     loss: str = ""
     way: str = ""
     samples: int | None = None
+    starts: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,15 @@ def _streamed() -> Iterator[Scenario]:
             yield Scenario(f"mlp, one launch, {way}", plain, ("mlp_relaxation",), way=way)
             conv = lambda: drawn(STREAMED, "conv")  # noqa: E731
             yield Scenario(f"conv, {way}", conv, POINTWISE_KERNELS, close=False, way=way)
+    for name in ("mlp", "conv"):
+        problem = lambda name=name: drawn(STREAMED, name)  # noqa: E731
+        yield Scenario(f"{name}, given beliefs", problem, STAGES, 3, close=False, starts=True)
+    problem = lambda: drawn(STREAMED, "mlp")  # noqa: E731
+    yield Scenario("mlp, one launch, given beliefs", problem, ("mlp_relaxation",), 3, starts=True)
+    problem = lambda: drawn(IMPLICIT, "3x3 tanh max", 5)  # noqa: E731
+    yield Scenario(
+        "implicit, given beliefs", problem, IMPLICIT_KERNELS, 3, close=False, implicit=True, starts=True
+    )
     for loss in LOSSES:
         if loss != "custom":
             problem = lambda loss=loss: _with_loss(loss, 10)  # noqa: E731
@@ -230,6 +241,8 @@ def _resident() -> Iterator[Scenario]:
     for name in ("mlp", "conv"):
         problem = lambda name=name: clamped(name)  # noqa: E731
         yield Scenario(f"resident Gram form, {name}", problem, kernels, 9, samples=4)
+        given = lambda name=name: drawn(RESIDENT, name, 5)  # noqa: E731
+        yield Scenario(f"resident {name}, given beliefs", given, kernels, 3, samples=3, starts=True)
         for way in MOVING:
             plain = lambda name=name: drawn(RESIDENT, name, 5)  # noqa: E731
             yield Scenario(f"resident {name}, {way}", plain, kernels, samples=3, way=way)
@@ -358,7 +371,8 @@ def settings_of(scenario: Scenario) -> dict:
 
 def _in(dtype: torch.dtype, settings: dict) -> dict:
     loss = settings.get("loss", "cross_entropy")
-    return dict(settings, loss=loss_in(loss, torch.device("cpu"), dtype))
+    starts = settings.get("vinit") and [v if v is None else v.to(dtype) for v in settings["vinit"]]
+    return dict(settings, loss=loss_in(loss, torch.device("cpu"), dtype), vinit=starts)
 
 
 def found_by(case: Case, model, x, y, **settings) -> list[torch.Tensor]:
@@ -389,6 +403,9 @@ def run(case: Case, resident_ptx: Callable | None = None, **device_settings):
     scenario = case.scenario
     model, x, y = scenario.make()
     settings = settings_of(scenario)
+    if scenario.starts:
+        values = pcfast.relax(model, x, y, num_steps=0, backend="reference").beliefs
+        settings["vinit"] = [None, *(torch.randn_like(value) for value in values[1:])]
     truth = found_by(case, *in_double(model, x, y), backend="reference", **_in(torch.float64, settings))
     name = "cuda" if case.resident else "triton"
     with in_precision(case.precision), device_of(case, resident_ptx, **device_settings) as device:
