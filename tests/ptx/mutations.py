@@ -100,8 +100,8 @@ def _kind(instruction: Instruction) -> str | None:
     return next((kind for kind in KINDS if op.startswith(kind)), None)
 
 
-def launch_of(subject: Subject, resident_ptx: Callable) -> Recorded:
-    """The launch of its kernel that executes most."""
+def launch_of(subject: Subject, resident_ptx: Callable | None = None) -> Recorded:
+    """The launch of its kernel that executes most. resident_ptx: see cases.device_of."""
     launches: list[Recorded] = []
     cases.run(subject.case, resident_ptx, record=launches)
     mine = [launch for launch in launches if subject.kernel in ("resident", launch.translation.kernel.name)]

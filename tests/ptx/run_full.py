@@ -39,10 +39,17 @@ def main() -> None:
             resident_ptx(architecture)
         with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
             numbers = range(len(cases.FULL))
-            problems = list(filter(None, pool.map(problem, numbers, [name] * len(numbers), chunksize=4)))
+            problems = []
+            for done, found in enumerate(
+                pool.map(problem, numbers, [name] * len(numbers), chunksize=4), start=1
+            ):
+                if found:
+                    problems.append(found)
+                    print(found, flush=True)
+                if done % 100 == 0:
+                    print(f"{done} of {len(numbers)} cases", flush=True)
     print(f"{len(cases.FULL)} cases, {len(problems)} problems")
-    if problems:
-        sys.exit("\n".join(problems))
+    sys.exit(bool(problems))
 
 
 if __name__ == "__main__":

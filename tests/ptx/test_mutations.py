@@ -7,10 +7,7 @@ import json
 
 import mutations
 import pytest
-from native_build import needs_gcc
 from page_tables import PAGE, renewed
-
-from pcfast import native
 
 RECORDED = json.loads(mutations.RECORDED.read_text())
 #: Those that do not take long; the others by ``make ptx``.
@@ -24,11 +21,9 @@ def subject(name: str) -> mutations.Subject:
     return next(subject for subject in mutations.SUBJECTS if subject.name == name)
 
 
-@needs_gcc
 @pytest.mark.parametrize("name", QUICK)
-def test_deletions_are_reported_as_recorded(name, host_module, resident_ptx, monkeypatch):
-    monkeypatch.setenv(native.ON_HOST, str(host_module))
-    outcomes = mutations.delete_each(mutations.launch_of(subject(name), resident_ptx))
+def test_deletions_are_reported_as_recorded(name):
+    outcomes = mutations.delete_each(mutations.launch_of(subject(name)))
     assert not mutations.check(subject(name), outcomes, RECORDED)
     for kind in ("bar.sync", "cp.async.wait_group"):
         assert outcomes[kind].reported > 0, kind
