@@ -198,7 +198,9 @@ def check(found: list[Row], recorded: dict, by: dict[str, str]) -> list[str]:
             problems.append(f"{row.name}: no recorded profile; {RECORD}")
             continue
         figures = row.figures()
-        for kind in figures.keys() | limits.keys():
+        if row.unit != limits["unit"]:
+            problems.append(f"{row.name}: counts {row.unit}, recorded is {limits['unit']}; {RECORD}")
+        for kind in figures.keys() | (limits.keys() - {"unit"}):
             now, then = figures.get(kind, 0), limits.get(kind, 0)
             if abs(now - then) > slack * then:
                 problems.append(f"{row.name}: {now} {kind}, recorded {then}; {RECORD}")
