@@ -181,12 +181,13 @@ class _Recorder(TorchDispatchMode):
     def _draw(self, func, traits: _Traits, args, kwargs):
         draw = _Draw(func)
         if traits.kind == "dropout" and False in args[2:3]:  # outside training: nothing is drawn
-            result = func(*args, **kwargs)
-        elif traits.kind == "seeded":
+            return func(*args, **kwargs)
+        if traits.kind == "seeded":
             rewind, before = replaying(self._device), _random_states(self._device)
             result = func(*args, **kwargs)
-            if any(not torch.equal(*pair) for pair in zip(before, _random_states(self._device), strict=True)):
-                draw.rewind = rewind
+            if all(torch.equal(*pair) for pair in zip(before, _random_states(self._device), strict=True)):
+                return result  # attention without dropout, say
+            draw.rewind = rewind
         else:
             result = func(*args, **kwargs)
             targets = list(_written(traits, args, kwargs))
@@ -201,22 +202,26 @@ class _Replayer(TorchDispatchMode):
 
     def __init__(self, draws: Sequence[_Draw]) -> None:
         super().__init__()
-        self._draws = iter(draws)
+        self._draws = list(reversed(draws))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         traits = _traits(func)
         if not traits.kind:
             return func(*args, **kwargs)
-        draw = next(self._draws, None)
+        if traits.kind == "seeded" and (not self._draws or self._draws[-1].func is not func):
+            return func(*args, **kwargs)  # it drew nothing
+        if traits.kind == "dropout" and False in args[2:3]:
+            return func(*args, **kwargs)
+        draw = self._draws.pop() if self._draws else None
         if draw is None or draw.func is not func:
             raise ModelError(
                 "model",
                 f"a module that draws other random numbers ({func}) when it is evaluated again",
                 "the same draws in every evaluation of a step",
             )
-        if draw.value is None:
-            with draw.rewind() if draw.rewind is not None else contextlib.nullcontext():
+        if draw.rewind is not None:
+            with draw.rewind():
                 return func(*args, **kwargs)
         if traits.kind == "dropout":
             mask = draw.value[1]
