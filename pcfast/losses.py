@@ -31,6 +31,9 @@ def half_squared_error(output: Tensor, y: Tensor) -> Tensor:
 
 half_squared_error.reduction = "sum"  # as torch's modules say it, for who reports the loss of a sample
 
+#: Stands for a sum of weights that is zero: what is divided by it is zero, too, and stays so.
+_NO_WEIGHT = 1e-30
+
 _NAMES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 _DEFAULTS = {
     function: {name: p.default for name, p in inspect.signature(function).parameters.items()}
@@ -228,8 +231,8 @@ class Loss:
                 dense = dense + keep.unsqueeze(1) * spread * (smoothing / classes)
             count = own.sum()
         if reduction == "mean":
-            if isinstance(count, Tensor):  # no label counts: dense is zero, and so is the loss
-                count = torch.where(count == 0, torch.ones_like(count), count)
+            if isinstance(count, Tensor):
+                count = count.clamp_min(_NO_WEIGHT)  # where no label counts dense is zero, and so is the loss
             dense = dense * (self.share(batch) / count)
         return Target(dense=dense, mass=dense.sum(1, keepdim=True), flaw=flaw)
 

@@ -277,22 +277,30 @@ def _pair(value) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def _bias_fits(m: nn.Module, units: int) -> bool:
-    return m.bias is None or m.bias.shape == (units,)
+def _affine_shape(m: nn.Module, rank: int) -> tuple[int, ...] | None:
+    """Sizes of the weight, which torch reads, and not those that the module was made with.
+
+    None where weight and bias are no plain affine map's.
+    """
+    held = m._parameters  # a look-up of an attribute of a module takes longer than all the rest
+    weight = held["weight"] if "weight" in held else m.weight  # noqa: SIM401: get would look m.weight up, too
+    bias = held["bias"] if "bias" in held else m.bias  # noqa: SIM401
+    shape = weight.shape
+    if len(shape) != rank or (bias is not None and bias.shape != shape[:1]):
+        return None
+    return shape
 
 
 def _linear(path: str, m: nn.Linear) -> Op | None:
-    # sizes of the weight, not those that the module was made with: torch reads no others
-    if m.weight.dim() != 2 or not _bias_fits(m, len(m.weight)):
-        return None
-    out_features, in_features = m.weight.shape
-    return Linear(path, _name(m), in_features, out_features)
+    shape = _affine_shape(m, 2)
+    return None if shape is None else Linear(path, _name(m), shape[1], shape[0])
 
 
 def _conv2d(path: str, m: nn.Conv2d) -> Op | None:
-    if m.weight.dim() != 4 or not _bias_fits(m, len(m.weight)) or len(m.weight) % m.groups:
+    shape = _affine_shape(m, 4)
+    if shape is None or shape[0] % m.groups:
         return None
-    out_channels, in_channels, *kernel = m.weight.shape
+    out_channels, in_channels, *kernel = shape
     kernel, dilation = tuple(kernel), _pair(m.dilation)
     if kernel != _pair(m.kernel_size) and isinstance(m.padding, str):
         return None  # torch pads by the kernel size that the module was made with
@@ -351,15 +359,16 @@ def _unflatten(path: str, m: nn.Unflatten) -> Op | None:
 
 
 def _batch_norm(path: str, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Op | None:
-    held = [t for t in (m.weight, m.bias, m.running_mean, m.running_var) if t is not None]
+    weight, bias = m.weight, m.bias
+    held = [t for t in (weight, bias, m.running_mean, m.running_var) if t is not None]
     features = len(held[0]) if held else m.num_features
-    if (m.weight is None) != (m.bias is None) or any(t.shape != (features,) for t in held):
+    if (weight is None) != (bias is None) or any(t.shape != (features,) for t in held):
         return None
     batch_statistics = m.training or m.running_mean is None
     ranks = (4,) if isinstance(m, nn.BatchNorm2d) else (2, 3)
     moves = m.training and m.track_running_stats and m.running_mean is not None
     return BatchNorm(
-        path, _name(m), features, m.eps, batch_statistics, m.weight is not None, m.momentum, moves, ranks
+        path, _name(m), features, m.eps, batch_statistics, weight is not None, m.momentum, moves, ranks
     )
 
 
@@ -378,10 +387,12 @@ _KNOWN = {
 
 def _has_hooks(module: nn.Module) -> bool:
     """True where hooks of the user's are called with ``module``."""
-    if module._backward_hooks or getattr(module, "_backward_pre_hooks", None):
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    if module._backward_hooks or module._backward_pre_hooks:
         return True
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return bool(hooks) and not all(map(sharding.is_sharding, hooks))
+    if not (before or after):
+        return False
+    return not all(map(sharding.is_sharding, (*before.values(), *after.values())))
 
 
 def _patched(module: nn.Module) -> bool:
@@ -391,7 +402,7 @@ def _patched(module: nn.Module) -> bool:
 
 def _plain_sequential(module: nn.Module) -> bool:
     """True where calling ``module`` is to call its elements in order (hooks aside)."""
-    kind = sharding.original(type(module))
+    kind = type(module)
     if kind is not nn.Sequential:
         if not isinstance(module, nn.Sequential) or kind.forward is not nn.Sequential.forward:
             return False
@@ -425,7 +436,7 @@ def _check_called_by_elements(model: nn.Sequential) -> None:
             "Register them on the first or the last layer, or make what they do a layer.",
         )
     # torch's own (torch.utils.flop_counter's) only look on
-    if any(hooks and not all(map(_of_torch, hooks.values())) for hooks in _GLOBAL_HOOKS):
+    if any(_GLOBAL_HOOKS) and not all(_of_torch(hook) for hooks in _GLOBAL_HOOKS for hook in hooks.values()):
         raise ModelError(
             "model",
             "hooks on every module (torch.nn.modules.module.register_module_forward_hook and its kin)",
@@ -576,7 +587,8 @@ class Network:
         shape: Shape | None = tuple(x_shape)
         for layer in self.layers:
             inner = layer.shapes(shape) if shape is not None else None
-            layer.check_batch_stays()
+            if inner is None:
+                layer.check_batch_stays()
             result.append(inner)
             shape = inner[-1] if inner is not None else None
         return tuple(result)

@@ -138,7 +138,7 @@ class Outcome:
         loss: Loss(vhat_L, y), 0-dim; None where no loss was given.
         output: vhat_L.
         gradients: parameter -> update, for parameters in use that require it; summed over uses.
-        layers: parameter -> the last PC layer that gave it an update, for messages.
+        owners: PC layers and the parameters that they gave updates, for messages.
         activations: vhat_l.
         output_gradient: dLoss/dvhat_L.
         beliefs: v_l after the last iteration.
@@ -155,7 +155,7 @@ class Outcome:
     loss: Tensor | None
     output: Tensor
     gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    layers: dict[nn.Parameter, int] = field(default_factory=dict)
+    owners: list[tuple[int, list[nn.Parameter]]] = field(default_factory=list)
     activations: list[Tensor] | None = None
     output_gradient: Tensor | None = None
     beliefs: list[Tensor | None] | None = None
@@ -183,10 +183,15 @@ class Outcome:
 
         return Outcome(**{f.name: visit(getattr(self, f.name)) for f in fields(self)})
 
+    def updates_by_layer(self) -> list[tuple[int, Tensor]]:
+        """The updates with the last PC layer that each belongs to."""
+        layers = {parameter: layer for layer, parameters in self.owners for parameter in parameters}
+        return [(layers[parameter], update) for parameter, update in self.gradients.items()]
+
     def add_gradients(self, found: list[tuple[nn.Parameter, Tensor]], layer: int = 0) -> None:
         """Add one layer's gradients; a parameter used twice gets the sum."""
+        self.owners.append((layer, [parameter for parameter, _ in found]))
         for parameter, gradient in found:
-            self.layers[parameter] = layer
             gradient = gradient.to(parameter.dtype)
             if parameter in self.gradients:
                 gradient = self.gradients[parameter] + gradient

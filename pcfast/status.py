@@ -76,7 +76,7 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """True where no tensor holds NaN or infinity. Waits for the device."""
-    filled = [tensor for tensor in map(_values, tensors) if tensor.numel()]
+    filled = [_values(tensor) if tensor.is_sparse else tensor for tensor in tensors if tensor.numel()]
     # A sum is finite only where all terms are, and much cheaper than a look at each; it may overflow, though.
     sums = [tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None) for tensor in filled]
     return all(cmath.isfinite(s) for s in sums) or bool(torch.isfinite(norms(filled)).all())

@@ -407,12 +407,12 @@ class Run:
         for t in range(1, problem.num_steps + 1):
             if t > 1:
                 moving.evaluate(self.gradient_at)
-            out.gradients = {}
+            out.gradients, out.owners = {}, []
             self._add_updates(moving.errors)
             if t < problem.num_steps:
                 moving.descend(problem.step_size_at(t), t)
             found = [(l, e) for l, e in enumerate(moving.errors) if e is not None]
-            found += [(out.layers[p], g) for p, g in out.gradients.items()]
+            found += out.updates_by_layer()
             if self.builder is not None:
                 self._defer(t, found)
             elif problem.check:
@@ -439,7 +439,7 @@ class Run:
             relaxed = (value for _, value in self.checked)
             if status.all_finite([*self.vhat[1:], *self.loss_values, *relaxed, *out.gradients.values()]):
                 return
-        results = [*self.checked, *((out.layers[p], g) for p, g in out.gradients.items())]
+        results = [*self.checked, *out.updates_by_layer()]
         if self.builder is not None:
             out.status = self.builder.build(self.flaw, results)
             zeroed = status.zeroed_if_bad(out.status, list(out.gradients.values()))

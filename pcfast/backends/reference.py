@@ -189,9 +189,7 @@ class Reference(Backend):
             results = [entry for v, errors, *_ in relaxed for entry in (*enumerate(v), *enumerate(errors))]
             if not problem.wanted.input_error:
                 results = [(l, value) for l, value in results if l]
-            results += [
-                (outcome.layers[parameter], update) for parameter, update in outcome.gradients.items()
-            ]
+            results += outcome.updates_by_layer()
             bad = [l for l, value in results if value is not None and not status.all_finite([value])]
             if bad:
                 raise RelaxationDiverged(None, max(min(bad), 1), problem.step_size)
@@ -313,8 +311,7 @@ def _incremental(layers, vhat, problem):
             _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
             move(l, feedback - errors[l], t + 1)
         if problem.check:
-            updates = ((outcome.layers[p], g) for p, g in outcome.gradients.items())
-            found = [*enumerate(errors[1:], start=1), *updates]
+            found = [*enumerate(errors[1:], start=1), *outcome.updates_by_layer()]
             check_iteration(t + 1, found, problem.step_size)
         for layer in layers[1:]:
             layer.keep()
