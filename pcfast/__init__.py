@@ -13,6 +13,7 @@ from . import presets
 from ._version import __version__
 from .autograd import PredictiveCoding, pc_loss
 from .belief_optimizers import Adam, GradientDescent
+from .deviation.differences import use_precise_deviations
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -64,4 +65,5 @@ __all__ = [
     "synchronize",
     "tune",
     "use_cuda_graphs",
+    "use_precise_deviations",
 ]

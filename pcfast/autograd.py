@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import belief_optimizers, early_exit, validation
+from . import belief_optimizers, early_exit, sharding, validation
 from .belief_optimizers import BeliefOptimizer
 from .losses import LossLike, describe_loss
 from .network import describe
@@ -68,6 +68,9 @@ def pc_loss(
         loss.backward()            # .grad now holds the predictive-coding updates
         optimizer.step()
 
+    Parameters that the loss itself uses (a temperature, a penalty on weights) get dLoss/dp at the forward pass's
+    output besides.
+
     Relaxation and updates are computed here, with the weights of this moment; ``backward`` multiplies them by
     the gradient that reaches the loss. Scaling the returned loss (GradScaler, 1/k) scales the updates, never
     the relaxation. Under ``torch.no_grad()`` only the forward loss is computed.
@@ -106,7 +109,8 @@ def pc_loss(
 
 def forward_loss(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> tuple[Tensor, Tensor]:
     """Loss and output of the forward pass alone; arguments as in :func:`pc_loss`. Call it under no_grad."""
-    return loss_without_updates(prepare(model, x, y, wanted=Wanted(), **settings).problem)
+    with sharding.gathered(model, for_backward=False):
+        return loss_without_updates(prepare(model, x, y, wanted=Wanted(), **settings).problem)
 
 
 def loss_without_updates(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -153,7 +157,7 @@ class PredictiveCoding(nn.Module):
         check: str = "auto",
     ) -> None:
         super().__init__()
-        describe(model)
+        describe(model, hooks=False)  # those that are there in a call count
         validation.check_method(method)
         validation.check_choice(check)
         check_nudging(nudging, method, describe_loss(loss, normalizer).kind)
@@ -166,6 +170,11 @@ class PredictiveCoding(nn.Module):
         self.step_size = validation.checked_step_sizes(step_size, self.num_steps)
         self.belief_optimizer, self.nudging = belief_optimizer, nudging
         self.backend, self.normalizer, self.tolerance, self.check = backend, normalizer, tolerance, check
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "loss" and not isinstance(value, nn.Module):
+            self.__dict__.get("_modules", {}).pop("loss", None)  # a name or a function after a module
+        super().__setattr__(name, value)
 
     def _settings(self) -> dict:
         names = (

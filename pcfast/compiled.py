@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import autograd, incremental, validation
 from .backends import BACKENDS
-from .errors import PcfastError
+from .errors import ModelError, PcfastError
 from .losses import HALF_SUM, LossLike, describe_loss, half_squared_error
 from .network import Network, describe
 from .precision import choose_precision
@@ -212,7 +212,8 @@ def step(
         the buffers that move; the model's own stay as they are.
 
     Raises:
-        As :func:`pcfast.pc_loss`; the buffers have moved then, as after an eager call.
+        As :func:`pcfast.pc_loss`. ModelError for parameters that layers use and the model does not register: the
+        operator could not deliver their updates.
     """
     owner = MODELS[model]
     remaining = iter(beliefs)
@@ -230,6 +231,13 @@ def step(
             validation.check_trainable(owner)
             outcome, _ = solve(owner, x, y, wanted=Wanted(), **settings)
             loss, output, found = outcome.loss, outcome.output, outcome.gradients
+            if not found.keys() <= set(owner.parameters()):
+                raise ModelError(
+                    "model",
+                    "layers that use parameters which the model does not register",
+                    "registered ones inside torch.compile",
+                    "Register them, or call pc_loss outside of compiled functions.",
+                )
             updates = [
                 _laid_out(found[parameter], parameter) if parameter in found else _not_in_use(parameter)
                 for parameter in owner.parameters()

@@ -45,6 +45,10 @@ class BackendError(PcfastError, RuntimeError):
     """A backend asked for by name cannot run this problem."""
 
 
+class TransformError(PcfastError, RuntimeError):
+    """pcfast is called inside a function transformation that it does not take part in."""
+
+
 class RelaxationDiverged(PcfastError, ArithmeticError):
     """Beliefs or errors became NaN or infinite.
 

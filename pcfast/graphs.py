@@ -205,7 +205,7 @@ class GraphCache:
         def work() -> Outcome:
             outcome = backend.run(static, plan)
             # by position, so that the graph does not keep the model alive
-            outcome.gradients = {positions[p]: g for p, g in outcome.gradients.items()}
+            outcome.gradients, outcome.owners = {positions[p]: g for p, g in outcome.gradients.items()}, []
             return outcome
 
         try:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import differentiation
 from .errors import ArgumentError, ArgumentTypeError, ShapeError
 
 LossLike = str | Callable[[Tensor, Tensor], Tensor]
@@ -29,6 +30,9 @@ def half_squared_error(output: Tensor, y: Tensor) -> Tensor:
 
 
 half_squared_error.reduction = "sum"  # as torch's modules say it, for who reports the loss of a sample
+
+#: Stands for a sum of weights that is zero: what is divided by it is zero, too, and stays so.
+_NO_WEIGHT = 1e-30
 
 _NAMES = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
 _DEFAULTS = {
@@ -81,8 +85,8 @@ class Loss:
         return 1.0 if self.normalizer is None else batch / self.normalizer
 
     def value(self, output: Tensor, y) -> Tensor:
-        """The loss at ``output`` (B, ...): 0-dim."""
-        value = self.function(output, y)
+        """The loss at ``output`` (B, ...): 0-dim. A mean over labels that are all ignored is zero."""
+        value = self.function(output, self._as_trained(output, y) if self.known else y)
         if not isinstance(value, Tensor) or value.numel() != 1:
             if not isinstance(value, Tensor):
                 given, remedy = f"a {type(value).__name__} as its value", "Return a tensor, without .item()."
@@ -91,21 +95,39 @@ class Loss:
                 remedy = 'Use reduction="mean" or "sum", not "none".'
             raise ArgumentError("loss", given, "a scalar tensor", remedy)
         value = value.reshape(())
+        if value.is_complex():
+            raise ArgumentError(
+                "loss", "a complex value", "a real scalar", "E.g. (output - y).abs().square().sum()."
+            )
+        if self.kind == "cross_entropy" and self.settings[0] == "mean" and not y.is_floating_point():
+            value = torch.where((y != self.settings[1]).any(), value, torch.zeros_like(value))
         return value if self.normalizer is None else value * self.share(output.shape[0])
+
+    def _as_trained(self, output: Tensor, y: Tensor) -> Tensor:
+        """``y`` in the dtype in which :meth:`prepare` takes it, so that what trains also evaluates."""
+        if not y.is_floating_point():
+            return y.long()
+        return y if y.dtype == output.dtype else y.to(output.dtype)
 
     def gradient_by_autograd(self, output: Tensor, y) -> Tensor:
         """dLoss/doutput by torch autograd, for any loss; shape and dtype of ``output``."""
+        return self.gradients_by_autograd(output, y, parameters=False)[0]
+
+    def gradients_by_autograd(
+        self, output: Tensor, y, *, parameters: bool = True
+    ) -> tuple[Tensor, list[tuple[nn.Parameter, Tensor]]]:
+        """As :meth:`gradient_by_autograd`, and (p, dLoss/dp) of the parameters that the loss itself uses."""
         with torch.enable_grad():
             leaf = output.detach().requires_grad_(True)
-            value = self.value(leaf, y)
-            gradient = None
+            value, used, gradient, found = self.value(leaf, y), [], None, ()
             if value.requires_grad:
-                (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
+                used = differentiation.trained(value, apart=[leaf]) if parameters else []
+                gradient, *found = differentiation.gradients(value, [leaf, *used], keep=bool(used))
         if gradient is None:
             raise ArgumentError(
                 "loss", "a value that does not depend on the model's output", "a differentiable loss"
             )
-        return gradient
+        return gradient, [(p, g) for p, g in zip(used, found, strict=True) if g is not None]
 
     def check_target(self, output_shape: tuple[int, ...], y) -> None:
         """Check type, shape and dtype of ``y`` for a known loss; labels' range is checked in :meth:`prepare`.
@@ -117,6 +139,15 @@ class Loss:
             return
         if not isinstance(y, Tensor):
             raise ArgumentTypeError("y", f"a {type(y).__name__}", "a torch.Tensor")
+        if y.is_nested or y.layout != torch.strided:
+            raise ArgumentTypeError("y", "a nested or sparse tensor", "a dense tensor")
+        if y.is_complex():
+            raise ArgumentTypeError(
+                "y",
+                f"dtype {y.dtype}",
+                f"real values for {self.kind}",
+                "Pass a loss of your own to train on y.",
+            )
         classes = output_shape[1] if len(output_shape) > 1 else 0
         if self.weight is not None and (
             tuple(self.weight.shape) != (classes,) or self.weight.device != y.device
@@ -200,6 +231,8 @@ class Loss:
                 dense = dense + keep.unsqueeze(1) * spread * (smoothing / classes)
             count = own.sum()
         if reduction == "mean":
+            if isinstance(count, Tensor):
+                count = count.clamp_min(_NO_WEIGHT)  # where no label counts dense is zero, and so is the loss
             dense = dense * (self.share(batch) / count)
         return Target(dense=dense, mass=dense.sum(1, keepdim=True), flaw=flaw)
 
@@ -226,16 +259,21 @@ class Loss:
         return torch.softmax(mu, 1).mul_(target.mass).sub_(target.dense)
 
 
+def _plain(loss: nn.Module) -> bool:
+    hooks = loss._forward_hooks or loss._forward_pre_hooks or loss._backward_hooks or loss._backward_pre_hooks
+    return not hooks and "forward" not in loss.__dict__
+
+
 def _known_settings(loss) -> tuple[str, tuple, Tensor | None] | None:
     """(kind, settings, class weights) of a loss that has a closed form, else None."""
     if loss is half_squared_error:
         return "mse", (HALF_SUM,), None
-    if type(loss) is nn.CrossEntropyLoss and not loss._forward_hooks and not loss._forward_pre_hooks:
+    if type(loss) is nn.CrossEntropyLoss and _plain(loss):
         arguments = {
             name: getattr(loss, name) for name in ("weight", "ignore_index", "reduction", "label_smoothing")
         }
         function = F.cross_entropy
-    elif type(loss) is nn.MSELoss and not loss._forward_hooks and not loss._forward_pre_hooks:
+    elif type(loss) is nn.MSELoss and _plain(loss):
         arguments, function = {"reduction": loss.reduction}, F.mse_loss
     elif isinstance(loss, functools.partial) and loss.func in (F.cross_entropy, F.mse_loss) and not loss.args:
         arguments, function = dict(loss.keywords), loss.func
@@ -251,6 +289,8 @@ def _known_settings(loss) -> tuple[str, tuple, Tensor | None] | None:
     if arguments["reduction"] not in ("mean", "sum"):
         return None
     if function is F.cross_entropy:
+        if arguments["weight"] is not None and arguments["weight"].requires_grad:
+            return None  # class weights that are trained: torch differentiates them
         settings = (arguments["reduction"], arguments["ignore_index"], arguments["label_smoothing"])
         return "cross_entropy", settings, arguments["weight"]
     return None if arguments["weight"] is not None else ("mse", (arguments["reduction"],), None)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from . import activations
+from . import activations, sharding
 from .errors import ModelError, ShapeError
 from .hashing import hashed_once
 from .residual import Residual as ResidualModule
@@ -270,19 +270,40 @@ _DROPOUTS = {nn.Dropout: "dropout", nn.Dropout1d: "dropout1d", nn.Dropout2d: "dr
 
 
 def _name(module: nn.Module) -> str:
-    return type(module).__name__
+    return sharding.original(type(module)).__name__
 
 
 def _pair(value) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
+def _affine_shape(m: nn.Module, rank: int) -> tuple[int, ...] | None:
+    """Sizes of the weight, which torch reads, and not those that the module was made with.
+
+    None where weight and bias are no plain affine map's.
+    """
+    held = m._parameters  # a look-up of an attribute of a module takes longer than all the rest
+    weight = held["weight"] if "weight" in held else m.weight  # noqa: SIM401: get would look m.weight up, too
+    bias = held["bias"] if "bias" in held else m.bias  # noqa: SIM401
+    shape = weight.shape
+    if len(shape) != rank or (bias is not None and bias.shape != shape[:1]):
+        return None
+    return shape
+
+
 def _linear(path: str, m: nn.Linear) -> Op | None:
-    return Linear(path, _name(m), m.in_features, m.out_features)
+    shape = _affine_shape(m, 2)
+    return None if shape is None else Linear(path, _name(m), shape[1], shape[0])
 
 
 def _conv2d(path: str, m: nn.Conv2d) -> Op | None:
-    kernel, dilation = _pair(m.kernel_size), _pair(m.dilation)
+    shape = _affine_shape(m, 4)
+    if shape is None or shape[0] % m.groups:
+        return None
+    out_channels, in_channels, *kernel = shape
+    kernel, dilation = tuple(kernel), _pair(m.dilation)
+    if kernel != _pair(m.kernel_size) and isinstance(m.padding, str):
+        return None  # torch pads by the kernel size that the module was made with
     padding = m.padding
     if padding == "valid":
         padding = (0, 0)
@@ -296,8 +317,8 @@ def _conv2d(path: str, m: nn.Conv2d) -> Op | None:
     return Conv2d(
         path,
         _name(m),
-        m.in_channels,
-        m.out_channels,
+        in_channels * m.groups,
+        out_channels,
         kernel,
         _pair(m.stride),
         _pair(padding),
@@ -338,11 +359,16 @@ def _unflatten(path: str, m: nn.Unflatten) -> Op | None:
 
 
 def _batch_norm(path: str, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Op | None:
+    weight, bias = m.weight, m.bias
+    held = [t for t in (weight, bias, m.running_mean, m.running_var) if t is not None]
+    features = len(held[0]) if held else m.num_features
+    if (weight is None) != (bias is None) or any(t.shape != (features,) for t in held):
+        return None
     batch_statistics = m.training or m.running_mean is None
     ranks = (4,) if isinstance(m, nn.BatchNorm2d) else (2, 3)
     moves = m.training and m.track_running_stats and m.running_mean is not None
     return BatchNorm(
-        path, _name(m), m.num_features, m.eps, batch_statistics, m.affine, m.momentum, moves, ranks
+        path, _name(m), features, m.eps, batch_statistics, weight is not None, m.momentum, moves, ranks
     )
 
 
@@ -360,9 +386,13 @@ _KNOWN = {
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks) or bool(
-        getattr(module, "_backward_pre_hooks", None)
-    )
+    """True where hooks of the user's are called with ``module``."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    if module._backward_hooks or module._backward_pre_hooks:
+        return True
+    if not (before or after):
+        return False
+    return not all(map(sharding.is_sharding, (*before.values(), *after.values())))
 
 
 def _patched(module: nn.Module) -> bool:
@@ -371,12 +401,80 @@ def _patched(module: nn.Module) -> bool:
 
 
 def _plain_sequential(module: nn.Module) -> bool:
-    plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-    return plain and not _patched(module)
+    """True where calling ``module`` is to call its elements in order (hooks aside)."""
+    kind = type(module)
+    if kind is not nn.Sequential:
+        if not isinstance(module, nn.Sequential) or kind.forward is not nn.Sequential.forward:
+            return False
+        if kind.__iter__ is not nn.Sequential.__iter__ or kind.__call__ is not nn.Module.__call__:
+            return False
+    return not _patched(module)
+
+
+#: What torch keeps hooks in that every module calls.
+_GLOBAL_HOOKS = tuple(
+    hooks
+    for hooks in (
+        getattr(torch.nn.modules.module, f"_global_{name}_hooks", None)
+        for name in ("forward", "forward_pre", "backward", "backward_pre")
+    )
+    if hooks is not None
+)
+
+
+def _of_torch(hook) -> bool:
+    return getattr(hook, "__module__", "").startswith("torch.")
+
+
+def _check_called_by_elements(model: nn.Sequential) -> None:
+    """Raise ModelError where ``model(x)`` is more than its layers one after the other."""
+    if _has_hooks(model):
+        raise ModelError(
+            "model",
+            f"a {_name(model)} that has hooks itself: model(x) is more than its layers one after the other",
+            "hooks on its layers alone",
+            "Register them on the first or the last layer, or make what they do a layer.",
+        )
+    # torch's own (torch.utils.flop_counter's) only look on
+    if any(_GLOBAL_HOOKS) and not all(_of_torch(hook) for hooks in _GLOBAL_HOOKS for hook in hooks.values()):
+        raise ModelError(
+            "model",
+            "hooks on every module (torch.nn.modules.module.register_module_forward_hook and its kin)",
+            "hooks on its layers alone",
+            "Remove them for the call (their handle's remove()).",
+        )
+
+
+#: Wrappers that deliver gradients, or gather parameters, by hooks of their own backward pass.
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
+
+
+def _opaque(path: str, module: nn.Module, why: str) -> Opaque:
+    """The operation of a module that runs through autograd.
+
+    Raises:
+        ModelError: a wrapper inside it.
+    """
+    for inner in module.modules():
+        _check_not_wrapped(path, inner)
+    return Opaque(path, _name(module), why)
+
+
+def _check_not_wrapped(path: str, module: nn.Module) -> None:
+    for kind in type(module).__mro__:
+        if kind.__name__ in _WRAPPERS:
+            raise ModelError(
+                "model",
+                f"{kind.__name__} round {path} or a part of it, which waits for a backward pass of its own",
+                "layers as they are: predictive coding evaluates and differentiates each by itself",
+                "Wrap the whole PredictiveCoding module, and it alone.",
+            )
 
 
 def _plain_residual(module: nn.Module) -> bool:
-    return isinstance(module, ResidualModule) and type(module).forward is ResidualModule.forward
+    if not isinstance(module, ResidualModule) or type(module).forward is not ResidualModule.forward:
+        return False
+    return type(module).__iter__ is nn.Sequential.__iter__ and type(module).__call__ is nn.Module.__call__
 
 
 def _children(path: str, module: nn.Sequential) -> Iterator[Op]:
@@ -386,11 +484,12 @@ def _children(path: str, module: nn.Sequential) -> Iterator[Op]:
 
 def _operations(path: str, module: nn.Module) -> Iterator[Op]:
     """The operations of ``module`` in order; nested Sequentials are flattened, no-ops are left out."""
-    kind, name = type(module), _name(module)
+    kind = sharding.original(type(module))
+    name = kind.__name__
     if _has_hooks(module):
-        yield Opaque(path, name, f"{name} has hooks")
+        yield _opaque(path, module, f"{name} has hooks")
     elif _patched(module):
-        yield Opaque(path, name, f"{name} was given another forward")
+        yield _opaque(path, module, f"{name} was given another forward")
     elif _plain_sequential(module):
         yield from _children(path, module)
     elif _plain_residual(module):
@@ -404,7 +503,7 @@ def _operations(path: str, module: nn.Module) -> Iterator[Op]:
         yield Elementwise(path, name, _ACTIVATIONS[kind](module))
     else:
         op = _KNOWN[kind](path, module) if kind in _KNOWN else None
-        yield op if op is not None else Opaque(path, name, f"pcfast has no spec for this {name}")
+        yield op if op is not None else _opaque(path, module, f"pcfast has no spec for this {name}")
 
 
 @dataclass(frozen=True)
@@ -422,6 +521,17 @@ class LayerSpec:
     @property
     def label(self) -> str:
         return f"layer {self.index} ({chain_label(self.ops)})"
+
+    def check_batch_stays(self) -> None:
+        """Raise ShapeError for a Flatten or Unflatten of the batch dimension, whatever comes before it."""
+        for op in leaves(self.ops):
+            if (isinstance(op, Flatten) and op.start_dim == 0) or (isinstance(op, Unflatten) and op.dim == 0):
+                raise ShapeError(
+                    "model",
+                    f"{op.name} of the batch dimension in {self.label}",
+                    "the batch dimension left alone",
+                    "Reshape in the loss instead: loss=lambda output, y: F.cross_entropy(output.flatten(0, 1), y).",
+                )
 
     def shapes(self, shape: Shape) -> tuple[Shape, ...] | None:
         """Input shape of every operation, then the output shape; None where an opaque one hides it.
@@ -465,25 +575,34 @@ class Network:
     def opaque(self) -> tuple[Opaque, ...]:
         return tuple(op for op in self.leaves if isinstance(op, Opaque))
 
+    @property
+    def takes_integers(self) -> bool:
+        """Whether layer 1 begins with a module of unknown kind, which may embed tokens (reshaping aside)."""
+        ops = (op for op in self.layers[0].ops if not isinstance(op, Flatten | Unflatten))
+        return isinstance(next(ops, None), Opaque)
+
     def shapes(self, x_shape: Shape) -> tuple[tuple[Shape, ...] | None, ...]:
         """Per layer what :meth:`LayerSpec.shapes` gives; None from the first opaque operation on."""
         result: list[tuple[Shape, ...] | None] = []
         shape: Shape | None = tuple(x_shape)
         for layer in self.layers:
             inner = layer.shapes(shape) if shape is not None else None
+            if inner is None:
+                layer.check_batch_stays()
             result.append(inner)
             shape = inner[-1] if inner is not None else None
         return tuple(result)
 
 
-def describe(model: nn.Module) -> Network:
+def describe(model: nn.Module, *, hooks: bool = True) -> Network:
     """Describe ``model`` as a chain of PC layers.
 
     Args:
         model: an ``nn.Sequential``; each element is one PC layer (Torch2PC's convention).
+        hooks: refuse hooks of the model itself, or of every module, that are there now.
 
     Raises:
-        ModelError: not a Sequential, empty, or a Sequential with a forward of its own.
+        ModelError: not a Sequential, empty, or one whose call is more than that of its elements in order.
     """
     if not isinstance(model, nn.Sequential):
         raise ModelError(
@@ -495,9 +614,11 @@ def describe(model: nn.Module) -> Network:
     if not _plain_sequential(model):
         raise ModelError(
             "model",
-            f"{type(model).__name__}, which overrides Sequential.forward",
+            f"{type(model).__name__}, which overrides Sequential.forward, __call__ or __iter__",
             "a Sequential evaluated element by element",
         )
+    if hooks:
+        _check_called_by_elements(model)
     if len(model) == 0:
         raise ModelError("model", "an empty Sequential", "at least one layer")
     return _same(
@@ -516,15 +637,28 @@ def _same(network: Network) -> Network:
     return network
 
 
+#: Dtypes that relaxations run in, and the complex one of the same precision.
+DTYPES = {
+    torch.float32: torch.complex64,
+    torch.float64: torch.complex128,
+    torch.bfloat16: None,
+    torch.float16: None,
+}
+_COMPLEX_OF = {**DTYPES, torch.complex64: torch.complex64, torch.complex128: torch.complex128}
+
+
 def common_placement(model: nn.Module) -> tuple[torch.device, torch.dtype] | None:
     """Device and floating dtype shared by all parameters and floating buffers; None where there are none.
 
+    Real and complex tensors of one precision go together; the dtype is complex where a parameter is.
+
     Raises:
-        ModelError: uninitialised (lazy) parameters, or layers on different devices or of different dtypes.
+        ModelError: uninitialised (lazy) or distributed parameters, layers on different devices or of different
+            dtypes, or of one that no relaxation runs in.
     """
-    first = None
+    first, chosen = None, None
     parameters, buffers = tensors_of(model)
-    for tensor in (*parameters, *buffers):
+    for index, tensor in enumerate((*parameters, *buffers)):
         if is_lazy(tensor):
             raise ModelError(
                 "model",
@@ -532,18 +666,48 @@ def common_placement(model: nn.Module) -> tuple[torch.device, torch.dtype] | Non
                 "initialised parameters",
                 "Run one forward pass first: model(x).",
             )
-        if not (tensor.is_floating_point() or tensor.is_complex()):
+        dtype = tensor.dtype
+        if not (dtype.is_floating_point or dtype.is_complex):
             continue
         if first is None:
-            first = tensor
-        elif tensor.dtype != first.dtype or tensor.device != first.device:
-            raise ModelError(
-                "model",
-                " and ".join(f"{_name_in(model, t)} on {t.device} as {t.dtype}" for t in (first, tensor)),
-                "all layers on one device and of one dtype",
-                "Call model.to(device, dtype).",
-            )
-    return None if first is None else (first.device, first.dtype)
+            first, chosen = tensor, dtype
+            _check_runs(model, tensor)
+        elif dtype != first.dtype or tensor.device != first.device:
+            _check_runs(model, tensor)
+            pair = _COMPLEX_OF[dtype]
+            if tensor.device != first.device or pair is None or pair != _COMPLEX_OF[first.dtype]:
+                _raise_apart(model, first, tensor, (*parameters, *buffers))
+            if index < len(parameters):
+                chosen = pair
+    return None if first is None else (first.device, chosen)
+
+
+def _check_runs(model: nn.Module, tensor: torch.Tensor) -> None:
+    """Raise ModelError for a parameter or buffer of a kind that no relaxation runs with."""
+    given = None
+    if type(tensor).__name__ == "DTensor":
+        given, needed = "a DTensor whose parts lie on several devices", "whole tensors"
+        remedy = "Shard the PredictiveCoding module with fully_shard, and call that."
+    elif tensor.dtype not in _COMPLEX_OF:
+        given = f"a tensor of {tensor.dtype}"
+        needed = f"one of {sorted(str(dtype) for dtype in _COMPLEX_OF)}"
+        remedy = "Relax a copy in one of these."
+    if given is not None:
+        raise ModelError("model", f"{_name_in(model, tensor)}, {given}", needed, remedy)
+
+
+def _raise_apart(model, first, tensor, tensors) -> None:
+    remedy = "Call model.to(device, dtype)."
+    if any(t.is_complex() for t in tensors):
+        remedy = "Convert the real ones by themselves: model.to(dtype) would drop the imaginary parts of the others."
+    elif tensor.dtype == first.dtype:
+        remedy = "Call model.to(device)."
+    raise ModelError(
+        "model",
+        " and ".join(f"{_name_in(model, t)} on {t.device} as {t.dtype}" for t in (first, tensor)),
+        "all layers on one device and of one dtype",
+        remedy,
+    )
 
 
 def tensors_of(model: nn.Module) -> tuple[list[nn.Parameter], list[torch.Tensor]]:

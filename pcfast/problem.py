@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .belief_optimizers import PLAIN, BeliefOptimizer, StepSize, step_size_of
-from .errors import ShapeError
+from .errors import ArgumentError, ShapeError
 from .losses import Loss
 from .network import Network
 from .nudging import Nudging
@@ -115,6 +115,16 @@ class Problem:
     nudging: Nudging | None = None
     tolerance: float | None = None
 
+    def check_loss_updates(self, updates: list[tuple[nn.Parameter, Tensor]]) -> None:
+        """Raise ArgumentError where the loss has parameters of its own and the method moves the model's alone."""
+        if updates and self.move is not None:
+            raise ArgumentError(
+                "loss",
+                "a loss that uses parameters itself, with method 'incremental'",
+                "a loss of the output and the target alone",
+                "Use another method; for a penalty on weights use the optimiser's weight_decay.",
+            )
+
     def step_size_at(self, iteration: int) -> float:
         """eta_t of iteration t = 1..n."""
         return step_size_of(self.step_size, iteration)
@@ -128,6 +138,7 @@ class Outcome:
         loss: Loss(vhat_L, y), 0-dim; None where no loss was given.
         output: vhat_L.
         gradients: parameter -> update, for parameters in use that require it; summed over uses.
+        owners: PC layers and the parameters that they gave updates, for messages.
         activations: vhat_l.
         output_gradient: dLoss/dvhat_L.
         beliefs: v_l after the last iteration.
@@ -144,6 +155,7 @@ class Outcome:
     loss: Tensor | None
     output: Tensor
     gradients: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    owners: list[tuple[int, list[nn.Parameter]]] = field(default_factory=list)
     activations: list[Tensor] | None = None
     output_gradient: Tensor | None = None
     beliefs: list[Tensor | None] | None = None
@@ -171,8 +183,14 @@ class Outcome:
 
         return Outcome(**{f.name: visit(getattr(self, f.name)) for f in fields(self)})
 
-    def add_gradients(self, found: list[tuple[nn.Parameter, Tensor]]) -> None:
+    def updates_by_layer(self) -> list[tuple[int, Tensor]]:
+        """The updates with the last PC layer that each belongs to."""
+        layers = {parameter: layer for layer, parameters in self.owners for parameter in parameters}
+        return [(layers[parameter], update) for parameter, update in self.gradients.items()]
+
+    def add_gradients(self, found: list[tuple[nn.Parameter, Tensor]], layer: int = 0) -> None:
         """Add one layer's gradients; a parameter used twice gets the sum."""
+        self.owners.append((layer, [parameter for parameter, _ in found]))
         for parameter, gradient in found:
             gradient = gradient.to(parameter.dtype)
             if parameter in self.gradients:
@@ -208,11 +226,15 @@ def layer_of_parameters(network: Network, model: nn.Sequential) -> dict[nn.Param
     return owners
 
 
+def _squared_norm(error: Tensor) -> Tensor:
+    return (torch.view_as_real(error.resolve_conj()) if error.is_complex() else error).pow(2).sum()
+
+
 @torch.no_grad()
 def energy_row(errors: list[Tensor | None], top: Tensor) -> Tensor:
     """One iteration's energies (L,): 0.5 |eps_l|^2 for l = 1..L-1, then ``top``, the loss at mu_L."""
     hidden = [
-        top.new_zeros(()) if error is None else 0.5 * error.pow(2).sum().to(top.dtype)
+        top.new_zeros(()) if error is None else 0.5 * _squared_norm(error).to(top.dtype)
         for error in errors[1:-1]
     ]
     return torch.stack([*hidden, top])

@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from . import belief_optimizers, early_exit, graphs, status, validation
+from . import belief_optimizers, early_exit, graphs, sharding, status, validation
 from .backends import Backend, choose_backend, say_passed_over
 from .belief_optimizers import BeliefOptimizer
 from .errors import ArgumentError
@@ -54,7 +56,7 @@ class Relaxation:
         output_gradient: dLoss/dvhat_L, as vhat_L.
         beliefs: v_l after the last iteration, as vhat_l.
         errors: eps_l of the last iteration, prediction minus belief; eps_L = dLoss/dmu_L. eps_0 is None
-            except for fixed prediction. "error_based": at the beliefs, after the last iteration;
+            except for fixed prediction of a floating x. "error_based": at the beliefs, after the last iteration;
             "zero_divergence": errors and beliefs of layer l as they are when its error arrives, t = L - l.
         energies: (n, L) on request: 0.5 |eps_l|^2 summed over batch and units for l < L, and the loss at mu_L
             (a nudged one to its target) in the last column, as each iteration found them before its update; rows
@@ -205,6 +207,7 @@ def prepare(
     Also raises what earlier, deferred work found.
     """
     status.raise_arrived()
+    validation.check_no_transform()
     if method != "incremental" or move is None:
         validation.check_method(method)
     validation.check_choice(check)
@@ -216,11 +219,18 @@ def prepare(
     tolerance = early_exit.checked(tolerance, method)
     network = describe(model)
     step_size, num_steps = validation.fixed_settings(method, network.depth, step_size, num_steps)
-    dtype = validation.check_input(model, x)
+    dtype = validation.check_input(model, x, network)
+    if not (x.is_floating_point() or x.is_complex()):
+        wanted = replace(wanted, input_error=False)  # integers do not move
     if method == "incremental":
         validation.check_moving_precision(x.device.type, dtype)
     described = None if output_gradient is not None else describe_loss(loss, normalizer)
     check_nudging(nudging, method, described and described.kind)
+    if described is not None and described.known and dtype.is_complex and not network.opaque:
+        raise ArgumentError(
+            "loss", f"{described.kind} of a complex output", "a loss of your own with a real value",
+            "E.g. loss=lambda output, y: (output - y).abs().square().sum().",
+        )  # fmt: skip
     if described is not None:
         validation.check_target_placement(x, y, by_rows=described.known)
     start = validation.checked_start(vinit, network.depth, x, method)
@@ -290,9 +300,24 @@ def prepare(
 
 
 def solve(*arguments, **settings) -> tuple[Outcome, Run]:
-    """Validate, plan and run; arguments as in :func:`prepare`."""
-    ready = prepare(*arguments, **settings)
-    outcome, reason = graphs.run(ready.backend, ready.problem, ready.plan)
+    """Validate, plan and run; arguments as in :func:`prepare`. The same inside ``torch.inference_mode()``."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            return _solve(
+                *tree_map_only(Tensor, _ordinary, arguments), **tree_map_only(Tensor, _ordinary, settings)
+            )
+    return _solve(*arguments, **settings)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """``tensor``, copied where it was made in inference mode: autograd cannot keep such a one."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _solve(*arguments, **settings) -> tuple[Outcome, Run]:
+    with sharding.gathered(arguments[0], for_backward=settings["wanted"].gradients):
+        ready = prepare(*arguments, **settings)
+        outcome, reason = graphs.run(ready.backend, ready.problem, ready.plan)
     if outcome.status is not None:
         status.defer(outcome.status, ready.problem.step_size)
         if not ready.deferred:
@@ -320,7 +345,7 @@ def updates(
         beliefs: v_0..v_L; None for a forward pass from x. errors: eps_0..eps_L (eps_0 is not read).
     """
     network = describe(model)
-    dtype = validation.check_input(model, x)
+    dtype = validation.check_input(model, x, network)
     network.shapes(tuple(x.shape))
     chosen, _ = choose_backend(backend, Request(network, x.device, dtype))
     return chosen.updates(model, network, choose_precision(x.device.type, dtype), x, beliefs, errors)

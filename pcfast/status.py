@@ -59,9 +59,16 @@ def _diverged(iteration: int | None, layer: int) -> Callable[[StepSize], PcfastE
     return functools.partial(RelaxationDiverged, iteration, layer)
 
 
+def _values(tensor: Tensor) -> Tensor:
+    """What ``tensor`` stores, with a norm: of a sparse gradient (an embedding's) its values."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor.to(torch.float64)  # tokens
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The largest magnitude of each tensor, (len,): NaN or inf exactly where a tensor holds one."""
-    found = torch._foreach_norm(list(tensors), float("inf"))
+    found = torch._foreach_norm([_values(tensor) for tensor in tensors], float("inf"))
     if any(norm.dtype != found[0].dtype for norm in found):
         found = [norm.to(torch.float64) for norm in found]
     return torch.stack(found)
@@ -69,7 +76,7 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """True where no tensor holds NaN or infinity. Waits for the device."""
-    filled = [tensor for tensor in tensors if tensor.numel()]
+    filled = [_values(tensor) if tensor.is_sparse else tensor for tensor in tensors if tensor.numel()]
     # A sum is finite only where all terms are, and much cheaper than a look at each; it may overflow, though.
     sums = [tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None) for tensor in filled]
     return all(cmath.isfinite(s) for s in sums) or bool(torch.isfinite(norms(filled)).all())
@@ -150,13 +157,25 @@ class StatusBuilder:
         return torch.cat(parts)
 
 
+def failed(status: Status) -> Tensor:
+    """Whether ``status`` says that the step failed: 0-dim bool on its device."""
+    return status.word != _FINE
+
+
 def zeroed_if_bad(status: Status, gradients: Sequence[Tensor]) -> list[Tensor]:
     """The gradients, zeroed on the device where ``status`` says that the step failed; parts of one tensor a dtype."""
-    failed = status.word != _FINE
+    bad = failed(status)
     found = list(gradients)
-    for dtype in {gradient.dtype for gradient in found}:
-        own = [i for i, gradient in enumerate(found) if gradient.dtype == dtype]
-        together = torch.cat([found[i].reshape(-1) for i in own]).masked_fill_(failed, 0)
+    for i, gradient in enumerate(found):
+        if gradient.is_sparse:
+            whole = gradient.coalesce()
+            values = whole.values().masked_fill(bad, 0)
+            found[i] = torch.sparse_coo_tensor(
+                whole.indices(), values, whole.shape, is_coalesced=True, check_invariants=False
+            )
+    for dtype in {gradient.dtype for gradient in found if not gradient.is_sparse}:
+        own = [i for i, gradient in enumerate(found) if gradient.dtype == dtype and not gradient.is_sparse]
+        together = torch.cat([found[i].reshape(-1) for i in own]).masked_fill_(bad, 0)
         parts = together.split([found[i].numel() for i in own])
         for i, part in zip(own, parts, strict=True):
             found[i] = part.view(found[i].shape)

@@ -200,6 +200,8 @@ def PCInfer(
 def _assign(model: nn.Sequential, gradients: dict) -> None:
     for parameter in model.parameters():
         parameter.grad = gradients.get(parameter)
+    for parameter, gradient in gradients.items():  # those too that a layer or the loss uses without the model
+        parameter.grad = gradient
 
 
 def _activations(name: str, values, model: nn.Sequential) -> list[Tensor]:

@@ -14,8 +14,15 @@ from torch.optim import Optimizer
 
 from . import status
 from .belief_optimizers import StepSize
-from .errors import ArgumentError, ArgumentTypeError, ModelError, NonFiniteError, ShapeError
-from .network import common_placement
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ModelError,
+    NonFiniteError,
+    ShapeError,
+    TransformError,
+)
+from .network import DTYPES, Network, common_placement
 from .planning import METHODS
 
 
@@ -130,22 +137,46 @@ def checked_device(device: torch.device | str) -> torch.device:
     return device
 
 
-def check_input(model: nn.Sequential, x: Tensor) -> torch.dtype:
-    """Check x against the model's device and dtype; returns the dtype of the parameters (or of x)."""
+def check_no_transform() -> None:
+    """Raise inside ``torch.func`` (grad, vmap, jvp ...), whose tensors carry a transformation of their own."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise TransformError(
+            "pcfast does not run inside torch.func.grad, vmap, jvp and their kin: updates come from a relaxation, "
+            "which they cannot transform. Call pc_loss(...).backward(), or torch.autograd.grad; "
+            "torch.func.functional_call is fine."
+        )
+
+
+_TOKENS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+def check_input(model: nn.Sequential, x: Tensor, network: Network | None = None) -> torch.dtype:
+    """Check x against the model's device and dtype; returns the dtype of the parameters (or of x).
+
+    Integers are taken where layer 1 begins with a module that pcfast does not know (``network`` says so).
+    """
     if not isinstance(x, Tensor):
         raise ArgumentTypeError("x", f"a {type(x).__name__}", "a torch.Tensor of shape (batch, ...)")
-    if not (x.is_floating_point() or x.is_complex()):
-        raise ArgumentTypeError(
-            "x",
-            f"dtype {x.dtype}",
-            "a floating dtype",
-            "Convert with x.to(torch.float32); embed tokens first.",
-        )
-    if x.layout != torch.strided:
-        raise ArgumentTypeError("x", f"layout {x.layout}", "a dense tensor", "Call x.to_dense().")
-    if x.dim() < 2:
+    _check_kind(x)
+    real = x.dtype in DTYPES
+    if not (real or x.dtype in DTYPES.values()):
+        tokens = x.dtype in _TOKENS
+        if not tokens or network is None or not network.takes_integers:
+            raise ArgumentTypeError(
+                "x",
+                f"dtype {x.dtype}",
+                "a floating dtype",
+                "Convert with x.to(torch.float32), or let layer 1 begin with what embeds it (nn.Embedding)."
+                if tokens
+                else f"One of {[str(dtype).removeprefix('torch.') for dtype in DTYPES]}, or complex.",
+            )
+    least = 1 if x.dtype in _TOKENS else 2
+    if x.dim() < least:
         raise ShapeError(
-            "x", f"shape {tuple(x.shape)}", "(batch, ...) with at least 2 dimensions", "x.unsqueeze(0)?"
+            "x",
+            f"shape {tuple(x.shape)}",
+            f"(batch, ...) with at least {least} dimensions",
+            "x.unsqueeze(0)?",
         )
     if x.shape[0] == 0 or x.numel() == 0:
         raise ShapeError("x", f"shape {tuple(x.shape)}, an empty batch", "at least one row")
@@ -158,20 +189,34 @@ def check_input(model: nn.Sequential, x: Tensor) -> torch.dtype:
         )
     placement = common_placement(model)
     if placement is None:
-        return x.dtype
+        return x.dtype if real or x.is_complex() else torch.get_default_dtype()
     device, dtype = placement
     if x.device != device:
         raise ArgumentError(
             "x", f"a tensor on {x.device}", f"{device}, where the model is", f"x.to('{device}')"
         )
-    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ArgumentTypeError(
-            "x",
-            f"dtype {x.dtype}",
-            f"the model's dtype {dtype}",
-            "Convert one with .to(dtype), or use autocast.",
+    if x.is_meta:
+        raise ArgumentError(
+            "x", "a tensor on the meta device, without values, as the model's", "tensors with values"
         )
-    return dtype
+    if x.dtype == dtype or x.dtype in _TOKENS or torch.is_autocast_enabled(x.device.type):
+        return dtype
+    if DTYPES.get(x.dtype) == dtype and network is not None and network.opaque:
+        return dtype  # a complex network that may well take real inputs: its own modules decide
+    if x.is_complex() and not dtype.is_complex:
+        remedy = "Pass torch.view_as_real(x), or x.real."
+    else:
+        remedy = f"Convert x with x.to({dtype}), or use autocast."
+    raise ArgumentTypeError("x", f"dtype {x.dtype}", f"the model's dtype {dtype}", remedy)
+
+
+def _check_kind(x: Tensor) -> None:
+    if x.is_nested:
+        raise ArgumentTypeError("x", "a nested tensor", "a dense tensor", "Call x.to_padded_tensor(padding).")
+    if x.layout != torch.strided:
+        raise ArgumentTypeError("x", f"layout {x.layout}", "a dense tensor", "Call x.to_dense().")
+    if hasattr(x, "has_names") and x.has_names():  # torch 2.13 has none
+        raise ArgumentTypeError("x", "a tensor with named dimensions", "one without", "Call x.rename(None).")
 
 
 def check_target_placement(x: Tensor, y, *, by_rows: bool) -> None:
@@ -180,6 +225,13 @@ def check_target_placement(x: Tensor, y, *, by_rows: bool) -> None:
         return
     if y.device != x.device:
         raise ArgumentError("y", f"a tensor on {y.device}", f"{x.device}, where x is", f"y.to('{x.device}')")
+    if by_rows and y.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            "y",
+            "a tensor that requires grad",
+            "data without grad",
+            "Pass y.detach(), or a loss of your own, which is differentiated by y too.",
+        )
     if by_rows and y.dim() and y.shape[0] != x.shape[0]:
         raise ShapeError("y", f"{y.shape[0]} rows", f"{x.shape[0]} rows, as x has", "Mismatched batch.")
 

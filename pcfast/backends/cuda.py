@@ -199,7 +199,7 @@ class _Run(KernelRun):
         self.checked.append((depth, errors[depth]))
         if problem.wanted.gradients:
             for l in range(1, depth + 1):
-                out.add_gradients(self._gradients(l, beliefs[l - 1], errors[l]))
+                out.add_gradients(self._gradients(l, beliefs[l - 1], errors[l]), l)
         if problem.wanted.states:
             top = None if self.starts is None else self.starts[depth]
             out.beliefs = [beliefs[0].clone(), *beliefs[1:-1], (beliefs[-1] if top is None else top).clone()]

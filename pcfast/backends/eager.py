@@ -21,7 +21,7 @@ from ..early_exit import EarlyExit
 from ..errors import RelaxationDiverged
 from ..fixed_prediction import fixed_prediction_factors, scalar_chain
 from ..precision import numerics
-from ..problem import Outcome, Problem, energy_row, filled_start, gradient_row, layer_of_parameters
+from ..problem import Outcome, Problem, energy_row, filled_start, gradient_row
 from ..replay import recorded_buffers
 from .base import Backend, without_closed_form
 from .error_based import FreeErrors
@@ -53,11 +53,12 @@ class Eager(Backend):
     def updates(self, model, network, precision, x, beliefs, errors):
         outcome = Outcome(None, None)
         with numerics(x.device, precision), recorded_buffers(model)():
-            v = precision.to_state(x)
+            v = x
             for l, spec in enumerate(network.layers, start=1):
                 chain = layer_chain(spec, model, precision)
-                v = chain.forward(v if beliefs is None else precision.to_state(beliefs[l - 1]))
-                outcome.add_gradients(chain.gradients(precision.to_state(errors[l])))
+                given = v if beliefs is None else beliefs[l - 1]
+                v = chain.forward(precision.to_state(given) if given.is_floating_point() else given)
+                outcome.add_gradients(chain.gradients(precision.to_state(errors[l])), l)
         return outcome.gradients
 
 
@@ -74,8 +75,18 @@ class Run:
         self.energies: list[Tensor] = []
         self.belief_gradients: list[Tensor] = []
         self.flaw: Tensor | None = None
+        self.loss_updates: list = []  # of parameters that the loss itself uses
 
     def outcome(self) -> Outcome:
+        """Run. Where this raises, statistics and other buffers are as they were."""
+        try:
+            return self._outcome()
+        except BaseException:
+            for chain in self.chains[1:]:
+                chain.undo()
+            raise
+
+    def _outcome(self) -> Outcome:
         problem = self.problem
         if problem.method == "fixed_prediction":
             self.factors = self._factors()  # divergence is known before any tensor work
@@ -87,6 +98,7 @@ class Run:
         if self.builder is not None:
             self.builder.begin(problem.x, self.vhat[1:], self.loss_values)
         out = self.result = Outcome(self.loss, self.vhat[-1])
+        out.add_gradients(self.loss_updates, self.depth)
         if problem.wanted.states or problem.wanted.activations:
             out.activations, out.output_gradient = self.vhat, self.output_gradient
         if problem.method == "strict":
@@ -106,17 +118,26 @@ class Run:
             out.belief_gradients = torch.stack(self.belief_gradients) if self.belief_gradients else empty
         if problem.check:
             self._check()
+        self._settle()
         return out
+
+    def _settle(self) -> None:
+        """Statistics move, by what the forward pass found; not where the step failed, nor for given activations."""
+        if self.problem.activations is None:
+            failed = None if self.result.status is None else status.failed(self.result.status)
+            for chain in self.chains[1:]:
+                chain.settle(failed)
 
     def _forward(self) -> list[Tensor]:
         given = self.problem.activations
         if given is not None:
-            given = [self.precision.to_state(a) for a in given]
+            given = [self.precision.to_state(a) if a.is_floating_point() else a for a in given]
             with recorded_buffers(self.problem.model)():  # their forward pass has moved the statistics
                 for l in range(1, self.depth + 1):
                     self.chains[l].forward(given[l - 1])
             return given
-        vhat = [self.precision.to_state(self.problem.x)]
+        x = self.problem.x  # integers stay what they are: layer 1 embeds them
+        vhat = [self.precision.to_state(x) if x.is_floating_point() else x]
         for chain in self.chains[1:]:
             vhat.append(chain.forward(vhat[-1]))
         return vhat
@@ -137,7 +158,12 @@ class Run:
         else:
             self.loss_at = lambda mu: loss.value(mu, y)
             self.gradient_at = lambda mu: loss.gradient_by_autograd(mu, y)
-        self.loss, self.output_gradient = self.loss_at(output), self.gradient_at(output)
+        self.loss = self.loss_at(output)
+        if loss.known or not problem.wanted.gradients:
+            self.output_gradient = self.gradient_at(output)
+        else:
+            self.output_gradient, self.loss_updates = loss.gradients_by_autograd(output, y)
+            problem.check_loss_updates(self.loss_updates)
 
     # exact and fixed prediction ------------------------------------------------------------------------------
 
@@ -169,7 +195,7 @@ class Run:
                 need_gradients=wanted.gradients,
                 factor=factors[depth - l],
             )
-            out.add_gradients(found)
+            out.add_gradients(found, l)
             gradients[l - 1] = g
             if g is None:
                 break
@@ -260,7 +286,7 @@ class Run:
         for l in range(1, self.depth + 1):
             chain = self.chains[l]
             found = chain.zero_gradients() if errors[l] is None else chain.gradients(errors[l])
-            self.result.add_gradients([(p, g if share == 1 else g * share) for p, g in found])
+            self.result.add_gradients([(p, g if share == 1 else g * share) for p, g in found], l)
 
     def _top_error(self, deviation: Tensor | None) -> Tensor:
         """dLoss/dmu_L at mu_L = vhat_L + deviation; a nudged loss without the cancellation of mu_L - target."""
@@ -372,24 +398,27 @@ class Run:
     def _incremental(self) -> None:
         """Iterate; the result's gradients and status are those of the last iteration."""
         problem, out = self.problem, self.result
-        owners = layer_of_parameters(problem.network, problem.model)
         self.checked: list[tuple[int, Tensor]] = []
         if problem.check and (self.builder is None or problem.num_steps == 0):
             self._check()
+        if problem.num_steps == 0:
+            self._settle()
         moving = Moving(self.chains, self.vhat, self.output_gradient, problem.belief_optimizer)
         for t in range(1, problem.num_steps + 1):
             if t > 1:
                 moving.evaluate(self.gradient_at)
-            out.gradients = {}
+            out.gradients, out.owners = {}, []
             self._add_updates(moving.errors)
             if t < problem.num_steps:
                 moving.descend(problem.step_size_at(t), t)
             found = [(l, e) for l, e in enumerate(moving.errors) if e is not None]
-            found += [(owners[p], g) for p, g in out.gradients.items()]
+            found += out.updates_by_layer()
             if self.builder is not None:
                 self._defer(t, found)
             elif problem.check:
                 check_iteration(t, found, problem.step_size)
+            if t == 1:
+                self._settle()
             problem.move(out.gradients)
 
     def _defer(self, iteration: int, found: list[tuple[int, Tensor]]) -> None:
@@ -410,8 +439,7 @@ class Run:
             relaxed = (value for _, value in self.checked)
             if status.all_finite([*self.vhat[1:], *self.loss_values, *relaxed, *out.gradients.values()]):
                 return
-        owners = layer_of_parameters(problem.network, problem.model)
-        results = [*self.checked, *((owners[p], g) for p, g in out.gradients.items())]
+        results = [*self.checked, *out.updates_by_layer()]
         if self.builder is not None:
             out.status = self.builder.build(self.flaw, results)
             zeroed = status.zeroed_if_bad(out.status, list(out.gradients.values()))

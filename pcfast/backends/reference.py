@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import status, validation
+from .. import differentiation, status, validation
 from ..early_exit import EarlyExit, repeated
 from ..errors import ModelError, RelaxationDiverged
 from ..nudging import target_of
-from ..problem import Outcome, energy_row, filled_start, gradient_row, layer_of_parameters
-from ..replay import recorded_buffers, replaying
+from ..problem import Outcome, energy_row, filled_start, gradient_row
+from ..replay import Replay, recorded_buffers
 from .base import Backend
 from .incremental import check_iteration
 
@@ -24,12 +24,9 @@ class _Layer:
     """f_l as a function of the beliefs below it, with one draw of random numbers for the whole step."""
 
     def __init__(self, module, device):
-        self.module, self.device, self.forward_done = module, device, False
-
-    def _record(self) -> None:
-        """What the forward pass reads besides its input: random numbers and statistics."""
-        self.random, self.buffers = replaying(self.device), recorded_buffers(self.module)
-        self.forward_done = True
+        self.module, self.device = module, device
+        self.replay: Replay | None = None
+        differentiation.registered(module)  # refuses what autograd cannot keep
 
     def redraw(self, v: Tensor) -> Tensor:
         """The forward pass where its value was given already: it draws as ever, statistics stay."""
@@ -37,19 +34,34 @@ class _Layer:
             return self(v)
 
     def __call__(self, v: Tensor) -> Tensor:
-        if not self.forward_done:  # the forward pass: draws, and moves running statistics
-            self._record()
-            return self._evaluate(v)
-        with self.random(), self.buffers():
-            return self._evaluate(v)
+        if self.replay is None:  # the forward pass: draws, and moves running statistics
+            self.replay = Replay(self.module, self.device)
+            with torch.enable_grad():
+                leaf = v.detach()
+                if leaf.is_floating_point() or leaf.is_complex():
+                    leaf.requires_grad_(True)
+                mu = self.replay.first(lambda: self._evaluate(leaf))
+                differentiation.trained(mu)  # refuses what cannot be differentiated
+            return mu.detach()
+        return self.replay.again(lambda: self._evaluate(v))
+
+    def undo(self) -> None:
+        """Buffers as they were before the forward pass."""
+        if self.replay is not None:
+            self.replay.undo()
+
+    def keep(self) -> None:
+        """The step has changed parameters: buffers stay as the forward pass left them."""
+        self.replay.keep()
 
     def _evaluate(self, v: Tensor) -> Tensor:
         mu = self.module(v.clone())  # a clone, so that in-place modules leave the beliefs alone
-        if not isinstance(mu, Tensor):
+        if not isinstance(mu, Tensor) or not (mu.is_floating_point() or mu.is_complex()):
+            given = f"a tensor of {mu.dtype}" if isinstance(mu, Tensor) else f"a {type(mu).__name__}"
             raise ModelError(
                 "model",
-                f"a layer that returns a {type(mu).__name__}",
-                "layers that map one tensor to one tensor",
+                f"a layer that returns {given}",
+                "layers that map one tensor to one tensor of a floating dtype",
             )
         return mu
 
@@ -60,19 +72,18 @@ class _Layer:
             mu = self(v)
             if not mu.requires_grad:
                 return mu.detach(), torch.zeros_like(v)
-            (gradient,) = torch.autograd.grad(mu, v, error, allow_unused=True)
+            (gradient,) = differentiation.gradients(mu, [v], error)
         return mu.detach(), torch.zeros_like(v) if gradient is None else gradient
 
     def parameter_gradients(self, v: Tensor, error: Tensor):
         """(parameter, (df/dtheta)^T error) at beliefs v, for parameters in use."""
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        if not parameters:
-            return []
         with torch.enable_grad():
-            mu = self(v.detach())
-            if not mu.requires_grad:
-                return []
-            found = torch.autograd.grad(mu, parameters, error, allow_unused=True)
+            v = v.detach()
+            if v.is_floating_point() or v.is_complex():
+                v.requires_grad_(True)  # so that a checkpoint inside tracks its parameters, too
+            mu = self(v)
+            parameters = differentiation.trained(mu, differentiation.registered(self.module), [v])
+            found = differentiation.gradients(mu, parameters, error) if parameters else ()
         return [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
 
 
@@ -89,15 +100,23 @@ class Reference(Backend):
         for l, module in enumerate(model, start=1):
             layer, below = _Layer(module, x.device), v if beliefs is None else beliefs[l - 1]
             v = layer.redraw(below)
-            outcome.add_gradients(layer.parameter_gradients(below, errors[l]))
+            outcome.add_gradients(layer.parameter_gradients(below, errors[l]), l)
         return outcome.gradients
 
     @torch.no_grad()
     def run(self, problem, plan):
         if problem.check:
             validation.check_finite("x", problem.x)
-        depth = problem.network.depth
         layers = [None, *(_Layer(module, problem.x.device) for module in problem.model)]
+        try:
+            return self._run(problem, layers)
+        except BaseException:
+            for layer in layers[1:]:
+                layer.undo()
+            raise
+
+    def _run(self, problem, layers):
+        depth = problem.network.depth
         if problem.activations is None:
             vhat = [problem.x]
             for layer in layers[1:]:
@@ -107,13 +126,16 @@ class Reference(Backend):
             for layer, v in zip(layers[1:], vhat, strict=False):
                 layer.redraw(v)
 
-        loss = None
+        loss, loss_updates = None, []
         if problem.loss is not None:
             problem.loss.check_target(tuple(vhat[-1].shape), problem.y)
             if problem.loss.known:
                 problem.loss.prepare(vhat[-1], problem.y, raise_now=True)  # labels in range?
             loss = problem.loss.value(vhat[-1], problem.y)
-            output_gradient = problem.loss.gradient_by_autograd(vhat[-1], problem.y)
+            output_gradient, loss_updates = problem.loss.gradients_by_autograd(
+                vhat[-1], problem.y, parameters=problem.wanted.gradients
+            )
+            problem.check_loss_updates(loss_updates)
         else:
             output_gradient = problem.output_gradient
         if problem.check:
@@ -128,8 +150,12 @@ class Reference(Backend):
         if problem.method == "exact":
             relaxed.append((*_exact(layers, vhat, output_gradient), vhat, 1.0))
         elif problem.method == "fixed_prediction":
-            found = _fixed_prediction(layers, vhat, output_gradient, problem, energies, gradients, loss)
-            relaxed.append((*found, vhat, 1.0))
+            beliefs, errors = _fixed_prediction(
+                layers, vhat, output_gradient, problem, energies, gradients, loss
+            )
+            if not (vhat[0].is_floating_point() or vhat[0].is_complex()):
+                errors[0] = None
+            relaxed.append((beliefs, errors, vhat, 1.0))
         elif problem.method == "error_based":
             beliefs, errors = _error_based(layers, vhat, problem, energies)
             relaxed.append((beliefs, errors, beliefs, 1.0))
@@ -149,7 +175,7 @@ class Reference(Backend):
         outcome.beliefs, outcome.errors, *_ = relaxed[0]
         outcome.iterations = iterations
         if problem.wanted.energies:
-            outcome.energies = torch.stack(energies) if energies else vhat[-1].new_zeros((0, depth))
+            outcome.energies = torch.stack(energies) if energies else vhat[-1].real.new_zeros((0, depth))
         if problem.wanted.belief_gradients:
             empty = vhat[-1].real.new_zeros((0, depth - 1))
             outcome.belief_gradients = torch.stack(gradients) if gradients else empty
@@ -157,13 +183,13 @@ class Reference(Backend):
             for _, errors, points, share in relaxed:
                 for l in range(1, depth + 1):
                     found = layers[l].parameter_gradients(points[l - 1], errors[l])
-                    outcome.add_gradients([(p, g if share == 1 else g * share) for p, g in found])
+                    outcome.add_gradients([(p, g if share == 1 else g * share) for p, g in found], l)
+            outcome.add_gradients(loss_updates, depth)
         if problem.check:
-            owners = layer_of_parameters(problem.network, problem.model)
             results = [entry for v, errors, *_ in relaxed for entry in (*enumerate(v), *enumerate(errors))]
             if not problem.wanted.input_error:
                 results = [(l, value) for l, value in results if l]
-            results += [(owners[parameter], update) for parameter, update in outcome.gradients.items()]
+            results += outcome.updates_by_layer()
             bad = [l for l, value in results if value is not None and not status.all_finite([value])]
             if bad:
                 raise RelaxationDiverged(None, max(min(bad), 1), problem.step_size)
@@ -192,16 +218,17 @@ def _fixed_prediction(layers, vhat, output_gradient, problem, energies, gradient
     v = [value.clone() for value in vhat]
     move = _mover(problem, v)
     errors = [vhat[l] - v[l] for l in range(depth)] + [output_gradient]
+    lowest = 0 if vhat[0].is_floating_point() or vhat[0].is_complex() else 1  # integers do not move
     for t in range(problem.num_steps):
         errors = [vhat[l] - v[l] for l in range(depth)] + [output_gradient]
         if problem.wanted.energies:
             energies.append(energy_row(errors, loss))
         found = []
-        for l in range(depth):
+        for l in range(lowest, depth):
             _, feedback = layers[l + 1].vjp(vhat[l], errors[l + 1])
             found.append(move(l, feedback - errors[l], t + 1))
         if problem.wanted.belief_gradients:
-            gradients.append(gradient_row(found[1:], vhat[-1]))
+            gradients.append(gradient_row(found[1 - lowest :], vhat[-1]))
         if problem.check:
             _check(t + 1, v[1:], problem)
             if problem.wanted.input_error:
@@ -273,20 +300,21 @@ def _incremental(layers, vhat, problem):
     Returns the last iteration's updates.
     """
     depth = len(layers) - 1
-    owners = layer_of_parameters(problem.network, problem.model)
     v, outcome = [value.clone() for value in vhat], Outcome(None, None)
     move = _mover(problem, v)
     for t in range(problem.num_steps):
         _, errors = _evaluate(layers, v, problem.y, problem)
         outcome = Outcome(None, None)
         for l in range(1, depth + 1):
-            outcome.add_gradients(layers[l].parameter_gradients(v[l - 1], errors[l]))
+            outcome.add_gradients(layers[l].parameter_gradients(v[l - 1], errors[l]), l)
         for l in range(1, depth):
             _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
             move(l, feedback - errors[l], t + 1)
         if problem.check:
-            found = [*enumerate(errors[1:], start=1), *((owners[p], g) for p, g in outcome.gradients.items())]
+            found = [*enumerate(errors[1:], start=1), *outcome.updates_by_layer()]
             check_iteration(t + 1, found, problem.step_size)
+        for layer in layers[1:]:
+            layer.keep()
         problem.move(outcome.gradients)
     return outcome
 

@@ -114,6 +114,16 @@ class Chain:
         for step in self.steps:
             step.release()
 
+    def settle(self, failed: Tensor | None) -> None:
+        """As :meth:`Step.settle`, for every step."""
+        for step in self.steps:
+            step.settle(failed)
+
+    def undo(self) -> None:
+        """As :meth:`Step.undo`, for every step."""
+        for step in self.steps:
+            step.undo()
+
     @property
     def has_gradients(self) -> bool:
         return any(step.has_gradients for step in self.steps)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ..replay import LOCK
 from .step import Gradients, Step
 
 
@@ -19,7 +20,7 @@ class BatchNormStep(Step):
     whose last two terms, the drift, do not depend on the deviation.
 
     In training mode m and sigma are those of the current beliefs and are differentiated through; the running
-    statistics move in :meth:`forward` alone. In eval mode it is a fixed scale per channel.
+    statistics move by those of the forward pass when the step is over. In eval mode it is a fixed scale per channel.
     """
 
     _drift: Tensor | None = None
@@ -36,7 +37,7 @@ class BatchNormStep(Step):
         if spec.batch_statistics:
             self._check_count()
             variance, mean = torch.var_mean(a, self._axes, correction=0, keepdim=True)
-            self._move_running_statistics(mean.flatten(), variance.flatten())
+            self._batch = mean.flatten(), variance.flatten()
         else:
             mean = self.precision.to_state(module.running_mean).view(self._view)
             variance = self.precision.to_state(module.running_var).view(self._view)
@@ -71,20 +72,23 @@ class BatchNormStep(Step):
             )
 
     @torch.no_grad()
-    def _move_running_statistics(self, mean: Tensor, variance: Tensor) -> None:
-        module = self.module
+    def settle(self, failed):
+        module, batches = self.module, self.module.num_batches_tracked
         if not self.spec.moves_statistics:
             return
-        if module.num_batches_tracked is not None:
-            module.num_batches_tracked.add_(1)
-        momentum = self.spec.momentum
-        if momentum is None and module.num_batches_tracked is None:
-            return  # torch moves nothing then
-        if momentum is None:  # cumulative average
-            momentum = 1.0 / module.num_batches_tracked.to(mean.dtype)
-        unbiased = variance * (self._count / (self._count - 1))
-        for running, current in ((module.running_mean, mean), (module.running_var, unbiased)):
-            running.add_((current - running) * momentum)
+        mean, variance = self._batch
+        with LOCK:
+            if batches is not None:
+                batches.add_(1 if failed is None else ~failed)
+            momentum = self.spec.momentum
+            if momentum is None and batches is None:
+                return  # torch moves nothing then
+            if momentum is None:  # cumulative average
+                momentum = 1.0 / batches.to(mean.dtype)
+            unbiased = variance * (self._count / (self._count - 1))
+            for running, current in ((module.running_mean, mean), (module.running_var, unbiased)):
+                change = (current - running) * momentum
+                running.add_(change if failed is None else change.masked_fill_(failed, 0))
 
     def _point(self, centred: Tensor, inverse: Tensor) -> None:
         """The current point; x - m normalised is what gradients read."""

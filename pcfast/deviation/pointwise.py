@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..errors import ShapeError
 from .step import LinearMapStep, Step
 
 
@@ -49,7 +50,11 @@ class ReshapeStep(LinearMapStep):
     """Flatten and Unflatten."""
 
     def _apply(self, a):
-        return a.reshape(self.spec.output_shape(tuple(a.shape)))
+        try:
+            shape = self.spec.output_shape(tuple(a.shape))
+        except ValueError as needed:  # behind a module that hides its shape from the plan
+            raise ShapeError("model", f"shape {tuple(a.shape)} at {self.spec.name}", str(needed)) from None
+        return a.reshape(shape)
 
     def pullback(self, e):
         return e.reshape(self._shape)

@@ -51,6 +51,12 @@ class ResidualStep(Step):
     def release(self):
         self.branch.release()
 
+    def settle(self, failed):
+        self.branch.settle(failed)
+
+    def undo(self):
+        self.branch.undo()
+
     def differentiate(self, e, **wanted):
         found, below = self.branch.differentiate(e, **wanted)
         return found, (None if below is None else e + below)

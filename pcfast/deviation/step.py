@@ -50,6 +50,12 @@ class Step:
     def release(self) -> None:
         """Drop what a loop that runs elsewhere would leave unread: whoever needs it evaluates it again."""
 
+    def settle(self, failed: Tensor | None) -> None:
+        """The step is over: move what moves once a step, statistics. Not where ``failed``, 0-dim bool, says so."""
+
+    def undo(self) -> None:
+        """The step is refused: take back what :meth:`forward` has moved."""
+
     def gradients(self, e: Tensor) -> Gradients:
         """(parameter, (df/dtheta)^T e) at the current point, for parameters that require it."""
         return []
