@@ -168,7 +168,7 @@ data_options = _together(
     click.option(
         "--data-dir",
         type=click.Path(path_type=Path),
-        help="Folder with the data set's standard files, gzipped or not: IDX (MNIST, Fashion-MNIST), python batches "
+        help="Folder with the data set's standard files, gzipped or not: IDX (MNIST, Fashion-MNIST), binary batches "
         "(CIFAR-10, CIFAR-100).",
     ),
 )
