@@ -19,7 +19,7 @@ NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc csrc/* csrc/*/*)
 PIP_INSTALL := $(VENV_PYTHON) -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train test ptx native compile-all lint bench clean
+.PHONY: help train test ptx native fuzz lowest compile-all lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -40,6 +40,9 @@ ptx: $(NATIVE) ## execute every compiled kernel on the CPU, in all cases (three 
 	@OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/ptx/mutations.py
 
 native: $(NATIVE) ## compile the CUDA kernels again where their sources have changed
+
+fuzz: $(NATIVE) ## hand the native entry nonsense for a minute
+	@PCFAST_FUZZ_SECONDS=60 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q tests/native/test_fuzzed.py
 
 compile-all: $(STAMP) $(if $(TRITON),$(TRITON_FOLDER)/.installed) ## compile every Triton kernel for every chip
 	@$(if $(TRITON),PYTHONPATH=$(CURDIR)/$(TRITON_FOLDER)) $(VENV_PYTHON) tests/kernels/compilation.py --full
