@@ -47,6 +47,13 @@ fuzz: $(NATIVE) ## hand the native entry nonsense for a minute
 compile-all: $(STAMP) $(if $(TRITON),$(TRITON_FOLDER)/.installed) ## compile every Triton kernel for every chip
 	@$(if $(TRITON),PYTHONPATH=$(CURDIR)/$(TRITON_FOLDER)) $(VENV_PYTHON) tests/kernels/compilation.py --full
 
+# Warnings of old releases about each other are no errors.
+lowest: ## test with the least releases that pyproject.toml declares, once a release
+	@$(PYTHON) -m venv .venv-lowest
+	@$(PYTHON) tests/lowest.py > .venv-lowest/constraints.txt
+	@.venv-lowest/bin/python -m pip install -qq --disable-pip-version-check -c .venv-lowest/constraints.txt -e ".[train,test]"
+	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 -rs -W default --ignore tests/test_packaging.py
+
 lint: $(STAMP) ## check the style
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
@@ -55,7 +62,7 @@ bench: $(NATIVE) ## run the benchmarks; record them with python -m pcfast.bench.
 	@$(VENV)/bin/pcfast bench --json .benchmarks/latest.json
 
 clean: ## remove the environment, builds and caches (not runs/)
-	rm -rf $(VENV) .venv-triton-* build dist *.egg-info pcfast/_native*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-lowest .venv-triton-* build dist *.egg-info pcfast/_native*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is touched last: a half-failed install leaves none and is repeated.

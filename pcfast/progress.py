@@ -109,12 +109,12 @@ class Display:
         self.task = self.bar.add_task("", total=epochs * run.samples, epoch=1, rate=0.0, loss=0.0, score="")
 
     def __enter__(self) -> Display:
-        if self.bar is not None:
+        if self.bar is not None and not self.bar.disable:
             self._written(self.bar.start)
         return self
 
     def __exit__(self, *exception) -> None:
-        if self.bar is not None:
+        if self.bar is not None and not self.bar.disable:
             self._written(self.bar.stop)
 
     def _written(self, write: Callable[[], None]) -> None:

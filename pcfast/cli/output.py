@@ -29,7 +29,10 @@ def console(*, stderr: bool = False) -> PlainConsole:
 def progress_bar(*columns: ProgressColumn) -> Iterator[Callable]:
     """A progress bar on standard error, in a terminal; gives rich's ``update`` of its one task."""
     to = console(stderr=True)
-    with Progress(*columns, console=to, transient=True, disable=not to.is_terminal) as bar:
+    if not to.is_terminal:  # some releases of rich end a bar that is off with an empty line
+        yield lambda **values: None
+        return
+    with Progress(*columns, console=to, transient=True) as bar:
         yield partial(bar.update, bar.add_task(""))
 
 
