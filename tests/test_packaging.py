@@ -141,7 +141,7 @@ def test_the_metadata_says_what_it_is(wheel):
         found = email.message_from_bytes(archive.read(name))
     assert found["Author"] and found.get_all("Project-URL") and found["Requires-Python"] == ">=3.10"
     assert found["Description-Content-Type"] == "text/markdown"
-    assert found.get_payload().strip() == (ROOT / "README.md").read_text().strip()
+    assert found.get_payload(decode=True).decode().strip() == (ROOT / "README.md").read_text().strip()
     classifiers = found.get_all("Classifier")
     assert "Operating System :: POSIX :: Linux" in classifiers
     assert sum(c.startswith("Programming Language :: Python :: 3.") for c in classifiers) >= 3
