@@ -20,7 +20,7 @@ NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc csrc/* csrc/*/*)
 PIP_INSTALL := $(VENV_PYTHON) -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train test ptx native compile-all lint bench clean
+.PHONY: help train test ptx native fuzz lowest compile-all lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -43,8 +43,18 @@ ptx: $(NATIVE) $(if $(TRITON),$(TRITON_FOLDER)/.installed) ## execute every comp
 
 native: $(NATIVE) ## compile the CUDA kernels again where their sources have changed
 
+fuzz: $(NATIVE) ## hand the native entry nonsense for a minute
+	@PCFAST_FUZZ_SECONDS=60 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q tests/native/test_fuzzed.py
+
 compile-all: $(STAMP) $(if $(TRITON),$(TRITON_FOLDER)/.installed) ## compile every Triton kernel for every chip
 	@$(WITH_TRITON) $(VENV_PYTHON) tests/kernels/compilation.py --full
+
+# Warnings of old releases about each other are no errors.
+lowest: ## test with the least releases that pyproject.toml declares, once a release
+	@$(PYTHON) -m venv .venv-lowest
+	@$(PYTHON) tests/lowest.py > .venv-lowest/constraints.txt
+	@.venv-lowest/bin/python -m pip install -qq --disable-pip-version-check -c .venv-lowest/constraints.txt -e ".[train,test]"
+	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 -rs -W default --ignore tests/test_packaging.py
 
 lint: $(STAMP) ## check the style
 	@$(VENV_PYTHON) -m ruff check .
@@ -54,7 +64,7 @@ bench: $(NATIVE) ## run the benchmarks; record them with python -m pcfast.bench.
 	@$(VENV)/bin/pcfast bench --json .benchmarks/latest.json
 
 clean: ## remove the environment, builds and caches (not runs/)
-	rm -rf $(VENV) .venv-triton-* build dist *.egg-info pcfast/_native*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-lowest .venv-triton-* build dist *.egg-info pcfast/_native*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is touched last: a half-failed install leaves none and is repeated.

@@ -102,6 +102,29 @@ class BuildNative(build_ext):
         shutil.copy2(built, target)
 
 
+def linux_wheel() -> dict[str, type]:
+    """bdist_wheel whose wheels are for this system alone: files are locked by fcntl, with the kernels or without.
+
+    Empty where nothing builds wheels.
+    """
+    try:
+        from setuptools.command.bdist_wheel import bdist_wheel
+    except ImportError:  # before setuptools 70.1
+        try:
+            from wheel.bdist_wheel import bdist_wheel
+        except ImportError:
+            return {}
+
+    class BuildWheel(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            pure, self.root_is_pure = self.root_is_pure, False  # a pure one would be for any system
+            python, abi, system = super().get_tag()
+            self.root_is_pure = pure
+            return ("py3", "none", system) if WITHOUT else (python, abi, system)
+
+    return {"bdist_wheel": BuildWheel}
+
+
 setup(
     license="MIT",
     # The top-level folders kernels/ and bench/ are installed as pcfast.kernels and pcfast.bench, never as packages
@@ -119,5 +142,5 @@ setup(
     },
     # Its sources are CMakeLists.txt's business.
     ext_modules=[] if WITHOUT else [Extension("pcfast._native", sources=[])],
-    cmdclass={"build_py": BuildPython, "build_ext": BuildNative},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildNative, **linux_wheel()},
 )

@@ -26,7 +26,7 @@ import pcfast
 from pcfast import training
 from pcfast.belief_optimizers import BeliefOptimizer
 from pcfast.cli import main
-from pcfast.cli.building import data_of, device_of, make_folder_of, network_of
+from pcfast.cli.building import check_record, data_of, device_of, kept_so_far, network_of
 from pcfast.cli.defaults import DEFAULTS, NUM_STEPS
 from pcfast.cli.options import OPTIMIZERS, device_option, record_option
 from pcfast.cli.output import console, progress_bar, table
@@ -300,18 +300,14 @@ def methods(names, folder, seeds, epochs, device, path) -> None:
     device = device_of(device)
     names = tuple(dict.fromkeys(names))
     _check_folder(names, folder)
-    make_folder_of(path)
+    check_record(path)
     with progress_bar(BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}")) as update:
 
         def progress(done: int, total: int, what: str) -> None:
             update(completed=done, total=total, description=what)
 
-        def keep(record: dict) -> None:
-            if path is not None:
-                write_json(path, record)
-
+        keep = partial(kept_so_far, path)
         record = run(names, device, folder=folder, seeds=seeds, epochs=epochs, progress=progress, keep=keep)
-    keep(record)
     out = console()
     for rows in by_data(record["methods"]).values():
         shown = table(data_heading(rows), *method_headings())
@@ -320,6 +316,8 @@ def methods(names, folder, seeds, epochs, device, path) -> None:
         out.print(shown)
         for note in method_notes(rows):
             out.print(note)
+    if path is not None:  # last: its disk may be full
+        write_json(path, record)
 
 
 def _check_folder(names: Sequence[str], folder: Path | None) -> None:

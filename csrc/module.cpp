@@ -1,6 +1,7 @@
 // The C interface as a Python module. Functions that fail return their status first, and no exception.
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <string_view>
 #include <tuple>
@@ -21,16 +22,20 @@ std::tuple<int, int, int> device_capability(int device) {
   return {status, major, minor};
 }
 
-int resident(std::string_view program, std::string_view tensors, std::string_view run, int scalar_bytes, int threads,
-             std::uintptr_t stream) {
-  return pcfast_resident(program.data(), tensors.data(), run.data(), scalar_bytes, threads,
-                         reinterpret_cast<void*>(stream));
-}
-
 std::tuple<int, int, int> resident_sizes() {
   int program = 0, tensors = 0, run = 0;
   pcfast_resident_sizes(&program, &tensors, &run);
   return {program, tensors, run};
+}
+
+int resident(std::string_view program, std::string_view tensors, std::string_view run, int scalar_bytes, int threads,
+             std::uintptr_t stream) {
+  const auto [program_size, tensors_size, run_size] = resident_sizes();
+  const auto holds = [](std::string_view bytes, int size) { return bytes.size() == static_cast<std::size_t>(size); };
+  if (!holds(program, program_size) || !holds(tensors, tensors_size) || !holds(run, run_size))
+    return PCFAST_INVALID_ARGUMENT;
+  return pcfast_resident(program.data(), tensors.data(), run.data(), scalar_bytes, threads,
+                         reinterpret_cast<void*>(stream));
 }
 
 }  // namespace

@@ -5,8 +5,9 @@ loss.backward()            # .grad now holds the predictive-coding updates
 optimizer.step()
 """
 
-from . import _checkout  # isort: skip (before anything that needs torch)
+from . import _checkout, interrupts  # isort: skip (before anything that needs torch)
 
+interrupts.begin()
 _checkout.find_folders(__path__)
 
 from . import presets

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import distances, validation
+from . import distances, scores, validation
 from .autograd import pc_loss
 from .datasets import Data, checked_data
 from .distances import vector
@@ -30,7 +30,8 @@ from .losses import LossLike, describe_loss
 from .network import describe
 from .relaxation import relax
 from .replay import recorded_buffers, replaying
-from .training import LEARNING_RATE, MakeOptimizer, Run, evaluate, hits, seeded
+from .scores import hits
+from .training import LEARNING_RATE, MakeOptimizer, Run, evaluate, rehearse, seeded
 
 BACKPROPAGATION = "backpropagation"
 WHOLE = "all"  # in place of a layer: the update of all parameters as one vector
@@ -50,7 +51,7 @@ class Step:
     Attributes:
         method: a method, or "backpropagation".
         step: updates made before, from 0; the last row, after the last update, has no batch.
-        train_loss, train_accuracy: of this step's batch, before its update; accuracy in 0..1.
+        train_loss, train_accuracy: of this step's batch, before its update; accuracy in 0..1, NaN for regression.
         test_loss, test_accuracy: of the test part, per sample, in eval mode; NaN where not evaluated.
         note: why the curve ends here before its time; "" everywhere else.
     """
@@ -202,6 +203,7 @@ def true_gradient(
     return _without_none(parameters, found)
 
 
+@torch.enable_grad()
 def compare_training(
     model: nn.Sequential,
     data: Data | Sequence[Tensor],
@@ -256,13 +258,16 @@ def compare_training(
     test_every = max(1, total // EVALUATIONS) if test_every is None else test_every
     settings = {"step_size": step_size, "num_steps": num_steps, "backend": backend}
 
+    _rehearse(model, data, loss, batch_size, seed)
+    of_classes = scores.are_classes(data.y_train, loss)
+
     steps: list[Step] = []
     updates: list[Update] = []
     for index, method in enumerate((BACKPROPAGATION, *methods)):
         trained = copy.deepcopy(model)
         parameters = list(trained.parameters())
         device = parameters[0].device
-        curve = _Curve(trained, method, loss, settings, test_every)
+        curve = _Curve(trained, method, loss, settings, test_every, of_classes)
         run = Run(trained, optimizer(parameters), data, loss, curve.update, batch_size, seed, device)
         curve.data = run.data
 
@@ -277,6 +282,15 @@ def compare_training(
     return TrainingComparison(tuple(steps), tuple(updates), steps_per_epoch, step_size, num_steps)
 
 
+def _rehearse(model: nn.Sequential, data: Data, loss: LossLike, batch_size: int, seed: int) -> None:
+    """Raise, before any step, what an epoch's batches would; the last one may be of one row."""
+    trained = copy.deepcopy(model)
+    device = next(trained.parameters()).device
+    update = functools.partial(pc_loss, trained, loss=loss, method="exact", check="sync")
+    with seeded(seed, device):
+        rehearse(Run(trained, None, data, loss, update, batch_size, seed, device))
+
+
 class _NotFinite(Exception):
     """A loss of backpropagation that is not finite."""
 
@@ -284,8 +298,9 @@ class _NotFinite(Exception):
 class _Curve:
     """One learning curve: the update of a batch as :class:`pcfast.training.Run` calls it, and what it measured."""
 
-    def __init__(self, model, method, loss, settings, test_every):
+    def __init__(self, model, method, loss, settings, test_every, of_classes):
         self.model, self.method, self.loss, self.test_every = model, method, loss, test_every
+        self.of_classes = of_classes
         self.layers = parameters_of_layers(model)
         self.relaxed_loss = functools.partial(
             # check="sync": on CUDA a divergence would else be reported in a later step.
@@ -319,7 +334,7 @@ class _Curve:
             for layer, error, angle in _differences(self.layers, _update_of(loss, self.layers), gradient):
                 self.updates.append(Update(self.method, self.step, layer, error, angle))
         output = output.detach()
-        accuracy = hits(output, y).item() / len(x)
+        accuracy = hits(output, y).item() / len(x) if self.of_classes else math.nan
         self._add(loss.item(), accuracy, test=self.step % self.test_every == 0)
         self.step += 1
         return loss, output
@@ -328,9 +343,12 @@ class _Curve:
         on_test = (math.nan, math.nan)
         if test:
             on_test = evaluate(self.model, self.data.x_test, self.data.y_test, loss=self.loss)
+            if not self.of_classes:
+                on_test = (on_test[0], math.nan)
         self.steps.append(Step(self.method, self.step, loss, accuracy, *on_test, note))
 
 
+@torch.enable_grad()
 def compare_iterations(
     model: nn.Sequential,
     x: Tensor,

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 from .files import write_atomically
-from .plots import require_matplotlib
+from .plots import plain, require_matplotlib
 
 _WIDTH = (
     9.6  # inches, at 150 dots each: letters keep a good size where a page shows the picture 900 pixels wide
@@ -27,7 +27,7 @@ def new(rows: Sequence[int], title: str):
 
     figure = Figure(figsize=(_WIDTH, _ROW * sum(rows) + (0.4 if title else 0)), dpi=150, layout="constrained")
     if title:
-        figure.suptitle(title, fontweight="bold")
+        figure.suptitle(plain(title), fontweight="bold", parse_math=False)
     bands = figure.subfigures(len(rows), 1, height_ratios=list(rows), squeeze=False, hspace=0.04)
     return figure, [band for (band,) in bands]
 

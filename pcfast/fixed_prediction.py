@@ -52,5 +52,8 @@ def fixed_prediction_factors(
         for layer in range(lowest, depth + 1):
             if limit is not None and not abs(row[depth - layer]) <= limit:
                 raise RelaxationDiverged(t, max(layer, 1), step_size)
+        still = row == beliefs and not momentum and not isinstance(step_size, tuple)
         errors, beliefs = (row if beliefs is None else beliefs), row
+        if still:  # the next row is a function of this one alone: all that follow are the same
+            break
     return errors, beliefs

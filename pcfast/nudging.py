@@ -6,6 +6,7 @@ learning algorithms for analog computing: a comparative study" (NeurIPS 2023).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -93,21 +94,19 @@ def check(nudging, method: str, loss: str | None) -> None:
         )  # fmt: skip
 
 
-def by_epoch(nudging, growth: float, epochs: int, method: str) -> list[Nudging | None]:
-    """The nudging of every epoch, from one that grows, or from a function of the epoch 0, 1, ...
+def by_epoch(nudging, growth: float, epochs: int, method: str) -> Callable[[int], Nudging | None]:
+    """The nudging of epoch 0, 1, ..., from one that grows, or from a function of the epoch, called for all now.
 
     Raises:
         ArgumentTypeError, ArgumentError: as :func:`check`, and for a class.
     """
-    if isinstance(nudging, Nudging) and growth:
-        found = [nudging.grown(growth, epoch) for epoch in range(epochs)]
-    elif callable(nudging) and not isinstance(nudging, type):
+    if callable(nudging) and not isinstance(nudging, type | Nudging):
         found = [nudging(epoch) for epoch in range(epochs)]
-    else:
-        found = [nudging] * epochs
-    for one in found:
-        check(one, method, None)
-    return found
+        for one in found:
+            check(one, method, None)
+        return found.__getitem__
+    check(nudging, method, None)
+    return (lambda epoch: nudging.grown(growth, epoch)) if growth else lambda epoch: nudging
 
 
 def checked_growth(growth: float, nudging) -> float:

@@ -2,13 +2,14 @@
 
 A run folder holds
 
-- ``checkpoint.pt``: everything to go on with, readable by ``torch.load(path, weights_only=True)``;
+- ``checkpoint.pt``: everything to go on with, readable by ``torch.load(path, weights_only=True)``, and a checksum;
 - ``config.json``: the settings of the run and the machine it ran on;
 - ``log.csv``: one line an epoch;
 - ``curves.png``: loss and accuracy against the epoch.
 
-Every file is replaced atomically, so a crash leaves the old or the new one, never half of one. On the command line:
-``pcfast train``.
+Every file is replaced atomically, so a crash leaves the old or the new one, never half of one. The checkpoint comes
+first; what a crash kept from following it is made up for by the next run that resumes. On the command line: ``pcfast
+train``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -30,21 +33,35 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 import pcfast
 
-from . import incremental, plots
+from . import files, incremental, modes, plots, scores
 from . import nudging as nudges
 from .belief_optimizers import BeliefOptimizer
-from .checkpoints import FORMAT, callable_name, load_checkpoint, loss_name, run_settings
+from .checkpoints import (
+    FORMAT,
+    callable_name,
+    check_state,
+    checksum,
+    load_checkpoint,
+    loss_name,
+    run_settings,
+    unfit,
+    unfit_where_refused,
+)
 from .datasets import Data, checked_data
-from .errors import ArgumentError, ArgumentTypeError
-from .files import results_folder, set_aside, write_atomically, write_csv, write_json
+from .errors import ArgumentError, ArgumentTypeError, BackendError
+from .files import checked_folder, results_folder, set_aside, write_atomically
 from .history import History
 from .losses import LossLike, describe_loss
 from .machine import describe_machine
 from .nudging import Nudging
 from .precision import check_precision, use_precision
 from .progress import Display, Interrupt
+from .scores import hits
 from .status import synchronize
 from .validation import check_count, check_optimizer, checked_device, checked_step_sizes, checked_steps
+
+# Beyond them a number is a slip of the keyboard, or the run a wait of years; some fit in no 64 bits.
+MOST_EPOCHS, MOST_STEPS, MOST_SAMPLES, HIGHEST_SEED = 10**6, 10**6, 2**31 - 1, 2**63 - 1
 
 FILES = CHECKPOINT, CONFIG, LOG, CURVES = "checkpoint.pt", "config.json", "log.csv", "curves.png"
 LEARNING_RATE = 0.002  # of the default optimiser, Adam
@@ -87,16 +104,20 @@ def train(
     state, which dropout draws from, is seeded with ``seed`` for the run and restored afterwards. On the CPU a
     resumed run is bit-identical to one that was never interrupted (with the same number of threads).
 
-    Ctrl-C finishes the current batch (or evaluation), writes the checkpoint, and raises KeyboardInterrupt; a
-    second Ctrl-C stops at once and leaves the last checkpoint as it was. (Only in the main thread: others get
-    no signals.)
+    Ctrl-C, SIGTERM and SIGHUP finish the current batch (or evaluation), write the checkpoint, and raise
+    KeyboardInterrupt; a second one stops at once and leaves the last checkpoint as it was. (Only in the main thread:
+    others get no signals. Of SIGTERM and SIGHUP a program's own handler stays, and so does what nohup ignores.)
+
+    A model in train mode is trained as it is: parts in eval mode, such as a frozen BatchNorm, stay in it. A model in
+    eval mode is put in train mode as a whole. Afterwards every part is in the mode in which it was.
 
     Args:
         model: each element is one PC layer; parameters of any floating dtype.
         data: ``Data`` or (x_train, y_train, x_test, y_test): inputs (N, ...) in the model's dtype; targets
             class indices, int64, (N,), or class probabilities, floating point, (N, C), where the loss takes
-            them (MSE takes one-hot targets). Copied to the device once.
-        epochs: passes over the training part in all, those of a resumed run included.
+            them (MSE takes one-hot targets), or any values (regression): see :class:`History`. Copied to the device
+            once.
+        epochs: passes over the training part in all, those of a resumed run included; at most a million.
         batch_size: samples an update; the last batch of an epoch may be smaller, or is left out with ``drop_last``.
         loss: a callable loss(output, y) -> scalar, or a name, as for ``pcfast.pc_loss``. A callable that sums
             over the batch says so in an attribute ``reduction`` = "sum" (as torch's modules do); only the
@@ -128,11 +149,25 @@ def train(
     Raises:
         ArgumentError: an argument does not fit, or the checkpoint is missing or of another run; names it.
         RelaxationDiverged: the checkpoint of the last finished epoch stays.
-        KeyboardInterrupt: after Ctrl-C.
+        OSError: a file of the run folder could not be written; it names the file, which is as it was.
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP.
         ImportError: matplotlib (out) is missing; the message says how to install it.
     """
-    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
+    with torch.inference_mode(False), torch.enable_grad():  # the caller's modes are no matter of the training
+        return _train(**locals())
+
+
+def _train(
+    model, data, *, epochs, batch_size, loss, method, step_size, num_steps, belief_optimizer, nudging, nudging_growth,
+    optimizer, scheduler, augment, drop_last, backend, precision, device, seed, out, resume, progress, kept,
+) -> History:  # fmt: skip
+    """:func:`train`, with gradients."""
+    for name, value, least, most in (
+        ("epochs", epochs, 1, MOST_EPOCHS), ("batch_size", batch_size, 1, MOST_SAMPLES),
+        ("seed", seed, 0, HIGHEST_SEED),
+    ):  # fmt: skip
         check_count(name, value, least)
+        _check_most(name, value, most)
     if not isinstance(model, nn.Sequential):
         raise ArgumentTypeError("model", f"a {type(model).__name__}", "an nn.Sequential of PC layers")
     parameters = list(model.parameters())
@@ -142,8 +177,13 @@ def train(
         raise ArgumentError("out", "None with resume=True", "the folder of the run to go on with")
     nudging_growth = nudges.checked_growth(nudging_growth, nudging)
     num_steps = checked_steps(num_steps)
+    _check_most("num_steps", num_steps, MOST_STEPS)
     step_size = checked_step_sizes(step_size, num_steps)
+    if any(parameter.is_inference() for parameter in parameters):
+        given = "parameters made under torch.inference_mode, which have no gradients"
+        raise ArgumentError("model", given, "a model made outside of it")
     data = checked_data(data, parameters[0].dtype)
+    data = Data(*(tensor.clone() if tensor.is_inference() else tensor for tensor in data))
     samples = len(data.x_train)
     if not isinstance(drop_last, bool):
         raise ArgumentTypeError("drop_last", repr(drop_last), "True or False")
@@ -163,7 +203,7 @@ def train(
         raise ArgumentError("precision", f"fp64 for a model of {parameters[0].dtype}", "model.double()")
     if precision is not None:
         check_precision(precision, device)
-    folder = None if out is None else Path(out)
+    folder = None if out is None else checked_folder("out", out)
 
     model.to(device)
     optimizer = _made_optimizer(optimizer, parameters)
@@ -187,26 +227,26 @@ def train(
         precision=precision,
         seed=seed,
     )
-    config = {
+    config = _plain({
         "settings": settings,
         "epochs": epochs,
         "backend": backend,
         "device": str(device),
         "kept": kept or {},
         "machine": describe_machine(device),
-    }
+    })  # fmt: skip
     learning = dict(
         loss=loss, step_size=step_size, num_steps=num_steps, belief_optimizer=belief_optimizer, backend=backend,
         return_output=True,
     )  # fmt: skip
-    nudgings = nudges.by_epoch(nudging, nudging_growth, epochs, method)
+    nudging_of = nudges.by_epoch(nudging, nudging_growth, epochs, method)
     if method == "incremental":
         update = functools.partial(pcfast.incremental_step, model, optimizer=optimizer, **learning)
         kind = IncrementalRun
     else:
 
         def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            now = nudgings[len(run.history)]
+            now = nudging_of(len(run.history))
             return pcfast.pc_loss(model, x, y, method=method, nudging=now, **learning)
 
         kind = Run
@@ -223,55 +263,75 @@ def train(
         augment=augment,
         samples=samples,
     )
-    with _switches(precision, device), seeded(seed, device):
-        _rehearse(run)
-    if resume:
-        checkpoint = load_checkpoint(folder / CHECKPOINT, settings)
-    if folder is not None:
-        plots.require_matplotlib()
+    with modes.modes_kept(model):
+        with _switches(precision, device), seeded(seed, device):
+            rehearse(run)
+        if resume:
+            checkpoint = load_checkpoint(folder / CHECKPOINT, settings)
+        if folder is not None:
+            plots.require_matplotlib()
 
-    was_training = model.training
-    held = contextlib.nullcontext() if folder is None else results_folder(folder)
-    try:
-        with held, _switches(precision, device), seeded(seed, device):
+        held = contextlib.nullcontext() if folder is None else results_folder(folder)
+        with (
+            held,
+            _switches(precision, device),
+            seeded(seed, device),
+            Display(progress, epochs, run) as display,
+            Interrupt(display.enabled) as interrupt,
+            _stepping(schedule, optimizer),
+        ):
             if resume:
-                run.restore(checkpoint)
-                if progress and len(run.history) >= epochs:
+                run.restore(checkpoint, folder / CHECKPOINT)
+                _repair(run, folder, checkpoint["config"])
+                if len(run.history) >= epochs:
                     more = "its schedule ends there" if schedule else "ask for more epochs to go on"
-                    print(f"the run has {len(run.history)} epochs already; {more}")
-            with (
-                Display(progress, epochs, run) as display,
-                Interrupt() as interrupt,
-                _stepping(schedule, optimizer),
-            ):
-                _train_epochs(run, epochs, folder, config, display, interrupt, aside=not resume)
-    finally:
-        model.train(was_training)
+                    display.say(f"the run has {len(run.history)} epochs already; {more}")
+            _train_epochs(run, epochs, folder, config, display, interrupt, aside=not resume)
     return run.history
+
+
+def _check_most(name: str, value: int, most: int) -> None:
+    if value > most:
+        raise ArgumentError(
+            name, str(value) if value < 10**30 else "a number of more than 30 digits", f"at most {most}"
+        )
+
+
+def _plain(config: dict) -> dict:
+    """``config`` as JSON gives it back."""
+    try:
+        return json.loads(json.dumps(config))
+    except (TypeError, ValueError, RecursionError) as error:
+        needed = "plain values: dicts, lists, numbers, strings, None"
+        raise ArgumentTypeError("kept", f"values that JSON cannot hold ({error})", needed) from error
 
 
 def evaluate(
     model: nn.Module, x: Tensor, y: Tensor, *, loss: LossLike = F.cross_entropy, batch_size: int = 1024
 ) -> tuple[float, float]:
-    """(loss per sample, accuracy in 0..1) of ``model`` in eval mode, over batches; the mode is restored.
+    """(loss per sample, score) of ``model`` in eval mode, over batches; every part's mode is as before.
 
-    x: (N, ...), y: (N,) class indices or (N, C) class probabilities, on the model's device.
+    The score is the accuracy in 0..1 where ``y`` are class indices (N,) or class probabilities (N, C); for other
+    values, regression, it is R^2 = 1 - sum |output - y|^2 / sum |y - mean(y)|^2.
+
+    x: (N, ...), on the model's device as ``y``.
     """
+    return _evaluated(model, x, y, loss, batch_size, scores.are_classes(y, loss))
+
+
+def _evaluated(model, x: Tensor, y: Tensor, loss, batch_size: int, of_classes: bool) -> tuple[float, float]:
     described = describe_loss(loss)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    correct = torch.zeros((), dtype=torch.int64, device=x.device)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for x_batch, y_batch in zip(x.split(batch_size), y.split(batch_size), strict=True):
-                output = model(x_batch)
-                value = described.value(output, y_batch)
-                total += value if _sums(loss) else value * len(x_batch)
-                correct += hits(output, y_batch)
-    finally:
-        model.train(was_training)
-    return total.item() / len(x), correct.item() / len(x)
+    score = torch.zeros((), dtype=torch.float64, device=x.device)
+    with modes.evaluating(model), torch.no_grad():
+        for x_batch, y_batch in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            output = model(x_batch)
+            value = described.value(output, y_batch)
+            total += value if _sums(loss) else value * len(x_batch)
+            score += hits(output, y_batch) if of_classes else scores.residual(output, y_batch)
+        if not of_classes:
+            return total.item() / len(x), scores.r2(score.item(), scores.spread(y).item())
+    return total.item() / len(x), score.item() / len(x)
 
 
 class Run:
@@ -289,15 +349,27 @@ class Run:
         self.history = History()
         self.position = 0  # samples of the running epoch that are done
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.of_classes = scores.are_classes(data.y_train, loss) and scores.are_classes(data.y_test, loss)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)  # rows, where targets are classes
+        self.residual = torch.zeros(
+            (), dtype=torch.float64, device=device
+        )  # sum of squares, where they are values
+        self.variance = (
+            math.nan if self.of_classes else scores.spread(data.y_train).item() / len(data.y_train)
+        )
         self.seconds = 0.0
 
     def train_epoch(self, stop: Callable[[], bool], after_batch: Callable[[int], None]) -> None:
         """Go on from ``position`` to the end of the epoch, or to the first batch after which ``stop()``."""
         order = np.random.default_rng((self.seed, len(self.history))).permutation(len(self.data.x_train))
         order = torch.from_numpy(order).to(self.device)
+        with modes.training(self.model):
+            self._train_batches(order, stop, after_batch)
+
+    def _train_batches(
+        self, order: Tensor, stop: Callable[[], bool], after_batch: Callable[[int], None]
+    ) -> None:
         sums = _sums(self.loss)
-        self.model.train()
         start, before = time.perf_counter(), self.seconds
         while self.position < self.samples and not stop():
             rows = order[self.position : self.position + self.batch_size]
@@ -306,7 +378,10 @@ class Run:
             torch.clear_autocast_cache()  # under autocast for the whole run it would keep the weights of before
             with torch.no_grad():
                 self.loss_sum += loss if sums else loss * len(rows)
-                self.correct += hits(output, y)
+                if self.of_classes:
+                    self.correct += hits(output, y)
+                else:
+                    self.residual += scores.residual(output, y)
             self.position += len(rows)
             self.seconds = before + time.perf_counter() - start
             after_batch(len(rows))
@@ -331,26 +406,32 @@ class Run:
         with torch.no_grad():
             self.update(x, y)
 
+    def score(self) -> float:
+        """Accuracy, or R^2 where targets are values, of the running epoch so far."""
+        if self.of_classes:
+            return self.correct.item() / self.position
+        return scores.r2(self.residual.item() / self.position, self.variance)
+
     def finish_epoch(self) -> None:
         """Evaluate, log, and get ready for the next epoch."""
-        test_loss, test_accuracy = evaluate(
-            self.model, self.data.x_test, self.data.y_test, loss=self.loss, batch_size=self.batch_size
+        test_loss, test_score = _evaluated(
+            self.model, self.data.x_test, self.data.y_test, self.loss, self.batch_size, self.of_classes
         )
+        name = "accuracy" if self.of_classes else "r2"
         self.history.append(
             train_loss=self.loss_sum.item() / self.samples,
-            train_accuracy=self.correct.item() / self.samples,
             test_loss=test_loss,
-            test_accuracy=test_accuracy,
             seconds=self.seconds,
+            **{f"train_{name}": self.score(), f"test_{name}": test_score},
         )
         self.position, self.seconds = 0, 0.0
-        self.loss_sum.zero_()
-        self.correct.zero_()
+        for total in (self.loss_sum, self.correct, self.residual):
+            total.zero_()
 
     def checkpoint(self, config: dict) -> dict:
-        """Everything that :meth:`restore` needs, in types that weights_only loading accepts."""
+        """Everything that :meth:`restore` needs, in types that weights_only loading accepts, and a checksum of it."""
         cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
-        return {
+        parts = {
             "format": FORMAT,
             "config": config,
             "model": self.model.state_dict(),
@@ -360,23 +441,40 @@ class Run:
             "position": self.position,
             "loss_sum": self.loss_sum.item(),
             "correct": self.correct.item(),
+            "residual": self.residual.item(),
             "seconds": self.seconds,
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "history": asdict(self.history),
         }
+        return {**parts, "checksum": checksum(parts)}
 
-    def restore(self, checkpoint: dict) -> None:
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+    def restore(self, checkpoint: dict, path: Path) -> None:
+        """Take everything from the checkpoint read from ``path``.
+
+        Raises:
+            ArgumentError: naming the file and the part of it that does not fit.
+        """
+        position = checkpoint["position"]
+        if position > self.samples or (position % self.batch_size and position != self.samples):
+            of = f"an epoch of {self.samples} samples in batches of {self.batch_size}"
+            raise unfit(path, "out", f"position {position} in {of}")
+        check_state(path, "out", self.model, checkpoint["model"])
+        with unfit_where_refused(path, "out", "rng"):
+            torch.set_rng_state(checkpoint["rng"]["cpu"])
+            if self.device.type == "cuda" and checkpoint["rng"]["cuda"]:
+                torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][0], self.device)
+        with unfit_where_refused(path, "out", "optimizer"):
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
         if self.schedule is not None:
-            self.schedule.load_state_dict(checkpoint["scheduler"])
-        self.position, self.seconds = checkpoint["position"], checkpoint["seconds"]
+            with unfit_where_refused(path, "out", "scheduler"):
+                self.schedule.load_state_dict(checkpoint["scheduler"])
+        with unfit_where_refused(path, "out", "model"):
+            self.model.load_state_dict(checkpoint["model"])
+        self.position, self.seconds = position, checkpoint["seconds"]
         self.loss_sum.fill_(checkpoint["loss_sum"])
         self.correct.fill_(checkpoint["correct"])
+        self.residual.fill_(checkpoint["residual"])
         self.history = History(**checkpoint["history"])
-        torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if self.device.type == "cuda" and checkpoint["rng"]["cuda"]:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][0], self.device)
 
 
 class IncrementalRun(Run):
@@ -393,14 +491,13 @@ def _switches(precision: str | None, device: torch.device):
     return contextlib.nullcontext() if precision is None else use_precision(precision, device)
 
 
-def _rehearse(run: Run) -> None:
+def rehearse(run: Run) -> None:
     """One loss without an update, so that whatever does not fit is found before any file is touched.
 
-    In eval mode, inside :func:`seeded`: neither statistics nor torch's random numbers move.
+    In eval mode, inside :func:`seeded`: neither statistics nor torch's random numbers move. Then one of the last
+    batch of an epoch in train mode where that one is smaller than the others: BatchNorm takes no single row.
     """
-    was_training = run.model.training
-    run.model.eval()
-    try:
+    with modes.evaluating(run.model):
         rows = slice(run.batch_size)
         x = run.inputs(rows)
         if run.augment is not None and not (
@@ -410,8 +507,36 @@ def _rehearse(run: Run) -> None:
             needed = f"a batch of the shape of its input, {tuple(run.data.x_train[rows].shape)}"
             raise ArgumentError("augment", f"a callable that returned {given}", needed)
         run.rehearse(x, run.data.y_train[rows])
+    last = run.samples % run.batch_size
+    if not last:
+        return
+    with modes.training(run.model), _buffers_kept(run.model):
+        try:
+            run.rehearse(run.inputs(slice(last)), run.data.y_train[:last])
+        except BackendError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            given = f"{run.batch_size}, with {last} left for an epoch's last batch, where training fails ({error})"
+            raise ArgumentError(
+                "batch_size", given, "another size", "Or leave that batch out, with drop_last=True."
+            ) from error
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module):
+    """On leaving, the buffers of ``model`` hold what they held."""
+    held = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
     finally:
-        run.model.train(was_training)
+        with torch.no_grad():
+            for module, name, buffer, value in held:
+                module._buffers[name] = buffer.copy_(value)
 
 
 def _train_epochs(
@@ -426,7 +551,8 @@ def _train_epochs(
 ) -> None:
     """Train, and write the run folder after every epoch; with ``aside`` an earlier run is first moved away there.
 
-    That waits for the first epoch: a run that fails before leaves everything as it was.
+    That waits for the first epoch: a run that fails before leaves everything as it was. An epoch is saved before
+    anything is said of it.
     """
     drawn = time.monotonic()
     while len(run.history) < epochs:
@@ -434,16 +560,17 @@ def _train_epochs(
         finished = run.position == run.samples and not interrupt.requested
         if finished:
             run.finish_epoch()
-            display.after_epoch()
         if folder is not None:
             moved = set_aside(folder, FILES) if aside else None
             aside = False
-            display.say(f"an earlier run was moved to {moved}" if moved else "")
             _save(run, folder, config)
+            display.say(f"an earlier run was moved to {moved}" if moved else "")
+        if finished:
+            display.after_epoch()
+        if folder is not None:
             last = len(run.history) == epochs or interrupt.requested
             if len(run.history) and (last or time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS):
-                title = f"{config['settings']['method']} predictive coding, {folder.name}"
-                plots.training_curves(run.history, folder / CURVES, title=title)
+                _draw(run, folder, config)
                 drawn = time.monotonic()
         if interrupt.requested:
             kept = "" if folder is None else f"; resuming goes on from {folder / CHECKPOINT}"
@@ -454,10 +581,29 @@ def _save(run: Run, folder: Path, config: dict) -> None:
     """Write checkpoint, configuration and log, each atomically."""
     checkpoint = run.checkpoint(config)
     write_atomically(folder / CHECKPOINT, lambda file: torch.save(checkpoint, file))
-    write_json(folder / CONFIG, config, indent=2)
-    columns = asdict(run.history)
+    _write_beside(run, folder, config)
+
+
+def _write_beside(run: Run, folder: Path, config: dict, *, only_changed: bool = False) -> None:
+    """Configuration and log, which follow from the checkpoint."""
+    columns = run.history.columns
     rows = ([epoch, *row] for epoch, row in enumerate(zip(*columns.values(), strict=True), start=1))
-    write_csv(folder / LOG, ["epoch", *columns], rows)
+    texts = {CONFIG: files.json_text(config, indent=2), LOG: files.csv_text(["epoch", *columns], rows)}
+    for name, text in texts.items():
+        if not (only_changed and files.holds(folder / name, text)):
+            files.write_text(folder / name, text)
+
+
+def _draw(run: Run, folder: Path, config: dict) -> None:
+    title = f"{config['settings']['method']} predictive coding, {folder.name}"
+    plots.drawn(folder / CURVES, functools.partial(plots.training_curves, run.history, title=title))
+
+
+def _repair(run: Run, folder: Path, config: dict) -> None:
+    """Write what should lie beside the checkpoint and does not: a run was killed before it came to it."""
+    _write_beside(run, folder, config, only_changed=True)
+    if len(run.history) and files.is_older(folder / CURVES, folder / CHECKPOINT):
+        _draw(run, folder, config)
 
 
 def _made_optimizer(optimizer, parameters: list[nn.Parameter]) -> Optimizer:
@@ -529,8 +675,3 @@ def seeded(seed: int, device: torch.device):
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-
-
-def hits(output: Tensor, y: Tensor) -> Tensor:
-    """Number of rows of ``output`` (B, C) whose largest entry is the target's class: 0-dim int64."""
-    return (output.argmax(1) == (y if y.dim() == 1 else y.argmax(1))).sum()

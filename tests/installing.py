@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SOURCES = (
     "pcfast", "kernels", "bench", "csrc", "CMakeLists.txt", "MANIFEST.in", "setup.py", "pyproject.toml", "LICENSE",
+    "README.md",
 )  # fmt: skip
 # No network, no build environment of its own, nothing but pcfast itself.
 PIP_OPTIONS = ("--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")

@@ -78,7 +78,7 @@ def test_every_option_is_explained(command, capsys):
         (["train", "--precision", "tf32", "--device", "cpu"], ["--precision", "tf32", "cpu"]),
         (["train", "--data", "digits", "--data-dir", "."], ["digits"]),
         (["train", "--data", "mnist", "--data-dir", "no-such-folder"], ["--data-dir", "no-such-folder"]),
-        (["train", "--data", "cifar100"], ["--data-dir: got none for cifar100", "cifar-100-python.tar.gz"]),
+        (["train", "--data", "cifar100"], ["--data-dir: got none for cifar100", "cifar-100-binary.tar.gz"]),
         (["completion", "powershell"], ["powershell", "bash"]),
     ],
 )

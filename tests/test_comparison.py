@@ -398,3 +398,21 @@ def test_the_same_seed_gives_the_same_numbers():
     other = compare_training(model, data, epochs=1, batch_size=20, num_steps=3, seed=6)
     assert repr(first) != repr(other)
     assert comparison.METHODS == ("strict", "fixed_prediction")
+
+
+def test_a_last_batch_of_one_row_is_found_before_any_step():
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)), nn.Linear(5, 3)).double()
+    seen = []
+    rows = len(toy_data().x_train)
+    with pytest.raises(ArgumentError, match=r"^batch_size: got .*with 1 left"):
+        compare_training(model, toy_data(), batch_size=rows - 1, progress=lambda *args: seen.append(args))
+    assert not seen
+
+
+def test_regression_has_no_accuracy_and_no_grad_is_no_matter():
+    data = toy_data()
+    values = data._replace(y_train=data.x_train[:, :3] * 2, y_test=data.x_test[:, :3] * 2)
+    with torch.no_grad():
+        found = compare_training(toy_model(), values, methods=["exact"], batch_size=20, loss="mse")
+    assert all(math.isnan(row.train_accuracy) and math.isnan(row.test_accuracy) for row in found.steps)
+    assert found.curve("exact")[-1].test_loss < found.curve("exact")[0].test_loss

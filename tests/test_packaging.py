@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import email
+import os
+import shutil
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 from installing import ROOT, Installation, build_wheel, copy_sources, install, run_python
+from lowest import lowest
 
 import pcfast
 
@@ -48,7 +54,7 @@ def test_the_wheel_holds_pcfast_and_its_kernels_and_nothing_else(wheel):
         for path in ROOT.glob(f"{folder}/**/*.py")
     }
     assert {name for name in names if name.endswith(".py")} == expected
-    assert not [name for name in names if name.endswith(".so")] and wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in names if name.endswith(".so")] and "-py3-none-linux_" in wheel.name
     assert any(name.startswith(metadata) and name.endswith("LICENSE") for name in names)
 
 
@@ -127,3 +133,44 @@ def test_an_uninstalled_checkout_names_the_remedy_in_one_line(tmp_path):
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: ") and "pip install -e ." in last
     assert "torch" not in last
+
+
+def test_the_metadata_says_what_it_is(wheel):
+    with ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        found = email.message_from_bytes(archive.read(name))
+    assert found["Author"] and found.get_all("Project-URL") and found["Requires-Python"] == ">=3.10"
+    assert found["Description-Content-Type"] == "text/markdown"
+    assert found.get_payload(decode=True).decode().strip() == (ROOT / "README.md").read_text().strip()
+    classifiers = found.get_all("Classifier")
+    assert "Operating System :: POSIX :: Linux" in classifiers
+    assert sum(c.startswith("Programming Language :: Python :: 3.") for c in classifiers) >= 3
+
+
+def test_the_source_distribution_holds_what_its_tests_need(tmp_path):
+    """Every file of the checkout but caches, builds and what git alone needs; a part of the tests runs from it."""
+    checkout = tmp_path / "checkout"
+    no_sources = (".*", "__pycache__", "*.so", "*.pyc", "build", "runs", "*.egg-info", "dist")
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*no_sources))
+    there = {path.relative_to(checkout).as_posix() for path in checkout.rglob("*") if path.is_file()}
+    environment = {**os.environ, **WITHOUT_KERNELS}
+
+    def run(folder: Path, *command: str | Path) -> None:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    run(checkout, "setup.py", "-q", "sdist", "--dist-dir", tmp_path / "made")
+    (made,) = (tmp_path / "made").glob("*.tar.gz")
+    with tarfile.open(made) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    assert there <= held, there - held
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    run(unpacked, "-m", "pytest", "-q", "tests/test_golden.py", "tests/test_readme.py")
+
+
+def test_the_least_releases_are_those_declared():
+    found = dict(line.split("==") for line in lowest())
+    assert found.keys() == {"torch", "numpy", "click", "rich", "scikit-learn", "matplotlib"}

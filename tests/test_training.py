@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,8 +19,8 @@ import pytest
 import torch
 from torch import nn
 
-from pcfast import datasets, networks, plots
-from pcfast.checkpoints import flat
+from pcfast import datasets, networks, plots, scores, training
+from pcfast.checkpoints import PARTS, checksum, flat
 from pcfast.errors import ArgumentError, RelaxationDiverged
 from pcfast.training import History, evaluate, train
 
@@ -249,6 +251,184 @@ def test_a_missing_or_damaged_checkpoint_is_refused(tmp_path, after_step, conten
         toy_run(out=tmp_path, resume=True)
 
 
+DAMAGES = {
+    **{f"no {part}": (part, None) for part in PARTS},
+    "a list for config": ("config", []),
+    "no kept": ("config", {"settings": {}}),
+    "a number for model": ("model", 5),
+    "an empty optimizer": ("optimizer", {}),
+    "a string for position": ("position", "x"),
+    "a position beyond the epoch": ("position", 10**6),
+    "a position inside a batch": ("position", 7),
+    "a bool for epoch": ("epoch", True),
+    "NaN so far": ("loss_sum", float("nan")),
+    "fewer than no hits": ("correct", -1),
+    "more hits than samples": ("correct", 10**6),
+    "an infinite residual": ("residual", float("inf")),
+    "a short random state": ("rng", {"cpu": torch.zeros(3, dtype=torch.uint8), "cuda": []}),
+    "a history of another length": ("history", {}),
+    "another format": ("format", 3),
+    "format 1": ("format", 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("signed", [False, True], ids=["", "with its checksum"])
+def test_a_checkpoint_that_cannot_be_is_refused(tmp_path, after_step, damage, signed):
+    """The checksum finds every change; and what has the right one is looked at part by part."""
+    toy_run(out=tmp_path, epochs=1)
+    part, value = DAMAGES[damage]
+    checkpoint = checkpoint_of(tmp_path)
+    if value is None:
+        del checkpoint[part]
+    else:
+        checkpoint[part] = value
+    if signed and part != "checksum":
+        checkpoint["checksum"] = checksum({k: v for k, v in checkpoint.items() if k != "checksum"})
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    before, model = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, toy_model(seed=5)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ArgumentError, match=r"^out: got .*checkpoint\.pt") as caught:
+        toy_run(model, out=tmp_path, resume=True)
+    assert caught.value.remedy and "weights_only" not in str(caught.value)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_the_checksum_is_of_every_bit(tmp_path, after_step):
+    toy_run(out=tmp_path, epochs=1)
+    checkpoint = checkpoint_of(tmp_path)
+    assert checkpoint.pop("checksum") == checksum(checkpoint)
+    tensors = [v for v in flat(checkpoint).values() if torch.is_tensor(v)]
+    assert len(tensors) > 10
+    for tensor in tensors:
+        bits = tensor.reshape(-1).view(torch.uint8)
+        bits[-1] ^= 1
+        assert checksum(checkpoint) != checkpoint_of(tmp_path)["checksum"]
+        bits[-1] ^= 1
+    nested = current = []
+    for _ in range(40):  # each stands twice in the one around it: 2^40 places
+        current = nested = [nested, nested]
+    assert len(checksum({"a": current})) == 64
+    assert checksum({"a": 1}) != checksum({"a": 1.0}) != checksum({"a": True}) != checksum({"a": [1]})
+
+
+@pytest.mark.parametrize("lost", ["config.json", "log.csv", "curves.png"])
+@pytest.mark.parametrize("epochs", [2, 3], ids=["finished", "going on"])
+def test_what_a_kill_kept_from_the_folder_is_written_on_resuming(tmp_path, after_step, lost, epochs):
+    toy_run(out=tmp_path, epochs=2)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    if lost == "log.csv":  # as after the epoch before
+        (tmp_path / lost).write_text("\n".join((tmp_path / lost).read_text().splitlines()[:-1]) + "\n")
+    else:
+        (tmp_path / lost).unlink()
+    toy_run(out=tmp_path, epochs=epochs, resume=True)
+    after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert after.keys() == before.keys() and (epochs == 3 or after == before)
+
+
+def test_parts_that_repr_with_addresses_or_not_at_all_resume(tmp_path, after_step):
+    class Wordless(nn.Tanh):
+        def __repr__(self):
+            raise RuntimeError("no words")
+
+    class Lambda(nn.Tanh):
+        def extra_repr(self):
+            return f"{object()}"
+
+    def model() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Sequential(nn.Linear(6, 5), Wordless()), nn.Sequential(Lambda(), nn.Linear(5, 3))
+        )
+
+    toy_run(model(), out=tmp_path, epochs=1)
+    assert len(toy_run(model(), out=tmp_path, epochs=2, resume=True)[1]) == 2
+
+
+# ------------------------------------------------------------------------------------------ signals and output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_stop_as_ctrl_c_does(tmp_path, uninterrupted, after_step, number, capfd):
+    out = tmp_path / "run"
+    after_step[BATCHES + 2] = lambda: signal.raise_signal(number)
+    with pytest.raises(KeyboardInterrupt, match="resuming goes on from"):
+        toy_run(out=out)
+    assert signal.getsignal(number) == signal.SIG_DFL
+    assert "stopping after this batch" in capfd.readouterr().err
+    after_step.clear()
+    toy_run(toy_model(seed=99), out=out, resume=True)
+    assert_same_run(out, uninterrupted)
+
+
+def test_handlers_of_the_program_stay(after_step):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(0))
+    try:
+        after_step[2] = lambda: signal.raise_signal(signal.SIGTERM)
+        assert len(toy_run(epochs=1)[1]) == 1 and seen == [0]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("failing", ["full", "closed pipe", "closed", "none"])
+def test_output_that_cannot_be_written_costs_nothing(tmp_path, after_step, failing, monkeypatch, caplog):
+    if failing == "full":
+        stream = open("/dev/full", "w")  # noqa: SIM115
+    elif failing == "none":
+        stream = None
+    else:
+        end, start = os.pipe()
+        stream = os.fdopen(start, "w")
+        os.close(end)
+        if failing == "closed":
+            with contextlib.suppress(OSError):
+                stream.close()
+    monkeypatch.setattr(sys, "stdout", stream)
+    _, history = toy_run(out=tmp_path, epochs=3, progress=True)
+    assert len(history) == 3 == checkpoint_of(tmp_path)["epoch"]
+    said = [r for r in caplog.records if "standard output cannot be written" in r.message]
+    assert len(said) == (0 if failing == "none" else 1)
+    with contextlib.suppress(OSError, AttributeError):
+        stream.close()
+
+
+@pytest.mark.parametrize("failing", ["draw", "write", "latex"])
+def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, after_step, monkeypatch, caplog, failing):
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    def fails(*arguments, **options):
+        raise OSError("no font") if failing == "write" else RuntimeError("no font")
+
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_DRAWINGS", 0.0)
+    if failing == "latex":  # drawn without
+        monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    elif failing == "draw":
+        monkeypatch.setattr(Figure, "subplots", fails)
+    else:
+        monkeypatch.setattr(plots, "write_atomically", fails)
+    _, history = toy_run(out=tmp_path / "$x^_%", epochs=3)
+    assert len(history) == 3 and matplotlib.rcParams["text.usetex"] == (failing == "latex")
+    said = [record.message for record in caplog.records]
+    assert len(said) == (failing != "latex") and all("curves.png could not be drawn" in text for text in said)
+    assert (tmp_path / "$x^_%" / "curves.png").exists() == (failing == "latex")
+
+
+@pytest.mark.parametrize(
+    "name", ["price_$5_of_$x^", "[bold]x[-red]", "\u5b9f\u9a13\u4e00", b"l\xc3\xa4u\xff", "a\nb"]
+)
+def test_a_folders_name_is_a_name(tmp_path, after_step, name, capsys, recwarn):
+    """In title and lines: no mathematics, no markup, no letters that font and output must have."""
+    out = tmp_path / os.fsdecode(name)
+    for _ in range(2):
+        toy_run(out=out, epochs=1, progress=True)
+    assert (out / "curves.png").is_file() and (out / "earlier-1" / "curves.png").is_file()
+    if name == "[bold]x[-red]":
+        assert f"moved to {out}/earlier-1" in capsys.readouterr().out
+    assert not recwarn.list
+
+
 # -------------------------------------------------------------------------------------------- run folder
 
 
@@ -365,6 +545,128 @@ def test_one_hot_targets_and_losses_per_sample():
     assert mean[0] == pytest.approx(whole)
 
 
+def frozen_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7), nn.ReLU()),
+        nn.Sequential(nn.Linear(7, 7), nn.BatchNorm1d(7), nn.Dropout(0.5)),
+        nn.Linear(7, 3),
+    ).train()
+    model[0][1].eval()
+    model[1][2].eval()
+    return model
+
+
+@pytest.mark.parametrize("way", ["strict", "incremental", "evaluate", "refused", "interrupted", "diverged"])
+def test_every_part_is_in_its_mode_again(way, after_step):
+    model = frozen_model()
+    modes = [module.training for module in model.modules()]
+    frozen, moving = (model[i][1].running_mean.clone() for i in (0, 1))
+    data = toy_data()
+    if way == "evaluate":
+        evaluate(model, data.x_test, data.y_test)
+    elif way == "refused":
+        with pytest.raises(ArgumentError):
+            train(model, data._replace(y_train=data.y_train + 9), epochs=1, progress=False)
+    elif way == "interrupted":
+        after_step[2] = send_interrupt
+        with pytest.raises(KeyboardInterrupt):
+            toy_run(model)
+    elif way == "diverged":
+        with pytest.raises(RelaxationDiverged):
+            toy_run(model, step_size=1e30, num_steps=50)
+    else:
+        toy_run(model, method=way, epochs=2)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(model[0][1].running_mean, frozen)
+    if way in ("strict", "incremental"):
+        assert not torch.equal(model[1][1].running_mean, moving)
+
+
+def test_a_model_in_eval_mode_is_trained_in_train_mode(after_step):
+    model, seen = frozen_model().eval(), set()
+    model[1][2].register_forward_hook(lambda module, *_: seen.add(module.training))
+    toy_run(model, epochs=1)
+    assert True in seen and not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", ["strict", "exact", "incremental"])
+def test_the_callers_grad_mode_is_no_matter(context, method, after_step):
+    model, _ = toy_run(method=method, epochs=1)
+    other = toy_model()
+    with context():
+        data = datasets.Data(*(tensor.clone() for tensor in toy_data()))
+        toy_run(other, method=method, epochs=1)
+        if context is torch.inference_mode:
+            with pytest.raises(ArgumentError, match=r"^model: got parameters made under"):
+                toy_run(nn.Sequential(nn.Linear(6, 3)))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    train(toy_model(), data, epochs=1, progress=False)  # inference tensors
+
+
+class Pairs(nn.Module):
+    """Takes no single row while it trains."""
+
+    def forward(self, x):
+        if self.training and len(x) < 2:
+            raise RuntimeError("one row")
+        return x
+
+
+@pytest.mark.parametrize("part", [lambda: nn.BatchNorm1d(12), Pairs])
+def test_a_last_batch_that_cannot_be_trained_on_is_found_first(part, after_step, tmp_path):
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 12), part(), nn.Flatten()), nn.Linear(12, 3))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ArgumentError, match=r"^batch_size: got 89, with 1 left.*drop_last=True"):
+        toy_run(model, batch_size=89, out=tmp_path / "run")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not (tmp_path / "run").exists()
+    if isinstance(model[0][1], nn.BatchNorm1d):
+        toy_run(model, batch_size=89, drop_last=True, epochs=1)
+        assert model[0][1].num_batches_tracked == 1  # rehearsals move nothing
+
+
+def test_regression_is_judged_by_r2(tmp_path, after_step, capsys):
+    torch.manual_seed(0)
+    x = torch.randn(120, 6)
+    y = x @ torch.randn(6, 1) + 5
+    data = (x[:90], y[:90], x[90:], y[90:])
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    settings = dict(batch_size=16, loss="mse", method="exact", out=tmp_path / "run", optimizer=optimizer)
+    model = nn.Sequential(nn.Linear(6, 1))
+    first = evaluate(model, *data[2:], loss="mse")[1]
+    history = train(model, data, epochs=40, **settings)
+    output = model(data[2]).detach()
+    expected = 1 - (output - data[3]).square().sum() / (data[3] - data[3].mean()).square().sum()
+    assert first < 0 < history.test_r2[-1] == pytest.approx(expected.item(), abs=1e-5)
+    assert evaluate(model, *data[2:], loss="mse")[1] == pytest.approx(history.test_r2[-1], abs=1e-6)
+    assert all(map(math.isnan, history.test_accuracy + history.train_accuracy))
+    assert history.train_r2[0] < history.train_r2[-1] <= 1
+    said = capsys.readouterr().out
+    assert "R^2" in said and "%" not in said
+    with open(tmp_path / "run" / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]["test_r2"]) == history.test_r2[-1] and "test_accuracy" not in rows[0]
+    again = train(nn.Sequential(nn.Linear(6, 1)), data, epochs=41, resume=True, **settings)
+    assert again.test_r2[:40] == history.test_r2
+
+
+def test_values_that_are_no_classes():
+    for y, loss, classes in (
+        (torch.tensor([0, 2]), "cross_entropy", True),
+        (torch.eye(3), "mse", True),
+        (torch.full((2, 4), 0.25, dtype=torch.bfloat16), "mse", True),
+        (torch.tensor([[0.5, 0.2]]), nn.CrossEntropyLoss(), True),
+        (torch.tensor([[0.5, 0.2]]), "mse", False),
+        (torch.tensor([[1.5, -0.5]]), "mse", False),
+        (torch.ones(4, 1), "mse", False),
+        (torch.ones(4), nn.MSELoss(), False),
+    ):
+        assert scores.are_classes(y, loss) == classes
+    assert math.isnan(scores.r2(1.0, 0.0))
+
+
 # --------------------------------------------------------------------------------------------- arguments
 
 
@@ -375,6 +677,15 @@ def test_one_hot_targets_and_losses_per_sample():
         ({"epochs": 2.0}, "^epochs: got 2.0"),
         ({"batch_size": True}, "^batch_size: got True"),
         ({"seed": -1}, "^seed: got -1"),
+        *(
+            ({name: 10**40}, f"^{name}: got a number of more")
+            for name in ("epochs", "batch_size", "num_steps", "seed")
+        ),
+        ({"epochs": 10**9}, "^epochs: got 1000000000; needed: at most"),
+        ({"num_steps": 10**9, "method": "fixed_prediction"}, "^num_steps: got 1000000000; needed: at most"),
+        ({"out": "a\0b"}, "^out: got "),
+        ({"out": 3}, "^out: got a int"),
+        ({"kept": {1: object()}}, "^kept: got "),
         ({"resume": True}, "^out: got None with resume=True"),
         ({"optimizer": "adam"}, "^optimizer: got a str"),
         ({"optimizer": lambda parameters: None}, "^optimizer: got a callable that returned a NoneType"),

@@ -1,8 +1,10 @@
 // The resident kernel's entry in the C interface.
 #include <cstddef>
+#include <cstring>
 
 #include "../abi.h"
 #include "relaxation.cuh"
+#include "validation.h"
 
 namespace pcfast::resident {
 namespace {
@@ -17,14 +19,21 @@ int start(const Program& program, const Tensors& tensors, const Run& run, int th
 }  // namespace
 }  // namespace pcfast::resident
 
+static_assert(pcfast::resident::kMostGroup == 4 && pcfast::tile::kWarpSize == pcfast::resident::kLanes,
+              "validation.h counts with these");
+
 extern "C" int pcfast_resident(const void* program, const void* tensors, const void* run, int scalar_bytes, int threads,
                                void* stream) {
   using namespace pcfast::resident;
-  const Program& what = *static_cast<const Program*>(program);
-  const Tensors& where = *static_cast<const Tensors*>(tensors);
-  const Run& how = *static_cast<const Run*>(run);
+  Program what;  // copies: bytes from elsewhere lie at any address
+  Tensors where;
+  Run how;
+  std::memcpy(&what, program, sizeof what);
+  std::memcpy(&where, tensors, sizeof where);
+  std::memcpy(&how, run, sizeof how);
   if (threads < kWarpSize || threads > kMostThreads || threads % kWarpSize) return PCFAST_INVALID_ARGUMENT;
-  if (what.group < 1 || what.group > kMostGroup) return PCFAST_INVALID_ARGUMENT;
+  if (scalar_bytes != sizeof(float) && scalar_bytes != sizeof(double)) return PCFAST_INVALID_ARGUMENT;
+  if (!Validation(what, where, how, scalar_bytes, threads).passes()) return PCFAST_INVALID_ARGUMENT;
   if (scalar_bytes == sizeof(float)) return start<float>(what, where, how, threads, stream);
 #ifndef __CUDACC__
   // golden vectors are met in double, on the CPU

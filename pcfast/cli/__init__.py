@@ -1,32 +1,43 @@
 """The command line: ``pcfast``. One file a command.
 
 Exit status of every command: 0; 1 where the work itself failed (a backend out of its bounds, a relaxation that
-diverged); 2 for input that cannot be used, with one line that names cause and remedy; 130 after Ctrl-C.
+diverged); 2 for input that cannot be used and files that cannot be written, with one line that names cause and
+remedy; 130 after Ctrl-C, SIGTERM or SIGHUP; 141, without a word, where the reader of a pipe left before the end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import click
 
+from .. import interrupts
 from .._version import __version__
 from ..errors import ArgumentError, PcfastError, RelaxationDiverged
+from ..progress import takes_over
 from .bench import bench
 from .check import check
 from .compare import compare
 from .completion import completion
 from .diagnose import diagnose
 from .info import info
+from .output import flush_output, open_closed_streams, printable_whatever_it_is
 from .train import train
 from .tune import tune
 
 _OPTIONS = {"folder": "--data-dir"}  # arguments of functions whose option has another name
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, INTERRUPTED, NO_READER = 1, 2, 130, 141
+_NO_MEMORY = re.compile(
+    r"can't allocate|not enough memory|out of memory|Storage size calculation overflowed", re.I
+)
 
 _SETTINGS = {
     "help_option_names": ["-h", "--help"],
@@ -36,7 +47,40 @@ _SETTINGS = {
 }
 
 
-@click.group(context_settings=_SETTINGS, invoke_without_command=True)
+class _Program(click.Group):
+    """Keeps errors of writing from click, which ends with status 1 where the reader of a pipe has left."""
+
+    def make_context(self, *arguments, **options) -> click.Context:  # prints help and version
+        with _no_reader():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, context: click.Context):
+        try:
+            with _no_reader():
+                return super().invoke(context)
+        except SystemExit as error:
+            raise _Ended(
+                f"the network, or what it calls, ended the program: SystemExit({error.code})"
+            ) from error
+
+
+class _Ended(Exception):
+    """Code of the user's called sys.exit."""
+
+
+class _NoReader(Exception):
+    """Nobody reads what is printed."""
+
+
+@contextlib.contextmanager
+def _no_reader() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise _NoReader from error
+
+
+@click.group(cls=_Program, context_settings=_SETTINGS, invoke_without_command=True)
 @click.version_option(__version__, prog_name="pcfast")
 @click.pass_context
 def pcfast(context: click.Context) -> None:
@@ -58,21 +102,58 @@ def main(
         arguments: without the program's name; None for those of this process.
         command: another one, with options named as those here. name: what it is started as.
     """
+    open_closed_streams()
+    printable_whatever_it_is()
+    with _stopped_by_signals():
+        status = _status(lambda: command.main(arguments, prog_name=name, standalone_mode=False) or 0)
+        return _status(flush_output) or status
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP stop as Ctrl-C does, which is itself again after the imports."""
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        interrupts.end()
+        for number in filter(takes_over, (signal.SIGTERM, signal.SIGHUP)):
+            previous[number] = signal.signal(number, signal.default_int_handler)
     try:
-        return command.main(arguments, prog_name=name, standalone_mode=False) or 0
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _status(work: Callable[[], int | None]) -> int:
+    """What ``work`` returns, or the exit status of what it raises, with its one line."""
+    try:
+        return work() or 0
     except click.ClickException as error:
         return _fail(BAD_INPUT, error.format_message())
-    except click.Abort as error:
+    except (click.Abort, KeyboardInterrupt) as error:
         if os.environ.get("PCFAST_TRACEBACK"):
             traceback.print_exception(error)  # where it was: of what hangs
-        return _fail(INTERRUPTED, str(error.__cause__ or "") or "stopped; nothing half-written is left", "")
+        said = str(error.__cause__ or "") or "stopped; nothing half-written is left"
+        return _fail(INTERRUPTED, said, "")
+    except (_NoReader, BrokenPipeError):
+        return NO_READER
     except RelaxationDiverged as error:
         return _fail(FAILED, _in_options(str(error)))
     except ArgumentError as error:
         return _fail(BAD_INPUT, f"{_option_of(error.argument)}{str(error).removeprefix(error.argument)}")
-    except (PcfastError, ImportError, OSError) as error:
+    except OSError as error:
+        of_output = "" if error.filename or not error.errno else "standard output cannot be written: "
+        return _fail(BAD_INPUT, f"{of_output}{error}")
+    except (PcfastError, ImportError, _Ended) as error:
         return _fail(BAD_INPUT, str(error))
     except Exception as error:
+        if isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))
+        ):
+            text = str(error).partition("\n")[0][:200]
+            return _fail(
+                BAD_INPUT, f"not enough memory for sizes as large as these ({text or 'MemoryError'})"
+            )
         if os.environ.get("PCFAST_TRACEBACK"):
             raise
         hint = "(PCFAST_TRACEBACK=1 shows where)"
@@ -81,7 +162,8 @@ def main(
 
 def _fail(status: int, message: str, prefix: str = "error: ") -> int:
     """One line on standard error."""
-    print(f"{prefix}{' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+        print(f"{prefix}{' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import click
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -15,8 +16,8 @@ from ..checking import default_precisions
 from ..errors import ArgumentError
 from ..files import write_json
 from ..precision import PRECISIONS, check_precision
-from .building import device_of, make_folder_of
-from .options import device_option, record_option
+from .building import check_record, device_of, kept_so_far
+from .options import Finite, device_option, record_option
 from .output import console, progress_bar, table
 
 #: What the kernels compute in: ieee by three TF32 products in the place of one.
@@ -46,9 +47,7 @@ KERNEL_PRECISIONS = ("ieee", "tf32", "bf16")
 )
 @device_option
 @click.option("--quick", is_flag=True, help="A few small workloads and few rounds: about a minute.")
-@click.option(
-    "--minutes", type=click.FloatRange(min=0), metavar="X", help="Stop cleanly after about so long."
-)
+@click.option("--minutes", type=Finite(min=0), metavar="X", help="Stop cleanly after about so long.")
 @record_option
 def bench(workloads, contenders, precisions, kernels, device, quick, minutes, path) -> int:
     """Time whole training steps of WORKLOADS (default: all) against what others run.
@@ -67,7 +66,7 @@ def bench(workloads, contenders, precisions, kernels, device, quick, minutes, pa
     if not kernels:
         for precision in precisions:
             check_precision(precision, device)
-    make_folder_of(path)
+    check_record(path)
     names = workloads or tuple(name for name, w in WORKLOADS.items() if w.quick or not quick)
     contenders = contenders or tuple(name for name, c in CONTENDERS.items() if c.quick or not quick)
     seconds = math.inf if minutes is None else 60 * minutes
@@ -77,17 +76,14 @@ def bench(workloads, contenders, precisions, kernels, device, quick, minutes, pa
         def progress(done: int, total: int, what: str) -> None:
             update(completed=done, total=total, description=what)
 
-        def keep(record: dict) -> None:
-            if path is not None:
-                write_json(path, record)
-
-        limits = dict(quick=quick, seconds=seconds, progress=progress, keep=keep)
+        limits = dict(quick=quick, seconds=seconds, progress=progress, keep=partial(kept_so_far, path))
         if kernels:
             record = runner.run_kernels(precisions, device, **limits)
         else:
             record = runner.run(names, contenders, precisions, device, **limits)
-    keep(record)
-    (_print_kernels if kernels else _print)(record)
+    (_print_kernels if kernels else _print)(record)  # before the file, whose disk may be full
+    if path is not None:
+        write_json(path, record)
     return 1 if _failed(record) else 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
@@ -15,7 +17,8 @@ from .. import datasets, networks
 from ..belief_optimizers import Adam, BeliefOptimizer, GradientDescent
 from ..datasets import Data
 from ..errors import ArgumentError
-from ..network import Linear, describe
+from ..files import check_writable, write_json
+from ..log import warn_once
 from ..nudging import Nudging
 from ..precision import parameter_dtype
 from ..validation import checked_device
@@ -79,19 +82,30 @@ def device_of(name: str) -> torch.device:
     return checked_device(name)
 
 
-def make_folder_of(path: Path | None) -> None:
-    """Before any work: make the folder that the file of --json, if any, goes to.
+def check_record(path: Path | None) -> None:
+    """Before any work: make the folder that the file of --json, if any, goes to, and try to write there.
 
     Raises:
-        ArgumentError: it cannot be made.
+        ArgumentError: it cannot be made, or not be written to.
     """
     if path is None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
     except OSError as error:
         needed = f"a file that can be written ({error.strerror})"
         raise ArgumentError("json", str(path), needed) from error
+
+
+def kept_so_far(path: Path | None, record: dict) -> None:
+    """Write what a run has found so far to the file of --json; a disk that is full then does not end the run."""
+    if path is None:
+        return
+    try:
+        write_json(path, record)
+    except OSError as error:
+        warn_once(f"{error}: the run goes on, and writes all of it at its end")
 
 
 def network_of(
@@ -110,7 +124,7 @@ def network_of(
         for option, given in (("net", net), ("widths", widths)):
             if given is not None:
                 raise ArgumentError(option, f"--{option} beside --model", "one of the two", "Leave one out.")
-        return user_model(model).to(parameter_dtype(precision))
+        return in_precision(user_model(model), precision)
     net = net or DEFAULTS[data].net
     if net != "mlp" and widths is not None:
         raise ArgumentError(
@@ -119,12 +133,38 @@ def network_of(
     channels, height, width = datasets.SOURCES[data].image_shape
     classes = datasets.SOURCES[data].classes
     if net == "mlp":
-        made = networks.mlp([channels * height * width, *(widths or DEFAULTS[data].widths), classes])
+        sizes = [channels * height * width, *(widths or DEFAULTS[data].widths), classes]
+        _check_memory(sizes)
+        made = networks.mlp(sizes)
     elif net == "cnn":
         made = networks.mnist_cnn((channels, height, width), classes)
     else:
         made = networks.cifar_cnn((channels, height, width), classes)
     return made.to(parameter_dtype(precision))
+
+
+def in_precision(model: nn.Module, precision: str) -> nn.Module:
+    """``model`` in the dtype of --precision; complex parameters and buffers stay complex."""
+    real = parameter_dtype(precision)
+    kept = torch.complex128 if real == torch.float64 else torch.complex64
+
+    def converted(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_complex():
+            return tensor.to(kept)
+        return tensor.to(real) if tensor.is_floating_point() else tensor
+
+    return model._apply(converted)
+
+
+def _check_memory(widths: list[int]) -> None:
+    """Raise ArgumentError where weights of these widths, and their updates, are more than this machine has."""
+    numbers = sum(a * b for a, b in itertools.pairwise(widths))
+    needed, there = 2 * 4 * numbers, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ArgumentError(
+            "widths", f"{numbers:.3g} weights, which take {needed:.3g} bytes with their updates",
+            f"weights that fit in this machine's {there:.3g} bytes", "Make layers narrower.",
+        )  # fmt: skip
 
 
 def network_and_sample_of(
@@ -158,7 +198,7 @@ def _input_shape(model: nn.Sequential) -> tuple[int, ...]:
             "input_shape", "none, for a --model that does not begin with a Linear", "the shape of one sample",
             "E.g. --input-shape 3,32,32.",
         )  # fmt: skip
-    return (describe(model).leaves[0].in_features,)
+    return (_first_module(model).in_features,)
 
 
 def data_of(
@@ -201,6 +241,16 @@ def in_dtype_of(model: nn.Sequential, data: Data) -> Data:
 
 
 def takes_flat_input(model: nn.Sequential) -> bool:
-    """Whether the first operation is a Linear; every other network is given images (N, C, H, W)."""
-    operations = describe(model).leaves
-    return bool(operations) and isinstance(operations[0], Linear)
+    """Whether the first module is a Linear, parametrised or not; every other network is given images (N, C, H, W)."""
+    return isinstance(_first_module(model), nn.Linear)
+
+
+def _first_module(model: nn.Module) -> nn.Module | None:
+    """The first module that an input meets inside Sequentials and residual blocks, but for elementwise ones."""
+    if not isinstance(model, nn.Sequential):
+        elementwise = isinstance(model, nn.Identity) or type(model).__module__ in _ELEMENTWISE
+        return None if elementwise else model
+    return next((found for module in model if (found := _first_module(module)) is not None), None)
+
+
+_ELEMENTWISE = (nn.ReLU.__module__, nn.Dropout.__module__)

@@ -21,6 +21,7 @@ from ..precision import PRECISIONS
 from .building import device_of, network_and_sample_of
 from .defaults import DEFAULTS, STEP_SIZE
 from .options import (
+    Count,
     device_option,
     json_option,
     network_options,
@@ -63,13 +64,13 @@ _RELATIVE_TO = {
 @click.option(
     "--batch-size",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=Count(),
     help="Samples a draw.  [default: 64; 4 for cifar10, cifar100]",
 )
 @click.option(
     "--draws",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=Count(),
     default=5,
     show_default=True,
     help="Batches of random data.",

@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,6 +18,7 @@ from torch import nn
 
 from .. import comparison, comparison_plots, networks
 from ..autograd import pc_loss
+from ..checkpoints import module_text
 from ..comparison import ITERATIONS, METHODS, STEP_SIZES, WHOLE, TrainingComparison
 from ..datasets import Data
 from ..errors import ArgumentError
@@ -24,13 +26,14 @@ from ..files import results_folder, set_aside, write_csv, write_json
 from ..machine import describe_machine
 from ..network import describe
 from ..planning import METHODS as ALL_METHODS
-from ..plots import require_matplotlib
+from ..plots import drawn, require_matplotlib
 from ..precision import check_precision, parameter_dtype, use_precision
-from ..training import CHECKPOINT, MakeOptimizer
+from ..training import CHECKPOINT, MOST_EPOCHS, MOST_STEPS, MakeOptimizer
 from ..validation import checked_step_size, checked_steps
 from .building import data_of, device_of, network_of, optimizer_of, with_defaults
 from .defaults import DEFAULTS
 from .options import (
+    Count,
     Folder,
     Numbers,
     by_data,
@@ -50,11 +53,12 @@ FILES = (
     CONFIG, OVERVIEW, "training.csv", "updates.csv", "training.png", "iterations.csv", "iterations.png", "errors.csv",
     "errors.png",
 )  # fmt: skip
+_MOST_WIDTH = 2**14  # of images and networks in part errors: beyond it no memory is enough
 IMAGES = 2  # in the batch of part errors
 
 
 _STEP_SIZES = Numbers(float, lambda v: math.isfinite(v) and v >= 0, "numbers >= 0, e.g. 0.1,0.5,1")
-_COUNTS = Numbers(int, lambda v: v >= 1, "whole numbers >= 1, e.g. 1,10,100")
+_COUNTS = Numbers(int, lambda v: 1 <= v <= MOST_STEPS, f"whole numbers from 1 to {MOST_STEPS}, e.g. 1,10,100")
 
 
 @click.command()
@@ -72,11 +76,11 @@ _COUNTS = Numbers(int, lambda v: v >= 1, "whole numbers >= 1, e.g. 1,10,100")
 @relaxation_options
 @optimizer_options
 @click.option(
-    "--epochs", "compare_epochs", type=click.IntRange(min=1),
+    "--epochs", "compare_epochs", type=Count(max=MOST_EPOCHS),
     help="Passes over the training part." + by_data("compare_epochs"),
 )  # fmt: skip
 @click.option(
-    "--test-every", type=click.IntRange(min=1), metavar="STEPS",
+    "--test-every", type=Count(), metavar="STEPS",
     help="Steps between evaluations of the test part.  [default: about 20 evaluations in all]",
 )  # fmt: skip
 @click.option(
@@ -89,12 +93,12 @@ _COUNTS = Numbers(int, lambda v: v >= 1, "whole numbers >= 1, e.g. 1,10,100")
     f"  [default: {','.join(map(str, ITERATIONS))}]",
 )  # fmt: skip
 @click.option(
-    "--vgg-width", type=click.IntRange(min=1), default=8, show_default=True,
+    "--vgg-width", type=Count(max=_MOST_WIDTH), default=8, show_default=True,
     help="Channels of the first stage in part errors; 64 is VGG-19.",
 )  # fmt: skip
 @click.option(
     "--image-size",
-    type=int,
+    type=Count(max=_MOST_WIDTH),
     default=32,
     show_default=True,
     help="Of part errors, a multiple of 32; VGG-19's is 224.",
@@ -103,7 +107,12 @@ _COUNTS = Numbers(int, lambda v: v >= 1, "whole numbers >= 1, e.g. 1,10,100")
     "--errors-step-size", type=float, metavar="ETA", default=0.05, show_default=True, help="Of part errors."
 )
 @click.option(
-    "--errors-num-steps", type=int, metavar="N", default=500, show_default=True, help="Of part errors."
+    "--errors-num-steps",
+    type=Count(None, MOST_STEPS),
+    metavar="N",
+    default=500,
+    show_default=True,
+    help="Of part errors.",
 )
 @machine_options
 @seed_option
@@ -151,10 +160,10 @@ def compare(as_json: bool, out: Path | None, **options) -> int:
             if part == parts[0]:  # a run that fails before leaves earlier results where they are
                 aside = set_aside(out, FILES)
                 write_json(out / CONFIG, _config(work, parts), indent=2)
-            _write(part, out, results, chosen)
-            if not as_json:
+            if not as_json:  # before the files, whose disk may be full
                 for printed in shown:
                     say.print(printed)
+            _write(part, out, results, chosen)
     if aside is not None and not as_json:
         say.print(f"earlier results were moved to {aside}")
     ended = results.training.ended if results.training else {}
@@ -330,19 +339,19 @@ def _write(part: str, out: Path, results: _Results, chosen: dict) -> None:
         _write_rows(out / "training.csv", comparison.Step, results.training.steps)
         _write_rows(out / "updates.csv", comparison.Update, results.training.updates)
         relaxation = f"step size {chosen['step_size']:g}, n = {chosen['num_steps']}"
-        comparison_plots.training_figure(
-            results.training, out / "training.png", title=f"{title}: {relaxation}"
-        )
+        draw = partial(comparison_plots.training_figure, results.training, title=f"{title}: {relaxation}")
+        drawn(out / "training.png", draw)
     elif part == "iterations":
         _write_rows(out / "iterations.csv", comparison.Iterations, results.iterations)
-        comparison_plots.iterations_figure(
-            results.iterations, out / "iterations.png", title=f"{title}: initial weights, one batch"
-        )
+        about = f"{title}: initial weights, one batch"
+        draw = partial(comparison_plots.iterations_figure, results.iterations, title=about)
+        drawn(out / "iterations.png", draw)
     else:
         _write_rows(out / "errors.csv", comparison.LayerError, results.errors)
-        comparison_plots.errors_figure(results.errors, out / "errors.png", title=_errors_of(chosen))
-    comparison_plots.overview(
-        out / OVERVIEW,
+        draw = partial(comparison_plots.errors_figure, results.errors, title=_errors_of(chosen))
+        drawn(out / "errors.png", draw)
+    overview = partial(
+        comparison_plots.overview,
         training=results.training,
         iterations=results.iterations,
         errors=results.errors,
@@ -350,6 +359,7 @@ def _write(part: str, out: Path, results: _Results, chosen: dict) -> None:
         + ("" if results.training is None and results.iterations is None else f": {title}"),
         errors_of=_errors_of(chosen),
     )
+    drawn(out / OVERVIEW, overview)
 
 
 def _write_rows(path: Path, kind: type, rows: Sequence) -> None:
@@ -370,7 +380,7 @@ def _config(work: _Work, parts: list[str]) -> dict:
     settings["epochs"] = settings.pop("compare_epochs")
     return {
         "settings": {**settings, "parts": parts},
-        "network": None if work.model is None else [" ".join(str(layer).split()) for layer in work.model],
+        "network": None if work.model is None else [module_text(layer) for layer in work.model],
         "device": str(device),
         "machine": describe_machine(device),
     }

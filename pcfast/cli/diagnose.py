@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -11,19 +12,20 @@ import torch
 from torch import nn
 
 from .. import diagnostics, diagnostics_plots
-from ..checkpoints import load_weights
+from ..checkpoints import load_weights, module_text
 from ..comparison import METHODS, WHOLE
 from ..diagnostics import Diagnosis
 from ..errors import ArgumentError, RelaxationDiverged
 from ..files import results_folder, set_aside, write_csv, write_json
 from ..machine import describe_machine
-from ..plots import require_matplotlib
+from ..plots import drawn, require_matplotlib
 from ..precision import check_precision, use_precision
 from ..training import CHECKPOINT
 from ..validation import checked_step_size, checked_steps
 from .building import belief_optimizer_of, data_of, device_of, network_of, with_defaults
 from .defaults import DEFAULTS
 from .options import (
+    Count,
     Folder,
     belief_optimizer_options,
     by_data,
@@ -56,7 +58,7 @@ _MOST_ROWS = 25  # of iterations on a screen
 @click.option(
     "--batch-size",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=Count(),
     help="Samples of the batch, the first of the training part." + by_data("batch_size"),
 )
 @machine_options
@@ -100,11 +102,15 @@ def diagnose(as_json: bool, out: Path | None, **options) -> int:
         except RelaxationDiverged as error:
             diverged = error
             found = diagnostics.diagnose(model, x, y, check="off", **settings)
-        moved = set_aside(out, FILES)
-        _write(out, found, model, chosen, device)
-    files = [str(out / name) for name in FILES]
+        moved, unwritten = None, None
+        try:
+            moved = set_aside(out, FILES)
+            _write(out, found, model, chosen, device)
+        except OSError as error:  # raised when the tables are printed
+            unwritten = error
+    files = [str(out / name) for name in FILES if (out / name).exists()]
     rises = [] if found.rising is None else [int(t) + 1 for t in found.rising.nonzero()]
-    if as_json:
+    if as_json and unwritten is None:
         print_json(
             {
                 "backend": found.run.plan.backend,
@@ -118,7 +124,7 @@ def diagnose(as_json: bool, out: Path | None, **options) -> int:
                 "earlier_results": None if moved is None else str(moved),
             }
         )
-    else:
+    elif not as_json:
         say = console()
         for shown in _tables(found, chosen):
             say.print(shown)
@@ -131,6 +137,8 @@ def diagnose(as_json: bool, out: Path | None, **options) -> int:
             say.print(f"earlier results were moved to {moved}")
         for file in files:
             say.print(file)
+    if unwritten is not None:
+        raise unwritten
     if diverged is not None:
         raise diverged
     return 0
@@ -190,7 +198,7 @@ def _write(out: Path, found: Diagnosis, model: nn.Sequential, chosen: dict, devi
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()}
     config = {
         "settings": settings,
-        "network": [" ".join(str(layer).split()) for layer in model],
+        "network": [module_text(layer) for layer in model],
         "backend": found.run.plan.backend,
         "device": str(device),
         "machine": describe_machine(device),
@@ -208,7 +216,7 @@ def _write(out: Path, found: Diagnosis, model: nn.Sequential, chosen: dict, devi
     network = chosen["model"] or chosen["net"] or DEFAULTS[chosen["data"]].net
     relaxation = f"{chosen['method']}, step size {chosen['step_size']:g}, n = {chosen['num_steps']}"
     title = f"{chosen['data']}, {network}: {relaxation}"
-    diagnostics_plots.diagnosis_figure(found, out / FIGURE, title=title)
+    drawn(out / FIGURE, partial(diagnostics_plots.diagnosis_figure, found, title=title))
 
 
 def _number(value: float, digits: int = 3) -> str:

@@ -16,6 +16,7 @@ from ..nudging import KINDS as NUDGES
 from ..planning import TRAINING_METHODS
 from ..precision import PRECISIONS
 from ..recipes import RECIPES
+from ..training import MOST_EPOCHS, MOST_SAMPLES, MOST_STEPS
 from .defaults import DEFAULTS, NUM_STEPS
 from .output import only_json
 
@@ -48,6 +49,16 @@ class Numbers(click.ParamType):
         if not numbers or not all(map(self.accepts, numbers)):
             self.fail(f"{value!r}: needed are {self.needed}", param, ctx)
         return numbers
+
+
+class Count(click.IntRange):
+    """A whole number from ``min`` to ``max``; larger ones are slips of the keyboard."""
+
+    def __init__(self, min: int | None = 1, max: int = MOST_SAMPLES) -> None:
+        super().__init__(min, max)
+
+    def get_metavar(self, param, ctx=None) -> str:
+        return "N"
 
 
 class Finite(click.FloatRange):
@@ -87,7 +98,9 @@ class RecipeName(click.ParamType):
         return [CompletionItem(name) for name in RECIPES if name.startswith(incomplete)]
 
 
-_WIDTHS = Numbers(int, lambda width: width >= 1, "whole numbers >= 1, e.g. 600,600")
+_WIDTHS = Numbers(
+    int, lambda width: 1 <= width <= MOST_SAMPLES, "whole numbers >= 1 below 2^31, e.g. 600,600"
+)
 
 
 def by_data(field: str) -> str:
@@ -136,7 +149,9 @@ shape_options = _together(
     ),
     click.option(
         "--input-shape",
-        type=Numbers(int, lambda size: size >= 1, "whole numbers >= 1, e.g. 3,32,32"),
+        type=Numbers(
+            int, lambda size: 1 <= size <= MOST_SAMPLES, "whole numbers >= 1 below 2^31, e.g. 3,32,32"
+        ),
         metavar="N,N,...",
         help="Shape of one sample for --model.  [default: from --data, or from a Linear that comes first]",
     ),
@@ -153,7 +168,7 @@ data_options = _together(
     click.option(
         "--data-dir",
         type=click.Path(path_type=Path),
-        help="Folder with the data set's standard files, gzipped or not: IDX (MNIST, Fashion-MNIST), python batches "
+        help="Folder with the data set's standard files, gzipped or not: IDX (MNIST, Fashion-MNIST), binary batches "
         "(CIFAR-10, CIFAR-100).",
     ),
 )
@@ -166,7 +181,7 @@ relaxation_options = _together(
     ),
     click.option(
         "--num-steps",
-        type=int,
+        type=Count(None, MOST_STEPS),
         default=NUM_STEPS,
         show_default=True,
         metavar="N",
@@ -242,7 +257,7 @@ optimizer_options = _together(
     click.option(
         "--batch-size",
         metavar="N",
-        type=click.IntRange(min=1),
+        type=Count(),
         help="Samples an update." + by_data("batch_size"),
     ),
 )
@@ -281,7 +296,7 @@ seed_option = click.option(
 epochs_option = click.option(
     "--epochs",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=Count(max=MOST_EPOCHS),
     help="Passes over the training part in all." + by_data("epochs"),
 )
 

@@ -10,14 +10,16 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 
+from ..console import PlainConsole
+from ..errors import ArgumentError
 
-def console(*, stderr: bool = False) -> Console:
-    """A console that prints text as it is, and breaks no line that goes to a file or pipe."""
-    made = Console(highlight=False, markup=False, stderr=stderr)
+
+def console(*, stderr: bool = False) -> PlainConsole:
+    """A console that breaks no line that goes to a file or pipe."""
+    made = PlainConsole(stderr=stderr)
     if not made.is_terminal:
         made.width = 200
     return made
@@ -27,7 +29,10 @@ def console(*, stderr: bool = False) -> Console:
 def progress_bar(*columns: ProgressColumn) -> Iterator[Callable]:
     """A progress bar on standard error, in a terminal; gives rich's ``update`` of its one task."""
     to = console(stderr=True)
-    with Progress(*columns, console=to, transient=True, disable=not to.is_terminal) as bar:
+    if not to.is_terminal:  # some releases of rich end a bar that is off with an empty line
+        yield lambda **values: None
+        return
+    with Progress(*columns, console=to, transient=True) as bar:
         yield partial(bar.update, bar.add_task(""))
 
 
@@ -42,6 +47,44 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
+#: Standard output was closed when the program was started.
+closed_output = False
+
+
+def open_closed_streams() -> None:
+    """Put the null device in the place of standard streams that are closed: files would get their numbers."""
+    global closed_output
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            if os.open(os.devnull, os.O_RDWR) != number:  # a lower one is free: it is nobody's here
+                continue
+            closed_output = closed_output or number == 1
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+
+
+def printable_whatever_it_is() -> None:
+    """Let standard output and standard error stand in for letters that they cannot encode, as in names of files."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_output() -> None:
+    """Write what standard output still holds; where that fails, OSError, and the interpreter's end tries no more."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+        if isinstance(error, OSError):
+            raise
+
+
 _waiting: list[str] | None = None  # JSON to print once standard output is free again
 
 
@@ -49,6 +92,8 @@ _waiting: list[str] | None = None  # JSON to print once standard output is free 
 def only_json() -> Iterator[None]:
     """Whatever prints to standard output, a user's model too, prints to standard error; JSON comes last, alone."""
     global _waiting
+    if closed_output:
+        raise ArgumentError("json", "a standard output that is closed", "one that can be written")
     sys.stdout.flush()
     kept, _waiting = os.dup(1), []
     os.dup2(2, 1)

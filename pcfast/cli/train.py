@@ -12,8 +12,10 @@ from click.core import ParameterSource
 from torch import nn
 
 from .. import training
+from ..checkpoints import read_run
 from ..datasets import Data
 from ..errors import ArgumentError
+from ..files import checked_folder
 from ..precision import parameter_dtype
 from ..recipes import RECIPES
 from .building import (
@@ -42,6 +44,7 @@ from .options import (
     seed_option,
 )
 from .output import print_json
+from .user_model import digest_of
 
 _OF_THE_CALL = ("out", "resume", "as_json")  # options that say nothing about the run
 #: Options that may stand beside --recipe, which fixes the others.
@@ -79,10 +82,11 @@ _BESIDE_A_RECIPE = (
 def train(context: click.Context, **options) -> int:
     """Train a network by predictive coding.
 
-    The run folder gets checkpoint.pt, config.json, log.csv (one line an epoch) and curves.png. Ctrl-C finishes the
-    batch and writes the checkpoint; --resume goes on from it, on a CPU bit for bit as if nothing had happened.
+    The run folder gets checkpoint.pt, config.json, log.csv (one line an epoch) and curves.png. Ctrl-C, SIGTERM and
+    SIGHUP finish the batch and write the checkpoint; --resume goes on from it, on a CPU bit for bit as if nothing had
+    happened.
     """
-    out = options["out"] or Path("runs") / (options["recipe"] or options["data"])
+    out = checked_folder("out", options["out"] or Path("runs") / (options["recipe"] or options["data"]))
     if options["resume"]:
         options = _options_of_run(out, context, options)
     if options["recipe"] is not None:
@@ -106,13 +110,13 @@ def train(context: click.Context, **options) -> int:
         if not str(interrupt):
             raise
         raise KeyboardInterrupt(f"{interrupt}; go on with: pcfast train --out {out} --resume") from None
-    files = [out / name for name in training.FILES]
+    files = [path for name in training.FILES if (path := out / name).exists()]
     if options["as_json"]:
         print_json({"history": asdict(history), "files": [str(file) for file in files]})
         return 0
     for file in files:
         click.echo(file)
-    click.echo(f"test accuracy {history.test_accuracy[-1]:.2%}")
+    click.echo(f"test {history.score('test')}")
     return 0
 
 
@@ -166,26 +170,29 @@ def _kept(options: dict) -> dict:
     if kept.get("model") is not None:
         file, _, function = kept["model"].rpartition(":")
         kept["model"] = f"{Path(file).resolve()}:{function}"
+        kept[_MODEL_DIGEST] = digest_of(kept["model"])
     return kept
 
 
 def _options_of_run(out: Path, context: click.Context, options: dict) -> dict:
     """``options``, where not given on the command line those of the run in ``out``.
 
+    The checkpoint says what they were, once its checksum is right. config.json, which it is written after, has to
+    agree; where it is missing it will be written again. A model file runs only if it is the one of the run, or is
+    named on the command line.
+
     Raises:
-        ArgumentError: no run there, or one with other options than those that were given.
+        ArgumentError: no run there, a damaged one, or one with other options than those that were given.
     """
     path = out / training.CONFIG
-    try:
-        kept = json.loads(path.read_text())["kept"]
-    except FileNotFoundError:
+    if not (out / training.CHECKPOINT).exists() and not path.exists():
         needed = f"the folder of a run, with its {training.CONFIG}"
-        raise ArgumentError("out", f"no run at {out}", needed, "Start it without --resume.") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        needed = f"a {training.CONFIG} of pcfast train"
-        raise ArgumentError(
-            "out", f"{path}, which is none", needed, "Start anew in another folder."
-        ) from error
+        raise ArgumentError("out", f"no run at {out}", needed, "Start it without --resume.")
+    config = read_run(out / training.CHECKPOINT)["config"]
+    _check_config(path, config)
+    kept = config["kept"]
+    digest = kept.pop(_MODEL_DIGEST, None)
+    _check_kept(out, context, kept)
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     now = {**options, **_kept(options)}
     now["widths"] = None if now["widths"] is None else list(now["widths"])
@@ -198,9 +205,71 @@ def _options_of_run(out: Path, context: click.Context, options: dict) -> dict:
     if others:
         needed = "the options of that run, or none"
         raise ArgumentError("resume", f"a run in {out} with {'; '.join(others)}", needed)
+    if kept.get("model") is not None and "model" not in given and digest_of(kept["model"]) != digest:
+        file = kept["model"].rpartition(":")[0]
+        given_words = f"a run in {out} whose model file {file} is missing or has changed since"
+        remedy = f"Or say that it is right: --model {kept['model']}"
+        raise ArgumentError("resume", given_words, "the file that it began with", remedy)
     return {
         name: value if name in given or name not in kept else kept[name] for name, value in options.items()
     }
+
+
+_MODEL_DIGEST = "model_sha256"
+#: What a run may be resumed with anew: config.json of a run that was killed may be older there.
+_ANEW = ("epochs", "backend", "device", "data_dir", _MODEL_DIGEST)
+_MOST_BYTES = 16 << 20  # of config.json: a thousand times a large one
+
+
+def _check_config(path: Path, config: dict) -> None:
+    """Raise ArgumentError where the file config.json is there and is not that of the checkpoint's ``config``."""
+
+    def described(whole) -> tuple:
+        kept = whole["kept"]
+        anew = {name: type(kept.get(name)) for name in _ANEW if kept.get(name) is not None}
+        known = {name: type(value) for name, value in config["kept"].items()}
+        for name, kind in anew.items():
+            if known.get(name) not in (kind, type(None)):
+                raise TypeError(f"{name} of another type")
+        if not isinstance(whole.get("epochs"), int):
+            raise TypeError("epochs of another type")
+        return whole["settings"], {name: value for name, value in kept.items() if name not in _ANEW}
+
+    if not path.exists() and not path.is_symlink():
+        return
+    needed, remedy = (
+        f"the {training.CONFIG} of that run",
+        "Remove it: it is written anew from the checkpoint.",
+    )
+    try:
+        if not path.is_file():
+            raise OSError("no regular file")
+        with open(path, "rb") as file:
+            content = file.read(_MOST_BYTES)
+        there = described(json.loads(content))
+    # RecursionError: nested without end; the others: no text, no JSON, or of another form
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArgumentError("out", f"{path}, which is none", needed, remedy) from error
+    if there != described(config):
+        raise ArgumentError("out", f"{path}, which is not the checkpoint's", needed, remedy)
+
+
+def _check_kept(out: Path, context: click.Context, kept: dict) -> None:
+    """Raise ArgumentError unless every option that a run kept has a value that the command line would take."""
+    for parameter in context.command.params:
+        value = kept.get(parameter.name)
+        try:
+            if value is not None:
+                text = ",".join(map(str, value)) if isinstance(value, list) else value
+                parameter.type_cast_value(context, text)
+        except Exception as error:  # click's, or of a value of another type
+            given = f"a run in {out} whose {_option(parameter.name)} is none"
+            raise ArgumentError("out", given, "a run of train", "Start anew in another folder.") from error
+    if kept.get("recipe") is None and kept.get("data") is None:
+        needed = "a run of pcfast train"
+        raise ArgumentError(
+            "out", f"a run in {out} that another program began", needed, "Resume it from there."
+        )
 
 
 def _option(name: str) -> str:

@@ -18,6 +18,7 @@ from ..streamed.tuning import tune as tune_model
 from .building import device_of, network_and_sample_of
 from .defaults import DEFAULTS, STEP_SIZE
 from .options import (
+    Count,
     device_option,
     json_option,
     network_options,
@@ -45,7 +46,7 @@ _BATCH_SIZE = 64  # for --model without --data
 @click.option(
     "--batch-size",
     metavar="N",
-    type=click.IntRange(min=1),
+    type=Count(),
     help="Samples an update, as in the training to come.  [default: the data set's; 64 for --model]",
 )
 @seed_option

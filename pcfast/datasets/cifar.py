@@ -1,6 +1,9 @@
-"""CIFAR-10 and CIFAR-100 as their python versions: pickled batches, in a folder or in the archive as downloaded.
+"""CIFAR-10 and CIFAR-100 as their binary versions, in a folder or in the archive as downloaded.
 
-Described at https://www.cs.toronto.edu/~kriz/cifar.html.
+Layout of a batch: one record a sample, of the label (CIFAR-100: the coarse one, then the fine one), a byte each, and
+3 x 32 x 32 bytes of pixels, channel planes of rows. Described at https://www.cs.toronto.edu/~kriz/cifar.html.
+
+The python versions hold the same as pickles, which are programs: they are not opened.
 """
 
 from __future__ import annotations
@@ -9,26 +12,29 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 
 from .data import Part
-from .pickles import AsksForCode, PickledArray, load_plain
 from .reading import CHUNK, Unusable, damaged, find_file, one_line, opened, read_at_most, shown
 
 HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
+COARSE_CLASSES = 20  # of CIFAR-100; its label is the fine one
+_MOST_AT_ONCE = 16 << 20  # bytes of an archive's headers: a name or an attribute has a few
 
 
 @dataclass(frozen=True)
-class PythonVersion:
+class BinaryVersion:
     """How one of the two data sets lies on the disk.
 
     Attributes:
         title: its name in messages.
         subfolder, archive: the folder that the archive unpacks to, and the archive.
-        train, test: names of the batches, each one pickle, in the order of their samples.
-        labels: the entry of a batch that holds its class indices.
+        train, test: names of the batches in the order of their samples.
+        label_bytes: labels of a record; the last one counts.
         max_bytes: of a batch, unpacked: several times a real one, so that no file fills the memory.
+        pickled: names by which the python version is known.
     """
 
     title: str
@@ -36,8 +42,9 @@ class PythonVersion:
     archive: str
     train: tuple[str, ...]
     test: tuple[str, ...]
-    labels: str
+    label_bytes: int
     max_bytes: int
+    pickled: tuple[str, ...]
 
     @property
     def batches(self) -> tuple[str, ...]:
@@ -45,27 +52,29 @@ class PythonVersion:
 
 
 #: By the name that ``load`` takes.
-PYTHON_VERSIONS = {
-    "cifar10": PythonVersion(
-        "CIFAR-10", "cifar-10-batches-py", "cifar-10-python.tar.gz",
-        tuple(f"data_batch_{number}" for number in range(1, 6)), ("test_batch",), "labels", 256 << 20,
+BINARY_VERSIONS = {
+    "cifar10": BinaryVersion(
+        "CIFAR-10", "cifar-10-batches-bin", "cifar-10-binary.tar.gz",
+        tuple(f"data_batch_{number}.bin" for number in range(1, 6)), ("test_batch.bin",), 1, 256 << 20,
+        ("data_batch_1", "cifar-10-batches-py", "cifar-10-python.tar.gz"),
     ),
-    "cifar100": PythonVersion(  # its training part is one batch of 154 MB; the 20 coarse labels are not read
-        "CIFAR-100", "cifar-100-python", "cifar-100-python.tar.gz", ("train",), ("test",), "fine_labels", 512 << 20
+    "cifar100": BinaryVersion(  # its training part is one batch of 154 MB
+        "CIFAR-100", "cifar-100-binary", "cifar-100-binary.tar.gz", ("train.bin",), ("test.bin",), 2, 512 << 20,
+        ("train", "cifar-100-python", "cifar-100-python.tar.gz"),
     ),
 }  # fmt: skip
 
 
-def read_cifar_folder(folder: Path, version: PythonVersion, pixels: int, classes: int) -> tuple[Part, Part]:
+def read_cifar_folder(folder: Path, version: BinaryVersion, pixels: int, classes: int) -> tuple[Part, Part]:
     """Training and test part: images (N, pixels), N >= 1 a batch; training batches in the order of their names.
 
     The batches are looked for in ``folder``, then in its subfolder ``version.subfolder``, then in the archive
     ``version.archive`` in ``folder``, which is read where it lies.
 
     Raises:
-        Unusable: a file is missing or unfit, or names anything but containers and arrays.
+        Unusable: a file is missing or unfit.
     """
-    parts = {  # one at a time: a batch's pickle is dropped when it is read
+    parts = {
         name: _part(content, where, version, pixels, classes)
         for name, where, content in _batches(folder, version)
     }
@@ -78,7 +87,7 @@ def read_cifar_folder(folder: Path, version: PythonVersion, pixels: int, classes
     return joined(version.train), joined(version.test)
 
 
-def _batches(folder: Path, version: PythonVersion) -> Iterator[tuple[str, str, bytearray]]:
+def _batches(folder: Path, version: BinaryVersion) -> Iterator[tuple[str, str, bytearray]]:
     """(name, where it lies in words, content) of all batches, in any order."""
     incomplete = None
     for place in (folder, folder / version.subfolder):
@@ -98,14 +107,22 @@ def _batches(folder: Path, version: PythonVersion) -> Iterator[tuple[str, str, b
     raise incomplete or Unusable(
         f"{shown(folder)} without {', '.join(version.batches)}",
         f"these files, each with or without .gz, there or in {version.subfolder}, or the archive {version.archive}",
+        _about_pickles(folder, version),
     )
 
 
-def _archived(path: Path, version: PythonVersion) -> Iterator[tuple[str, str, bytearray]]:
+def _about_pickles(folder: Path, version: BinaryVersion) -> str:
+    """What to do where the python version lies there; "" where it does not."""
+    if not any((folder / f"{name}{end}").exists() for name in version.pickled for end in ("", ".gz")):
+        return ""
+    return f"The python version is pickled and is not opened: take the binary version from {HOME}."
+
+
+def _archived(path: Path, version: BinaryVersion) -> Iterator[tuple[str, str, bytearray]]:
     """As ``_batches``, from the archive; nothing is written to the disk."""
     seen = set()
     try:
-        with opened(path) as (file, _), tarfile.open(fileobj=file, mode="r:") as archive:
+        with opened(path) as (file, _), tarfile.open(fileobj=_Bounded(file), mode="r:") as archive:
             for member in archive:
                 *folders, name = PurePosixPath(member.name).parts or ("",)
                 if name in version.batches and folders in ([], [version.subfolder]) and member.isreg():
@@ -121,7 +138,7 @@ def _archived(path: Path, version: PythonVersion) -> Iterator[tuple[str, str, by
         raise _incomplete(path, seen, version)
 
 
-def _incomplete(place: Path, names: set[str], version: PythonVersion) -> Unusable:
+def _incomplete(place: Path, names: set[str], version: BinaryVersion) -> Unusable:
     missing = ", ".join(name for name in version.batches if name not in names)
     return Unusable(
         f"{shown(place)} without {missing}",
@@ -130,7 +147,7 @@ def _incomplete(place: Path, names: set[str], version: PythonVersion) -> Unusabl
     )
 
 
-def _checked_length(content: bytearray, where: str, version: PythonVersion) -> bytearray:
+def _checked_length(content: bytearray, where: str, version: BinaryVersion) -> bytearray:
     if len(content) > version.max_bytes:
         raise Unusable(
             f"{where}, which has more than {version.max_bytes} bytes", f"a batch of {version.title}"
@@ -138,57 +155,36 @@ def _checked_length(content: bytearray, where: str, version: PythonVersion) -> b
     return content
 
 
-def _part(content: bytearray, where: str, version: PythonVersion, pixels: int, classes: int) -> Part:
+class _Bounded:
+    """A file of which tarfile reads only as much at once as headers of real archives need."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > _MOST_AT_ONCE:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+
+def _part(content: bytearray, where: str, version: BinaryVersion, pixels: int, classes: int) -> Part:
     """The images and labels of one batch, checked."""
-    try:
-        batch = load_plain(content)
-    except AsksForCode as error:
+    record = version.label_bytes + pixels
+    if not content or len(content) % record:
         raise Unusable(
-            f"{where}, which asks for code ({str(error)!r}) and was not loaded",
-            "a batch of numbers, strings, lists and arrays",
-            f"Take it from {HOME}.",
-        ) from error
-    except Exception as error:  # a damaged pickle may raise anything
-        raise damaged(where, one_line(error)) from error
-    if not isinstance(batch, dict):
-        raise Unusable(
-            f"{where} with a {type(batch).__name__}", f"a dict with the entries data and {version.labels}"
+            f"{where} with {len(content)} bytes",
+            f"records of {record} bytes, a batch of {version.title}",
+            "It is cut short, damaged or of another data set; download or copy it again.",
         )
-    images, labels = (_entry(batch, name, where, version) for name in ("data", version.labels))
-
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (pixels,):
-        raise Unusable(f"{where} with data of {_described(images)}", f"an array (N, {pixels}) of uint8")
-    if isinstance(labels, np.ndarray) and labels.ndim == 1:
-        labels = labels.tolist()
-    if not isinstance(labels, list):
-        raise Unusable(f"{where} with {version.labels} of {_described(labels)}", "a list of integers")
-    if len(labels) != len(images) or not labels:
-        raise Unusable(
-            f"{where} with {len(images)} images and {len(labels)} labels", "as many labels as images, >= 1"
-        )
-    for row, label in enumerate(labels):
-        if type(label) is not int or not 0 <= label < classes:
+    records = np.frombuffer(content, np.uint8).reshape(-1, record)
+    limits = (COARSE_CLASSES, classes)[-version.label_bytes :]
+    for column, limit in enumerate(limits):
+        (outside,) = np.nonzero(records[:, column] >= limit)
+        if len(outside):
+            row = outside[0]
             raise Unusable(
-                f"{where} with no valid label for sample {row}",
-                f"integers from 0 to {classes - 1}",
+                f"{where} with the label {records[row, column]} (sample {row})",
+                f"labels 0 to {limit - 1} in a batch of {version.title}",
             )
-    return Part(images, np.array(labels, np.int64))
-
-
-def _entry(batch: dict, name: str, where: str, version: PythonVersion):
-    """The entry ``name``, which Python 2 wrote as bytes and Python 3 as str; arrays as such."""
-    for key in (name.encode(), name):
-        if key in batch:
-            value = batch[key]
-            return value.array if isinstance(value, PickledArray) else value
-    names = [key.decode(errors="replace") if isinstance(key, bytes) else key for key in batch]
-    present = ", ".join(repr(key[:30]) for key in names[:8] if isinstance(key, str))
-    raise Unusable(
-        f"{where} without the entry {name!r}, with {present or 'none'}", f"a batch of {version.title}"
-    )
-
-
-def _described(value) -> str:
-    if isinstance(value, np.ndarray):
-        return f"shape {value.shape} and dtype {value.dtype}"
-    return f"type {type(value).__name__}"
+    return Part(records[:, version.label_bytes :], records[:, version.label_bytes - 1])

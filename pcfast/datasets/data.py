@@ -54,7 +54,7 @@ def data_of_bytes(train: Part, test: Part, image_shape: tuple[int, int, int], sh
     """
 
     def inputs(images: np.ndarray) -> Tensor:
-        images = np.ascontiguousarray(images)  # pickles keep Fortran order
+        images = np.ascontiguousarray(images)  # those of CIFAR are cut out of its records
         x = torch.from_numpy(images).reshape(len(images), *image_shape)
         return (x if shape == "image" else x.flatten(1)).to(torch.float32).div_(255)
 

@@ -20,6 +20,9 @@ from .reading import Unusable, checked_path, find_file, naming, opened, read_at_
 UNSIGNED_BYTE = 0x08
 MAX_RANK = 32  # of an array in NumPy before 2.0
 PARTS = ("train", "t10k")
+MAX_BYTES = (
+    1 << 30
+)  # of a file of a data set, unpacked: twenty times a real one, so that no header fills the memory
 
 
 def read_idx(path: str | os.PathLike) -> np.ndarray:
@@ -89,7 +92,10 @@ def _read(path: Path, sample: tuple[int, ...] | None = None) -> np.ndarray:
         header, elements = 4 + 4 * len(sizes), math.prod(sizes)
         if size is not None and size != header + elements:  # before anything is allocated
             raise _wrong_length(path, size, header + elements)
-        content = read_at_most(file, elements + 1)
+        limit = elements if sample is None else min(elements, MAX_BYTES)
+        content = read_at_most(file, limit + 1)
+    if len(content) > limit < elements:
+        raise Unusable(f"{shown(path)} with an array {sizes}", f"at most {MAX_BYTES} elements")
     if len(content) != elements:
         raise _wrong_length(path, header + len(content), header + elements)
     try:

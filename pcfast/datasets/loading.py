@@ -6,7 +6,7 @@ import os
 
 from ..errors import ArgumentError
 from . import openml
-from .cifar import HOME, PYTHON_VERSIONS, read_cifar_folder
+from .cifar import BINARY_VERSIONS, HOME, read_cifar_folder
 from .data import Data, Part, Shape, check_shape, data_of_bytes
 from .idx import read_idx_folder
 from .optical_digits import digits
@@ -53,7 +53,7 @@ def load(
             "folder",
             f"none for {name}, which is not fetched",
             f"the folder that holds {source.files}",
-            f"Download the python version from {HOME}.",
+            f"Download the binary version from {HOME}.",
         )
     parts = openml.fetch(source) if folder is None else _from_folder(name, source, folder)
     return data_of_bytes(*parts, source.image_shape, shape)
@@ -63,6 +63,6 @@ def _from_folder(name: str, source: Source, folder: str | os.PathLike) -> tuple[
     folder = checked_path("folder", folder)
     with naming("folder"):
         check_folder(folder)
-        if name in PYTHON_VERSIONS:
-            return read_cifar_folder(folder, PYTHON_VERSIONS[name], source.pixels, source.classes)
+        if name in BINARY_VERSIONS:
+            return read_cifar_folder(folder, BINARY_VERSIONS[name], source.pixels, source.classes)
         return read_idx_folder(folder, source.image_shape[1:], source.classes)

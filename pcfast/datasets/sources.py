@@ -45,8 +45,11 @@ _IDX = (
     "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, "
     "each with or without .gz"
 )
-_BATCHES = "data_batch_1 to data_batch_5 and test_batch, each with or without .gz, or cifar-10-python.tar.gz"
-_BATCHES_100 = "train and test, each with or without .gz, or cifar-100-python.tar.gz"
+_BATCHES = (
+    "data_batch_1.bin to data_batch_5.bin and test_batch.bin, each with or without .gz, or "
+    "cifar-10-binary.tar.gz"
+)
+_BATCHES_100 = "train.bin and test.bin, each with or without .gz, or cifar-100-binary.tar.gz"
 
 #: By the name that ``load`` takes.
 SOURCES: dict[str, Source] = {
