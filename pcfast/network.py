@@ -282,9 +282,10 @@ def _affine_shape(m: nn.Module, rank: int) -> tuple[int, ...] | None:
 
     None where weight and bias are no plain affine map's.
     """
-    held = m._parameters  # a look-up of an attribute of a module takes longer than all the rest
-    weight = held["weight"] if "weight" in held else m.weight  # noqa: SIM401: get would look m.weight up, too
-    bias = held["bias"] if "bias" in held else m.bias  # noqa: SIM401
+    # a look-up of an attribute of a module takes longer than all the rest
+    weight, bias = m._parameters.get("weight"), m._parameters.get("bias")
+    weight = m.weight if weight is None else weight
+    bias = m.bias if bias is None else bias
     shape = weight.shape
     if len(shape) != rank or (bias is not None and bias.shape != shape[:1]):
         return None
