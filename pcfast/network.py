@@ -283,7 +283,7 @@ def _affine_shape(m: nn.Module, rank: int) -> tuple[int, ...] | None:
     None where weight and bias are no plain affine map's.
     """
     held = m._parameters  # a look-up of an attribute of a module takes longer than all the rest
-    weight = held["weight"] if "weight" in held else m.weight  # noqa: SIM401: get would look m.weight up, too
+    weight = held["weight"] if "weight" in held else m.weight  # noqa: SIM401
     bias = held["bias"] if "bias" in held else m.bias  # noqa: SIM401
     shape = weight.shape
     if len(shape) != rank or (bias is not None and bias.shape != shape[:1]):
