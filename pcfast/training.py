@@ -19,6 +19,7 @@ import functools
 import inspect
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -666,10 +667,14 @@ def _sums(loss: LossLike) -> bool:
     return getattr(loss, "reduction", "mean") == "sum"
 
 
+# Trainings in threads come one after another: torch's random state is one for all of a process's threads.
+_SEEDED = threading.RLock()
+
+
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device):
-    """Torch's random state on the CPU and ``device`` seeded, and restored afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    """Torch's random state on the CPU and ``device`` seeded, and restored afterwards; for one thread at a time."""
+    with _SEEDED, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             with torch.cuda.device(device):

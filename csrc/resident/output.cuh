@@ -60,7 +60,8 @@ __device__ void fill_targets(const Moment<Real>& now, int thread, int threads, c
   if (labels) {
     Real* scratch = now.memory + program.layers[1].predict.scratch;  // its beginning
     const Real weight = batch_weight(now, scratch, thread, threads, warp);
-    if (run.mean) scale = Real(run.share) / weight;
+    // where all labels are ignored nothing weighs anything, and nothing is to be learned
+    if (run.mean) scale = weight > 0 ? Real(run.share) / weight : Real(0);
   } else if (run.mean) {
     scale = Real(run.share) / Real(run.batch);
   }
