@@ -447,7 +447,8 @@ MODELS = {  # what stands before `make`, what it returns, and the exit status
         "nn.Sequential(nn.Linear(8, 10, dtype=torch.complex64), Square()))", 0,
     ),
     "complex outputs": (
-        "import torch\n", "nn.Sequential(nn.Linear(64, 8, dtype=torch.complex64), nn.Linear(8, 10, dtype=torch.complex64))", "are complex"
+        "import torch\n",
+        "nn.Sequential(nn.Linear(64, 8, dtype=torch.cfloat), nn.Linear(8, 10, dtype=torch.cfloat))", "are complex",
     ),
     "parametrised": (
         "from torch.nn.utils.parametrizations import spectral_norm\n",
@@ -460,7 +461,7 @@ MODELS = {  # what stands before `make`, what it returns, and the exit status
         "nn.Sequential(Own(), nn.Linear(8, 10))", "nn.Flatten()",
     ),
     "another process": (
-        "import os, sys\nsys.path[:] = list(sys.path[1:])\nos.chdir('/')\nsys.stdout = open(os.devnull, 'w')\n",
+        "import io, os, sys\nsys.path[:] = list(sys.path[1:])\nos.chdir('/')\nsys.stdout = io.StringIO()\n",
         "nn.Sequential(nn.Linear(64, 10), nn.Identity(), nn.Linear(10, 10))", 0,
     ),
     "no words": (
