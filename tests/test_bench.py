@@ -943,8 +943,8 @@ def test_a_record_that_cannot_be_written_is_found_first_or_printed(
     def full(path, record):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("pcfast.cli.bench.write_json", full)
-    monkeypatch.setattr("pcfast.cli.building.write_json", full)
+    monkeypatch.setattr(sys.modules["pcfast.cli.bench"], "write_json", full)
+    monkeypatch.setattr(sys.modules["pcfast.cli.building"], "write_json", full)
     assert main(["bench", "--json", str(tmp_path / "r.json"), *ONE_QUICK]) == 2
     output = capsys.readouterr()
     assert "timed" in output.out and output.err.splitlines()[-1].endswith("r.json'")
