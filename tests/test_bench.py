@@ -926,3 +926,25 @@ def test_the_relaxation_descends_in_every_strict_workload_that_is_small():
         total = energies.sum(1)
         assert math.isfinite(float(total[-1])) and float(total[-1]) < float(total[0])
         assert F.cross_entropy(model(x), y).item() == pytest.approx(float(total[0]), rel=1e-4)
+
+
+ONE_QUICK = ("tiny_exact", "--contender", "eager", "--quick", "--device", "cpu")
+
+
+def test_a_record_that_cannot_be_written_is_found_first_or_printed(
+    small_workloads, tmp_path, capsys, monkeypatch
+):
+    assert main(["bench", "--json", "/proc/pcfast.json", *ONE_QUICK]) == 2
+    assert "--json: got /proc/pcfast.json" in capsys.readouterr().err
+    for minutes in ("nan", "inf", "-1"):
+        assert main(["bench", "--minutes", minutes, *ONE_QUICK]) == 2
+        assert "--minutes" in capsys.readouterr().err
+
+    def full(path, record):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(sys.modules["pcfast.cli.bench"], "write_json", full)
+    monkeypatch.setattr(sys.modules["pcfast.cli.building"], "write_json", full)
+    assert main(["bench", "--json", str(tmp_path / "r.json"), *ONE_QUICK]) == 2
+    output = capsys.readouterr()
+    assert "timed" in output.out and output.err.splitlines()[-1].endswith("r.json'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -294,3 +295,205 @@ def test_a_fault_of_our_own_is_one_line_too(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PCFAST_TRACEBACK", "1")
     with pytest.raises(KeyError):
         run("--out", tmp_path / "run")
+
+
+def process(folder: Path, *arguments: object, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pcfast", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.run(command, cwd=folder, env=environment, timeout=60, **options)
+
+
+MODEL = (
+    "from torch import nn\n"
+    "def make(): return nn.Sequential(nn.Sequential(nn.Linear(64, 8), nn.Tanh()), nn.Linear(8, 10))\n"
+)
+RUNS = "import pathlib\npathlib.Path(__file__).with_name('RAN').touch()\n"
+
+
+def refused(capsys, out: Path, *words: str) -> None:
+    assert run("--out", out, "--resume", "--epochs", 2) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and all(word in error for word in words), error
+
+
+def test_no_code_of_a_run_folder_runs_unless_the_checkpoint_knows_it(tmp_path, capsys):
+    """A model file inside the folder, changed, swapped in config.json, or beside a damaged checkpoint."""
+    out = tmp_path / "run"
+    out.mkdir()
+    file, other = out / "net.py", out / "other.py"
+    file.write_text(MODEL)
+    assert run("--out", out, "--epochs", 1, "--num-steps", 2, "--model", f"{file}:make") == 0
+    other.write_text(RUNS + MODEL)
+    config, checkpoint = (out / "config.json").read_text(), (out / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+
+    (out / "config.json").write_text(config.replace("net.py", "other.py"))
+    refused(capsys, out, "config.json", "not the checkpoint's", "Remove it")
+    (out / "config.json").write_text(config)
+    file.write_text(RUNS + MODEL)
+    refused(capsys, out, "net.py", "has changed", f"--model {file}:make")
+    (out / "checkpoint.pt").write_bytes(checkpoint[: len(checkpoint) // 2])
+    assert run("--out", out, "--resume", "--epochs", 2, "--model", f"{file}:make") == 2
+    assert "checkpoint.pt" in capsys.readouterr().err
+    assert not (out / "RAN").exists()
+    (out / "checkpoint.pt").write_bytes(checkpoint)  # named on the command line it may run
+    assert run("--out", out, "--resume", "--epochs", 2, "--model", f"{file}:make") == 0
+    assert (out / "RAN").exists()
+    assert run("--out", out, "--resume", "--epochs", 3) == 0  # the file that it was resumed with
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: None, lambda c: [], lambda c: "[" * 10**5, lambda c: "\0", lambda c: {**c, "settings": None},
+    lambda c: {**c, "kept": [1]}, lambda c: {**c, "kept": {**c["kept"], "lr": "x"}}, lambda c: {"kept": c["kept"]},
+    lambda c: {**c, "kept": {**c["kept"], "epochs": "many"}}, lambda c: {**c, "epochs": "many"},
+    lambda c: {**c, "kept": {**c["kept"], "widths": [17]}},
+])  # fmt: skip
+def test_a_config_that_is_not_the_runs_is_named(change, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("--out", out, "--epochs", 1, *QUICK) == 0
+    changed = change(config_of(out))
+    (out / "config.json").write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    capsys.readouterr()
+    refused(capsys, out, "--out", "config.json", "Remove it")
+    (out / "config.json").unlink()
+    assert run("--out", out, "--resume") == 0 and config_of(out)["kept"]["widths"] == [16]
+
+
+def test_special_files_in_a_run_folder_are_not_waited_for(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run("--out", out, "--epochs", 1, *QUICK) == 0
+    capsys.readouterr()
+    for name in ("config.json", "log.csv", "checkpoint.pt"):
+        (out / name).unlink()
+        os.mkfifo(out / name)
+        refused(capsys, out, name)
+        (out / name).unlink()
+        (out / name).mkdir()
+        refused(capsys, out, name)
+        (out / name).rmdir()
+
+
+def test_output_without_a_reader_costs_no_epoch(tmp_path):
+    """status 141 for a pipe, 2 with one line for what is full; a closed one is nobody's."""
+    quick = ("train", "--epochs", 2, *QUICK, "--out")
+    end, start = os.pipe()
+    os.close(end)
+    done = process(tmp_path, *quick, "pipe", stdout=start)
+    os.close(start)
+    assert done.returncode == 141 and len(done.stderr.splitlines()) == 1
+    with open("/dev/full", "w") as full:
+        done = process(tmp_path, *quick, "full", stdout=full)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
+            "error: standard output cannot be"
+        )
+        done = process(tmp_path, "info", stdout=full)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    for extra, status in ((("--json",), 2), ((), 0)):
+        line = f'"$0" -m pcfast {" ".join(map(str, quick))} closed {" ".join(extra)} >&-'
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+        done = subprocess.run(
+            ["sh", "-c", line, sys.executable], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert [checkpoint_of(tmp_path / name)["epoch"] for name in ("pipe", "full", "closed")] == [2] * 3
+
+
+def test_signals_of_the_command(tmp_path):
+    """The first one is answered while a long batch lasts, the second one ends it; before it no traceback."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONUNBUFFERED": "1"}
+    for first, second in ((signal.SIGINT, signal.SIGTERM), (signal.SIGHUP, signal.SIGINT)):
+        command = [sys.executable, "-m", "pcfast", "train", "--num-steps", "1000000", "--out", f"run{first}"]
+        child = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        while not (tmp_path / f"run{first}").exists():
+            assert child.poll() is None
+            time.sleep(0.05)
+        time.sleep(1)
+        child.send_signal(first)
+        assert b"once more stops at once" in child.stdout.readline()
+        child.send_signal(second)
+        said, _ = child.communicate(timeout=30)
+        assert child.returncode == 130 and b"Traceback" not in said
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("--epochs", 10**9), ("--num-steps", 10**9), ("--batch-size", 2**31), ("--seed", 2**32),
+    ("--widths", f"{2**31 - 1},{2**31 - 1}"), ("--widths", 10**20), ("--lr", "nan"), ("--epochs", "9" * 5000),
+])  # fmt: skip
+def test_numbers_too_large_are_refused_at_once(option, value, tmp_path, capsys):
+    assert run("--out", tmp_path / "run", option, value) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and option in error and not (tmp_path / "run").exists()
+
+
+def test_a_lack_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory\nframe #0"
+        )
+
+    monkeypatch.setattr(training, "train", fails)
+    assert run("--out", tmp_path / "run", *QUICK) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "not enough memory" in error and "frame" not in error
+
+
+MODELS = {  # what stands before `make`, what it returns, and the exit status
+    "complex with real outputs": (
+        "import torch\nclass Square(nn.Module):\n    def forward(self, z): return (z * z.conj()).real\n",
+        "nn.Sequential(nn.Sequential(nn.Linear(64, 8, dtype=torch.complex64)), "
+        "nn.Sequential(nn.Linear(8, 10, dtype=torch.complex64), Square()))", 0,
+    ),
+    "complex outputs": (
+        "import torch\n",
+        "nn.Sequential(nn.Linear(64, 8, dtype=torch.cfloat), nn.Linear(8, 10, dtype=torch.cfloat))", "are complex",
+    ),
+    "parametrised": (
+        "from torch.nn.utils.parametrizations import spectral_norm\n",
+        "nn.Sequential(nn.Sequential(nn.Dropout(0.1), spectral_norm(nn.Linear(64, 8))), nn.Linear(8, 10))", 0,
+    ),
+    "flat by itself": (
+        "class Own(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.inner = nn.Linear(64, 8)\n"
+        "    def forward(self, x): return self.inner(x)\n",
+        "nn.Sequential(Own(), nn.Linear(8, 10))", "nn.Flatten()",
+    ),
+    "another process": (
+        "import io, os, sys\nsys.path[:] = list(sys.path[1:])\nos.chdir('/')\nsys.stdout = io.StringIO()\n",
+        "nn.Sequential(nn.Linear(64, 10), nn.Identity(), nn.Linear(10, 10))", 0,
+    ),
+    "no words": (
+        "class Silent(BaseException):\n    def __str__(self): raise ValueError\ndef stop(): raise Silent\n", "stop()",
+        "which raised Silent: no words",
+    ),
+    "ends in forward": (
+        "class Ends(nn.Tanh):\n    def forward(self, x): raise SystemExit(0)\n",
+        "nn.Sequential(nn.Sequential(nn.Linear(64, 8), Ends()), nn.Linear(8, 10))", "SystemExit: 0",
+    ),
+    "ends in training": (
+        "class Ends(nn.Tanh):\n"
+        "    def forward(self, x):\n        if self.training: raise SystemExit(0)\n        return x\n",
+        "nn.Sequential(nn.Sequential(nn.Linear(64, 8), Ends()), nn.Linear(8, 10))", "ended the program",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_whatever_a_model_file_does(kind, tmp_path, capsys, monkeypatch):
+    before, made, expected = MODELS[kind]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("net.py").write_text(f"from torch import nn\n{before}def make(): return {made}\n")
+    status = run(
+        "--model", "net.py:make", "--epochs", 1, "--num-steps", 2, "--batch-size", 300, "--out", "run"
+    )
+    error = capsys.readouterr().err
+    if expected == 0:
+        assert status == 0, error
+        assert (tmp_path / "run" / "checkpoint.pt").is_file()
+    else:
+        assert status == 2 and len(error.splitlines()) == 1 and expected in error
+    if kind == "complex with real outputs":
+        assert all(value.is_complex() for value in checkpoint_of(tmp_path / "run")["model"].values())
