@@ -321,7 +321,7 @@ def test_a_curve_that_diverges_ends_with_its_reason(tmp_path):
     assert len(result.curve("backpropagation")) == 4 and seen == [(1, 9), (2, 9), (3, 9)]
     comparison_plots.training_figure(result, tmp_path / "t.png")
 
-    wild = functools.partial(torch.optim.SGD, lr=1e300)
+    wild = functools.partial(torch.optim.SGD, lr=1e308)  # two steps overflow
     result = compare_training(model, data, methods=["exact"], epochs=2, batch_size=20, optimizer=wild)
     assert set(result.ended) == {"backpropagation", "exact"}
     assert "not finite" in result.ended["backpropagation"]
