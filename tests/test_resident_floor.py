@@ -98,12 +98,15 @@ def test_bytes_counted_by_hand():
 
 
 def test_bytes_on_matrix_units_counted_by_hand():
-    """A tile has 16 rows: past the end the last one is read again, where it takes an instruction of its own."""
-    # d_1, and of one step the eight rows and the last one again
-    hidden_predict = 8 + 8 * (8 + 1)
-    hidden_feedback = hidden_predict
-    # 4 rows and the last one again; in the feedback 8 and again, over 4 outputs that are padded to a step of 8
-    output = (8 + 8 * (4 + 1)) + (8 + 8 * (8 + 1))
+    """A tile has 16 rows: past the end a prediction reads what follows, a feedback the last row again.
+
+    The last row counts where it takes an instruction of its own.
+    """
+    # d_1, and of one step all rows of the tile; delta_2, and of one step the eight rows and the last one again
+    hidden_predict = 8 + 8 * 16
+    hidden_feedback = 8 + 8 * (8 + 1)
+    # the feedback over 4 outputs that are padded to a step of 8
+    output = (8 + 8 * 16) + (8 + 8 * (8 + 1))
     least = floors(small_mlp("tf32"), KNOWN)
     assert least[2].bytes == 4 * (hidden_predict + hidden_feedback + HIDDEN_BESIDE)
     assert least[3].bytes == 4 * (output + OUTPUT_BESIDE)

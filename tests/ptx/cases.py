@@ -232,10 +232,9 @@ def _streamed() -> Iterator[Scenario]:
 def _resident() -> Iterator[Scenario]:
     kernels = ("resident",)
     for name, samples in zip(RESIDENT, itertools.cycle((1, 2, 3, 4, 8)), strict=False):
-        batch = 2 * samples + 1
-        problem = lambda name=name, batch=batch: drawn(RESIDENT, name, batch)  # noqa: E731
+        problem = lambda name=name: drawn(RESIDENT, name)  # noqa: E731
         if name == "one class":
-            problem = lambda batch=batch: (*drawn(RESIDENT, "one class", batch)[:2], torch.randn(batch, 1))  # noqa: E731
+            problem = lambda: (*drawn(RESIDENT, "one class")[:2], torch.randn(9, 1))  # noqa: E731
         loss = "mse_sum" if name == "one class" else ""
         yield Scenario(f"resident {name}", problem, kernels, samples=samples, loss=loss)
     for name in ("mlp", "conv"):
