@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "program.h"
@@ -45,59 +44,22 @@ class Extent {
   bool possible_ = true;
 };
 
-// Fields that have another form from one version of Program to the next; the first that fits is taken.
-template <class D>
-auto is_exact(const D& by, int) -> decltype(by.shift, true) {
-  if (!is_size(by.value)) return false;
-  int shift = 31;
-  while ((int64_t{1} << (shift - 31)) < by.value) ++shift;
-  return by.shift == shift && by.multiplier == ((uint64_t{1} << shift) + by.value - 1) / by.value;
-}
-template <class D>
-bool is_exact(const D& by, long) {
+inline bool is_exact(const Divisor& by) {
   return is_size(by.value) && by.multiplier == ((uint64_t{1} << 32) - 1) / by.value;
 }
-template <class L>
-auto size_of(const L& layer, int) -> decltype(int64_t(layer.size)) {
-  return layer.size;
-}
-template <class L>
-int64_t size_of(const L& layer, long) {
-  return is_exact(layer.by_size, 0) ? layer.by_size.value : -1;
-}
-template <class L>
-auto shares_out_work(const L& layer, int64_t groups, int) -> decltype(layer.items, true) {
-  return is_exact(layer.by_items, 0) && layer.by_items.value >= layer.size &&
+inline bool shares_out_work(const Layer& layer, int64_t groups) {
+  return is_exact(layer.by_items) && layer.by_items.value >= layer.size &&
          layer.items == layer.by_items.value * groups;
 }
-template <class L>
-bool shares_out_work(const L&, int64_t, long) {
-  return true;
+inline int64_t splits_of(const Product& product) {
+  return is_exact(product.by_splits) ? product.by_splits.value : -1;
 }
-template <class P>
-auto splits_of(const P& product, int) -> decltype(int64_t(product.by_splits.value)) {
-  return is_exact(product.by_splits, 0) ? product.by_splits.value : -1;
-}
-template <class P>
-int64_t splits_of(const P& product, long) {
-  return product.splits;
-}
-template <class P>
-auto lanes_of(const P& product, int) -> decltype(int64_t(product.lanes_log2)) {
+inline int64_t lanes_of(const Product& product) {
   return 0 <= product.lanes_log2 && product.lanes_log2 <= 5 ? int64_t{1} << product.lanes_log2 : -1;
 }
-template <class P>
-int64_t lanes_of(const P& product, long) {
-  return product.lanes;
-}
-template <class P>
-auto has_units(const P& product, int64_t groups, int64_t tiles, int) -> decltype(product.units, true) {
-  return is_exact(product.by_tiles, 0) && product.by_tiles.value == tiles &&
+inline bool has_units(const Product& product, int64_t groups, int64_t tiles) {
+  return is_exact(product.by_tiles) && product.by_tiles.value == tiles &&
          product.units == groups * tiles * product.by_splits.value;
-}
-template <class P>
-bool has_units(const P&, int64_t, int64_t, long) {
-  return true;
 }
 
 class Validation {
@@ -148,11 +110,11 @@ class Validation {
 
   bool layer_fits(int l) {
     const Layer& one = layer(l);
-    const int64_t size = size_of(one, 0);
-    if (!is_size(one.channels) || !is_size(size) || !is_exact(one.by_area, 0) || !is_exact(one.by_width, 0))
+    const int64_t size = one.size;
+    if (!is_size(one.channels) || !is_size(size) || !is_exact(one.by_area) || !is_exact(one.by_width))
       return false;
     if (size != int64_t{one.channels} * one.by_area.value || one.by_area.value % one.by_width.value) return false;
-    if (!shares_out_work(one, program_.samples / program_.group, 0)) return false;
+    if (!shares_out_work(one, program_.samples / program_.group)) return false;
     const int64_t width = one.by_width.value, height = one.by_area.value / width;
     const bool in_loop = program_.first_in_loop <= l && l < program_.depth;
     if (in_loop && !written(map(one.d, one.channels, height, width))) return false;
@@ -166,7 +128,7 @@ class Validation {
   static bool tail_fits(const Layer& one, int64_t height, int64_t width) {
     for (const int64_t size : {int64_t{one.height}, int64_t{one.width}, int64_t{one.window_y}, int64_t{one.window_x}})
       if (!is_size(size)) return false;
-    if (!is_exact(one.by_window_x, 0) || one.by_window_x.value != one.window_x || !is_size(inner(one))) return false;
+    if (!is_exact(one.by_window_x) || one.by_window_x.value != one.window_x || !is_size(inner(one))) return false;
     if (one.pool == NO_POOL)
       return one.window_y == 1 && one.window_x == 1 && one.height == height && one.width == width;
     if (one.pool != MAX_POOL && one.pool != AVG_POOL) return false;
@@ -185,7 +147,7 @@ class Validation {
     if (one.weight_inputs < 0 || (one.weight_inputs > 0 && !weights_fit(one))) return false;
     if (!product_fits(one, one.predict, false, inner(one))) return false;
     if (one.gram) return one.feedback.kind == NO_PRODUCT && one.feedback.term_count == 0;
-    return product_fits(one, one.feedback, true, size_of(layer(l - 1), 0));
+    return product_fits(one, one.feedback, true, layer(l - 1).size);
   }
 
   bool weights_fit(const Layer& one) {
@@ -201,7 +163,7 @@ class Validation {
 
   // `result`: numbers that it gives of a sample.
   bool product_fits(const Layer& one, const Product& product, bool feedback, int64_t result) {
-    const int64_t splits = splits_of(product, 0);
+    const int64_t splits = splits_of(product);
     for (const int64_t size : {int64_t{product.out}, int64_t{product.height}, int64_t{product.width}, splits})
       if (!is_size(size)) return false;
     if (int64_t{product.height} * product.width > kMostElements ||
@@ -221,7 +183,7 @@ class Validation {
 
   bool copy_fits(const Layer& one, const Product& product, int64_t splits) const {
     return one.operand == IEEE && splits == 1 && product.term_count == 0 &&
-           has_units(product, program_.samples, 1, 0) &&
+           has_units(product, program_.samples, 1) &&
            inside(map(product.input, product.out, product.height, product.width));
   }
 
@@ -241,12 +203,12 @@ class Validation {
     if (!inside(samples_of(product.input.first, product.input.samples).along(terms, 1))) return false;
 
     const bool on_matrix_units = one.operand != IEEE;
-    const int64_t lanes = feedback ? kLanes : lanes_of(product, 0);
+    const int64_t lanes = feedback ? kLanes : lanes_of(product);
     if (!on_matrix_units && (lanes < 1 || lanes > kLanes || (lanes & (lanes - 1)))) return false;
     if (on_matrix_units && (product.tiles < 1 || product.tiles > 4)) return false;
     const int64_t rows = on_matrix_units ? int64_t{product.tiles} * 16 : lanes * 4;
     const int64_t groups = on_matrix_units ? parts_of(program_.samples, 8) : program_.samples / program_.group;
-    if (!has_units(product, groups, parts_of(product.out, rows), 0)) return false;
+    if (!has_units(product, groups, parts_of(product.out, rows))) return false;
 
     if (one.operand == BF16) {
       const Extent first(2 * int64_t{product.weights});
@@ -262,7 +224,7 @@ class Validation {
   bool pixels_fit(const Layer& one, const Product& product, int64_t splits) {
     const int64_t area = int64_t{product.height} * product.width;
     const int64_t taps = int64_t{product.taps_y} * product.taps_x;
-    if (!is_exact(product.by_area, 0) || product.by_area.value != area || !is_exact(product.by_width, 0) ||
+    if (!is_exact(product.by_area) || product.by_area.value != area || !is_exact(product.by_width) ||
         product.by_width.value != product.width)
       return false;
     const bool forward = product.weight_row == 1;
@@ -288,7 +250,7 @@ class Validation {
         if (!inside(weights.along(tiles, rows).along(padded(rows, 4), 1))) return false;
       }
       return product.term_count == 0 && covers(product.channels, splits, product.split, 1) &&
-             has_units(product, parts_of(places, kLanes * 4), tiles, 0);
+             has_units(product, parts_of(places, kLanes * 4), tiles);
     }
     const int64_t depth = one.operand == TF32 ? 8 : 16;
     if (product.tiles != 1 && product.tiles != 2 && product.tiles != 4) return false;
@@ -298,7 +260,7 @@ class Validation {
     tables_.push_back(table);
     const int64_t groups = parts_of(places, (product.tiles < 4 ? 4 : 2) * 16);
     return inside(table) && covers(product.term_count, splits, product.split, depth) &&
-           has_units(product, groups, parts_of(product.out, int64_t{product.tiles} * 8), 0);
+           has_units(product, groups, parts_of(product.out, int64_t{product.tiles} * 8));
   }
 
   bool output_fits() {
