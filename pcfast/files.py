@@ -19,6 +19,9 @@ from typing import IO
 
 from .errors import ArgumentError, ArgumentTypeError
 
+# Of taking a folder's lock, which others that end may remove with the folder; a few tens of milliseconds in all.
+_TRIES = 1000
+
 
 def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], None]) -> None:
     """Replace ``path`` by what ``write(file)`` writes: readers find the old file or the whole new one.
@@ -236,13 +239,15 @@ def results_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 def _held(folder: Path, lock: Path) -> int:
     """The descriptor of ``lock``, made and locked; BlockingIOError where another process has it."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
+    for _ in range(_TRIES):
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(
                 lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
             )
-        except FileNotFoundError:  # a run that ended removed the empty folder just now
+        except (FileNotFoundError, FileExistsError) as error:
+            # Either a run that ended removed the empty folder or its parent just now, or it is so for good.
+            refused = error
             continue
         try:
             if not _lock(descriptor):
@@ -253,6 +258,8 @@ def _held(folder: Path, lock: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)  # whoever had it removed it before it was locked here: others make a new one
+        refused = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    raise refused
 
 
 def checked_folder(argument: str, path: str | os.PathLike) -> Path:

@@ -121,6 +121,28 @@ def test_a_folder_is_held_by_one_at_a_time(tmp_path):
     assert max(most) == 1 and len(entered) > 20
 
 
+def test_a_folder_removed_meanwhile_is_made_again(tmp_path, monkeypatch):
+    """Between two calls of mkdir another run ends: the parent is gone, or what mkdir found there is."""
+    real, errors = (
+        os.mkdir,
+        [FileNotFoundError(2, "gone"), FileNotFoundError(2, "gone"), FileExistsError(17, "was")],
+    )
+
+    def interrupted(path, mode=0o777):
+        if errors and str(path).endswith("b"):
+            raise errors.pop()
+        real(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", interrupted)
+    with results_folder(tmp_path / "a" / "b") as folder:
+        assert folder.is_dir() and not errors
+    assert not (tmp_path / "a").exists()
+    for path, reason in ((Path("/proc/none"), "No such file"), (tmp_path / "file" / "x", "Not a directory")):
+        (tmp_path / "file").touch()
+        with pytest.raises(ArgumentError, match=reason), results_folder(path):
+            pass
+
+
 def test_a_removed_lock_is_no_lock(tmp_path, monkeypatch):
     """Between opening and locking another run ends and removes the file: a lock on it would keep nobody out."""
     real, count = files._lock, []
