@@ -20,10 +20,11 @@ from torch.optim import Optimizer
 from .datasets import Data
 from .errors import ArgumentError
 from .history import History
+from .log import warn_once
 from .losses import LossLike
 
 FORMAT = 2
-#: Format 1, of pcfast 0.1.0 and before, had no checksum.
+#: Format 1 had no checksum, and R^2 was not measured. It is read as the current format.
 WITHOUT_CHECKSUM = 1
 PARTS = (
     "format", "config", "model", "optimizer", "scheduler", "epoch", "position", "loss_sum", "correct", "residual",
@@ -116,15 +117,13 @@ def _read(path: Path, argument: str) -> dict:
         raise ArgumentError(argument, given, "an undamaged checkpoint of train", REMEDY) from error
     if not isinstance(checkpoint, dict) or "format" not in checkpoint:
         raise ArgumentError(argument, f"{path}, which is no checkpoint of train", "one", REMEDY)
+    if _equal(checkpoint["format"], WITHOUT_CHECKSUM) and "checksum" not in checkpoint:
+        with unfit_where_refused(path, argument, "history"):
+            checkpoint = _in_current_format(checkpoint)
+        warn_once(f"{path} is of format 1, which has no checksum: damage to it cannot be seen.")
     if not _equal(checkpoint["format"], FORMAT):
-        given = f"{path} of another format"
         remedy = "Go on with the release that wrote it, or start anew in another folder."
-        if _equal(checkpoint["format"], WITHOUT_CHECKSUM):
-            given, remedy = (
-                f"{path} of format 1, which has no checksum",
-                f"An older pcfast wrote it. {remedy}",
-            )
-        raise ArgumentError(argument, given, f"format {FORMAT}", remedy)
+        raise ArgumentError(argument, f"{path} of another format", f"format {FORMAT} or 1", remedy)
     for part in PARTS:
         if part not in checkpoint:
             raise unfit(path, argument, f"no part {part!r}")
@@ -138,6 +137,19 @@ def _read(path: Path, argument: str) -> dict:
     if wrong:
         raise unfit(path, argument, f"a part {wrong!r} that cannot be")
     return checkpoint
+
+
+def _in_current_format(checkpoint: dict) -> dict:
+    """A checkpoint of format 1 as one of the current format: what was not measured is missing, or NaN."""
+    history = {"train_r2": [], "test_r2": [], **checkpoint["history"]}
+    residual = (
+        math.nan if checkpoint["position"] else 0.0
+    )  # of the samples of the running epoch that are done
+    parts = {
+        "residual": residual, **checkpoint, "format": FORMAT,
+        "history": {entry.name: history[entry.name] for entry in fields(History)},
+    }  # fmt: skip
+    return {**parts, "checksum": checksum(parts)}
 
 
 def _equal(value, expected: int | str) -> bool:
@@ -173,7 +185,7 @@ def _impossible(checkpoint: dict) -> str:
         "position": count(checkpoint["position"]),
         "loss_sum": type(checkpoint["loss_sum"]) is float and math.isfinite(checkpoint["loss_sum"]),
         "correct": count(checkpoint["correct"]) and checkpoint["correct"] <= checkpoint["position"],
-        "residual": number(checkpoint["residual"]),
+        "residual": number(checkpoint["residual"]) or repr(checkpoint["residual"]) == "nan",
         "seconds": number(checkpoint["seconds"]),
         "rng": isinstance(rng, dict) and state(rng.get("cpu")) and isinstance(rng.get("cuda"), list)
         and all(map(state, rng["cuda"])),

@@ -476,6 +476,9 @@ class Run:
         self.correct.fill_(checkpoint["correct"])
         self.residual.fill_(checkpoint["residual"])
         self.history = History(**checkpoint["history"])
+        if not self.of_classes and self.history.of_classes:  # of a format that did not measure it
+            unknown = [math.nan] * len(self.history)
+            self.history.train_r2, self.history.test_r2 = unknown, [*unknown]
 
 
 class IncrementalRun(Run):

@@ -295,6 +295,38 @@ def test_a_checkpoint_that_cannot_be_is_refused(tmp_path, after_step, damage, si
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def as_format_1(path: Path) -> None:
+    """Rewrite a checkpoint as releases before the checksum wrote it."""
+    checkpoint = torch.load(path, weights_only=True)
+    parts = (
+        "format", "config", "model", "optimizer", "scheduler", "epoch", "position", "loss_sum", "correct",
+        "seconds", "rng", "history",
+    )  # fmt: skip
+    columns = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
+    checkpoint = {name: checkpoint[name] for name in parts}
+    checkpoint["history"] = {name: checkpoint["history"][name] for name in columns}
+    torch.save({**checkpoint, "format": 1}, path)
+
+
+def test_a_checkpoint_without_a_checksum_resumes_bit_identically(tmp_path, uninterrupted, after_step, caplog):
+    out = tmp_path / "run"
+    after_step[BATCHES + 2] = send_interrupt
+    with pytest.raises(KeyboardInterrupt):
+        toy_run(out=out)
+    as_format_1(out / "checkpoint.pt")
+    after_step.clear()
+    toy_run(toy_model(seed=99), out=out, resume=True)
+    assert_same_run(out, uninterrupted)
+    assert "format 1, which has no checksum" in caplog.text
+    checkpoint = checkpoint_of(out)
+    assert checkpoint["format"] == 2 and checkpoint.pop("checksum") == checksum(checkpoint)
+    as_format_1(out / "checkpoint.pt")
+    damaged = {**checkpoint_of(out), "correct": -1}
+    torch.save(damaged, out / "checkpoint.pt")
+    with pytest.raises(ArgumentError, match="a part 'correct' that cannot be"):
+        toy_run(out=out, resume=True)
+
+
 def test_the_checksum_is_of_every_bit(tmp_path, after_step):
     toy_run(out=tmp_path, epochs=1)
     checkpoint = checkpoint_of(tmp_path)
@@ -650,6 +682,9 @@ def test_regression_is_judged_by_r2(tmp_path, after_step, capsys):
     assert float(rows[-1]["test_r2"]) == history.test_r2[-1] and "test_accuracy" not in rows[0]
     again = train(nn.Sequential(nn.Linear(6, 1)), data, epochs=41, resume=True, **settings)
     assert again.test_r2[:40] == history.test_r2
+    as_format_1(tmp_path / "run" / "checkpoint.pt")  # which did not measure R^2
+    older = train(nn.Sequential(nn.Linear(6, 1)), data, epochs=42, resume=True, **settings)
+    assert all(map(math.isnan, older.test_r2[:41])) and math.isfinite(older.test_r2[41])
 
 
 def test_values_that_are_no_classes():
