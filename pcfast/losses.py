@@ -211,7 +211,8 @@ class Loss:
         else:
             labels = y.long()
             valid = labels != ignore_index
-            wrong = (valid & ((labels < 0) | (labels >= classes))).any()
+            possible = labels.clamp(0, classes - 1)
+            wrong = (valid & (possible != labels)).any()
             if self.normalizer is not None:  # ignored rows would make the mean one over fewer rows
                 wrong = wrong | ~valid.all()
             if not raise_now:
@@ -222,10 +223,10 @@ class Loss:
                     f"labels from {int(labels.min())} to {int(labels.max())}",
                     f"labels from 0 to {classes - 1} for {classes} classes",
                 )
-            safe = labels.clamp(0, classes - 1).unsqueeze(1)
             keep = valid.to(output.dtype)
-            own = keep if weight is None else keep * weight[safe.squeeze(1)]
-            dense = torch.zeros_like(output).scatter_(1, safe, (own * (1 - smoothing)).unsqueeze(1))
+            own = keep if weight is None else keep * weight[possible]
+            named = own * (1 - smoothing) if smoothing else own
+            dense = torch.zeros_like(output).scatter_(1, possible.unsqueeze(1), named.unsqueeze(1))
             if smoothing:
                 spread = torch.ones_like(output) if per_class is None else per_class
                 dense = dense + keep.unsqueeze(1) * spread * (smoothing / classes)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from .belief_optimizers import StepSize
 from .errors import ArgumentError, NonFiniteError, PcfastError, RelaxationDiverged
@@ -22,6 +23,7 @@ from .errors import ArgumentError, NonFiniteError, PcfastError, RelaxationDiverg
 CHECKS = ("auto", "sync", "deferred", "off")
 
 _FINE = -1
+_SMALL = 4096  # elements: up to here one sum of a copy of many tensors costs less than a sum of each
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,16 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """True where no tensor holds NaN or infinity. Waits for the device."""
     filled = [_values(tensor) if tensor.is_sparse else tensor for tensor in tensors if tensor.numel()]
+    small = [tensor for tensor in filled if tensor.numel() <= _SMALL]
+    looked_at = filled
+    if len(small) > 1:
+        looked_at = [tensor for tensor in filled if tensor.numel() > _SMALL]
+        looked_at.append(_flatten_dense_tensors(small))
     # A sum is finite only where all terms are, and much cheaper than a look at each; it may overflow, though.
-    sums = [tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None) for tensor in filled]
-    return all(cmath.isfinite(s) for s in sums) or bool(torch.isfinite(norms(filled)).all())
+    sums = [
+        tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None) for tensor in looked_at
+    ]
+    return all(cmath.isfinite(s.item()) for s in sums) or bool(torch.isfinite(norms(filled)).all())
 
 
 def first_non_finite(tensors: Sequence[Tensor]) -> int | None:
