@@ -673,6 +673,7 @@ def test_group_layers_on_a_flat_cnn():
         ([nn.Flatten(), nn.ReLU()], [["Flatten", "ReLU"]]),
         ([nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 3)], [["Linear", "ReLU"], ["Linear"]]),
         ([nn.BatchNorm1d(6), nn.Linear(6, 3)], [["BatchNorm1d", "Linear"]]),
+        ([nn.Linear(6, 3), nn.RMSNorm(3), nn.Tanh()], [["Linear", "RMSNorm", "Tanh"]]),
         (
             [nn.ReLU(), seq(nn.Linear(6, 3), nn.ReLU()), nn.Tanh(), nn.Linear(3, 3)],
             [["ReLU"], ["Linear", "ReLU"], ["Tanh", "Linear"]],
