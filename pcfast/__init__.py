@@ -28,6 +28,7 @@ from .errors import (
 from .explanation import Explanation, explain
 from .graphs import use_cuda_graphs
 from .grouping import group_layers
+from .identification import Match, identify
 from .incremental import incremental_step
 from .nudging import Nudging
 from .relaxation import Relaxation, Run, last_run, relax
@@ -43,6 +44,7 @@ __all__ = [
     "BackendError",
     "Explanation",
     "GradientDescent",
+    "Match",
     "ModelError",
     "NonFiniteError",
     "Nudging",
@@ -58,6 +60,7 @@ __all__ = [
     "__version__",
     "explain",
     "group_layers",
+    "identify",
     "incremental_step",
     "last_run",
     "pc_loss",

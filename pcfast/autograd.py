@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import belief_optimizers, early_exit, sharding, validation
+from . import belief_optimizers, early_exit, reductions, sharding, validation
 from .belief_optimizers import BeliefOptimizer
 from .losses import LossLike, describe_loss
 from .network import describe
@@ -17,8 +17,8 @@ from .problem import Problem, Wanted
 from .relaxation import prepare, solve
 
 
-def scaled(updates: Sequence[Tensor], grad_output: Tensor) -> list[Tensor]:
-    """What a backward pass gives the parameters: their updates times the gradient that reaches the loss.
+def scaled(updates: Sequence[Tensor], grad_output: Tensor, scale: float = 1.0) -> list[Tensor]:
+    """What a backward pass gives the parameters: their updates times ``scale`` and the gradient of the loss.
 
     Raises:
         RuntimeError: the backward pass itself is to be differentiated.
@@ -28,20 +28,21 @@ def scaled(updates: Sequence[Tensor], grad_output: Tensor) -> list[Tensor]:
             "pc_loss cannot be differentiated twice: predictive-coding updates are not the gradient of a "
             "scalar function. Call backward() without create_graph=True."
         )
-    return torch._foreach_mul(updates, grad_output)
+    return torch._foreach_mul(updates, grad_output if scale == 1.0 else grad_output * scale)
 
 
 class _Updates(torch.autograd.Function):
-    """Carries gradients computed in the forward; backward multiplies them by grad_output."""
+    """Carries gradients computed in the forward; backward multiplies them by grad_output and ``scale``."""
 
     @staticmethod
-    def forward(ctx, loss, gradients, *parameters):
+    def forward(ctx, loss, scale, gradients, *parameters):
         ctx.save_for_backward(*gradients)
+        ctx.scale = scale
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return None, None, *scaled(ctx.saved_tensors, grad_output)
+        return None, None, None, *scaled(ctx.saved_tensors, grad_output, ctx.scale)
 
 
 def pc_loss(
@@ -56,7 +57,9 @@ def pc_loss(
     belief_optimizer: BeliefOptimizer | None = None,
     nudging: Nudging | None = None,
     backend: str = "auto",
-    vinit: list[Tensor | None] | None = None,
+    vinit: list[Tensor | None] | float | None = None,
+    reduction: str = "sum",
+    update_scale: float = 1.0,
     normalizer: int | None = None,
     tolerance: float | None = None,
     check: str = "auto",
@@ -80,6 +83,8 @@ def pc_loss(
     "fixed_prediction" also with a plain mean over k equal micro-batches and ``(loss / k).backward()``.
 
     Args: as :func:`pcfast.relax`, centred nudging included, and
+        reduction: of loss and updates, too: with a mean for the weights both are divided by the rows.
+        update_scale: a factor > 0 of the updates, not of the loss that is returned.
         return_output: also return the forward pass's output vhat_L (detached).
 
     Returns:
@@ -91,6 +96,7 @@ def pc_loss(
     settings = dict(
         loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend, vinit=vinit,
         normalizer=normalizer, check=check, belief_optimizer=belief_optimizer, nudging=nudging, tolerance=tolerance,
+        reduction=reduction, update_scale=update_scale,
     )  # fmt: skip
     if torch.compiler.is_dynamo_compiling():
         from . import compiled  # here: it needs torch's compiler, which takes long to import
@@ -101,16 +107,20 @@ def pc_loss(
         return (value, output) if return_output else value
     validation.check_trainable(model)
     outcome, _ = solve(model, x, y, wanted=Wanted(), **settings)
-    value = outcome.loss
+    share = reductions.share(reduction, x, normalizer)
+    value = outcome.loss if share == 1.0 else outcome.loss * share
     if outcome.gradients:
-        value = _Updates.apply(value, list(outcome.gradients.values()), *outcome.gradients)
+        scale = share * update_scale
+        value = _Updates.apply(value, scale, list(outcome.gradients.values()), *outcome.gradients)
     return (value, outcome.output) if return_output else value
 
 
 def forward_loss(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> tuple[Tensor, Tensor]:
     """Loss and output of the forward pass alone; arguments as in :func:`pc_loss`. Call it under no_grad."""
     with sharding.gathered(model, for_backward=False):
-        return loss_without_updates(prepare(model, x, y, wanted=Wanted(), **settings).problem)
+        value, output = loss_without_updates(prepare(model, x, y, wanted=Wanted(), **settings).problem)
+    share = reductions.share(settings.get("reduction", "sum"), x, settings["normalizer"])
+    return (value if share == 1.0 else value * share), output
 
 
 def loss_without_updates(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -152,15 +162,21 @@ class PredictiveCoding(nn.Module):
         belief_optimizer: BeliefOptimizer | None = None,
         nudging: Nudging | None = None,
         backend: str = "auto",
+        vinit: float | None = None,
+        reduction: str = "sum",
+        update_scale: float = 1.0,
         normalizer: int | None = None,
         tolerance: float | None = None,
         check: str = "auto",
     ) -> None:
         super().__init__()
         describe(model, hooks=False)  # those that are there in a call count
-        validation.check_method(method)
+        method = validation.checked_method(method)
         validation.check_choice(check)
-        check_nudging(nudging, method, describe_loss(loss, normalizer).kind)
+        reductions.checked(reduction, method)
+        described = describe_loss(loss, normalizer if reduction == "sum" else None)
+        reductions.check_loss(reduction, described)
+        check_nudging(nudging, method, described.kind)
         belief_optimizers.checked(belief_optimizer, method)
         early_exit.checked(tolerance, method)
         self.model = model
@@ -168,7 +184,8 @@ class PredictiveCoding(nn.Module):
         self.method = method
         self.num_steps = validation.checked_steps(num_steps)
         self.step_size = validation.checked_step_sizes(step_size, self.num_steps)
-        self.belief_optimizer, self.nudging = belief_optimizer, nudging
+        self.belief_optimizer, self.nudging, self.vinit = belief_optimizer, nudging, vinit
+        self.reduction, self.update_scale = reduction, reductions.checked_scale(update_scale)
         self.backend, self.normalizer, self.tolerance, self.check = backend, normalizer, tolerance, check
 
     def __setattr__(self, name: str, value) -> None:
@@ -178,8 +195,8 @@ class PredictiveCoding(nn.Module):
 
     def _settings(self) -> dict:
         names = (
-            "method", "step_size", "num_steps", "belief_optimizer", "nudging", "backend", "normalizer", "tolerance",
-            "check",
+            "method", "step_size", "num_steps", "belief_optimizer", "nudging", "backend", "vinit", "reduction",
+            "update_scale", "normalizer", "tolerance", "check",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

@@ -9,7 +9,7 @@ that of the energy sum 0.5 |eps_l|^2 + loss and of 0.5 lambda |v_l|^2; lambda is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,11 +34,14 @@ def schedule_on_device(step_sizes: tuple[float, ...], dtype: torch.dtype, device
 
 @dataclass(frozen=True)
 class GradientDescent:
-    """m <- momentum m + g,  v <- v - eta_t m, from m = 0: torch.optim.SGD without dampening.
+    """m <- momentum m + g,  v <- v - eta_t m, from m = 0: torch.optim.SGD without dampening, optax.sgd.
+
+    With ``nesterov`` v <- v - eta_t (g + momentum m), m as it is after this iteration's update.
 
     Attributes:
         momentum: in [0, 1).
         weight_decay: lambda >= 0; pulls beliefs, not their distance from the forward pass, to 0.
+        nesterov: look ahead along the momentum; with momentum > 0.
 
     Raises:
         ArgumentError and its kinds: a value outside.
@@ -46,6 +49,7 @@ class GradientDescent:
 
     momentum: float = 0.0
     weight_decay: float = 0.0
+    nesterov: bool = False
 
     def __post_init__(self) -> None:
         momentum = checked_number(
@@ -56,8 +60,18 @@ class GradientDescent:
             "weight_decay", self.weight_decay, lambda d: d >= 0, "a finite number >= 0",
             "A negative one drives beliefs away from 0; 0 switches it off.",
         )  # fmt: skip
+        if not isinstance(self.nesterov, bool):
+            raise ArgumentTypeError("nesterov", repr(self.nesterov), "True or False")
+        if self.nesterov and not momentum:
+            raise ArgumentError(
+                "nesterov", "True with momentum 0", "momentum > 0", "Without one it changes nothing."
+            )
         object.__setattr__(self, "momentum", momentum)
         object.__setattr__(self, "weight_decay", decay)
+
+    def __repr__(self) -> str:  # checkpoints tell runs apart by it: without Nesterov it stays what it was
+        nesterov = ", nesterov=True" if self.nesterov else ""
+        return f"GradientDescent(momentum={self.momentum}, weight_decay={self.weight_decay}{nesterov})"
 
     @property
     def plain(self) -> bool:
@@ -76,7 +90,12 @@ class GradientDescent:
 
     def descent(self) -> _Momentum:
         """What moves one tensor of beliefs."""
-        return _Momentum(self.momentum)
+        return _Momentum(self.momentum, self.nesterov)
+
+    def on_mean(self, rows: int, step_size: StepSize) -> tuple[GradientDescent, StepSize]:
+        """Optimiser and step size that move beliefs on an energy as these do on its mean over ``rows``."""
+        sizes = tuple(size / rows for size in step_size) if isinstance(step_size, tuple) else step_size / rows
+        return replace(self, weight_decay=self.weight_decay * rows), sizes
 
 
 @dataclass(frozen=True)
@@ -116,6 +135,7 @@ class Adam:
 
     weight_decay = 0.0
     momentum = 0.0
+    nesterov = False
     plain = False
     linear = False
     rests = True
@@ -124,14 +144,18 @@ class Adam:
         """What moves one tensor of beliefs."""
         return _Adam(self.betas, self.eps)
 
+    def on_mean(self, rows: int, step_size: StepSize) -> tuple[Adam, StepSize]:
+        """As for :class:`GradientDescent`: the scale of the energy cancels, but for eps."""
+        return replace(self, eps=self.eps * rows), step_size
+
 
 BeliefOptimizer = GradientDescent | Adam
 PLAIN = GradientDescent()
 
 
 class _Momentum:
-    def __init__(self, momentum: float) -> None:
-        self._momentum, self._velocity = momentum, None
+    def __init__(self, momentum: float, nesterov: bool) -> None:
+        self._momentum, self._nesterov, self._velocity = momentum, nesterov, None
 
     def move(self, gradient: Tensor, step_size: float, iteration: int) -> Tensor:
         """What iteration ``iteration`` adds to the beliefs at ``gradient``; call it once an iteration, in order.
@@ -144,6 +168,8 @@ class _Momentum:
             self._velocity = gradient.clone()
         else:
             self._velocity = self._velocity * self._momentum + gradient
+        if self._nesterov:
+            return (gradient + self._velocity * self._momentum) * -step_size
         return self._velocity * -step_size
 
 

@@ -479,8 +479,7 @@ class _Check:
         where, dtype = placement
         if not dtype.is_floating_point:
             raise ModelError("model", f"parameters of dtype {dtype}", "real parameters")
-        validation.check_method(method)
-        self.method, self.seed = method, seed
+        self.method, self.seed = validation.checked_method(method), seed
         self.step_size = validation.checked_step_size(step_size)
         self.num_steps = validation.checked_steps(num_steps)
         self.device = where if device is None else validation.checked_device(device)

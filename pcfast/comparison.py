@@ -517,6 +517,4 @@ def _median(values: Iterable[float]) -> float:
 def _checked_methods(methods: Sequence[str]) -> tuple[str, ...]:
     if isinstance(methods, str) or not methods:
         raise ArgumentError("methods", repr(methods), "a list of at least one method")
-    for method in methods:
-        validation.check_method(method)
-    return tuple(dict.fromkeys(methods))
+    return tuple(dict.fromkeys(map(validation.checked_method, methods)))

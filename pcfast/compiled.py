@@ -27,6 +27,7 @@ from .backends import BACKENDS
 from .errors import ModelError, PcfastError
 from .losses import HALF_SUM, LossLike, describe_loss, half_squared_error
 from .network import Network, describe
+from .planning import canonical
 from .precision import choose_precision
 from .problem import Wanted
 from .relaxation import solve
@@ -369,6 +370,8 @@ def _fits(model, x, y, settings: dict) -> bool:
         return False
     if any(settings[name] is not None for name in ("belief_optimizer", "nudging", "tolerance")):
         return False
+    if settings["reduction"] != "sum" or settings["update_scale"] != 1:
+        return False
     vinit = settings["vinit"]
     if vinit is not None:
         if not isinstance(vinit, list | tuple) or len(vinit) == 0:
@@ -406,7 +409,7 @@ def pc_loss(model, x, y, *, loss: LossLike, return_output: bool, **settings):
         described.settings[0],
         *(described.settings[1:] or (-100, 0.0)),
         settings["normalizer"],
-        settings["method"],
+        canonical(settings["method"]),
         settings["step_size"],
         settings["num_steps"],
         settings["backend"],

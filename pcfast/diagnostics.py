@@ -25,6 +25,7 @@ from .comparison import METHODS, parameters_of_layers, true_gradient
 from .distances import vector
 from .errors import ArgumentError
 from .losses import LossLike
+from .planning import canonical
 from .problem import Wanted
 from .relaxation import Run, solve
 from .replay import recorded_buffers, replaying
@@ -87,6 +88,7 @@ def diagnose(
     Raises:
         ArgumentError and its kinds, BackendError, RelaxationDiverged.
     """
+    method = canonical(method)
     if method not in METHODS:
         raise ArgumentError(
             "method", repr(method), "'strict' or 'fixed_prediction'", "In others beliefs do not descend an energy."

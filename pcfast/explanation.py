@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import belief_optimizers, early_exit, validation
+from . import belief_optimizers, early_exit, reductions, validation
 from .backends import BACKENDS, choose_backend
 from .belief_optimizers import BeliefOptimizer
 from .errors import ArgumentTypeError, ShapeError
+from .losses import LossLike, describe_loss
 from .network import Network, common_placement, describe
 from .nudging import Nudging
 from .nudging import check as check_nudging
-from .planning import Plan, plan
+from .planning import Plan, canonical, plan
 from .precision import choose_precision
 from .problem import Request
 
@@ -54,6 +55,8 @@ class Explanation:
         lines.append(f"Gram form of layer 1: {'yes' if plan.gram else 'no'} ({plan.gram_reason})")
         if plan.literal:
             lines.append("multiply-adds a step: not counted for the literal loop")
+        elif plan.method == "incremental":
+            lines.append("multiply-adds a step: not counted where parameters move between iterations")
         elif plan.work is None:
             lines.append("multiply-adds a step: not known, an opaque layer hides its shapes")
         else:
@@ -81,6 +84,10 @@ def explain(
     step_size: float | Sequence[float] = 0.1,
     belief_optimizer: BeliefOptimizer | None = None,
     nudging: Nudging | None = None,
+    vinit: list[Tensor | None] | float | None = None,
+    loss: LossLike | None = None,
+    reduction: str = "sum",
+    update_scale: float = 1.0,
     tolerance: float | None = None,
 ) -> Explanation:
     """Say which backend would run, why the others were passed over, and the exact work.
@@ -89,19 +96,26 @@ def explain(
         model: ``nn.Sequential`` of PC layers.
         x_shape: shape of the input, batch included.
         device: where it would run; None means where the model is.
-        method, num_steps, backend, step_size, belief_optimizer, nudging, tolerance: as for :func:`pcfast.pc_loss`;
-            the work is that of all iterations.
+        method, num_steps, backend, step_size, belief_optimizer, nudging, vinit, reduction, update_scale, tolerance:
+            as for :func:`pcfast.pc_loss`, or method "incremental"; the work is that of all iterations.
+        loss: as for :func:`pcfast.pc_loss`; None where it is not decided yet.
 
     Raises:
         ArgumentError and its kinds, BackendError.
     """
     network = describe(model)
-    validation.check_method(method)
+    if canonical(method) != "incremental":
+        method = validation.checked_method(method)
+    method = canonical(method)
     num_steps = validation.checked_steps(num_steps)
     step_size = validation.checked_step_sizes(step_size, num_steps)
     step_size, num_steps = validation.fixed_settings(method, network.depth, step_size, num_steps)
     belief_optimizer = belief_optimizers.checked(belief_optimizer, method)
-    check_nudging(nudging, method, None)
+    reductions.checked(reduction, method)
+    reductions.checked_scale(update_scale)
+    described = None if loss is None else describe_loss(loss)
+    reductions.check_loss(reduction, described)
+    check_nudging(nudging, method, described and described.kind)
     tolerance = early_exit.checked(tolerance, method)
     try:
         shape = tuple(int(size) for size in x_shape)
@@ -111,10 +125,11 @@ def explain(
         raise ShapeError("x_shape", str(shape), "(batch, ...) with positive sizes")
     where, dtype = common_placement(model) or (torch.device("cpu"), torch.get_default_dtype())
     where = where if device is None else validation.checked_device(device)
-    fresh = belief_optimizer.rests or num_steps == 0
+    fresh = vinit is None and (belief_optimizer.rests or num_steps == 0)
     request = Request(
         network, where, dtype, shape, method, num_steps, fresh,
         belief_optimizer=belief_optimizer, nudging=nudging, tolerance=tolerance,
+        **({} if described is None else {"loss": described.kind}),
     )  # fmt: skip
     chosen, refusals = choose_backend(backend, request)
     precision = choose_precision(where.type, dtype)

@@ -8,6 +8,8 @@ from .errors import ArgumentError, ModelError
 from .network import describe
 from .residual import Residual
 
+#: Where the belief of a PC layer sits.
+FORMS = ("after_activation", "before_activation")
 #: Normalisation layers: their parameters belong to the affine map before them.
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 #: Modules whose parameters do not open a new PC layer.
@@ -45,11 +47,11 @@ def group_layers(model: nn.Sequential, *, beliefs: str = "after_activation") -> 
             "before_activation" also an element before the last group that is a Sequential and ends behind an
             activation.
     """
-    if beliefs not in ("after_activation", "before_activation"):
+    if beliefs not in FORMS:
         raise ArgumentError(
             "beliefs",
             repr(beliefs),
-            'one of "after_activation", "before_activation"',
+            f"one of {FORMS}",
             "docs/layers.md says which programs hold beliefs where.",
         )
     describe(model)  # refuses what is no chain of layers
@@ -62,6 +64,14 @@ def group_layers(model: nn.Sequential, *, beliefs: str = "after_activation") -> 
             for group in groups
         )
     )
+
+
+def flattened(model: nn.Sequential) -> nn.Sequential:
+    """The modules of ``model`` in order, each an element: plain Sequentials inside it are taken apart."""
+    members: list[nn.Module] = []
+    for module in model:
+        members += flattened(module) if type(module) is nn.Sequential else [module]
+    return nn.Sequential(*members)
 
 
 def _from_map_to_activation(model: nn.Sequential) -> list[list[nn.Module]]:

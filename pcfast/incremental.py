@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import validation
+from . import reductions, validation
 from .autograd import loss_without_updates
 from .belief_optimizers import BeliefOptimizer
+from .errors import ArgumentError
 from .losses import LossLike
+from .planning import canonical
 from .problem import Wanted
 from .relaxation import prepare, solve
 
@@ -27,10 +29,13 @@ def incremental_step(
     optimizer: Optimizer,
     *,
     loss: LossLike = "cross_entropy",
+    method: str = "incremental",
     step_size: float | Sequence[float] = 0.1,
     num_steps: int = 20,
     belief_optimizer: BeliefOptimizer | None = None,
     backend: str = "auto",
+    reduction: str = "sum",
+    update_scale: float = 1.0,
     normalizer: int | None = None,
     check: str = "auto",
     return_output: bool = False,
@@ -56,6 +61,7 @@ def incremental_step(
     Under ``torch.compile`` it runs outside the graph.
 
     Args: as :func:`pcfast.pc_loss`, and
+        method: "incremental" or "ipc": so that a preset's is taken.
         optimizer: of parameters of ``model``; any whose ``step()`` needs no closure. What it does not hold stays.
 
     Returns:
@@ -74,9 +80,15 @@ def incremental_step(
         num_steps=num_steps,
         belief_optimizer=belief_optimizer,
         backend=backend,
+        reduction=reduction,
+        update_scale=update_scale,
         normalizer=normalizer,
         check=check,
     )
+    if canonical(method) != "incremental":
+        raise ArgumentError(
+            "method", repr(method), "'incremental' or 'ipc'", "Use pcfast.pc_loss for the others."
+        )
     if torch.compiler.is_dynamo_compiling():
         from . import compiled  # here: it needs torch's compiler, which takes long to import
 
@@ -86,13 +98,17 @@ def incremental_step(
     parameters = list(model.parameters())
 
     def move(updates: dict[nn.Parameter, Tensor]) -> None:
+        scale = reductions.share(reduction, x, normalizer) * update_scale
+        if scale != 1.0:
+            updates = dict(zip(updates, torch._foreach_mul(list(updates.values()), scale), strict=True))
         for parameter in parameters:
             parameter.grad = updates.get(parameter)
         optimizer.step()
         torch.clear_autocast_cache()  # it would keep casts of the weights of before
 
     outcome, _ = solve(model, x, y, method="incremental", wanted=Wanted(), move=move, **settings)
-    return (outcome.loss, outcome.output) if return_output else outcome.loss
+    value = outcome.loss * reductions.share(reduction, x, normalizer)
+    return (value, outcome.output) if return_output else value
 
 
 def rehearse(

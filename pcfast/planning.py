@@ -17,8 +17,22 @@ from .precision import Precision
 METHODS = ("exact", "fixed_prediction", "strict", "error_based", "zero_divergence")
 #: What trains a network: the methods, and what moves parameters in every iteration (incremental.py).
 TRAINING_METHODS = (*METHODS, "incremental")
+#: The field's other words for them: PCX, JPC and the ePC program call strict relaxation PC or sPC.
+ALIASES = {
+    "pc": "strict", "spc": "strict", "ipc": "incremental", "epc": "error_based", "bp": "exact",
+}  # fmt: skip
 #: Those that iterate; the others are one forward and one backward pass.
 LOOPS = ("strict", "error_based", "incremental")
+
+
+def canonical(method: str) -> str:
+    """The name of a method that may be given by one of :data:`ALIASES`; whatever else as it is."""
+    return ALIASES.get(method, method) if isinstance(method, str) else method
+
+
+def in_words() -> str:
+    """The aliases, for messages and help texts."""
+    return ", ".join(f"{alias} = {method}" for alias, method in ALIASES.items())
 
 
 @dataclass(frozen=True)

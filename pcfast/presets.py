@@ -1,8 +1,9 @@
-"""The conventions of other programs, as keyword arguments of pc_loss and relax (docs/conventions.md: what was read).
+"""The settings with which pcfast computes what other programs compute (docs/conventions.md).
 
-    preset = pcfast.presets.jpc(len(x), step_size=0.5, num_steps=10)
-    loss = pcfast.pc_loss(model, x, y, **preset)
-    (preset.scale * loss).backward()           # .grad is that program's gradient of its energy
+    preset = pcfast.presets.jpc(step_size=0.5, num_steps=10)
+    pcfast.pc_loss(model, x, y, **preset).backward()   # .grad is that program's gradient of its energy
+
+Settings alone do not make the same network: where a belief sits is said by the model (docs/layers.md).
 
 Programs that take the weights' errors at the last beliefs get one more iteration, of step size 0: it evaluates the
 errors that the updates use, and moves nothing.
@@ -11,39 +12,43 @@ errors that the updates use, and moves nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch.nn.functional as F
 
-from . import validation
-from .belief_optimizers import StepSize
+from . import belief_optimizers, reductions, validation
+from .belief_optimizers import BeliefOptimizer, StepSize
 from .errors import ArgumentError
 from .losses import LossLike, half_squared_error
+from .nudging import Nudging
 
 #: Losses as the programs with an energy sum them over a batch.
-_SUMS = {"mse": half_squared_error, "cross_entropy": functools.partial(F.cross_entropy, reduction="sum")}
+LOSSES = {"mse": half_squared_error, "cross_entropy": functools.partial(F.cross_entropy, reduction="sum")}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """``pc_loss(model, x, y, **preset)``; other arguments beside it, where the program has them too.
+    """``pc_loss(model, x, y, **preset)``, and so for every function that relaxes; what is None is left out.
 
     Attributes:
-        loss, method, step_size, num_steps: as for :func:`pcfast.pc_loss`.
-        scale: the program's updates are ``scale`` times what these give; ``scale`` times the loss is its energy of
-            the output at the forward pass.
+        loss, method, step_size, num_steps, belief_optimizer, nudging, vinit, reduction, update_scale: as for
+            :func:`pcfast.pc_loss`; method "incremental" is for :func:`pcfast.incremental_step`.
     """
 
     loss: LossLike
     method: str
     step_size: StepSize
     num_steps: int
-    scale: float = 1.0
+    reduction: str = "sum"
+    update_scale: float = 1.0
+    belief_optimizer: BeliefOptimizer | None = None
+    nudging: Nudging | None = None
+    vinit: float | None = None
 
     def keys(self) -> Iterator[str]:
         """The names of the keyword arguments."""
-        return iter(("loss", "method", "step_size", "num_steps"))
+        return (field.name for field in fields(self) if getattr(self, field.name) is not None)
 
     def __getitem__(self, name: str):
         if name not in self.keys():
@@ -74,82 +79,259 @@ def torch2pc(
 
 
 def pcx(
-    rows: int,
     *,
     step_size: float | Sequence[float],
     num_steps: int,
     loss: str = "mse",
-    reduction: str = "sum",
+    reduction: str = "sum_beliefs_mean_weights",
+    belief_optimizer: BeliefOptimizer | None = None,
+    nudging: Nudging | None = None,
 ) -> Preset:
-    """PCX: ``se_energy`` at hidden vodes, optax.sgd on the beliefs; the batch is reduced by the caller's ``energy``.
+    """PCX: ``se_energy`` at hidden vodes, an optax optimiser on the beliefs; its examples and its PC.py.
 
     Args:
-        rows: of the batch.
-        step_size: of optax.sgd on the beliefs, or one an iteration. Its momentum:
-            ``belief_optimizer=pcfast.GradientDescent(momentum)`` beside the preset.
+        step_size: of the beliefs' optimiser per row, or one an iteration: of a program that multiplies its learning
+            rate by the batch size beside lax.pmean, the rate before that.
         num_steps: T.
         loss: of the last vode: "mse" (``se_energy``) or "cross_entropy" (``ce_energy``).
-        reduction: "sum" for lax.psum over the batch, "mean" for lax.pmean.
+        reduction: "sum_beliefs_mean_weights" where beliefs descend a sum over the batch (lax.psum; lax.pmean with a
+            learning rate times the batch size) and weights its mean; "mean" where both descend a mean (lax.pmean
+            alone); "sum" where both descend a sum.
+        belief_optimizer: optax.sgd's momentum, Nesterov's too; :class:`pcfast.Adam` for optax.adam.
+        nudging: ``Nudging("positive", beta)`` where the output is clamped to u - beta (u - y), beta > 0;
+            "negative" with -beta for beta < 0. Its updates are times 1 / beta, as theirs.
 
     Raises:
         ArgumentError and its kinds.
     """
-    if reduction not in ("sum", "mean"):
-        raise ArgumentError("reduction", repr(reduction), '"sum" (lax.psum) or "mean" (lax.pmean)')
-    validation.check_count("rows", rows)
-    return _with_fresh_errors(loss, step_size, num_steps, 1 if reduction == "sum" else rows)
+    return _fresh(loss, step_size, num_steps, reduction, belief_optimizer, nudging=nudging)
 
 
-def jpc(rows: int, *, step_size: float | Sequence[float], num_steps: int, loss: str = "mse") -> Preset:
-    """JPC, discrete updates: ``update_pc_activities`` with optax.sgd, then ``update_pc_params``.
+def pcx_ipc(
+    *,
+    step_size: float | Sequence[float],
+    num_steps: int,
+    loss: str = "mse",
+    belief_optimizer: BeliefOptimizer | None = None,
+) -> Preset:
+    """PCX's incremental examples: beliefs and weights take one gradient each in every iteration, at the same point.
 
-    Its energy is a mean over the batch. Standard parameterisation, no regularisers.
+    Arguments and errors as for :func:`pcx`; for :func:`pcfast.incremental_step`.
+    """
+    return _incremental(loss, step_size, num_steps, "sum_beliefs_mean_weights", belief_optimizer)
+
+
+def jpc(
+    *,
+    step_size: float | Sequence[float],
+    num_steps: int,
+    loss: str = "mse",
+    belief_optimizer: BeliefOptimizer | None = None,
+) -> Preset:
+    """JPC, discrete updates: ``update_pc_activities`` with an optax optimiser, then ``update_pc_params``.
+
+    Its energy is a mean over the batch. Its make_mlp holds pre-activations.
 
     Args:
-        rows: of the batch.
-        step_size: of optax.sgd on the activities, or one an iteration; momentum as for :func:`pcx`.
+        step_size: of the activities' optimiser, or one an iteration.
         num_steps: calls of ``update_pc_activities``.
         loss: loss_id: "mse", or "cross_entropy" for its "ce".
+        belief_optimizer: the optimiser's momentum, or :class:`pcfast.Adam` with the eps that it has there.
 
     Raises:
         ArgumentError and its kinds.
     """
-    validation.check_count("rows", rows)
-    return _with_fresh_errors(loss, step_size, num_steps, rows)
+    return _fresh(loss, step_size, num_steps, "mean", belief_optimizer)
 
 
-def epc(rows: int, *, step_size: float, num_steps: int, loss: str = "mse") -> Preset:
-    """The program of Goemaere et al., class PCE: errors descend the summed energy, weights its mean.
+def jpc_mupc(
+    *,
+    step_size: float | Sequence[float],
+    num_steps: int,
+    loss: str = "mse",
+    belief_optimizer: BeliefOptimizer | None = None,
+) -> Preset:
+    """JPC with param_type="mupc": :func:`jpc`. The scales of its layers belong to the model (docs/examples.md)."""
+    return jpc(step_size=step_size, num_steps=num_steps, loss=loss, belief_optimizer=belief_optimizer)
 
-    The mean is divided by min(1, e_lr iters) once more, as that program does.
+
+def epc(*, step_size: float, num_steps: int, loss: str = "mse") -> Preset:
+    """The program of Goemaere et al., branch cifar, class PCE: errors descend the summed energy, weights its mean.
+
+    The mean is divided by min(1, e_lr iters) once more, as that branch does.
 
     Args:
-        rows: its batch_size.
         step_size, num_steps: e_lr > 0 and iters >= 1.
         loss: its output_loss: "mse", or "cross_entropy" for its "ce".
 
     Raises:
         ArgumentError and its kinds.
     """
-    validation.check_count("rows", rows)
     validation.check_count("num_steps", num_steps)
     step_size = validation.checked_step_size(step_size)
     if step_size == 0:
         raise ArgumentError("step_size", "0", "a finite number > 0", "Updates are divided by it.")
-    energy_scale = min(1.0, step_size * num_steps)
-    return Preset(_sum_of(loss), "error_based", step_size, num_steps, 1 / (rows * energy_scale))
+    return _errors(loss, step_size, num_steps, 1 / min(1.0, step_size * num_steps))
+
+
+def epc_master(*, step_size: float, num_steps: int, loss: str = "mse") -> Preset:
+    """As :func:`epc`, of the branch master, which divides by nothing but the rows."""
+    return _errors(loss, validation.checked_step_size(step_size), num_steps)
+
+
+def spc(
+    *,
+    step_size: float | Sequence[float],
+    num_steps: int,
+    loss: str = "mse",
+    belief_optimizer: BeliefOptimizer | None = None,
+) -> Preset:
+    """The program of Goemaere et al., class PC (sPC): states descend the summed energy, weights its mean.
+
+    Args:
+        step_size, num_steps: s_lr and iters. loss: as for :func:`epc`.
+        belief_optimizer: ``GradientDescent(s_momentum)``.
+
+    Raises:
+        ArgumentError and its kinds.
+    """
+    return _fresh(loss, step_size, num_steps, "sum_beliefs_mean_weights", belief_optimizer)
+
+
+def pctrainer(
+    *,
+    step_size: float | Sequence[float],
+    num_steps: int,
+    loss: str = "mse",
+    belief_optimizer: BeliefOptimizer | None = None,
+) -> Preset:
+    """Bogacz-Group's PCTrainer with update_p_at="last": T - 1 moves of the beliefs, then the weights' errors.
+
+    Energies and gradients are sums over the batch. Its notebooks hold pre-activations.
+
+    Args:
+        step_size: of optimizer_x_fn, or one an iteration, the last of which moves nothing that is read.
+        num_steps: T >= 1.
+        loss: loss_fn: "mse" for 0.5 |.|^2 summed, or "cross_entropy" summed.
+        belief_optimizer: optimizer_x_fn's momentum, or :class:`pcfast.Adam`.
+
+    Raises:
+        ArgumentError and its kinds.
+    """
+    return _fresh(loss, *_one_less(step_size, num_steps), "sum", belief_optimizer)
+
+
+def pctrainer_ipc(
+    *,
+    step_size: float | Sequence[float],
+    num_steps: int,
+    loss: str = "mse",
+    belief_optimizer: BeliefOptimizer | None = None,
+) -> Preset:
+    """PCTrainer with update_p_at="all": incremental, sums over the batch; arguments as for :func:`pctrainer`."""
+    return _incremental(loss, step_size, num_steps, "sum", belief_optimizer)
+
+
+def preco(*, step_size: float, num_steps: int, loss: str = "mse") -> Preset:
+    """PRECO's PCnet: sums over the batch for beliefs and weights. Its form AMB holds pre-activations, MBA does not.
+
+    Args:
+        step_size, num_steps: lr_x and T_train. loss: "mse", its 0.5 |.|^2.
+
+    Raises:
+        ArgumentError and its kinds.
+    """
+    return _fresh(loss, step_size, num_steps, "sum", None)
+
+
+def deepity(*, step_size: float, num_steps: int, loss: str = "mse", start: str = "zeros") -> Preset:
+    """Deepity: T - 1 moves on the summed energy, weights by its mean. It holds pre-activations.
+
+    Args:
+        step_size, num_steps: its inference rate and T >= 1. loss: "mse", its 0.5 |.|^2.
+        start: of the beliefs: "zeros" or "projection", the forward pass.
+
+    Raises:
+        ArgumentError and its kinds.
+    """
+    if start not in ("zeros", "projection"):
+        raise ArgumentError("start", repr(start), '"zeros" or "projection"')
+    vinit = 0.0 if start == "zeros" else None
+    return _fresh(loss, *_one_less(step_size, num_steps), "sum_beliefs_mean_weights", None, vinit=vinit)
+
+
+def fabricpc(*, step_size: float | Sequence[float], num_steps: int, loss: str = "mse") -> Preset:
+    """FabricPC, inference by gradient descent with precision 1: summed energy for beliefs, mean for weights.
+
+    Args:
+        step_size, num_steps: eta_infer and infer_steps. loss: "mse" (Gaussian, 0.5 |.|^2) or "cross_entropy".
+
+    Raises:
+        ArgumentError and its kinds.
+    """
+    return _fresh(loss, step_size, num_steps, "sum_beliefs_mean_weights", None)
+
+
+def fabricpc_epc(*, step_size: float, num_steps: int, loss: str = "mse") -> Preset:
+    """FabricPC, inference of errors; arguments as for :func:`fabricpc`."""
+    return _errors(loss, validation.checked_step_size(step_size), num_steps)
+
+
+#: By name, as ``pcfast train --preset`` and ``pcfast which`` take them.
+PRESETS: dict[str, Callable[..., Preset]] = {
+    preset.__name__: preset
+    for preset in (
+        torch2pc, pcx, pcx_ipc, jpc, jpc_mupc, epc, epc_master, spc, pctrainer, pctrainer_ipc, preco, deepity,
+        fabricpc, fabricpc_epc,
+    )
+}  # fmt: skip
 
 
 def _sum_of(loss: str) -> LossLike:
-    if loss not in _SUMS:
-        raise ArgumentError("loss", repr(loss), f"one of {sorted(_SUMS)}", "These programs know no others.")
-    return _SUMS[loss]
+    if loss not in LOSSES:
+        raise ArgumentError("loss", repr(loss), f"one of {sorted(LOSSES)}", "These programs know no others.")
+    return LOSSES[loss]
 
 
-def _with_fresh_errors(loss: str, step_size, num_steps: int, divisor: int) -> Preset:
-    """Gradient descent on the summed energies over ``divisor``, updates from errors at the last beliefs."""
+def _sizes(step_size, num_steps: int) -> tuple[float, ...]:
+    """One step size an iteration."""
     num_steps = validation.checked_steps(num_steps)
     sizes = validation.checked_step_sizes(step_size, num_steps)
-    sizes = sizes if isinstance(sizes, tuple) else (sizes,) * num_steps
-    schedule = (*(size / divisor for size in sizes), 0.0)
-    return Preset(_sum_of(loss), "strict", schedule, num_steps + 1, 1 / divisor)
+    return sizes if isinstance(sizes, tuple) else (sizes,) * num_steps
+
+
+def _one_less(step_size, num_steps: int) -> tuple[tuple[float, ...], int]:
+    """Step sizes and number of moves of programs whose last iteration moves weights alone."""
+    validation.check_count("num_steps", num_steps)
+    return _sizes(step_size, num_steps)[:-1], num_steps - 1
+
+
+def _fresh(loss: str, step_size, num_steps: int, reduction: str, optimizer, **settings) -> Preset:
+    """Strict relaxation, updates from errors at the last beliefs."""
+    reductions.checked(reduction, "strict")
+    belief_optimizers.checked(optimizer, "strict")
+    sizes = _sizes(step_size, num_steps)
+    return Preset(
+        _sum_of(loss),
+        "strict",
+        (*sizes, 0.0),
+        len(sizes) + 1,
+        reduction,
+        belief_optimizer=optimizer,
+        **settings,
+    )
+
+
+def _incremental(loss: str, step_size, num_steps: int, reduction: str, optimizer) -> Preset:
+    belief_optimizers.checked(optimizer, "incremental")
+    num_steps = validation.checked_steps(num_steps)
+    sizes = validation.checked_step_sizes(step_size, num_steps)
+    return Preset(_sum_of(loss), "incremental", sizes, num_steps, reduction, belief_optimizer=optimizer)
+
+
+def _errors(loss: str, step_size: float, num_steps: int, update_scale: float = 1.0) -> Preset:
+    """Errors descend the summed energy, weights its mean."""
+    num_steps = validation.checked_steps(num_steps)
+    return Preset(
+        _sum_of(loss), "error_based", step_size, num_steps, "sum_beliefs_mean_weights", update_scale
+    )

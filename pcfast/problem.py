@@ -80,7 +80,8 @@ class Problem:
         loss: the loss described; None as for y.
         method: one of ``planning.TRAINING_METHODS``.
         step_size, num_steps: eta, or a tuple of one for each iteration, and n.
-        start: beliefs v_0..v_L to start strict relaxation from, or None for the forward pass.
+        start: beliefs v_0..v_L to start strict relaxation from, a number for all units of a layer, or None for the
+            forward pass.
         activations: vhat_0..vhat_L given instead of a forward pass (exact and fixed prediction).
         output_gradient: dLoss/dvhat_L given instead of a loss (fixed prediction).
         wanted: what the caller reads.
@@ -103,7 +104,7 @@ class Problem:
     method: str
     step_size: StepSize
     num_steps: int
-    start: list[Tensor] | None = None
+    start: list[Tensor | float | None] | None = None
     activations: list[Tensor] | None = None
     output_gradient: Tensor | None = None
     wanted: Wanted = field(default_factory=Wanted)
@@ -198,23 +199,26 @@ class Outcome:
             self.gradients[parameter] = gradient
 
 
-def check_start(start: list[Tensor | None], shapes: list[tuple[int, ...]]) -> None:
-    """Check ``start``'s shapes, None entries aside, against those of the forward pass.
+def check_start(start: list[Tensor | float | None], shapes: list[tuple[int, ...]]) -> None:
+    """Check the shapes of ``start``'s tensors against those of the forward pass.
 
     Raises:
         ShapeError: naming the entry of vinit.
     """
     for l, (given, shape) in enumerate(zip(start, shapes, strict=True)):
-        if given is not None and given.shape != shape:
+        if isinstance(given, Tensor) and given.shape != shape:
             raise ShapeError(
                 f"vinit[{l}]", f"shape {tuple(given.shape)}", f"{tuple(shape)}, as in the forward pass"
             )
 
 
-def filled_start(start: list[Tensor | None], vhat: list[Tensor]) -> list[Tensor]:
-    """``start`` with None replaced by the forward pass; raises as :func:`check_start`."""
+def filled_start(start: list[Tensor | float | None], vhat: list[Tensor]) -> list[Tensor]:
+    """``start`` with None replaced by the forward pass, a number by beliefs of it; raises as :func:`check_start`."""
     check_start(start, [v.shape for v in vhat])
-    return [f if s is None else s for s, f in zip(start, vhat, strict=True)]
+    return [
+        s if isinstance(s, Tensor) else f if s is None else torch.full_like(f, s)
+        for s, f in zip(start, vhat, strict=True)
+    ]
 
 
 def layer_of_parameters(network: Network, model: nn.Sequential) -> dict[nn.Parameter, int]:

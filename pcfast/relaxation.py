@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from . import belief_optimizers, early_exit, graphs, sharding, status, validation
+from . import belief_optimizers, early_exit, graphs, reductions, sharding, status, validation
 from .backends import Backend, choose_backend, say_passed_over
 from .belief_optimizers import BeliefOptimizer
 from .errors import ArgumentError
@@ -18,7 +18,7 @@ from .losses import LossLike, describe_loss
 from .network import describe
 from .nudging import Nudging
 from .nudging import check as check_nudging
-from .planning import LOOPS, Plan, plan
+from .planning import LOOPS, Plan, canonical, plan
 from .precision import choose_precision
 from .problem import Outcome, Problem, Request, Wanted
 
@@ -87,7 +87,9 @@ def relax(
     belief_optimizer: BeliefOptimizer | None = None,
     nudging: Nudging | None = None,
     backend: str = "auto",
-    vinit: list[Tensor | None] | None = None,
+    vinit: list[Tensor | None] | float | None = None,
+    reduction: str = "sum",
+    update_scale: float = 1.0,
     normalizer: int | None = None,
     energies: bool = False,
     tolerance: float | None = None,
@@ -103,7 +105,8 @@ def relax(
         y: target, as ``loss`` needs it: int64 class indices (B,) or probabilities (B, C) for cross-entropy, the
             output's shape for mse, anything for a callable.
         loss: "cross_entropy", "mse" or a callable ``loss(output, y) -> scalar``.
-        method: "exact", "fixed_prediction", "strict", "error_based" or "zero_divergence".
+        method: "exact", "fixed_prediction", "strict", "error_based" or "zero_divergence". The field's other words
+            for them are understood: "bp", "pc" or "spc" (strict), "epc" (error_based).
         step_size: eta >= 0, or a sequence of ``num_steps`` of them: iteration t uses step_size[t-1]. Of the
             beliefs, of the errors for "error_based".
         num_steps: n >= 0. "exact" has no iterations and ignores both; "zero_divergence" fixes both: 1 and L.
@@ -111,8 +114,15 @@ def relax(
         nudging: strict with mse: :class:`pcfast.Nudging` of the target, not centred (which is two relaxations).
         backend: "auto", or a backend by name.
         vinit: strict only: beliefs v_0..v_L to start from (v_0 must be x or None; None entries start at the
-            forward pass).
-        normalizer: rows of the global batch, for a mean loss over a shard or micro-batch.
+            forward pass), or a number that all hidden beliefs start at.
+        reduction: "sum": beliefs descend the energy summed over rows, updates are of the loss as it is given;
+            "mean": both are of the mean over rows, as in programs whose energy is a mean;
+            "sum_beliefs_mean_weights": a sum for the beliefs, the mean for the weights. The last two want a loss
+            that sums. Here it says what ``step_size``, Adam's eps and the weight decay refer to; results are
+            sums whatever it is.
+        update_scale: of the weights' updates, of which there are none here: taken so that a preset fits.
+        normalizer: rows of the global batch, for a mean loss, or the mean of ``reduction``, over a shard or
+            micro-batch.
         energies: also record the energies of every iteration.
         tolerance: strict only: the first iteration t >= max(2, L) that finds the energy, summed over layers, changed
             by no more than this part of it is the last; results are those of num_steps = t. Decided on the device:
@@ -129,6 +139,7 @@ def relax(
     Raises:
         ArgumentError and its kinds, BackendError, RelaxationDiverged.
     """
+    method = canonical(method)
     if energies and method == "exact":
         raise ArgumentError("energies", "True with method 'exact'", "a method with iterations")
     if energies and method == "zero_divergence":
@@ -146,7 +157,7 @@ def relax(
     outcome, run = solve(
         model, x, y, loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend,
         vinit=vinit, normalizer=normalizer, check=check, belief_optimizer=belief_optimizer, nudging=nudging,
-        tolerance=tolerance,
+        tolerance=tolerance, reduction=reduction, update_scale=update_scale,
         wanted=Wanted(
             gradients=False, states=True, input_error=method == "fixed_prediction", energies=energies
         ),
@@ -192,7 +203,9 @@ def prepare(
     belief_optimizer: BeliefOptimizer | None = None,
     nudging: Nudging | None = None,
     backend: str = "auto",
-    vinit: list[Tensor | None] | None = None,
+    vinit: list[Tensor | None] | float | None = None,
+    reduction: str = "sum",
+    update_scale: float = 1.0,
     normalizer: int | None = None,
     tolerance: float | None = None,
     check: str = "auto",
@@ -209,13 +222,15 @@ def prepare(
     status.raise_arrived()
     validation.check_no_transform()
     if method != "incremental" or move is None:
-        validation.check_method(method)
+        method = validation.checked_method(method)
     validation.check_choice(check)
     num_steps = validation.checked_steps(num_steps)
     step_size = validation.checked_step_sizes(step_size, num_steps)
     if isinstance(step_size, tuple) and len(set(step_size)) <= 1:
         step_size = step_size[0] if step_size else 0.0
     belief_optimizer = belief_optimizers.checked(belief_optimizer, method)
+    reductions.checked(reduction, method)
+    reductions.checked_scale(update_scale)
     tolerance = early_exit.checked(tolerance, method)
     network = describe(model)
     step_size, num_steps = validation.fixed_settings(method, network.depth, step_size, num_steps)
@@ -224,7 +239,11 @@ def prepare(
         wanted = replace(wanted, input_error=False)  # integers do not move
     if method == "incremental":
         validation.check_moving_precision(x.device.type, dtype)
+    if reduction != "sum":
+        rows, normalizer = reductions.rows_of(x, normalizer), None
+        belief_optimizer, step_size = reductions.of_beliefs(reduction, rows, belief_optimizer, step_size)
     described = None if output_gradient is not None else describe_loss(loss, normalizer)
+    reductions.check_loss(reduction, described)
     check_nudging(nudging, method, described and described.kind)
     if described is not None and described.known and dtype.is_complex and not network.opaque:
         raise ArgumentError(
@@ -239,7 +258,7 @@ def prepare(
     if check != "off" and not x.is_cuda and not deferred:
         validation.check_finite("x", x)
         for index, belief in enumerate(start or [None]):
-            if index and belief is not None:
+            if index and isinstance(belief, Tensor):
                 validation.check_finite(f"vinit[{index}]", belief)
 
     request = Request(

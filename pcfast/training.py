@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 import pcfast
 
-from . import files, incremental, modes, plots, scores
+from . import files, incremental, modes, plots, reductions, scores
 from . import nudging as nudges
 from .belief_optimizers import BeliefOptimizer
 from .checkpoints import (
@@ -55,6 +55,7 @@ from .history import History
 from .losses import LossLike, describe_loss
 from .machine import describe_machine
 from .nudging import Nudging
+from .planning import canonical
 from .precision import check_precision, use_precision
 from .progress import Display, Interrupt
 from .scores import hits
@@ -86,6 +87,9 @@ def train(
     belief_optimizer: BeliefOptimizer | None = None,
     nudging: Nudging | NudgingByEpoch | None = None,
     nudging_growth: float = 0.0,
+    vinit: float | None = None,
+    reduction: str = "sum",
+    update_scale: float = 1.0,
     optimizer: Optimizer | MakeOptimizer | None = None,
     scheduler: MakeScheduler | None = None,
     augment: Callable[[Tensor], Tensor] | None = None,
@@ -123,8 +127,8 @@ def train(
         loss: a callable loss(output, y) -> scalar, or a name, as for ``pcfast.pc_loss``. A callable that sums
             over the batch says so in an attribute ``reduction`` = "sum" (as torch's modules do); only the
             logged numbers depend on it.
-        method, step_size, num_steps, belief_optimizer, nudging, backend: as for ``pcfast.pc_loss``; or method
-            "incremental", as for ``pcfast.incremental_step``.
+        method, step_size, num_steps, belief_optimizer, nudging, vinit, reduction, update_scale, backend: as for
+            ``pcfast.pc_loss``; or method "incremental", as for ``pcfast.incremental_step``. So ``**preset`` fits.
             ``nudging`` may be a function of the epoch 0, 1, ..., called for all epochs before the first.
         nudging_growth: what beta gains every epoch, as far as 1.
         optimizer: makes the optimiser from the parameters, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``, or
@@ -160,7 +164,8 @@ def train(
 
 def _train(
     model, data, *, epochs, batch_size, loss, method, step_size, num_steps, belief_optimizer, nudging, nudging_growth,
-    optimizer, scheduler, augment, drop_last, backend, precision, device, seed, out, resume, progress, kept,
+    vinit, reduction, update_scale, optimizer, scheduler, augment, drop_last, backend, precision, device, seed, out,
+    resume, progress, kept,
 ) -> History:  # fmt: skip
     """:func:`train`, with gradients."""
     for name, value, least, most in (
@@ -176,6 +181,9 @@ def _train(
         raise ArgumentError("model", "no parameters", "at least one parameter to train")
     if resume and out is None:
         raise ArgumentError("out", "None with resume=True", "the folder of the run to go on with")
+    method = canonical(method)
+    reductions.checked(reduction, method)
+    update_scale = reductions.checked_scale(update_scale)
     nudging_growth = nudges.checked_growth(nudging_growth, nudging)
     num_steps = checked_steps(num_steps)
     _check_most("num_steps", num_steps, MOST_STEPS)
@@ -221,6 +229,9 @@ def _train(
         belief_optimizer=None if belief_optimizer is None else repr(belief_optimizer),
         nudging=None if nudging is None else callable_name(nudging),
         nudging_growth=nudging_growth or None,
+        vinit=vinit,
+        reduction=None if reduction == "sum" else reduction,
+        update_scale=None if update_scale == 1 else update_scale,
         batch_size=batch_size,
         drop_last=drop_last or None,
         augment=None if augment is None else callable_name(augment),
@@ -238,17 +249,19 @@ def _train(
     })  # fmt: skip
     learning = dict(
         loss=loss, step_size=step_size, num_steps=num_steps, belief_optimizer=belief_optimizer, backend=backend,
-        return_output=True,
+        reduction=reduction, update_scale=update_scale, return_output=True,
     )  # fmt: skip
     nudging_of = nudges.by_epoch(nudging, nudging_growth, epochs, method)
     if method == "incremental":
+        if vinit is not None:
+            raise ArgumentError("vinit", f"{vinit!r} with method 'incremental'", 'None, or method="strict"')
         update = functools.partial(pcfast.incremental_step, model, optimizer=optimizer, **learning)
         kind = IncrementalRun
     else:
 
         def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             now = nudging_of(len(run.history))
-            return pcfast.pc_loss(model, x, y, method=method, nudging=now, **learning)
+            return pcfast.pc_loss(model, x, y, method=method, nudging=now, vinit=vinit, **learning)
 
         kind = Run
     run = kind(
@@ -263,6 +276,7 @@ def _train(
         schedule=schedule,
         augment=augment,
         samples=samples,
+        reduction=reduction,
     )
     with modes.modes_kept(model):
         with _switches(precision, device), seeded(seed, device):
@@ -340,9 +354,10 @@ class Run:
 
     def __init__(
         self, model, optimizer, data, loss, update, batch_size, seed, device, *, schedule=None, augment=None,
-        samples=None,
+        samples=None, reduction="sum",
     ):  # fmt: skip
         self.model, self.optimizer, self.schedule, self.loss = model, optimizer, schedule, loss
+        self.sums = _sums(loss) and not reductions.REDUCTIONS[reduction][1]  # what ``update`` says is a sum
         self.update, self.augment = update, augment
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.samples = len(data.x_train) if samples is None else samples  # of one epoch
@@ -370,7 +385,6 @@ class Run:
     def _train_batches(
         self, order: Tensor, stop: Callable[[], bool], after_batch: Callable[[int], None]
     ) -> None:
-        sums = _sums(self.loss)
         start, before = time.perf_counter(), self.seconds
         while self.position < self.samples and not stop():
             rows = order[self.position : self.position + self.batch_size]
@@ -378,7 +392,7 @@ class Run:
             loss, output = self.learn(x, y)
             torch.clear_autocast_cache()  # under autocast for the whole run it would keep the weights of before
             with torch.no_grad():
-                self.loss_sum += loss if sums else loss * len(rows)
+                self.loss_sum += loss if self.sums else loss * len(rows)
                 if self.of_classes:
                     self.correct += hits(output, y)
                 else:

@@ -23,10 +23,16 @@ from .errors import (
     TransformError,
 )
 from .network import DTYPES, Network, common_placement
-from .planning import METHODS
+from .planning import METHODS, canonical, in_words
 
 
-def check_method(method: str) -> None:
+def checked_method(method: str) -> str:
+    """``method`` by its own name: :data:`pcfast.planning.ALIASES` are the field's other words.
+
+    Raises:
+        ArgumentError: none whose updates are one relaxation's.
+    """
+    method = canonical(method)
     if method == "incremental":
         raise ArgumentError(
             "method",
@@ -35,7 +41,10 @@ def check_method(method: str) -> None:
             "Use pcfast.incremental_step.",
         )
     if method not in METHODS:
-        raise ArgumentError("method", repr(method), f"one of {METHODS}")
+        raise ArgumentError(
+            "method", repr(method), f"one of {METHODS}", f"Other words for them: {in_words()}."
+        )
+    return method
 
 
 def fixed_settings(method: str, depth: int, step_size, num_steps):
@@ -246,8 +255,10 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )  # fmt: skip
 
 
-def checked_start(vinit, depth: int, x: Tensor, method: str) -> list[Tensor | None] | None:
+def checked_start(vinit, depth: int, x: Tensor, method: str) -> list[Tensor | float | None] | None:
     """``vinit`` as a list of L+1 entries of which the first is x; None where there is none.
+
+    A number stands for all units of all hidden layers.
 
     Raises:
         ArgumentError and its kinds: naming vinit or its entry.
@@ -256,10 +267,16 @@ def checked_start(vinit, depth: int, x: Tensor, method: str) -> list[Tensor | No
         return None
     if method != "strict":
         raise ArgumentError("vinit", f"beliefs with method {method!r}", 'None, or method="strict"')
+    if isinstance(vinit, numbers.Real) and not isinstance(vinit, bool):
+        if not math.isfinite(vinit):
+            raise ArgumentError("vinit", repr(vinit), "a finite number, or a list of beliefs")
+        return [x, *[float(vinit)] * (depth - 1), None]
     if not isinstance(vinit, list | tuple) or len(vinit) != depth + 1:
         given = f"{len(vinit)} entries" if isinstance(vinit, list | tuple) else f"a {type(vinit).__name__}"
         raise ArgumentError(
-            "vinit", given, f"a list of {depth + 1} beliefs v_0..v_{depth} (entries may be None)"
+            "vinit",
+            given,
+            f"a number, or a list of {depth + 1} beliefs v_0..v_{depth} (entries may be None)",
         )
     for index, entry in enumerate(vinit):
         if entry is None:

@@ -627,7 +627,6 @@ def test_it_is_no_method_of_one_relaxation():
         lambda: pcfast.pc_loss(model, x, y, method="incremental"),
         lambda: pcfast.relax(model, x, y, method="incremental"),
         lambda: pcfast.PredictiveCoding(model, method="incremental"),
-        lambda: pcfast.explain(model, x.shape, method="incremental"),
     ):
         with pytest.raises(pcfast.ArgumentError, match=words):
             call()

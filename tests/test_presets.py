@@ -7,6 +7,7 @@ z <- z - eta (H z - b), so z(n) = H^-1 b + (I - eta H)^n (z(0) - H^-1 b).
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.linalg import matrix_power, solve
 
 import pcfast
-from pcfast import ArgumentError, ArgumentTypeError, GradientDescent, Nudging, presets
+from pcfast import ArgumentError, ArgumentTypeError, GradientDescent, Nudging, presets, training
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "eager"])
 STEPS = pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 12])
@@ -53,8 +54,7 @@ def batch(loss: str = "mse") -> tuple[Tensor, Tensor]:
 
 def updates(model, x, y, preset, **settings) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
-    loss = pcfast.pc_loss(model, x, y, **preset, **settings)
-    (preset.scale * loss).backward()
+    pcfast.pc_loss(model, x, y, **{**preset, **settings}).backward()
     assert pcfast.last_run().plan.backend == settings["backend"]
     return {name: p.grad for name, p in model.named_parameters()}
 
@@ -102,9 +102,9 @@ def test_linear_networks_have_a_closed_form(program, num_steps, backend):
     rate = 0.2 * ROWS if mean else 0.2
     settings = {"step_size": rate, "num_steps": num_steps}
     if program == "jpc":
-        preset = presets.jpc(ROWS, **settings)
+        preset = presets.jpc(**settings)
     else:
-        preset = presets.pcx(ROWS, reduction=program.split()[1], **settings)
+        preset = presets.pcx(reduction=program.split()[1], **settings)
     v = hidden_beliefs(model, x, y, 0.2, num_steps)
     truth = linear_updates(model, x, y, v, v)
     if mean:
@@ -148,7 +148,7 @@ def test_epc_on_linear_networks_has_a_closed_form(rate, num_steps, backend):
         "1.weight": -e[:, 9:].T @ v1 / divisor,
         "2.weight": (v2 @ w3.T - y).T @ v2 / divisor,
     }
-    preset = presets.epc(ROWS, step_size=rate, num_steps=num_steps)
+    preset = presets.epc(step_size=rate, num_steps=num_steps)
     assert_same(updates(model, x, y, preset, backend=backend), truth)
 
 
@@ -201,9 +201,9 @@ def test_updates_are_those_of_the_programs_loop(program, loss, momentum, backend
     mean = program != "pcx, sum"
     settings = {"step_size": 0.5 if mean else 0.1, "num_steps": 9, "loss": loss}
     if program == "jpc":
-        preset = presets.jpc(ROWS, **settings)
+        preset = presets.jpc(**settings)
     else:
-        preset = presets.pcx(ROWS, reduction=program.split()[1], **settings)
+        preset = presets.pcx(reduction=program.split()[1], **settings)
     truth = program_updates(
         model, x, h, loss, rate=settings["step_size"], num_steps=9, mean=mean, momentum=momentum
     )
@@ -223,7 +223,7 @@ def test_pcx_nudged(beta, nudging, backend):
     with torch.no_grad():
         u = model(x)
     truth = program_updates(model, x, u - beta * (u - y), "mse", rate=0.5, num_steps=9, mean=True)
-    preset = presets.pcx(ROWS, step_size=0.5, num_steps=9, reduction="mean")
+    preset = presets.pcx(step_size=0.5, num_steps=9, reduction="mean")
     found = updates(model, x, y, preset, nudging=Nudging(*nudging), backend=backend)
     assert_same(found, {name: update / beta for name, update in truth.items()})
 
@@ -255,7 +255,7 @@ def test_updates_are_those_of_epcs_loop(rate, num_steps, loss, backend):
     local = local + output_energy(loss, model[-1](state), h)
     weights = dict(model.named_parameters())
     found = torch.autograd.grad(local / (ROWS * min(1.0, rate * num_steps)), list(weights.values()))
-    preset = presets.epc(ROWS, step_size=rate, num_steps=num_steps, loss=loss)
+    preset = presets.epc(step_size=rate, num_steps=num_steps, loss=loss)
     assert_same(updates(model, x, h, preset, backend=backend), dict(zip(weights, found, strict=True)))
 
 
@@ -294,18 +294,69 @@ def test_code_on_the_page_runs():
     assert all(parameter.grad is not None for parameter in found["model"].parameters())
 
 
-def test_scaled_loss_is_the_programs_output_energy():
+def test_the_loss_is_the_programs_output_energy():
     model, (x, y) = curved_net(), batch()
+    preset = presets.jpc(step_size=0.1, num_steps=3)
     with torch.no_grad():
         expected = 0.5 * (model(x) - y).square().sum() / ROWS
-    preset = presets.jpc(ROWS, step_size=0.1, num_steps=3)
-    torch.testing.assert_close(preset.scale * pcfast.pc_loss(model, x, y, **preset).detach(), expected)
+        torch.testing.assert_close(pcfast.pc_loss(model, x, y, **preset), expected)
+    torch.testing.assert_close(pcfast.pc_loss(model, x, y, **preset).detach(), expected)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_preset_goes_into_every_function_that_relaxes(name, tmp_path):
+    model, (x, y) = curved_net(), batch()
+    preset = presets.PRESETS[name](step_size=0.05, num_steps=4, loss="mse")
+    if preset.method == "incremental":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        loss = pcfast.incremental_step(model, x, y, optimizer, **preset)
+    else:
+        loss = pcfast.pc_loss(model, x, y, **preset)
+        loss.backward()
+        expected = [p.grad for p in model.parameters()]
+        module = pcfast.PredictiveCoding(copy.deepcopy(model), **preset)
+        module.zero_grad()
+        assert module(x, y) == loss
+        module(x, y).backward()
+        assert all(map(torch.equal, (p.grad for p in module.parameters()), expected))
+        assert pcfast.relax(model, x, y, **preset).run.plan.method == preset.method
+    assert pcfast.explain(model, x.shape, **preset).plan.method == preset.method
+    history = training.train(
+        model, (x, y, x, y), epochs=1, batch_size=ROWS, progress=False, out=tmp_path, **preset
+    )
+    per_row = 1 if preset.reduction != "sum" or name == "torch2pc" else ROWS  # losses are shown per sample
+    assert history.train_loss[0] == pytest.approx(loss.item() / per_row)
+
+
+def test_a_mean_of_the_energy_is_what_optimisers_see_there():
+    """Momentum, weight decay and Adam's eps of a program that descends a mean, against a loop on the mean."""
+    model, (x, y) = curved_net(), batch()
+    for optimizer, kind in (
+        (pcfast.Adam(eps=1e-2), functools.partial(torch.optim.Adam, eps=1e-2)),
+        (GradientDescent(0.6, 0.3), functools.partial(torch.optim.SGD, momentum=0.6, weight_decay=0.3)),
+        (GradientDescent(0.6, 0.3, nesterov=True),
+         functools.partial(torch.optim.SGD, momentum=0.6, weight_decay=0.3, nesterov=True)),
+    ):  # fmt: skip
+        with torch.no_grad():
+            v = [model[0](x), model[1](model[0](x)), model[2](model[1](model[0](x)))]
+        v = [belief.requires_grad_() for belief in v]
+        moving = kind(v, lr=0.05)
+        for _ in range(7):
+            total = energy(model, x, v, y, "mse") / ROWS
+            for belief, gradient in zip(v, torch.autograd.grad(total, v), strict=True):
+                belief.grad = gradient
+            moving.step()
+        preset = presets.jpc(step_size=0.05, num_steps=7, belief_optimizer=optimizer)
+        for backend in ("reference", "eager"):
+            found = pcfast.relax(model, x, y, backend=backend, **preset)
+            for ours, theirs in zip(found.beliefs[1:], v, strict=False):
+                torch.testing.assert_close(ours, theirs.detach(), rtol=1e-11, atol=1e-13)
 
 
 def test_relax_gives_the_errors_of_the_updates():
     """At the last beliefs, which the iteration of step size 0 leaves alone."""
     model, (x, y) = curved_net(), batch()
-    preset = presets.pcx(ROWS, step_size=[0.1, 0.2, 0.1], num_steps=3)
+    preset = presets.pcx(step_size=[0.1, 0.2, 0.1], num_steps=3)
     assert dict(preset)["step_size"] == (0.1, 0.2, 0.1, 0.0) and preset["num_steps"] == 4
     found = pcfast.relax(model, x, y, **preset)
     shorter = pcfast.relax(model, x, y, loss=preset.loss, step_size=[0.1, 0.2, 0.1], num_steps=3)
@@ -321,11 +372,20 @@ def test_relax_gives_the_errors_of_the_updates():
 GOOD = {"step_size": 0.1, "num_steps": 3}
 REFUSED = {
     "method": lambda: presets.torch2pc(method="error_based"),
-    "reduction": lambda: presets.pcx(4, **GOOD, reduction="none"),
-    "rows": lambda: presets.jpc(0, **GOOD),
-    "loss": lambda: presets.jpc(4, **GOOD, loss="ce"),
-    "step_size": lambda: presets.epc(4, step_size=0, num_steps=3),
-    "num_steps": lambda: presets.epc(4, step_size=0.1, num_steps=0),
+    "reduction": lambda: presets.pcx(**GOOD, reduction="none"),
+    "loss": lambda: presets.jpc(**GOOD, loss="ce"),
+    "step_size": lambda: presets.epc(step_size=0, num_steps=3),
+    "num_steps": lambda: presets.pctrainer(step_size=0.1, num_steps=0),
+    "start": lambda: presets.deepity(**GOOD, start="ones"),
+    "belief_optimizer": lambda: presets.spc(**GOOD, belief_optimizer="sgd"),
+    "update_scale": lambda: pcfast.pc_loss(
+        curved_net(), *batch(), **{**presets.preco(**GOOD), "update_scale": 0}
+    ),
+    "vinit": lambda: pcfast.pc_loss(
+        curved_net(), *batch(), **{**presets.preco(**GOOD), "vinit": float("nan")}
+    ),
+    "normalizer": lambda: pcfast.pc_loss(curved_net(), *batch(), **presets.spc(**GOOD), normalizer=0),
+    "nesterov": lambda: GradientDescent(nesterov=True),
 }
 
 
@@ -338,6 +398,6 @@ def test_arguments_that_are_refused(argument):
 
 def test_a_schedule_has_one_step_size_an_iteration():
     with pytest.raises(ArgumentError, match="step_size"):
-        presets.jpc(4, step_size=[0.1, 0.1], num_steps=3)
-    with pytest.raises(ArgumentTypeError, match="rows"):
-        presets.pcx(4.0, **GOOD)
+        presets.jpc(step_size=[0.1, 0.1], num_steps=3)
+    with pytest.raises(ArgumentTypeError, match="num_steps"):
+        presets.pctrainer(step_size=0.1, num_steps=3.0)

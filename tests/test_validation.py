@@ -318,7 +318,9 @@ def test_loss_class_instead_of_an_instance(entry):
     refused(entry, pcfast.ArgumentTypeError, "loss", *words, loss=nn.CrossEntropyLoss)
 
 
-@pytest.mark.parametrize("y", [torch.linspace(-1, 1, 7), torch.tensor(2.0), (1, 2), None, "anything"], ids=str)
+@pytest.mark.parametrize(
+    "y", [torch.linspace(-1, 1, 7), torch.tensor(2.0), (1, 2), None, "anything"], ids=str
+)
 def test_y_may_be_anything_for_a_callable(entry, backend, y):
     entry(**good(y=y), loss=lambda output, y: output.square().sum(), backend=backend)
 

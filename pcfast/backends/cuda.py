@@ -133,7 +133,14 @@ class _Run(KernelRun):
         self.starts = None
         if problem.start is not None:
             check_start(problem.start, [self.plan.shapes[0][0], *shapes])
-            self.starts = [v if v is None else self.precision.to_state(v) for v in problem.start]
+            self.starts = [
+                torch.full(shape, v, dtype=self.precision.state, device=problem.x.device)
+                if isinstance(v, float)
+                else v
+                if v is None
+                else self.precision.to_state(v)
+                for v, shape in zip(problem.start, [self.plan.shapes[0][0], *shapes], strict=True)
+            ]
         self.heads = [None if chain is None else first_product(chain) for chain in self.chains]
         x = self.precision.to_state(problem.x)
         first = self.chains[1].forward(x)

@@ -172,13 +172,13 @@ class Run:
         limit = torch.finfo(self.precision.state).max if problem.check else None
         lowest = 0 if problem.wanted.input_error else 1
         return fixed_prediction_factors(
-            self.depth, problem.num_steps, problem.step_size, limit, lowest, problem.belief_optimizer.momentum
+            self.depth, problem.num_steps, problem.step_size, limit, lowest, problem.belief_optimizer
         )
 
     def _chain(self):
         """The scalars c_d(t) for t = 0..n."""
         problem = self.problem
-        rows = scalar_chain(self.depth, problem.step_size, problem.belief_optimizer.momentum)
+        rows = scalar_chain(self.depth, problem.step_size, problem.belief_optimizer)
         return itertools.islice(rows, problem.num_steps + 1)
 
     def _one_backward(self) -> None:

@@ -27,6 +27,8 @@ def without_kernels(request: Request) -> str:
     optimizer = request.belief_optimizer
     if not optimizer.linear:
         return f"its kernels move beliefs by gradient descent without weight decay, not by {optimizer}: use eager"
+    if optimizer.nesterov:
+        return "its kernels know no Nesterov momentum: use eager"
     if request.nudging is not None:
         return "its kernels take no nudged target: use eager"
     if request.tolerance is not None:

@@ -31,6 +31,7 @@ from .info import info
 from .output import flush_output, open_closed_streams, printable_whatever_it_is
 from .train import train
 from .tune import tune
+from .which import which
 
 _OPTIONS = {"folder": "--data-dir"}  # arguments of functions whose option has another name
 
@@ -89,7 +90,7 @@ def pcfast(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, compare, diagnose, check, tune, bench, info, completion):
+for command in (train, compare, diagnose, check, which, tune, bench, info, completion):
     pcfast.add_command(command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from ..files import check_writable, write_json
 from ..log import warn_once
 from ..nudging import Nudging
 from ..precision import parameter_dtype
+from ..presets import PRESETS, Preset
 from ..validation import checked_device
 from .defaults import DEFAULTS
 from .options import OPTIMIZERS
@@ -51,14 +53,19 @@ def optimizer_of(options: dict) -> Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 def belief_optimizer_of(options: dict) -> BeliefOptimizer | None:
-    """What --belief-optimizer, --belief-momentum and --belief-weight-decay ask for; None for the default."""
+    """What --belief-optimizer and the options beside it ask for; None for the default."""
     momentum, decay = options["belief_momentum"], options["belief_weight_decay"]
+    nesterov = options["belief_nesterov"]
     if options["belief_optimizer"] == "adam":
-        for name, given in (("belief_momentum", momentum), ("belief_weight_decay", decay)):
+        for name, given in (
+            ("belief_momentum", momentum), ("belief_weight_decay", decay), ("belief_nesterov", nesterov),
+        ):  # fmt: skip
             if given is not None:
                 raise ArgumentError(name, f"{given} with --belief-optimizer adam", "--belief-optimizer gd")
         return Adam()
-    made = GradientDescent(momentum or 0.0, decay or 0.0)
+    if nesterov and not momentum:
+        raise ArgumentError("belief_nesterov", "no --belief-momentum", "--belief-momentum X with X > 0")
+    made = GradientDescent(momentum or 0.0, decay or 0.0, bool(nesterov))
     return None if made.plain else made
 
 
@@ -73,6 +80,33 @@ def nudging_of(options: dict) -> Nudging | None:
                 name, f"{options[name]} without --nudging", "--nudging positive, negative or centred"
             )
     return None
+
+
+def preset_of(options: dict) -> Preset:
+    """What --preset makes of --step-size, --num-steps, --loss and, where the program has them, beliefs' options.
+
+    Raises:
+        ArgumentError: an option that the program does not have, or no step size.
+    """
+    name = options["preset"]
+    program = PRESETS[name]
+    if options["step_size"] is None:
+        given = f"none with --preset {name}"
+        raise ArgumentError("step_size", given, "the program's own step size, e.g. --step-size 0.1")
+    beside = {
+        "belief_optimizer": belief_optimizer_of(options),
+        "nudging": nudging_of(options),
+        "method": None if options["method"] == "strict" else options["method"],
+    }
+    beside = {key: value for key, value in beside.items() if value is not None}
+    for key, value in beside.items():
+        if key not in inspect.signature(program).parameters:
+            raise ArgumentError(
+                key, f"{value} with --preset {name}", "none", "That program has no such setting."
+            )
+    return program(
+        step_size=options["step_size"], num_steps=options["num_steps"], loss=options["loss"], **beside
+    )
 
 
 def device_of(name: str) -> torch.device:

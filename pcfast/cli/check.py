@@ -22,6 +22,7 @@ from .building import device_of, network_and_sample_of
 from .defaults import DEFAULTS, STEP_SIZE
 from .options import (
     Count,
+    Method,
     device_option,
     json_option,
     network_options,
@@ -43,7 +44,7 @@ _RELATIVE_TO = {
 @network_options
 @shape_options
 @click.option(
-    "--method", "methods", type=click.Choice(METHODS), multiple=True, help="May be repeated.  [default: all]"
+    "--method", "methods", type=Method(METHODS), multiple=True, help="May be repeated.  [default: all]"
 )
 @relaxation_options
 @click.option(

@@ -35,6 +35,7 @@ from .defaults import DEFAULTS
 from .options import (
     Count,
     Folder,
+    Method,
     Numbers,
     by_data,
     data_options,
@@ -70,7 +71,7 @@ _COUNTS = Numbers(int, lambda v: 1 <= v <= MOST_STEPS, f"whole numbers from 1 to
 @data_options
 @network_options
 @click.option(
-    "--method", "methods", type=click.Choice(ALL_METHODS), multiple=True, default=METHODS, show_default=True,
+    "--method", "methods", type=Method(ALL_METHODS), multiple=True, default=METHODS, show_default=True,
     help="Relaxation; may be repeated.",
 )  # fmt: skip
 @relaxation_options

@@ -27,6 +27,7 @@ from .defaults import DEFAULTS
 from .options import (
     Count,
     Folder,
+    Method,
     belief_optimizer_options,
     by_data,
     data_options,
@@ -52,7 +53,7 @@ _MOST_ROWS = 25  # of iterations on a screen
     type=click.Path(path_type=Path),
     help="checkpoint.pt of a run of train with this network: its weights instead of initial ones.",
 )
-@click.option("--method", type=click.Choice(METHODS), default="strict", show_default=True, help="Relaxation.")
+@click.option("--method", type=Method(METHODS), default="strict", show_default=True, help="Relaxation.")
 @relaxation_options
 @belief_optimizer_options
 @click.option(

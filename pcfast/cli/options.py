@@ -13,8 +13,9 @@ from click.shell_completion import CompletionItem
 
 from ..backends import BACKENDS
 from ..nudging import KINDS as NUDGES
-from ..planning import TRAINING_METHODS
+from ..planning import TRAINING_METHODS, canonical, in_words
 from ..precision import PRECISIONS
+from ..presets import PRESETS
 from ..recipes import RECIPES
 from ..training import MOST_EPOCHS, MOST_SAMPLES, MOST_STEPS
 from .defaults import DEFAULTS, NUM_STEPS
@@ -81,6 +82,14 @@ class Folder(click.Path):
         if value == "":
             self.fail("an empty name is no folder", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class Method(click.Choice):
+    """A method; the field's other words for one are taken too (planning.ALIASES)."""
+
+    def convert(self, value, param, ctx):
+        alias = canonical(value.lower()) if isinstance(value, str) else value
+        return super().convert(alias if alias in self.choices else value, param, ctx)
 
 
 class RecipeName(click.ParamType):
@@ -172,8 +181,15 @@ data_options = _together(
         "(CIFAR-10, CIFAR-100).",
     ),
 )
+METHOD_HELP = f"Relaxation. The field's other words are taken too: {in_words()}."
 method_option = click.option(
-    "--method", type=click.Choice(TRAINING_METHODS), default="strict", show_default=True, help="Relaxation."
+    "--method", type=Method(TRAINING_METHODS), default="strict", show_default=True, help=METHOD_HELP
+)
+preset_option = click.option(
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    help="Another program's convention (docs/conventions.md): loss, reduction, number of moves and scale of the "
+    "updates from --loss, --step-size and --num-steps as that program takes them.",
 )
 relaxation_options = _together(
     click.option(
@@ -204,6 +220,9 @@ belief_optimizer_options = _together(
         metavar="X",
         type=Finite(0, 1, max_open=True),
         help="Of --belief-optimizer gd.  [default: 0]",
+    ),
+    click.option(
+        "--belief-nesterov", is_flag=True, default=None, help="Nesterov's form of --belief-momentum."
     ),
     click.option(
         "--belief-weight-decay",

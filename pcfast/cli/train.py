@@ -27,6 +27,7 @@ from .building import (
     network_of,
     nudging_of,
     optimizer_of,
+    preset_of,
     with_defaults,
 )
 from .options import (
@@ -40,6 +41,7 @@ from .options import (
     method_option,
     network_options,
     optimizer_options,
+    preset_option,
     relaxation_options,
     seed_option,
 )
@@ -64,6 +66,7 @@ _BESIDE_A_RECIPE = (
 @data_options
 @network_options
 @method_option
+@preset_option
 @relaxation_options
 @belief_options
 @optimizer_options
@@ -151,10 +154,10 @@ def _of_options(options: dict) -> tuple[nn.Sequential, Data, dict]:
         spec=chosen["model"],
     )
     passed_on = ("epochs", "batch_size", "loss", "method", "step_size", "num_steps")
+    beliefs = {"belief_optimizer": belief_optimizer_of(chosen), "nudging": nudging_of(chosen)}
     settings = {
         **{name: chosen[name] for name in passed_on},
-        "belief_optimizer": belief_optimizer_of(chosen),
-        "nudging": nudging_of(chosen),
+        **(beliefs if chosen["preset"] is None else preset_of({**chosen, "step_size": options["step_size"]})),
         "nudging_growth": chosen["nudging_growth"] or 0.0,
         "optimizer": optimizer_of(chosen),
     }

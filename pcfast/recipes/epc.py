@@ -32,10 +32,6 @@ class Epc(Tuned):
     momentum: float
 
     @property
-    def ratio(self):
-        return 1 / self._preset().scale if self.type == "Error" else super().ratio
-
-    @property
     def decoupled(self):
         return self.type == "State"
 
@@ -45,13 +41,13 @@ class Epc(Tuned):
     def _warmup(self, steps):
         return int(0.1 * steps)
 
-    def _preset(self) -> presets.Preset:
-        program = presets.epc if self.type == "Error" else presets.pcx  # sPC descends what PCX descends
-        return program(self.batch_size, step_size=self.lr, num_steps=self.iters, loss=self.loss)
-
     def _relaxation(self):
-        momentum = {"belief_optimizer": GradientDescent(self.momentum)} if self.momentum else {}
-        return {**self._preset(), **momentum}
+        settings = {"step_size": self.lr, "num_steps": self.iters, "loss": self.loss}
+        if self.type == "Error":
+            return presets.epc(**settings)
+        return presets.spc(
+            **settings, belief_optimizer=GradientDescent(self.momentum) if self.momentum else None
+        )
 
 
 def recipes() -> list[Epc]:

@@ -72,14 +72,10 @@ class Pcx(Tuned):
         return 0.1 * steps
 
     def _relaxation(self):
-        preset = presets.pcx(self.batch_size, step_size=self.x_lr, num_steps=self.T, loss=self.loss)
-        common = {"belief_optimizer": GradientDescent(self.x_momentum)} if self.x_momentum else {}
-        if self.variant == "ipc":  # errors are fresh in every iteration
-            plain = {"loss": preset.loss, "step_size": self.x_lr, "num_steps": self.T}
-            return {**plain, "method": "incremental", **common}
-        if self.variant in ("pn", "nn", "cn"):
-            common["nudging"] = self.beta
-        return {**preset, **common}
+        program = presets.pcx_ipc if self.variant == "ipc" else presets.pcx
+        optimizer = GradientDescent(self.x_momentum) if self.x_momentum else None
+        preset = program(step_size=self.x_lr, num_steps=self.T, loss=self.loss, belief_optimizer=optimizer)
+        return {**preset, "nudging": self.beta} if self.variant in ("pn", "nn", "cn") else preset
 
 
 def recipes() -> list[Pcx]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .. import networks
+from .. import networks, presets
 from ..datasets import SOURCES, Data, FlipAndCrop, normalized, one_hot
 from ..errors import ArgumentError
 from ..learning_rates import warmup_cosine
@@ -83,18 +83,13 @@ _NORMALISATION = {
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 _PADDING = 4  # pixels, of the random crops
-_ADAM_EPS = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned(Recipe):
     """A recipe of PCX or of the ePC program: Adam under a warm-up and a cosine, on normalised inputs.
 
-    In both programs weights descend the energy's mean over the batch, times a factor; here updates are those of its
-    sum. Adam sees a factor of its gradients only in eps and in L2 weight decay, which stand on the gradients' scale:
-    both are multiplied by :attr:`ratio`, sum to mean.
-
-    Losses are summed over the batch, "mse" is 0.5 |mu - y|^2.
+    Losses are summed over the batch, "mse" is 0.5 |mu - y|^2; the presets say over what weights' gradients are means.
 
     Attributes:
         net: "mlp", "vgg5", "vgg7" or "vgg9".
@@ -137,20 +132,13 @@ class Tuned(Recipe):
         }
 
     @property
-    def ratio(self) -> float:
-        """The updates of :meth:`_relaxation` are so many times the program's gradients."""
-        return float(self.batch_size)
-
-    @property
     def decoupled(self) -> bool:
         """Weight decay is AdamW's, not L2 regularisation."""
         return True
 
     def _optimizer(self, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        eps = _ADAM_EPS * self.ratio
-        if self.decoupled:
-            return torch.optim.AdamW(parameters, self.w_lr, eps=eps, weight_decay=self.w_decay)
-        return torch.optim.Adam(parameters, self.w_lr, eps=eps, weight_decay=self.w_decay * self.ratio)
+        kind = torch.optim.AdamW if self.decoupled else torch.optim.Adam
+        return kind(parameters, self.w_lr, weight_decay=self.w_decay)
 
     def _scheduler(self, optimizer: Optimizer, steps: int) -> LambdaLR:
         return warmup_cosine(optimizer, steps, warmup=self._warmup(steps))
@@ -164,7 +152,7 @@ class Tuned(Recipe):
         """What makes an activation, by the program's name."""
 
     @abstractmethod
-    def _relaxation(self) -> dict:
+    def _relaxation(self) -> presets.Preset:
         """Loss, method and what belongs to it."""
 
 

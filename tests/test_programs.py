@@ -1,0 +1,147 @@
+"""pcfast against what other programs computed: every recorded run, with the preset of its program."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from programs import FILES, STEPS, WITHOUT_SETTINGS, load
+from torch import nn
+
+import pcfast
+from pcfast import ArgumentError, ArgumentTypeError, ShapeError, identify
+from pcfast.grouping import flattened
+
+RUNS = [path for path in FILES if path.stem not in WITHOUT_SETTINGS]
+EVERY_RUN = pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+
+
+def allowed(recorded) -> float:
+    """Relative differences that are rounding: the programs computed in float64, one of them in float32."""
+    return 2e-12 if recorded.meta["dtype"] == "float64" else 1e-6
+
+
+def test_all_files_are_there():
+    assert len(FILES) == 39 and len(RUNS) == 38
+    presets = {load(path).preset for path in RUNS}
+    assert presets == set(pcfast.presets.PRESETS) - {"torch2pc"}  # which has recorded runs of its own
+
+
+@EVERY_RUN
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_updates_and_weights(path, backend):
+    recorded = load(path)
+    first, after = recorded.steps(20 if backend == "eager" else 1, backend=backend)
+    assert pcfast.last_run().plan.backend == backend
+    assert recorded.difference(first, "grad.") < allowed(recorded)
+    for count in STEPS[: len(after)]:
+        assert recorded.difference(after[count], f"after{count}.") < allowed(recorded), count
+
+
+@EVERY_RUN
+def test_beliefs_and_errors(path):
+    """Where the program shows them: after its moves, at the forward pass's weights."""
+    recorded = load(path)
+    meta, settings, model = recorded.meta, recorded.settings(), recorded.model()
+    if settings["method"] == "incremental":
+        pytest.skip("its beliefs move with the weights: test_updates_and_weights")
+    size = meta["step_size"] * meta.get("precision", [1.0])[0]
+    y = recorded.arrays["y"]
+
+    def relaxed(moves: int):
+        if settings["method"] == "error_based":
+            again = {"step_size": size, "num_steps": moves}
+        else:
+            again = {"step_size": (*[size] * moves, 0.0), "num_steps": moves + 1}
+        return pcfast.relax(model, recorded.arrays["x"], y, **{**settings, **again})
+
+    for prefix, key, states in (("v.", "v_moves", "beliefs"), ("eps.", "eps_moves", "errors")):
+        if expected := recorded.under(prefix):
+            found = getattr(relaxed(meta.get(key, meta["belief_moves"])), states)
+            assert recorded.difference({l: found[int(l)] for l in expected}, prefix) < allowed(recorded), (
+                prefix
+            )
+
+
+def identified(recorded, model):
+    updates = recorded.under("grad.")
+    if recorded.meta["dtype"] == "float32":
+        updates = {name: value.float() for name, value in updates.items()}
+    settings = recorded.settings()
+    vinit = settings.get("vinit")
+    return identify(
+        model, recorded.arrays["x"], recorded.arrays["y"], list(updates.values()),
+        step_size=recorded.meta["step_size"], num_steps=recorded.meta["iterations"],
+        belief_optimizer=recorded.belief_optimizer, nudging=settings.get("nudging"),
+        vinit=None if isinstance(vinit, float) else vinit,
+    )  # fmt: skip
+
+
+def names(matches) -> set[str]:
+    return {match.preset.partition("(")[0] for match in matches}
+
+
+@EVERY_RUN
+def test_the_right_preset_is_named(path):
+    recorded = load(path)
+    if recorded.preset == "fabricpc" and "precision" in recorded.meta:
+        pytest.skip("a precision is no preset's setting: docs/examples.md")
+    model = recorded.model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    matches = identified(recorded, model)
+    met, rest = [m for m in matches if m.meets], [m for m in matches if not m.meets]
+    assert matches[: len(met)] == met and recorded.preset in names(met)
+    assert {m.layers for m in met} >= {"as given"}
+    assert all(m.difference < 1e-9 or recorded.meta["dtype"] == "float32" for m in met)
+    assert rest[0].difference == min(m.difference for m in rest) > 1e-5 and "times" in str(rest[0])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    # every preset that meets the record is the same algorithm on this batch
+    assert len({(m.settings.method, m.settings.reduction, m.settings.num_steps) for m in met}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("pctrainer__mlp_relu_mse", "beliefs='before_activation'"),
+        ("jpc__mlp_tanh_mse", "beliefs='before_activation'"),
+        ("pcx__mlp_tanh_se", "beliefs='after_activation'"),
+        ("spc__mlp_tanh_ce", "beliefs='after_activation'"),
+    ],
+)
+def test_where_beliefs_sit_is_found_for_a_flat_model(name, layers):
+    recorded = load(next(path for path in FILES if path.stem == name))
+    matches = identified(recorded, flattened(recorded.model()))
+    met = [m for m in matches if m.meets]
+    assert recorded.preset in names(met) and {m.layers for m in met} == {layers}
+    assert all(m.difference > 1e-2 for m in matches if m.preset == met[0].preset and not m.meets)
+
+
+def test_wrong_guesses_are_told():
+    """The other sign, another scale, another number of moves."""
+    recorded = load(next(path for path in FILES if path.stem == "preco__mba_relu"))
+    grads = list(recorded.under("grad.").values())
+    arguments = recorded.model(), recorded.arrays["x"], recorded.arrays["y"]
+    settings = {"step_size": recorded.meta["step_size"], "num_steps": recorded.meta["iterations"]}
+    best = identify(*arguments, [-3 * g for g in grads], **settings, loss="mse")
+    assert not any(m.meets for m in best)
+    assert any(m.preset == "preco" and m.factor == pytest.approx(-3) for m in best)
+    assert not any(m.meets for m in identify(*arguments, grads, step_size=0.2, num_steps=20))
+
+
+def test_bad_records_are_refused():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    x, y = torch.rand(5, 3), torch.rand(5, 2)
+    grads = [torch.zeros_like(p) for p in model.parameters()]
+    settings = {"step_size": 0.1, "num_steps": 3}
+    for updates, error, words in (
+        (grads[:2], ArgumentError, "2 tensors; needed: 4"),
+        ({"0.w": grads[0]}, ArgumentError, "names of the model's parameters: 0.weight"),
+        ({"0.weight": 1.0}, ArgumentTypeError, "a tensor"),
+        ({"0.weight": grads[1]}, ShapeError, r"\(4, 3\)"),
+        ({}, ArgumentError, "at least one"),
+    ):
+        with pytest.raises(error, match=words):
+            identify(model, x, y, updates, **settings)
+    with pytest.raises(ArgumentError, match="loss"):
+        identify(model, x, y, grads, loss="ce", **settings)
+    with pytest.raises(ArgumentError, match="num_steps"):
+        identify(model, x, y, grads, step_size=0.1, num_steps=-1)
