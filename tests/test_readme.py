@@ -14,7 +14,7 @@ from pcfast.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES_OF_CODE = ["README.md", "docs/layers.md"]
+PAGES_OF_CODE = ["README.md", "docs/layers.md", "docs/examples.md"]
 
 
 def test_the_tables_are_made_from_the_newest_records():
@@ -30,7 +30,7 @@ def test_every_file_that_readme_names_exists():
 
 @pytest.mark.parametrize(
     ("name", "block"),
-    [(name, block) for name in PAGES_OF_CODE for block in blocks_of_code(ROOT / name)],
+    [(name, block) for name in PAGES_OF_CODE for block in blocks_of_code((ROOT / name).read_text())],
 )
 def test_code_on_a_page_runs(name, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
