@@ -7,8 +7,7 @@ Sources:
 [R22] R. Rosenbaum, "On the relationship between predictive coding and backpropagation", PLOS ONE 17(3)
 e0266102 (2022).
 [P25] L. Pinchetti et al., "Benchmarking predictive coding networks - made simple", ICLR (2025).
-[G26] C. Goemaere et al., "Error optimization: overcoming exponential signal decay in deep predictive coding
-networks", arXiv 2505.20137 (2025).
+[G26] C. Goemaere et al., "ePC: Fast and deep predictive coding in digital simulation", ICML (2026), arXiv 2505.20137.
 [SZ15] K. Simonyan and A. Zisserman, "Very deep convolutional networks for large-scale image recognition",
 ICLR (2015).
 """

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 FOLDER = Path(__file__).parent / "data" / "programs"
 
@@ -24,10 +25,10 @@ def of_kind(kind: str, arrays: dict[str, Tensor]) -> list[Tensor]:
     return [value for key, value in arrays.items() if key.startswith(kind + ".")]
 
 
-def set_parameters(model: nn.Module, values: list[Tensor]) -> None:
-    """``model`` has the recorded network's parameters, in its order."""
+def set_parameters(parameters: Iterable[Tensor], values: list[Tensor]) -> None:
+    """In the recorded network's order."""
     with torch.no_grad():
-        for parameter, value in zip(model.parameters(), values, strict=True):
+        for parameter, value in zip(parameters, values, strict=True):
             parameter.copy_(value)
 
 

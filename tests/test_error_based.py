@@ -312,3 +312,58 @@ def test_belief_optimisers_and_nudging_are_refused(method, backend):
             pcfast.relax(model, x, y, belief_optimizer=optimizer, **settings)
     with pytest.raises(pcfast.ArgumentError, match=rf"^nudging: got .* with method '{method}'"):
         pcfast.relax(model, x, torch.rand(3, 4).double(), loss="mse", nudging=pcfast.Nudging(), **settings)
+
+
+# JPC's ePC ------------------------------------------------------------------------------------------------------
+
+
+def jpc_outputs(model, x, errors, held: bool) -> list[Tensor]:
+    """f_l(z_{l-1}) of z_l = f_l(z_{l-1}) + e_l, which is JPC's sign; ``held``: states pass no gradient on."""
+    z, predictions = x, []
+    for layer, e in zip(model, errors, strict=True):
+        predictions.append(layer(z))
+        z = (predictions[-1] + e).detach() if held else predictions[-1] + e
+    return predictions
+
+
+def jpc_updates(model, x, y, step_size, num_steps, *, output_error=True, held=False) -> list[Tensor]:
+    """Its ePC: the loss of z_L = f_L(z_{L-1}) - e_L, hidden 0.5 |e_l|^2, means over rows, errors from 0."""
+    errors = [torch.zeros_like(mu) for mu in jpc_outputs(model, x, [0.0] * len(model), False)]
+    for _ in range(num_steps):
+        errors = [e.detach().requires_grad_() for e in errors]
+        loss = 0.5 * (y - jpc_outputs(model, x, errors, False)[-1] + errors[-1]).square().sum()
+        energy = (sum(0.5 * e.square().sum() for e in errors[:-1]) + loss) / len(x)
+        slopes = list(torch.autograd.grad(energy, errors))
+        if not output_error:
+            slopes[-1] = torch.zeros_like(y)
+        errors = [(e - step_size * slope).detach() for e, slope in zip(errors, slopes, strict=True)]
+    predictions = jpc_outputs(model, x, errors, held)
+    energy = 0.5 * (y - predictions[-1] + errors[-1]).square().sum()
+    if held:
+        for mu, e in zip(predictions[:-1], errors[:-1], strict=True):
+            energy = energy + 0.5 * ((mu + e).detach() - mu).square().sum()
+    return list(torch.autograd.grad(energy / len(x), list(model.parameters())))
+
+
+def test_jpcs_epc_is_another_algorithm(backend):
+    """Its weights get the perturbed net's backpropagation, and its output's error takes the loss over."""
+    (model, x, _), n = tanh_net(), 6
+    y = torch.randn(3, 4, dtype=torch.float64)
+    loss = pcfast.losses.half_squared_error
+    gradient = torch.autograd.grad(loss(model(x), y) / len(x), list(model.parameters()))
+
+    def ours(rate):
+        settings = dict(loss=loss, step_size=rate / len(x), num_steps=n, backend=backend)
+        return [update / len(x) for update in updates(model, x, y, **settings)]
+
+    def ratios(found, truth):
+        return [float(f.norm() / t.norm()) for f, t in zip(found, truth, strict=True)]
+
+    for rate in (0.05, 1.5):
+        assert worst(ours(rate), jpc_updates(model, x, y, rate, n, output_error=False, held=True)) < 1e-13
+    *hidden, weight, bias = ratios(ours(0.05), jpc_updates(model, x, y, 0.05, n))
+    assert all(0.09 < ratio < 0.12 for ratio in hidden) and 1.08 < weight < 1.14 and 1.08 < bias < 1.14
+    *hidden, weight, bias = ratios(ours(1.5), jpc_updates(model, x, y, 1.5, n))
+    assert min(*hidden, weight, bias) > 10
+    for f, t in zip(jpc_updates(model, x, y, 0.05, n), gradient, strict=True):
+        assert relative_error(f, t) < 0.2  # backpropagation's, while errors are small

@@ -128,7 +128,7 @@ def test_pctrainer_holds_beliefs_before_the_activation(backend):
     """Its notebook's network with ReLU: the other form is another algorithm, 31 % off in the worst array."""
     meta, arrays = load("pctrainer__mlp_relu_mse")
     flat = seq(nn.Linear(7, 11), nn.ReLU(), nn.Linear(11, 10), nn.ReLU(), nn.Linear(10, 5)).double()
-    set_parameters(flat, of_kind("param", arrays))
+    set_parameters(flat.parameters(), of_kind("param", arrays))
     moves = meta["iterations"] - 1
     errors = {}
     for beliefs in ("before_activation", "after_activation"):

@@ -7,12 +7,14 @@ from statistics import median
 
 import pytest
 import torch
+from pages import blocks_of_code
 
 from pcfast.bench import report
 from pcfast.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES_OF_CODE = ["README.md", "docs/layers.md", "docs/examples.md"]
 
 
 def test_the_tables_are_made_from_the_newest_records():
@@ -26,11 +28,14 @@ def test_every_file_that_readme_names_exists():
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, flags=re.S))
-def test_code_in_readme_runs(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [(name, block) for name in PAGES_OF_CODE for block in blocks_of_code((ROOT / name).read_text())],
+)
+def test_code_on_a_page_runs(name, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(block, name, "exec"), {"__name__": "page"})
 
 
 def test_the_numbers_of_the_mnist_page_are_those_of_its_runs():

@@ -316,6 +316,75 @@ def test_an_input_that_requires_grad_is_refused():
     assert failure.value.argument == "X"
 
 
+@pytest.mark.parametrize("err_type", ["FixedPred", "Strict"])
+def test_a_tensor_as_eta_is_refused(err_type):
+    model, x, y = problem()
+    with pytest.raises(pcfast.ArgumentTypeError, match="Tensor") as failure:
+        PCInfer(model, LOSS, x, y, err_type, eta=torch.tensor(0.1))
+    assert failure.value.argument == "eta"
+
+
+@pytest.mark.parametrize("err_type", ["FixedPred", "Strict"])
+@pytest.mark.parametrize("eta", [-0.1, float("inf"), float("nan")])
+def test_a_negative_eta_is_refused(eta, err_type):
+    model, x, y = problem()
+    with pytest.raises(pcfast.ArgumentError, match="finite number >= 0") as failure:
+        PCInfer(model, LOSS, x, y, err_type, eta=eta)
+    assert failure.value.argument == "eta"
+
+
+@pytest.mark.parametrize("err_type", ERR_TYPES)
+def test_an_unbatched_input_is_refused(err_type):
+    model, x, y = problem()
+    with pytest.raises(pcfast.ShapeError, match="unsqueeze") as failure:
+        PCInfer(model, LOSS, x[0], y[0], err_type)
+    assert failure.value.argument == "X"
+
+
+def test_a_module_list_is_refused():
+    model, x, y = problem()
+    with pytest.raises(pcfast.ModelError, match=r"ModuleList.*nn\.Sequential"):
+        PCInfer(nn.ModuleList(model), LOSS, x, y, "Strict")
+    PCInfer(nn.Sequential(*nn.ModuleList(model)), LOSS, x, y, "Strict")
+
+
+def test_lazy_modules_are_refused():
+    x, y = torch.randn(6, 5), torch.randint(0, CLASSES, (6,))
+    model = nn.Sequential(nn.Sequential(nn.LazyLinear(8), nn.Tanh()), nn.LazyLinear(CLASSES))
+    with pytest.raises(pcfast.ModelError, match="one forward pass"):
+        PCInfer(model, LOSS, x, y, "Strict")
+    model(x)
+    PCInfer(model, LOSS, x, y, "Strict")
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_sequential_that_does_more_than_its_elements_is_refused():
+    model, x, y = problem()
+    with pytest.raises(pcfast.ModelError, match=r"overrides Sequential\.forward"):
+        PCInfer(Doubled(*model), LOSS, x, y, "Strict")
+    model.register_forward_hook(lambda *_: None)
+    with pytest.raises(pcfast.ModelError, match="hooks"):
+        PCInfer(model, LOSS, x, y, "Strict")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_flat_model_has_a_layer_for_each_module(backend):
+    """As in Torch2PC; grouped it is another algorithm, whose updates are not those."""
+    flat, x, y = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double(), *problem()[1:]
+    assert len(flat) == DEPTH
+    v, epsilon = literal_strict(flat, forward_values(flat, x), LOSS, y, 0.3, 8)
+    found = PCInfer(flat, LOSS, x, y, "Strict", 0.3, 8, backend=backend)
+    assert_same(found[3], v)
+    assert_same(found[4], epsilon, rtol=1e-10)
+    expected = grads(flat)
+    PCInfer(pcfast.group_layers(flat), LOSS, x, y, "Strict", 0.3, 8, backend=backend)
+    assert (flat[0].weight.grad - expected[0]).norm() > 0.01 * expected[0].norm()
+
+
 def test_n_none_is_refused_for_strict():
     model, x, y = problem()
     with pytest.raises(pcfast.ArgumentTypeError) as failure:

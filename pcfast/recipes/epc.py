@@ -1,4 +1,4 @@
-"""Recipes of ePC: Goemaere et al., "Error optimization: overcoming exponential signal decay ...", arXiv 2505.20137.
+"""Recipes of ePC: Goemaere et al., "ePC: Fast and deep predictive coding in digital simulation", arXiv 2505.20137.
 
 Numbers: epc.csv, from github.com/cgoemaere/error_based_PC at 02baa80, configs_results; what they mean: pc_e.py,
 pc_s.py, get_arch.py and datamodules beside. Left out: backpropagation, and ResNet18, whose skips
