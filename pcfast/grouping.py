@@ -51,7 +51,7 @@ def group_layers(model: nn.Sequential, *, beliefs: str = "after_activation") -> 
         raise ArgumentError(
             "beliefs",
             repr(beliefs),
-            f"one of {FORMS}",
+            "one of " + ", ".join(f'"{form}"' for form in FORMS),
             "docs/layers.md says which programs hold beliefs where.",
         )
     describe(model)  # refuses what is no chain of layers

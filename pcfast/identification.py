@@ -95,8 +95,8 @@ def identify(
         model: with the weights of before the step.
         x, y: the batch; y as the loss takes it.
         updates: the gradients that the program handed to its weight optimiser (of an incremental program the first
-            ones), by parameter name or, for all that require a gradient, in the order of ``model.parameters()``. Those of
-            parameters that are not there are not compared.
+            ones), by parameter name, or of all that require a gradient in the order of ``model.parameters()``. What
+            is not there is not compared.
         step_size, num_steps: the program's own, of its belief optimiser and its T.
         loss: "mse" (0.5 |.|^2) or "cross_entropy"; None tries those that take y.
         belief_optimizer, nudging, vinit: the program's, as for :func:`pcfast.pc_loss`.

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from pages import DOCS, blocks_of_code
 from torch import Tensor, nn
 
 import pcfast
@@ -21,8 +23,9 @@ from pcfast.identification import difference
 from pcfast.losses import half_squared_error
 
 TESTS = Path(__file__).parent
-FILES = sorted((TESTS / "data" / "programs").glob("*.npz"))
-PAGE = TESTS.parent / "docs" / "conventions.md"
+FOLDER = TESTS / "data" / "programs"
+FILES = sorted(FOLDER.glob("*.npz"))
+PAGE = DOCS / "ports.md"
 STEPS = (1, 5, 20)
 #: A precision for each layer has no settings in a chain.
 WITHOUT_SETTINGS = ("fabricpc__precision_per_layer",)
@@ -86,8 +89,8 @@ class Recorded:
     arrays: dict[str, Tensor]
 
     @property
-    def rows(self) -> int:
-        return len(self.arrays["x"])
+    def parts(self) -> tuple[dict, dict[str, Tensor]]:
+        return self.meta, self.arrays
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         """The arrays PREFIX.NAME by NAME."""
@@ -182,7 +185,9 @@ class Recorded:
         return difference(found, self.under(prefix))
 
 
-def load(path: Path) -> Recorded:
+def load(name: str | Path) -> Recorded:
+    """The run of a file, or of its name."""
+    path = FOLDER / f"{name}.npz" if isinstance(name, str) else name
     data = dict(np.load(path, allow_pickle=False))
     meta = json.loads(str(data.pop("meta")))
     arrays = {k: torch.from_numpy(v) for k, v in data.items()}
@@ -191,20 +196,67 @@ def load(path: Path) -> Recorded:
     )
 
 
+def of_kind(kind: str, arrays: dict[str, Tensor]) -> list[Tensor]:
+    """One array for each parameter: "param", "grad", "after1", "after5", "after20"."""
+    return [value for key, value in arrays.items() if key.startswith(kind + ".")]
+
+
+def set_parameters(parameters: Iterable[Tensor], values: list[Tensor]) -> None:
+    """In the recorded network's order."""
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def worst(found: list[Tensor], truth: list[Tensor]) -> float:
+    """As :func:`pcfast.identification.difference`, of lists."""
+    return difference(dict(enumerate(found)), dict(enumerate(truth)))
+
+
 # The table -----------------------------------------------------------------------------------------------------
 
 
-def rows() -> list[tuple[str, str, str, str, float, float]]:
-    """(program, revision, method, files, worst difference after 1 and after 20 steps), by program and preset."""
+def rows() -> list[tuple]:
+    """(program, revision, preset, runs, worst difference of the first update, of weights after 1 and 20 steps)."""
     worst: dict[tuple, list] = {}
     for path in FILES:
         recorded = load(path)
         if recorded.name in WITHOUT_SETTINGS:
             continue
-        _, after = recorded.steps(20)
+        first, after = recorded.steps(20)
         key = (recorded.meta["program"], recorded.meta["revision"], recorded.preset)
-        entry = worst.setdefault(key, [0, 0.0, 0.0])
+        entry = worst.setdefault(key, [0, 0.0, 0.0, 0.0])
         entry[0] += 1
-        for index, count in ((1, 1), (2, 20)):
-            entry[index] = max(entry[index], recorded.difference(after[count], f"after{count}."))
+        for index, (found, kind) in enumerate(
+            ((first, "grad."), (after[1], "after1."), (after[20], "after20."))
+        ):
+            entry[index + 1] = max(entry[index + 1], recorded.difference(found, kind))
     return [(*key, *entry) for key, entry in sorted(worst.items())]
+
+
+def port(preset: str) -> str:
+    """The code of a program's training step on the page."""
+    section = PAGE.read_text().split(f"\n### {preset}\n")[1].split("\n### ")[0]
+    (block,) = blocks_of_code(section)
+    return block
+
+
+def table() -> str:
+    lines = [
+        "| program | revision | preset | recorded runs | first update | weights after 1 step | after 20 steps | "
+        "lines of the port |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for program, revision, preset, runs, *differences in rows():
+        count = sum(bool(line.strip()) for line in port(preset).splitlines())
+        cells = (program, revision, f"`{preset}`", runs, *(f"{d:.0e}" for d in differences), count)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+BEGIN, END = "<!-- tests/programs.py: begin -->\n", "<!-- tests/programs.py: end -->"
+
+if __name__ == "__main__":
+    page = PAGE.read_text()
+    above, below = page.split(BEGIN)[0], page.split(END)[1]
+    PAGE.write_text(f"{above}{BEGIN}{table()}\n{END}{below}")

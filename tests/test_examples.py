@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from pages import names_of
-from program_runs import load, of_kind, set_parameters, worst
+from programs import load, of_kind, set_parameters, worst
 from torch import Tensor, nn
 
 import pcfast
@@ -18,7 +18,7 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 def assert_meets(name: str, model: nn.Module, parameters: list[Tensor], step, tolerance: float) -> None:
     """First update, and weights after 20 steps of the program's weight optimiser; ``step`` assigns .grad."""
-    meta, arrays = load(name)
+    meta, arrays = load(name).parts
     settings = meta["weight_optimizer"]
     optimizer = OPTIMIZERS[settings["name"]](model.parameters(), lr=settings["lr"])
     for count in range(20):
@@ -32,7 +32,7 @@ def assert_meets(name: str, model: nn.Module, parameters: list[Tensor], step, to
 def test_the_generative_model_is_pctrainers():
     page = example("Generative PC with a prior on the root")
     name = "pctrainer_generative__bias_prior_relu"
-    _, arrays = load(name)
+    _, arrays = load(name).parts
     model = page["generator"](5, 10, 9, 12).double()
     weight, *parameters = model.parameters()
     set_parameters(parameters, of_kind("param", arrays))
@@ -48,7 +48,7 @@ def test_the_generative_model_is_pctrainers():
 
 def test_mupc_is_jpcs():
     page = example("muPC: residual MLPs of any depth")
-    _, arrays = load("jpc_mupc__resnet5_relu")
+    _, arrays = load("jpc_mupc__resnet5_relu").parts
     model = page["mupc_mlp"](7, 11, 4, depth=5).double()
     set_parameters(model.parameters(), of_kind("param", arrays))
 
@@ -62,7 +62,7 @@ def test_mupc_is_jpcs():
 @pytest.mark.parametrize("precision", [2.0, 1.0])
 def test_one_precision_is_fabricpcs(precision):
     page = example("One precision for all hidden layers")
-    meta, arrays = load("fabricpc__precision_2_hidden")
+    meta, arrays = load("fabricpc__precision_2_hidden").parts
     flat = nn.Sequential(nn.Linear(8, 10), nn.Tanh(), nn.Linear(10, 9), nn.Tanh(), nn.Linear(9, 4)).double()
     model = pcfast.group_layers(flat)
     parameters = list(model.parameters())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from program_runs import load, of_kind, set_parameters, worst
+from programs import load, of_kind, set_parameters, worst
 from torch import nn
 
 import pcfast
@@ -126,7 +126,7 @@ def test_other_places_are_refused(beliefs):
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 def test_pctrainer_holds_beliefs_before_the_activation(backend):
     """Its notebook's network with ReLU: the other form is another algorithm, 31 % off in the worst array."""
-    meta, arrays = load("pctrainer__mlp_relu_mse")
+    meta, arrays = load("pctrainer__mlp_relu_mse").parts
     flat = seq(nn.Linear(7, 11), nn.ReLU(), nn.Linear(11, 10), nn.ReLU(), nn.Linear(10, 5)).double()
     set_parameters(flat.parameters(), of_kind("param", arrays))
     moves = meta["iterations"] - 1

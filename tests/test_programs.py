@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
-from programs import FILES, STEPS, WITHOUT_SETTINGS, load
+from pages import blocks_of_code
+from programs import BEGIN, END, FILES, PAGE, STEPS, WITHOUT_SETTINGS, load, port
 from torch import nn
 
 import pcfast
@@ -108,7 +111,7 @@ def test_the_right_preset_is_named(path):
     ],
 )
 def test_where_beliefs_sit_is_found_for_a_flat_model(name, layers):
-    recorded = load(next(path for path in FILES if path.stem == name))
+    recorded = load(name)
     matches = identified(recorded, flattened(recorded.model()))
     met = [m for m in matches if m.meets]
     assert recorded.preset in names(met) and {m.layers for m in met} == {layers}
@@ -117,7 +120,7 @@ def test_where_beliefs_sit_is_found_for_a_flat_model(name, layers):
 
 def test_wrong_guesses_are_told():
     """The other sign, another scale, another number of moves."""
-    recorded = load(next(path for path in FILES if path.stem == "preco__mba_relu"))
+    recorded = load("preco__mba_relu")
     grads = list(recorded.under("grad.").values())
     arguments = recorded.model(), recorded.arrays["x"], recorded.arrays["y"]
     settings = {"step_size": recorded.meta["step_size"], "num_steps": recorded.meta["iterations"]}
@@ -125,6 +128,28 @@ def test_wrong_guesses_are_told():
     assert not any(m.meets for m in best)
     assert any(m.preset == "preco" and m.factor == pytest.approx(-3) for m in best)
     assert not any(m.meets for m in identify(*arguments, grads, step_size=0.2, num_steps=20))
+
+
+@pytest.mark.parametrize("preset", pcfast.presets.PRESETS)
+def test_the_ports_on_the_page_run(preset):
+    names: dict = {}
+    prelude = next(block for block in blocks_of_code(PAGE.read_text()) if "flat = " in block)
+    for code in (prelude, port(preset)):
+        exec(compile(code, "ports.md", "exec"), names)
+    model, run = names["model"], pcfast.last_run()
+    assert len(model) == 3 and all(p.grad.any() for p in model.parameters())
+    assert run.plan.method == pcfast.presets.PRESETS[preset](step_size=0.1, num_steps=3, loss="mse").method
+
+
+def test_the_table_on_the_page_is_of_these_files():
+    """All but its numbers, which are rounding and depend on the processor."""
+    rows = PAGE.read_text().split(BEGIN)[1].split(END)[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    of_files = Counter((r.meta["program"], r.meta["revision"], f"`{r.preset}`") for r in map(load, RUNS))
+    assert {tuple(row[:3]): int(row[3]) for row in cells} == of_files
+    for row in cells:
+        assert max(map(float, row[4:7])) < (1e-6 if "Deepity" in row[0] else 2e-12)
+        assert int(row[7]) == sum(bool(line.strip()) for line in port(row[2].strip("`")).splitlines())
 
 
 def test_bad_records_are_refused():
