@@ -3,9 +3,10 @@
 wgmma and tcgen05.mma read shared memory through the async proxy, cp.async and st.shared write it through the generic
 one: a fence.proxy.async belongs in between. wgmma may also read its left operand from registers, which nobody may
 touch before a wgmma.wait_group that covers it. In pipelined loops triton 3.6 emits neither that fence behind cp.async
-(fixed in 3.7.1: pull requests 9610, 10537) nor that wait (9514, 9530). So the fences are put in here, while triton
-compiles; our kernels make no left operand in registers in loops with such waits; and :func:`hazards` finds whatever
-would still be wrong.
+(fixed in 3.7.1: pull requests 9610, 10537) nor that wait (9514, 9530). Where a loop is unrolled, sums start at zero
+behind the wgmma.fence that orders registers, not before it. So the fences are put in here, while triton compiles; our
+kernels make no left operand in registers in loops with such waits; and :func:`hazards` finds whatever would still be
+wrong.
 """
 
 from __future__ import annotations
@@ -16,11 +17,16 @@ from collections.abc import Iterable
 import triton
 
 _MATRIX = re.compile(r"(wgmma\.mma_async|tcgen05\.mma)\b")
+_WGMMA = re.compile(r"wgmma\.mma_async\b")
 _ARRIVAL = re.compile(r"cp\.async\.wait_(group|all)\b")
 _STORE = re.compile(r"(st\.(\w+\.)*shared|stmatrix)\b")
 _FENCE = re.compile(r"fence\.proxy\.async\b")
 _BRANCH = re.compile(r"bra(\.uni)?\s+(\S+)")
 _LABEL = re.compile(r"([$\w]+):")
+_ENDS_A_STRETCH = re.compile(r"wgmma\.fence\b|(bra|ret|exit)\b|[$\w]+:")
+_WRITTEN = re.compile(r"(?!st\.|red\.|wgmma\.)[\w.:]+\s+(\{[^}]*\}|%\w+(\|%\w+)?)")
+_REGISTER = re.compile(r"%\w+")
+_LISTS = re.compile(r"\{([^}]*)\}")
 _LEFT_IN_REGISTERS = re.compile(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*\{")
 _PENDING = re.compile(r"wgmma\.wait_group\S*\s+([1-9]\d*)")
 
@@ -72,16 +78,38 @@ def _unfenced_arrivals(code: _Code) -> list[int]:
     return [at for at in code.where(_ARRIVAL) if code.unfenced([at])]
 
 
-def with_fences(ptx: str) -> str:
-    """``ptx`` with a fence behind every wait for cp.async from which a matrix instruction is reached without one.
+def _unordered_products(code: _Code) -> list[int]:
+    """The wgmma that use a register written since the wgmma.fence before them, in one stretch of code.
 
-    It stands before the barrier that follows, so that each thread fences its own copies before others rely on them.
+    One fence in front of the first orders those that follow it, too.
+    """
+    found, fresh = [], set()
+    for at, line in enumerate(code.instructions):
+        if _ENDS_A_STRETCH.match(line):
+            fresh.clear()
+        elif _WGMMA.match(line):
+            if fresh & set(_REGISTER.findall(" ".join(_LISTS.findall(line)))):
+                found.append(at)
+                fresh.clear()
+        elif written := _WRITTEN.match(line):
+            fresh.update(_REGISTER.findall(written.group(1)))
+    return found
+
+
+def with_fences(ptx: str) -> str:
+    """``ptx`` with the fences that it lacks.
+
+    A proxy fence behind every wait for cp.async from which a matrix instruction is reached without one: before the
+    barrier that follows, so that each thread fences its own copies before others rely on them. And a wgmma.fence in
+    front of every wgmma that uses registers written since the last one.
     """
     if not _MATRIX.search(ptx):
         return ptx
-    lines = ptx.splitlines(keepends=True)
-    for at in reversed(_unfenced_arrivals(_Code(ptx))):
-        lines.insert(at + 1, "\tfence.proxy.async.shared::cta;\n")
+    code, lines = _Code(ptx), ptx.splitlines(keepends=True)
+    missing = [(at + 1, "\tfence.proxy.async.shared::cta;\n") for at in _unfenced_arrivals(code)]
+    missing += [(at, "\twgmma.fence.sync.aligned;\n") for at in _unordered_products(code)]
+    for at, fence in sorted(missing, reverse=True):
+        lines.insert(at, fence)
     return "".join(lines)
 
 
@@ -94,6 +122,8 @@ def hazards(ptx: str) -> list[str]:
         found.append("no fence.proxy.async between the wait for cp.async and a matrix instruction")
     if code.unfenced(code.where(_STORE)):
         found.append("no fence.proxy.async between a store to shared memory and a matrix instruction")
+    if _unordered_products(code):
+        found.append("no wgmma.fence between a write to a register and the wgmma that uses it")
     pending = _PENDING.search(ptx)
     if _LEFT_IN_REGISTERS.search(ptx) and pending:
         found.append(
@@ -113,7 +143,7 @@ def _fences_itself(version: str) -> bool:
 
 _NEEDED = not _fences_itself(triton.__version__)
 #: What compiled kernels with fences are known by; changes with :func:`with_fences`.
-_KEY = "pcfast-fences-1"
+_KEY = "pcfast-fences-2"
 _hook = None
 
 

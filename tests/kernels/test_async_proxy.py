@@ -71,6 +71,30 @@ def test_what_is_safe_stays_as_it_is(code):
     assert async_proxy.hazards(code) == [] and async_proxy.with_fences(code) == code
 
 
+ORDER, ZERO = "\twgmma.fence.sync.aligned;\n", "\tmov.b32 \t%r1, %r9;\n"
+SUM = "\twgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32 {%r1,%r2,%r3,%r4}, %rd1, %rd2, %p1, 1, 1;\n"
+
+
+@pytest.mark.parametrize(
+    "write", [ZERO, "\tld.global.v2.b32 \t{%r8, %r2}, [ %rd4 + 0 ];\n", "\t@%p3 add.f32 \t%r4, %r5, %r6;\n"]
+)
+def test_registers_are_ordered_before_the_product_that_uses_them(write):
+    """Where a loop is unrolled, sums start behind the fence; one more orders all products that follow it."""
+    code = loop(ORDER, write, SUM, "\tadd.s64 \t%rd1, %rd1, 2;\n", SUM)
+    assert async_proxy.hazards(code) == [
+        "no wgmma.fence between a write to a register and the wgmma that uses it"
+    ]
+    fenced = async_proxy.with_fences(code)
+    assert fenced == code.replace(write + SUM, write + ORDER + SUM)
+    assert async_proxy.hazards(fenced) == [] and async_proxy.with_fences(fenced) == fenced
+    for safe in (
+        loop(write, ORDER, SUM, SUM),
+        loop(ORDER, "\tst.global.b32 \t[ %rd4 + 0 ], {%r1};\n", SUM),
+        loop(ORDER, "\tmov.b32 \t%r7, %r1;\n", SUM),
+    ):
+        assert async_proxy.hazards(safe) == [] and async_proxy.with_fences(safe) == safe
+
+
 def test_what_no_fence_behind_a_wait_mends():
     registers = loop(FROM_REGISTERS, "\twgmma.wait_group.sync.aligned 3;\n")
     (hazard,) = async_proxy.hazards(async_proxy.with_fences(registers))
