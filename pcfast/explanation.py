@@ -16,7 +16,7 @@ from .losses import LossLike, describe_loss
 from .network import Network, common_placement, describe
 from .nudging import Nudging
 from .nudging import check as check_nudging
-from .planning import Plan, canonical, plan
+from .planning import ALIASES, Plan, canonical, plan
 from .precision import choose_precision
 from .problem import Request
 
@@ -39,7 +39,9 @@ class Explanation:
 
     def __repr__(self) -> str:
         plan = self.plan
-        lines = [f"{plan.method}, {plan.num_steps} iterations, on backend {plan.backend}"]
+        said = [alias for alias, method in ALIASES.items() if method == plan.method]
+        method = f"{plan.method} ({' or '.join(said)})" if said else plan.method
+        lines = [f"{method}, {plan.num_steps} iterations, on backend {plan.backend}"]
         lines += [f"  {name} refused: {reason}" for name, reason in self.refused.items()]
         if not plan.belief_optimizer.plain:
             lines.append(f"beliefs move by {plan.belief_optimizer}")
