@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import autograd, incremental, validation
 from .backends import BACKENDS
+from .checkpoints import module_text
 from .errors import ModelError, PcfastError
 from .losses import HALF_SUM, LossLike, describe_loss, half_squared_error
 from .network import Network, describe
@@ -52,7 +53,7 @@ class Models:
         A number, and a digest of the structure: compiled graphs are cached on disk with the key in them, and must
         not be taken for those of another network that has the same number in another process.
         """
-        digest = hashlib.sha256(repr(model).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(module_text(model).encode()).hexdigest()[:16]
         with self._lock:
             for key, known in self._models.items():
                 if known is model and key.endswith(digest):

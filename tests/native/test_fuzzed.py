@@ -72,7 +72,8 @@ def test_nonsense_gives_a_status_and_never_a_crash(launches, host_module, tmp_pa
     last = done.stdout.splitlines()[-1]
     assert done.returncode == 0, f"status {done.returncode} at seed {last}: {done.stderr[-1000:]}"
     counts = json.loads(last)
-    assert counts.get("-1", 0) > 20 and counts.get("0", 0) > 0 and set(counts) <= {"-1", "0"}, counts
+    # 1, cudaErrorInvalidValue: the launch itself, of a block with more shared memory than there is
+    assert counts.get("-1", 0) > 20 and counts.get("0", 0) > 0 and set(counts) <= {"-1", "0", "1"}, counts
 
 
 def test_lengths_are_compared(launches, host_module, monkeypatch):
