@@ -145,6 +145,7 @@ class PredictiveCoding(nn.Module):
         a sum loss, any method:                         (W * ddp(x, y)).backward()
         a mean loss, "exact" or "fixed_prediction":     ddp(x, y).backward()
         a mean loss and normalizer=B, any method:       (W * ddp(x, y)).backward()
+        any reduction but "sum", and normalizer=B:      (W * ddp(x, y)).backward()
 
     "strict" with a plain mean relaxes each shard at W times the scale and differs.
 

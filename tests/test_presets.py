@@ -328,6 +328,21 @@ def test_a_preset_goes_into_every_function_that_relaxes(name, tmp_path):
     assert history.train_loss[0] == pytest.approx(loss.item() / per_row)
 
 
+@pytest.mark.parametrize("name", ["jpc", "pcx", "epc"])
+def test_parts_of_a_batch_add_up_with_a_normalizer(name):
+    """Micro-batches, or the shards of DistributedDataParallel summed: rows of the global batch say what is a mean."""
+    model, (x, y) = curved_net(), batch()
+    preset = presets.PRESETS[name](step_size=0.2, num_steps=5, loss="mse")
+    pcfast.pc_loss(model, x, y, **preset).backward()
+    whole = [p.grad.clone() for p in model.parameters()]
+    for normalizer, same in ((ROWS, True), (None, False)):
+        model.zero_grad()
+        for rows in (slice(0, 2), slice(2, ROWS)):
+            pcfast.pc_loss(model, x[rows], y[rows], normalizer=normalizer, **preset).backward()
+        for found, expected in zip((p.grad for p in model.parameters()), whole, strict=True):
+            assert torch.allclose(found, expected, rtol=1e-11, atol=1e-13) is same
+
+
 def test_a_mean_of_the_energy_is_what_optimisers_see_there():
     """Momentum, weight decay and Adam's eps of a program that descends a mean, against a loop on the mean."""
     model, (x, y) = curved_net(), batch()
