@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from programs import FOLDER, load
+from recorded_programs import FOLDER, load
 
 from pcfast.cli import main
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from pages import names_of
-from programs import load, of_kind, set_parameters, worst
+from recorded_programs import load, of_kind, set_parameters, worst
 from torch import Tensor, nn
 
 import pcfast

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from programs import load, of_kind, set_parameters, worst
+from recorded_programs import load, of_kind, set_parameters, worst
 from torch import nn
 
 import pcfast

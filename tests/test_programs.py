@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from pages import blocks_of_code
-from programs import BEGIN, END, FILES, PAGE, STEPS, WITHOUT_SETTINGS, load, port
+from recorded_programs import BEGIN, END, FILES, PAGE, STEPS, WITHOUT_SETTINGS, load, port
 from torch import nn
 
 import pcfast
