@@ -1,7 +1,8 @@
 """What other programs for predictive coding computed (tests/data/programs), and pcfast's settings for the same.
 
 Recorded runs of seven programs: weights and one batch, the first update, weights after 1, 5 and 20 training steps,
-beliefs and errors where a program shows them. ``python tests/recorded_programs.py`` writes the table of docs/ports.md anew.
+beliefs and errors where a program shows them. ``python tests/recorded_programs.py`` writes
+the table of docs/ports.md anew.
 """
 
 from __future__ import annotations
