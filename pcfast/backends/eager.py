@@ -329,7 +329,7 @@ class Run:
                     deviations[l] = links[l - 1].predict()
             before = list(errors)
             for l in range(max(front, 1), depth):
-                errors[l] = links[l].error(deviations[l])
+                errors[l] = links[l].error(deviations[l], owned=l > 1 and links[l - 1].owned)
             errors[depth] = self._top_error(deviations[depth])
             if problem.num_steps == 0:
                 break

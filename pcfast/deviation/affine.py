@@ -21,6 +21,8 @@ _aten = torch.ops.aten
 class _AffineStep(Step):
     """What linear layers and convolutions share: cast weights, remember the input."""
 
+    owned = True
+
     def __init__(self, spec, module, precision):
         super().__init__(spec, module, precision)
         self.weight = precision.to_operand(self.module.weight.detach())

@@ -12,6 +12,8 @@ from .step import LinearMapStep, Step
 class ElementwiseStep(Step):
     """a = act(u): bracket and slope of activations.py."""
 
+    owned = True
+
     def forward(self, a):
         out = self.spec.activation.forward(a)
         self._base, self._anchor, self._slope = (a, out), None, None
