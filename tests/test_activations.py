@@ -12,7 +12,9 @@ from torch import nn
 import pcfast
 from pcfast import activations
 from pcfast.backends import BACKENDS, cuda, triton
-from pcfast.network import describe
+from pcfast.deviation.pointwise import ElementwiseStep
+from pcfast.network import Elementwise, describe
+from pcfast.precision import Precision
 from pcfast.problem import Request
 
 ALL = [
@@ -134,6 +136,22 @@ def test_forward_is_torchs_and_base_slope_its_derivative(activation):
     u = u.detach()
     slope = activation.pullback(activation.slope(u, activation.forward(u)), torch.ones_like(u))
     torch.testing.assert_close(slope, derivative, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("activation", ALL, ids=IDS)
+def test_a_point_that_a_kernel_has_found_needs_no_anchor(activation, monkeypatch):
+    u, d = points(0.3)
+    spec, state = Elementwise("0", "act", activation), Precision(torch.float64, torch.float64)
+    looped, fresh = (ElementwiseStep(spec, nn.Identity(), state) for _ in range(2))
+    for step in (looped, fresh):
+        step.forward(u)
+    looped.deviate(torch.zeros_like(d))
+    looped.at(d)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(activation), "deviate", None)
+        fresh.at(d)
+    e = torch.randn_like(u)
+    torch.testing.assert_close(fresh.pullback(e), looped.pullback(e), rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("activation", ALL, ids=IDS)

@@ -27,6 +27,14 @@ class ElementwiseStep(Step):
         bracket, self._slope = activation.deviate(self._anchor, d)
         return bracket
 
+    def at(self, d):
+        if self._anchor is not None:
+            super().at(d)
+            return
+        # The loop ran elsewhere, in a kernel: nothing but the slope is needed, and no anchor.
+        activation, moved = self.spec.activation, self._base[0] + d
+        self._slope = activation.slope(moved, activation.forward(moved))
+
     def pullback(self, e):
         if self._slope is None:
             self._slope = self.spec.activation.slope(*self._base)
