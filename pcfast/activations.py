@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import host
+
 _INV_SQRT_2PI = 1 / math.sqrt(2 * math.pi)
 
 
@@ -258,7 +260,7 @@ class Gelu(Activation):
         near = torch.addcmul(coefficients[-2], coefficients[-1], s)
         for coefficient in reversed(coefficients[:-2]):
             near = torch.addcmul(coefficient, near, s, out=near)
-        if s.is_cpu and s.numel():  # the host may look: the same numbers, without the plain difference
+        if host.readable(s.device) and s.numel():  # the same numbers, without the plain difference
             low, high = torch.aminmax(s)
             if -reach < float(low) and float(high) < reach:
                 return near.mul_(s), w

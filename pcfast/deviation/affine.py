@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import host
 from .step import Gradients, Step
 
 _aten = torch.ops.aten
@@ -54,7 +55,7 @@ class _AffineStep(Step):
         weight = self.module.weight.detach()
         self.weight = self._as_operand(weight)
         # Before an error comes, and where the optimiser holds other parameters, the host can save a product.
-        same = self._change is None and weight.is_cpu and torch.equal(weight, held)
+        same = self._change is None and host.readable(weight.device) and torch.equal(weight, held)
         if same and (bias is None or torch.equal(self.module.bias, bias)):
             return
         # The change is as large as the weight: it keeps its place from iteration to iteration.
