@@ -22,6 +22,7 @@ from pcfast.network import describe
 from pcfast.precision import parameter_dtype, use_precision
 from pcfast.problem import Request
 
+from .energy_loop import energy_step
 from .literal import literal_step
 from .loops import iterate, plain_step, unknown
 from .workloads import Workload
@@ -144,6 +145,13 @@ def _literal(workload, model, x, y, precision) -> Step:
     return _by_grad(model, x.device, run)
 
 
+def _energy(workload, model, x, y, precision) -> Step:
+    def run() -> None:
+        energy_step(model, x, y, workload.step_size, workload.num_steps)
+
+    return _by_grad(model, x.device, run)
+
+
 def _plain(workload, model, x, y, body=None) -> Callable[[], list[Tensor]]:
     @torch.no_grad()
     def run() -> list[Tensor]:
@@ -197,6 +205,10 @@ def _a_loop(workload: Workload, precision: str, device: torch.device) -> str:
     return "there is no loop in exact" if workload.method == "exact" else ""
 
 
+def _descends(workload: Workload, precision: str, device: torch.device) -> str:
+    return "" if workload.method == "strict" else f"{workload.method} does not descend one energy"
+
+
 def _known_layers(workload: Workload, precision: str, device: torch.device) -> str:
     with torch.device("meta"):
         module = unknown(workload.make())
@@ -232,6 +244,9 @@ CONTENDERS: dict[str, Contender] = {
     for contender in (
         *(_backend(name) for name, backend in BACKENDS.items() if not backend.literal),
         Contender("literal", False, "per-layer vjp loop, as published", _a_loop, _literal, passes=5),
+        Contender(
+            "autograd", False, "loop over one energy's gradient by autograd", _descends, _energy, passes=3
+        ),
         Contender(
             "plain", False, "loop without autograd", _all(_a_loop, _known_layers), _plain_eager, passes=3
         ),

@@ -61,6 +61,8 @@ def _layer(layer: nn.Module):
                 v = lax.reduce_window(v, -jnp.inf, lax.max, window, window, "VALID")
             elif isinstance(m, nn.Flatten):
                 v = v.reshape(len(v), -1)
+            elif isinstance(m, nn.GELU):
+                v = jax.nn.gelu(v, approximate=False)
             else:
                 v = jax.nn.relu(v) if isinstance(m, nn.ReLU) else jnp.tanh(v)
         return v

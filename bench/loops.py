@@ -1,8 +1,8 @@
 """The loop that a careful author writes without autograd: beliefs, predictions, errors, hand-written Jacobians.
 
 The rival to beat: no autograd, the clamped layer evaluated once. In belief form, as everybody's is. It knows the
-layers of the workloads (Linear, Conv2d, ReLU, Tanh, MaxPool2d, Flatten) and mean cross-entropy, and shares no code
-with the package. Rosenbaum (2022), algorithms 2 and 3.
+layers of the workloads (Linear, Conv2d, ReLU, Tanh, exact GELU, MaxPool2d, Flatten) and mean cross-entropy, and
+shares no code with the package. Rosenbaum (2022), algorithms 2 and 3.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ Body = Callable[..., tuple[list[Tensor], list[Tensor]]]
 
 def unknown(model: nn.Sequential) -> str:
     """The first module that the loop does not know; "" where it knows all."""
-    known = (nn.Linear, nn.Conv2d, nn.ReLU, nn.Tanh, nn.MaxPool2d, nn.Flatten)
+    known = (nn.Linear, nn.Conv2d, nn.ReLU, nn.Tanh, nn.GELU, nn.MaxPool2d, nn.Flatten)
     return next(
-        (type(m).__name__ for layer in model for m in _modules(layer) if not isinstance(m, known)), ""
+        (
+            type(m).__name__
+            for layer in model
+            for m in _modules(layer)
+            if not isinstance(m, known) or getattr(m, "approximate", "none") != "none"
+        ),
+        "",
     )
 
 
@@ -109,6 +115,9 @@ def _forward(layer: nn.Module, v: Tensor) -> tuple[Tensor, Kept]:
         elif isinstance(m, nn.Flatten):
             kept.append(v.shape)
             v = v.flatten(1)
+        elif isinstance(m, nn.GELU):
+            kept.append(v)
+            v = F.gelu(v)
         else:
             v = torch.relu(v) if isinstance(m, nn.ReLU) else torch.tanh(v)
             kept.append(v)
@@ -127,6 +136,8 @@ def _through(m: nn.Module, saved, error: Tensor) -> Tensor:
         return below.scatter_(2, where.flatten(2), error.flatten(2)).view(shape)
     if isinstance(m, nn.Flatten):
         return error.view(saved)
+    if isinstance(m, nn.GELU):
+        return torch.ops.aten.gelu_backward(error, saved)
     return error * (saved > 0) if isinstance(m, nn.ReLU) else error * (1 - saved * saved)
 
 

@@ -263,6 +263,7 @@ def depth_picture(records: list[dict], path: Path = DEPTH_PICTURE) -> None:
 _COLOURS = {
     "pcfast": "#0072B2",
     "literal": "#000000",
+    "autograd": "#CC79A7",
     "plain": "#999999",
     "plain_graph": "#666666",
     "plain_compiled": "#E69F00",
@@ -287,7 +288,9 @@ def _bars(axes, found: dict) -> None:
             seconds = _seconds(name, rows)
             if seconds is not None:
                 ratio = tables.seconds_of("literal", rows) / seconds
-                axes.barh(place + (index - 2) * height, ratio, height, color=_COLOURS[name])
+                axes.barh(
+                    place + (index - (len(names) - 1) / 2) * height, ratio, height, color=_COLOURS[name]
+                )
         axes.barh(0, 0, color=_COLOURS[name], label=name)
     axes.set_yticks(range(len(chosen)), [f"{name}\n{precision}" for name, precision in chosen])
     axes.invert_yaxis()
@@ -332,7 +335,7 @@ def _depth(axes, lines: dict[str, list[tuple[int, float]]]) -> None:
     """Lines: seconds an iteration against hidden layers, by contender; a point where there is one depth."""
     from matplotlib.ticker import LogLocator
 
-    markers = dict(zip(_COLOURS, "osD^vP", strict=True))
+    markers = dict(zip(_COLOURS, "osXD^vP", strict=True))
     for name, points in lines.items():
         look = {"marker": markers[name], "fillstyle": "none", "color": _COLOURS[name]}
         axes.plot(*zip(*points, strict=True), label=name, **look)

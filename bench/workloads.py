@@ -50,6 +50,13 @@ class Workload:
 _MLP = "784-600-600-10 relu"
 _CNN = "the paper's MNIST network"
 
+
+def _mlp_600_first() -> nn.Sequential:
+    """mlp_600 whose beliefs are pre-activations: activations begin layers instead of ending them."""
+    first, second, last = networks.mlp_600()
+    return nn.Sequential(first[0], nn.Sequential(first[1], second[0]), nn.Sequential(second[1], last))
+
+
 #: By name, what matters most first: a run that has to stop early has those.
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
@@ -83,6 +90,15 @@ WORKLOADS: dict[str, Workload] = {
             )
             for depth in (8, 32, 128)
         ),
+        Workload(
+            "gelu_mlp",
+            partial(networks.mlp, (784, 128, 128, 128, 10), nn.GELU),
+            (784,),
+            512,
+            "784-128x3-10 exact gelu",
+            num_steps=64,
+        ),
+        Workload("mlp_600_first", _mlp_600_first, (784,), 300, f"{_MLP}, beliefs before the activations"),
         Workload("mlp_600_b32", networks.mlp_600, (784,), 32, _MLP),
         Workload("mlp_600_b512", networks.mlp_600, (784,), 512, _MLP),
         Workload("mnist_cnn_fixed", networks.mnist_cnn, (1, 28, 28), 300, _CNN, method="fixed_prediction"),

@@ -39,11 +39,6 @@ def checked(tolerance, method: str) -> float | None:
     return float(tolerance)
 
 
-def readable(device: torch.device) -> bool:
-    """Whether the host can read a value of ``device`` without waiting, and so leave the loop."""
-    return device.type == "cpu"
-
-
 class EarlyExit:
     """Decides where the energies are, without waiting for that device.
 

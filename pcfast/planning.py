@@ -142,7 +142,12 @@ def _gram_cost(network: specs.Network, shapes: tuple) -> tuple[int, int, int] | 
     if isinstance(head, specs.Residual):
         return "layer 2 begins with a residual block, whose skip reads layer 1's beliefs"
     if not isinstance(head, specs.Linear | specs.Conv2d):
-        return "layer 2 does not begin with a linear layer or a convolution"
+        why = (
+            ": the derivative of its activation is each row's own"
+            if isinstance(head, specs.Elementwise)
+            else ""
+        )
+        return f"layer 2 does not begin with a linear layer or a convolution{why}"
     if isinstance(head, specs.Conv2d) and (
         head.stride != (1, 1) or head.padding != (0, 0) or head.dilation != (1, 1) or head.groups != 1
     ):

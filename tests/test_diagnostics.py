@@ -241,7 +241,7 @@ def test_explain_without_gram_form_says_why():
     reasons = {
         "there is one layer only": (nn.Sequential(nn.Linear(6, 3)), {}),
         "exact has no loop": (mlp(40), {"method": "exact"}),
-        "does not begin with a linear layer": (
+        "does not begin with a linear layer or a convolution: the derivative of its activation is each row's own": (
             nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)),
             {},
         ),

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcfast
-from pcfast import early_exit, graphs
+from pcfast import graphs, host
 from pcfast.backends import BACKENDS as KNOWN
 from pcfast.backends import cuda, triton
 from pcfast.network import describe
@@ -29,7 +29,7 @@ STEPS = 60
 def backend(request, monkeypatch):
     """The last is what runs on CUDA, where the host cannot know without waiting."""
     if request.param.endswith("loop"):
-        monkeypatch.setattr(early_exit, "readable", lambda device: False)
+        monkeypatch.setattr(host, "readable", lambda device: False)
     return request.param.split()[0]
 
 
@@ -132,7 +132,7 @@ def test_eager_equals_reference(architecture, loss_name, tolerance, step_size, l
         assume(False)
     assume(all(e is None or float(e.norm()) < 1e3 for e in truth.errors))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(early_exit, "readable", lambda device: leaves)
+        patch.setattr(host, "readable", lambda device: leaves)
         found = pcfast.relax(model, x, y, backend="eager", **arguments)
     assert int(found.iterations) == int(truth.iterations)
     assert_states_agree(found, truth, int(truth.iterations))
@@ -285,7 +285,7 @@ def test_where_the_host_cannot_read_nothing_waits(monkeypatch):
     with NoReading(), pytest.raises(AssertionError):
         pcfast.relax(model, x, y, **settings)
     left = pcfast.relax(model, x, y, **settings)
-    monkeypatch.setattr(early_exit, "readable", lambda device: False)
+    monkeypatch.setattr(host, "readable", lambda device: False)
     with NoReading():
         found = pcfast.relax(model, x, y, **settings)
     assert torch.equal(found.iterations, left.iterations) and int(left.iterations) < STEPS

@@ -23,7 +23,7 @@ from host_reads import NoHostReads
 from torch import Tensor, nn
 
 import pcfast
-from pcfast import early_exit, graphs, log, network, precision
+from pcfast import graphs, host, log, network, precision
 from pcfast.backends import Eager
 from pcfast.diagnostics import diagnose
 from pcfast.torch2pc import FixedPredPCPredErrs
@@ -624,6 +624,7 @@ def test_eager_never_waits_for_the_device(check, method, run, loss, monkeypatch)
     assert not problem.network.opaque
     assert backend.replays(problem, plan) == (True, "")
     problem = dataclasses.replace(problem, raise_now=False)  # as on CUDA
+    monkeypatch.setattr(host, "readable", lambda device: False)
     with NoHostReads():
         outcome = backend.run(problem, plan)
     assert (outcome.status is None) == (check == "off")
@@ -654,7 +655,7 @@ def test_process_wide_switches_are_put_back_by_the_last_thread_to_leave():
 
 def test_early_exit_and_diagnoses_are_replayed_with_every_batch(install, monkeypatch):
     """As on CUDA: the host cannot leave the loop, and every batch ends where its own energy rests."""
-    monkeypatch.setattr(early_exit, "readable", lambda device: False)
+    monkeypatch.setattr(host, "readable", lambda device: False)
     cache = install()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Sequential(nn.Linear(5, 8), nn.Tanh()), nn.Linear(8, CLASSES)).double()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .. import early_exit, status
+from .. import early_exit, host, status
 from ..deviation import layer_chain
 from ..early_exit import EarlyExit
 from ..errors import RelaxationDiverged
@@ -315,7 +315,7 @@ class Run:
         early = None
         if problem.tolerance is not None:
             early = EarlyExit(problem.tolerance, depth, problem.x.device)
-        leaves = early_exit.readable(problem.x.device)
+        leaves = host.readable(problem.x.device)
         # with num_steps = 0 the errors are evaluated once and no belief moves
         for t in range(1, max(problem.num_steps, 1) + 1):
             if early is not None and leaves and not early.going:
@@ -329,7 +329,7 @@ class Run:
                     deviations[l] = links[l - 1].predict()
             before = list(errors)
             for l in range(max(front, 1), depth):
-                errors[l] = links[l].error(deviations[l])
+                errors[l] = links[l].error(deviations[l], owned=l > 1 and links[l - 1].owned)
             errors[depth] = self._top_error(deviations[depth])
             if problem.num_steps == 0:
                 break

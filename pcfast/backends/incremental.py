@@ -54,7 +54,7 @@ class Moving:
             chain.reload()
             moved.append(below.predict() if below is not None and below.moved else chain.drift())
         for l in range(1, self._depth):
-            self.errors[l] = self._links[l].error(moved[l])
+            self.errors[l] = self._links[l].error(moved[l], owned=self._chains[l].owned)
         output = self._vhat[-1]
         self.errors[-1] = gradient_at(output if moved[-1] is None else output + moved[-1])
 

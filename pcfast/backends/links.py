@@ -41,15 +41,25 @@ class Link:
         """Take d from a loop that ran elsewhere."""
         self.d = d
 
+    @property
+    def owned(self) -> bool:
+        """Whether nothing else holds what :meth:`predict` gives."""
+        return self.chain.owned
+
     def predict(self) -> Tensor:
         """mu_{l+1}(v_l) - vhat_{l+1}."""
         return self.chain.deviate(self.d)
 
-    def error(self, deviation: Tensor | None) -> Tensor | None:
-        """eps_l = (mu_l - vhat_l) - d_l; ``deviation`` is None where mu_l has not moved."""
+    def error(self, deviation: Tensor | None, *, owned: bool = False) -> Tensor | None:
+        """eps_l = (mu_l - vhat_l) - d_l; ``deviation`` is None where mu_l has not moved.
+
+        ``owned``: nobody else reads the deviation, and the error takes its place.
+        """
         if self.d is None:
             return deviation
-        return self.d.neg() if deviation is None else deviation - self.d
+        if deviation is None:
+            return self.d.neg()
+        return deviation.sub_(self.d) if owned else deviation - self.d
 
     def descend(
         self,
@@ -128,10 +138,14 @@ class GramLink(Link):
         """Take s and the sum from a loop that ran elsewhere; ``sum_before``: before the last iteration."""
         self._s, self._sum, self._sum_before = s, sum, sum_before
 
+    @property
+    def owned(self):
+        return self._tail.owned
+
     def predict(self):
         return self._tail.deviate(self._s)
 
-    def error(self, deviation):
+    def error(self, deviation, *, owned=False):
         return None
 
     def descend(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import host
 from .step import Gradients, Step
 
 _aten = torch.ops.aten
@@ -21,6 +22,8 @@ _aten = torch.ops.aten
 class _AffineStep(Step):
     """What linear layers and convolutions share: cast weights, remember the input."""
 
+    owned = True
+
     def __init__(self, spec, module, precision):
         super().__init__(spec, module, precision)
         self.weight = precision.to_operand(self.module.weight.detach())
@@ -28,7 +31,8 @@ class _AffineStep(Step):
         self.bias = None if bias is None else precision.to_state(bias.detach())
         self._input: Tensor | None = None
         self._deviation: Tensor | None = None
-        self._drift: Tensor | None = None
+        self._change: tuple[Tensor, Tensor | None] | None = None  # of weight and bias since hold
+        self._difference: Tensor | None = None
 
     @property
     def input(self) -> Tensor:
@@ -47,27 +51,36 @@ class _AffineStep(Step):
     def reload(self):
         if not self.has_gradients:
             return
-        weight, bias = self._held
-        moved = self.module.weight.detach()
-        self.weight = self._as_operand(moved)
-        self._drift = self._product(self._input, self._as_operand(moved - weight))
-        if bias is not None:
-            change = self.precision.to_state(self.module.bias.detach() - bias)
-            self._drift += change.view(-1, *[1] * self._axes_after_units)
+        held, bias = self._held
+        weight = self.module.weight.detach()
+        self.weight = self._as_operand(weight)
+        # Before an error comes, and where the optimiser holds other parameters, the host can save a product.
+        same = self._change is None and host.readable(weight.device) and torch.equal(weight, held)
+        if same and (bias is None or torch.equal(self.module.bias, bias)):
+            return
+        # The change is as large as the weight: it keeps its place from iteration to iteration.
+        self._difference = torch.sub(weight, held, out=self._difference)
+        moved = None if bias is None else self.precision.to_state(self.module.bias.detach() - bias)
+        self._change = self._as_operand(self._difference), moved
 
     def drift(self):
-        return self._drift
+        return None if self._change is None else self._affine(self._input, *self._change)
 
     def _as_operand(self, tensor: Tensor) -> Tensor:
         return self.precision.to_operand(tensor)
 
-    def _product(self, a: Tensor, weight: Tensor) -> Tensor:
-        """``a`` times ``weight``, which is cast already, in the state dtype."""
+    def _affine(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``a`` times ``weight``, which is cast already, plus ``bias``, in the state dtype."""
         raise NotImplementedError
 
-    def _drifted(self, u: Tensor) -> Tensor:
-        """``u`` in place, with the drift where there is any."""
-        return u if self._drift is None else u.add_(self._drift)
+    def _add_product(self, u: Tensor, d: Tensor) -> Tensor:
+        """``u`` in place, plus ``d`` times the weight of now."""
+        return u.add_(self._affine(d, self.weight, None))
+
+    def deviate(self, d):
+        self._deviation = d
+        drift = self.drift()
+        return self._affine(d, self.weight, None) if drift is None else self._add_product(drift, d)
 
     def at(self, d):
         self._deviation = d  # an affine Jacobian does not depend on the point: nothing to evaluate
@@ -76,21 +89,20 @@ class _AffineStep(Step):
 class LinearStep(_AffineStep):
     """u = a W^T + b. Deviations: d W^T; errors: e W."""
 
-    _axes_after_units = 0
-
     def forward(self, a):
         self._input, self._deviation = a, None
+        return self._affine(a, self.weight, self.bias)
+
+    def _affine(self, a, weight, bias):
         if self.precision.operand == self.precision.state:
-            return F.linear(a, self.weight, self.bias)
-        u = self.precision.to_state(F.linear(self.precision.to_operand(a), self.weight))
-        return u if self.bias is None else u.add_(self.bias)
+            return F.linear(a, weight, bias)
+        u = self.precision.to_state(F.linear(self.precision.to_operand(a), weight))
+        return u if bias is None else u.add_(bias)
 
-    def deviate(self, d):
-        self._deviation = d
-        return self._drifted(self._product(d, self.weight))
-
-    def _product(self, a, weight):
-        return self.precision.to_state(F.linear(self.precision.to_operand(a), weight))
+    def _add_product(self, u, d):
+        if d.dim() == 2 and self.precision.operand == self.precision.state:
+            return u.addmm_(d, self.weight.t())
+        return super()._add_product(u, d)
 
     def pullback(self, e):
         return self.precision.to_state(torch.matmul(self.precision.to_operand(e), self.weight))
@@ -131,8 +143,6 @@ class LinearStep(_AffineStep):
 class Conv2dStep(_AffineStep):
     """u = a * K + b (cross-correlation). Errors: the transposed convolution."""
 
-    _axes_after_units = 2
-
     def __init__(self, spec, module, precision):
         super().__init__(spec, module, precision)
         self._geometry = (spec.stride, spec.padding, spec.dilation)
@@ -149,23 +159,16 @@ class Conv2dStep(_AffineStep):
         self._input, self._deviation = a, None
         operand = self._as_operand(a)
         self._like_input = operand if operand is a else None  # a copy need not live on
-        u = self._convolve(operand)
-        return u if self.bias is None else u.add_(self.bias.view(1, -1, 1, 1))
+        return self._affine(operand, self.weight, self.bias)
 
     def product(self, a: Tensor) -> Tensor:
         """a * K in the operand dtype."""
         return F.conv2d(self._as_operand(a), self.weight, None, *self._geometry, self.spec.groups)
 
-    def _convolve(self, a: Tensor) -> Tensor:
-        return self.precision.to_state(self.product(a))
-
-    def deviate(self, d):
-        self._deviation = d
-        return self._drifted(self._convolve(d))
-
-    def _product(self, a, weight):
+    def _affine(self, a, weight, bias):
         operands = self._as_operand(a), weight, None
-        return self.precision.to_state(F.conv2d(*operands, *self._geometry, self.spec.groups))
+        u = self.precision.to_state(F.conv2d(*operands, *self._geometry, self.spec.groups))
+        return u if bias is None else u.add_(bias.view(1, -1, 1, 1))
 
     def _backward(self, e: Tensor, inputs: Tensor, mask: list[bool]):
         return _aten.convolution_backward(

@@ -72,6 +72,11 @@ class Chain:
         """All steps but the first."""
         return Chain(self.steps[1:])
 
+    @property
+    def owned(self) -> bool:
+        """As :attr:`Step.owned`."""
+        return bool(self.steps) and self.steps[-1].owned
+
     def forward(self, v: Tensor) -> Tensor:
         for step in self.steps:
             v = step.forward(v)

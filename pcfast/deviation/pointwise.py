@@ -12,6 +12,8 @@ from .step import LinearMapStep, Step
 class ElementwiseStep(Step):
     """a = act(u): bracket and slope of activations.py."""
 
+    owned = True
+
     def forward(self, a):
         out = self.spec.activation.forward(a)
         self._base, self._anchor, self._slope = (a, out), None, None
@@ -24,6 +26,14 @@ class ElementwiseStep(Step):
             self._base = None  # the anchor holds what is still needed
         bracket, self._slope = activation.deviate(self._anchor, d)
         return bracket
+
+    def at(self, d):
+        if self._anchor is not None:
+            super().at(d)
+            return
+        # The loop ran elsewhere, in a kernel: nothing but the slope is needed, and no anchor.
+        activation, moved = self.spec.activation, self._base[0] + d
+        self._slope = activation.slope(moved, activation.forward(moved))
 
     def pullback(self, e):
         if self._slope is None:

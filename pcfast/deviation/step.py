@@ -14,6 +14,9 @@ Gradients = list[tuple[nn.Parameter, Tensor]]
 class Step:
     """One operation at work in one relaxation. ``spec`` says what, ``precision`` in which dtypes."""
 
+    #: Whether nothing else holds what :meth:`deviate` gives, so that its reader may write into it.
+    owned = False
+
     def __init__(self, spec: specs.Op, module: nn.Module, precision: Precision) -> None:
         self.spec, self.module, self.precision = spec, module, precision
 

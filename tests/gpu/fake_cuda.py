@@ -20,7 +20,7 @@ from graph_recorder import Recorder
 from host_reads import NoHostReads
 from torch import nn
 
-from pcfast import graphs, relaxation, status
+from pcfast import graphs, host, relaxation, status
 
 CPU = torch.device("cpu")
 
@@ -147,3 +147,4 @@ def install() -> None:
     graphs.CACHE = graphs.GraphCache(16, _record)
     graphs.why_not = _why_not
     relaxation.prepare, status.raise_arrived = _prepare, debug.raise_arrived
+    host.readable = lambda device: False
