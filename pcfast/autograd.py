@@ -179,6 +179,9 @@ class PredictiveCoding(nn.Module):
         reductions.check_loss(reduction, described)
         check_nudging(nudging, method, described.kind)
         belief_optimizers.checked(belief_optimizer, method)
+        validation.check_start_of_all(vinit, method)
+        if normalizer is not None:
+            validation.check_count("normalizer", normalizer)
         early_exit.checked(tolerance, method)
         self.model = model
         self.loss = loss

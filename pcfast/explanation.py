@@ -127,6 +127,8 @@ def explain(
         raise ShapeError("x_shape", str(shape), "(batch, ...) with positive sizes")
     where, dtype = common_placement(model) or (torch.device("cpu"), torch.get_default_dtype())
     where = where if device is None else validation.checked_device(device)
+    if not isinstance(vinit, list | tuple):
+        validation.check_start_of_all(vinit, method)
     fresh = vinit is None and (belief_optimizer.rests or num_steps == 0)
     request = Request(
         network, where, dtype, shape, method, num_steps, fresh,

@@ -335,7 +335,7 @@ def describe_loss(loss: LossLike, normalizer: int | None = None) -> Loss:
         if known is None or known[1][0] != "mean":
             raise ArgumentError(
                 "normalizer",
-                f"{normalizer} with loss {getattr(loss, '__name__', type(loss).__name__)}",
+                f"{normalizer} with loss {f'{known[0]} ({known[1][0]})' if known else type(loss).__name__}",
                 "a cross-entropy or mse loss with reduction='mean'",
                 "A sum loss needs no normalizer; scale a loss of your own inside it.",
             )

@@ -12,12 +12,13 @@ errors that the updates use, and moves nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch.nn.functional as F
 
 from . import belief_optimizers, reductions, validation
+from . import nudging as nudges
 from .belief_optimizers import BeliefOptimizer, StepSize
 from .errors import ArgumentError
 from .losses import LossLike, half_squared_error
@@ -176,6 +177,7 @@ def epc(*, step_size: float, num_steps: int, loss: str = "mse") -> Preset:
 
 def epc_master(*, step_size: float, num_steps: int, loss: str = "mse") -> Preset:
     """As :func:`epc`, of the branch master, which divides by nothing but the rows."""
+    validation.check_count("num_steps", num_steps)
     return _errors(loss, validation.checked_step_size(step_size), num_steps)
 
 
@@ -241,6 +243,7 @@ def preco(*, step_size: float, num_steps: int, loss: str = "mse") -> Preset:
     Raises:
         ArgumentError and its kinds.
     """
+    _sum_of(loss, ("mse",))
     return _fresh(loss, step_size, num_steps, "sum", None)
 
 
@@ -256,6 +259,7 @@ def deepity(*, step_size: float, num_steps: int, loss: str = "mse", start: str =
     """
     if start not in ("zeros", "projection"):
         raise ArgumentError("start", repr(start), '"zeros" or "projection"')
+    _sum_of(loss, ("mse",))
     vinit = 0.0 if start == "zeros" else None
     return _fresh(loss, *_one_less(step_size, num_steps), "sum_beliefs_mean_weights", None, vinit=vinit)
 
@@ -277,6 +281,8 @@ def fabricpc_epc(*, step_size: float, num_steps: int, loss: str = "mse") -> Pres
     return _errors(loss, validation.checked_step_size(step_size), num_steps)
 
 
+#: Those of programs whose networks hold beliefs before the activation (docs/layers.md); the others behind it.
+BEFORE_ACTIVATION = ("jpc", "jpc_mupc", "pctrainer", "pctrainer_ipc", "deepity")
 #: By name, as ``pcfast train --preset`` and ``pcfast which`` take them.
 PRESETS: dict[str, Callable[..., Preset]] = {
     preset.__name__: preset
@@ -287,9 +293,9 @@ PRESETS: dict[str, Callable[..., Preset]] = {
 }  # fmt: skip
 
 
-def _sum_of(loss: str) -> LossLike:
-    if loss not in LOSSES:
-        raise ArgumentError("loss", repr(loss), f"one of {sorted(LOSSES)}", "These programs know no others.")
+def _sum_of(loss: str, known: Collection[str] = tuple(LOSSES)) -> LossLike:
+    if not isinstance(loss, str) or loss not in known:
+        raise ArgumentError("loss", repr(loss), f"one of {sorted(known)}", "This program knows no others.")
     return LOSSES[loss]
 
 
@@ -310,6 +316,7 @@ def _fresh(loss: str, step_size, num_steps: int, reduction: str, optimizer, **se
     """Strict relaxation, updates from errors at the last beliefs."""
     reductions.checked(reduction, "strict")
     belief_optimizers.checked(optimizer, "strict")
+    nudges.check(settings.get("nudging"), "strict", loss)
     sizes = _sizes(step_size, num_steps)
     return Preset(
         _sum_of(loss),

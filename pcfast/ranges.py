@@ -16,6 +16,13 @@ def checked_number(name: str, value, accepts, needed: str, remedy: str = "") -> 
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(name, f"{value!r} ({type(value).__name__})", needed, remedy)
-    if not math.isfinite(value) or not accepts(value):
-        raise ArgumentError(name, repr(value), needed, remedy)
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number) or not accepts(number):
+        given = (
+            repr(value) if math.isfinite(number) or isinstance(value, float) else "a number beyond float64"
+        )
+        raise ArgumentError(name, given, needed, remedy)
+    return number

@@ -60,7 +60,14 @@ from .precision import check_precision, use_precision
 from .progress import Display, Interrupt
 from .scores import hits
 from .status import synchronize
-from .validation import check_count, check_optimizer, checked_device, checked_step_sizes, checked_steps
+from .validation import (
+    check_count,
+    check_optimizer,
+    check_start_of_all,
+    checked_device,
+    checked_step_sizes,
+    checked_steps,
+)
 
 # Beyond them a number is a slip of the keyboard, or the run a wait of years; some fit in no 64 bits.
 MOST_EPOCHS, MOST_STEPS, MOST_SAMPLES, HIGHEST_SEED = 10**6, 10**6, 2**31 - 1, 2**63 - 1
@@ -183,6 +190,7 @@ def _train(
         raise ArgumentError("out", "None with resume=True", "the folder of the run to go on with")
     method = canonical(method)
     reductions.checked(reduction, method)
+    check_start_of_all(vinit, method)
     update_scale = reductions.checked_scale(update_scale)
     nudging_growth = nudges.checked_growth(nudging_growth, nudging)
     num_steps = checked_steps(num_steps)
@@ -253,8 +261,6 @@ def _train(
     )  # fmt: skip
     nudging_of = nudges.by_epoch(nudging, nudging_growth, epochs, method)
     if method == "incremental":
-        if vinit is not None:
-            raise ArgumentError("vinit", f"{vinit!r} with method 'incremental'", 'None, or method="strict"')
         update = functools.partial(pcfast.incremental_step, model, optimizer=optimizer, **learning)
         kind = IncrementalRun
     else:

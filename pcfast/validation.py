@@ -24,6 +24,7 @@ from .errors import (
 )
 from .network import DTYPES, Network, common_placement
 from .planning import METHODS, canonical, in_words
+from .ranges import checked_number
 
 
 def checked_method(method: str) -> str:
@@ -268,9 +269,10 @@ def checked_start(vinit, depth: int, x: Tensor, method: str) -> list[Tensor | fl
     if method != "strict":
         raise ArgumentError("vinit", f"beliefs with method {method!r}", 'None, or method="strict"')
     if isinstance(vinit, numbers.Real) and not isinstance(vinit, bool):
-        if not math.isfinite(vinit):
-            raise ArgumentError("vinit", repr(vinit), "a finite number, or a list of beliefs")
-        return [x, *[float(vinit)] * (depth - 1), None]
+        most = torch.finfo(x.dtype if x.is_floating_point() else torch.float32).max
+        needed = f"a finite number of at most {most:.3g}, or a list of beliefs"
+        number = checked_number("vinit", vinit, lambda v: abs(v) <= most, needed)
+        return [x, *[number] * (depth - 1), None]
     if not isinstance(vinit, list | tuple) or len(vinit) != depth + 1:
         given = f"{len(vinit)} entries" if isinstance(vinit, list | tuple) else f"a {type(vinit).__name__}"
         raise ArgumentError(
@@ -293,6 +295,17 @@ def checked_start(vinit, depth: int, x: Tensor, method: str) -> list[Tensor | fl
             "vinit[0]", "values that differ from x", "x itself or None", "Strict relaxation clamps the input."
         )
     return [x, *(None if entry is None else entry.detach() for entry in vinit[1:])]
+
+
+def check_start_of_all(vinit, method: str) -> None:
+    """Raise where ``vinit`` is no number for the hidden beliefs of every batch, or goes with another method."""
+    if vinit is None:
+        return
+    if not isinstance(vinit, numbers.Real) or isinstance(vinit, bool):
+        raise ArgumentTypeError(
+            "vinit", f"a {type(vinit).__name__}", "a number for all hidden beliefs, or None"
+        )
+    checked_start(vinit, 1, torch.empty(0, dtype=torch.float64), method)
 
 
 def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from recorded_programs import FOLDER, load
 
 from pcfast.cli import main
@@ -81,25 +82,48 @@ def broken(folder, **changes):
         ({"param.0.0.weight": np.zeros((3, 3))}, "0.0.weight is (3, 3) there"),
         ({"grad.9.weight": np.zeros(3)}, "9.weight"),
         ({"grad.0.0.weight": np.zeros((3, 3))}, "the parameter's shape"),
-        ({"y": np.zeros((6, 4))}, "none agrees"),
+        ({"y": np.zeros((6, 4))}, "y: got shape (6, 4)"),
+        ({"x": np.full((6, 7), np.nan)}, "x: got NaN"),
+        ({"vinit.2": np.zeros((6, 10))}, "vinit.1, vinit.2, ..."),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_records_that_cannot_be_used(folder, changes, words, capsys):
     broken(folder, **changes)
-    status = call("broken.npz")
-    out, err = capsys.readouterr()
-    assert (status, words in (out if status == 1 else err)) in ((2, True), (1, True))
+    assert call("broken.npz") == 2
+    assert words in capsys.readouterr().err
 
 
 def test_files_that_are_no_records(folder, capsys):
     (folder / "text.npz").write_text("text")
     np.savez(folder / "objects.npz", x=np.array([{}], dtype=object))
+    torch.save({"x": torch.zeros(2)}, folder / "torch.npz")
     for name, words in (
-        ("text.npz", "cannot be read"),
-        ("none.npz", "cannot be read"),
-        ("objects.npz", "cannot be read"),
-    ):
+        ("text.npz", "cannot be read"), ("none.npz", "cannot be read"), ("objects.npz", "cannot be read"),
+        ("torch.npz", "as torch.save writes"),
+    ):  # fmt: skip
         assert call(name) == 2
-        assert words in capsys.readouterr().err and name
-    assert call("text.npz", "--nudging-growth", "0.1") == 2
+        assert words in capsys.readouterr().err, name
+
+
+def test_other_signs_and_incremental_programs(folder, capsys):
+    arrays = dict(np.load(FOLDER / f"{NAME}.npz"))
+    broken(folder, **{name: -value for name, value in arrays.items() if name.startswith("grad.")})
+    assert call("broken.npz") == 1
+    assert "agrees but for a factor: pctrainer times -1" in capsys.readouterr().out
+    recorded = load("pctrainer_ipc__mlp_tanh_mse")
+    (folder / "ipc.py").write_text(
+        "from torch import nn\n\ndef make():\n    return nn.Sequential(nn.Sequential(nn.Linear(6, 10)), "
+        "nn.Sequential(nn.Tanh(), nn.Linear(10, 9)), nn.Sequential(nn.Tanh(), nn.Linear(9, 4)))\n"
+    )
+    file = str(FOLDER / f"{recorded.name}.npz")
+    settings = ["which", file, "--model", "ipc.py:make", "--step-size", str(recorded.meta["step_size"])]
+    for steps, options, status, words in (
+        ("2", [], 0, "agrees in loss and reduction: pctrainer_ipc"),
+        ("6", ["--optimizer", "sgd", "--lr", "0.002"], 0, "agrees: pctrainer_ipc"),
+        ("2", ["--optimizer", "sgd", "--lr", "0.002"], 1, "none agrees"),
+    ):
+        assert main([*settings, "--num-steps", steps, *options]) == status
+        assert words in capsys.readouterr().out
+    assert main([*settings, "--num-steps", "6", "--lr", "0.1"]) == 2
+    assert main([*settings, "--num-steps", "6", "--optimizer", "sgd"]) == 2

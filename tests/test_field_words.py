@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -71,10 +73,20 @@ def test_presets_on_the_command_line(tmp_path, capsys, monkeypatch):
     ):  # fmt: skip
         assert main(["train", "--preset", preset, *options, *short, "--out", preset]) == 0, preset
     assert main(["train", "--out", "spc", "--resume", "--epochs", "2"]) == 0
+    for preset in ("pctrainer", "spc"):
+        config = json.loads((tmp_path / preset / "config.json").read_text())["settings"]
+        assert (preset == "pctrainer") == config["network"][1].startswith("Sequential( (0): ReLU()")
+        assert config["loss"] == "half_squared_error"
+    assert main(["train", "--preset", "epc", "--method", "epc", *short, "--out", "said"]) == 0
+    assert main(["train", "--beliefs", "before_activation", "--epochs", "1", "--out", "nested"]) == 0
     for words, options in (
+        ("error_based, or none", ["--preset", "epc", "--method", "strict", *short]),
+        ("incremental, or none", ["--preset", "pcx_ipc", "--method", "strict", *short]),
+        ("cross_entropy", ["--preset", "preco", "--loss", "cross-entropy", *short]),
+        ("--belief-optimizer adam", ["--belief-eps", "1e-4"]),
         ("the program's own step size", ["--preset", "jpc"]),
-        ("no such setting", ["--preset", "epc", "--belief-momentum", "0.5", *short]),
-        ("no such setting", ["--preset", "spc", "--method", "epc", *short]),
+        ("--belief-momentum", ["--preset", "epc", "--belief-momentum", "0.5", *short]),
+        ("strict, or none", ["--preset", "spc", "--method", "epc", *short]),
         ("--belief-momentum X", ["--belief-nesterov"]),
     ):
         capsys.readouterr()

@@ -401,6 +401,7 @@ REFUSED = {
     ),
     "normalizer": lambda: pcfast.pc_loss(curved_net(), *batch(), **presets.spc(**GOOD), normalizer=0),
     "nesterov": lambda: GradientDescent(nesterov=True),
+    "nudging": lambda: presets.pcx(**GOOD, loss="cross_entropy", nudging=Nudging("positive", 0.5)),
 }
 
 

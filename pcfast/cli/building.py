@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -62,7 +62,11 @@ def belief_optimizer_of(options: dict) -> BeliefOptimizer | None:
         ):  # fmt: skip
             if given is not None:
                 raise ArgumentError(name, f"{given} with --belief-optimizer adam", "--belief-optimizer gd")
-        return Adam()
+        return Adam() if options["belief_eps"] is None else Adam(eps=options["belief_eps"])
+    if options["belief_eps"] is not None:
+        raise ArgumentError(
+            "belief_eps", f"{options['belief_eps']} with --belief-optimizer gd", "--belief-optimizer adam"
+        )
     if nesterov and not momentum:
         raise ArgumentError("belief_nesterov", "no --belief-momentum", "--belief-momentum X with X > 0")
     made = GradientDescent(momentum or 0.0, decay or 0.0, bool(nesterov))
@@ -75,38 +79,51 @@ def nudging_of(options: dict) -> Nudging | None:
     if kind is not None:
         return Nudging(kind, 1.0 if beta is None else beta)
     for name in ("nudging_beta", "nudging_growth"):
-        if options[name] is not None:
+        if options.get(name) is not None:
             raise ArgumentError(
                 name, f"{options[name]} without --nudging", "--nudging positive, negative or centred"
             )
     return None
 
 
-def preset_of(options: dict) -> Preset:
+def preset_of(options: dict, given: Collection[str]) -> Preset:
     """What --preset makes of --step-size, --num-steps, --loss and, where the program has them, beliefs' options.
+
+    Args:
+        given: options that the command line names; others have their defaults.
 
     Raises:
         ArgumentError: an option that the program does not have, or no step size.
     """
     name = options["preset"]
     program = PRESETS[name]
+    takes = inspect.signature(program).parameters
     if options["step_size"] is None:
-        given = f"none with --preset {name}"
-        raise ArgumentError("step_size", given, "the program's own step size, e.g. --step-size 0.1")
-    beside = {
-        "belief_optimizer": belief_optimizer_of(options),
-        "nudging": nudging_of(options),
-        "method": None if options["method"] == "strict" else options["method"],
-    }
-    beside = {key: value for key, value in beside.items() if value is not None}
-    for key, value in beside.items():
-        if key not in inspect.signature(program).parameters:
+        none = f"none with --preset {name}"
+        raise ArgumentError("step_size", none, "the program's own step size, e.g. --step-size 0.1")
+    optimizer = {n for n in ("belief_optimizer", "belief_momentum", "belief_weight_decay") if n in given}
+    beside = {"belief_optimizer": belief_optimizer_of(options), "nudging": nudging_of(options)}
+    for key, named in (("belief_optimizer", optimizer), ("nudging", {"nudging"})):
+        if beside[key] is None:
+            del beside[key]
+        elif key not in takes:
+            option = next(iter(sorted(named & set(given))), key)
             raise ArgumentError(
-                key, f"{value} with --preset {name}", "none", "That program has no such setting."
+                option, f"{options[option]} with --preset {name}", "none", "That program has none."
             )
-    return program(
+    if "method" in takes:
+        beside["method"] = options["method"]
+    made = program(
         step_size=options["step_size"], num_steps=options["num_steps"], loss=options["loss"], **beside
     )
+    if "method" in given and options["method"] != made.method:
+        raise ArgumentError("method", f"{options['method']} with --preset {name}", f"{made.method}, or none")
+    return made
+
+
+def loss_of_preset(name: str) -> str:
+    """What --loss is with --preset ``name`` where it is not given."""
+    return inspect.signature(PRESETS[name]).parameters["loss"].default
 
 
 def device_of(name: str) -> torch.device:

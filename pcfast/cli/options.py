@@ -89,7 +89,12 @@ class Method(click.Choice):
 
     def convert(self, value, param, ctx):
         alias = canonical(value.lower()) if isinstance(value, str) else value
-        return super().convert(alias if alias in self.choices else value, param, ctx)
+        try:
+            return super().convert(alias if alias in self.choices else value, param, ctx)
+        except click.BadParameter as error:
+            raise click.BadParameter(
+                f"{error.message} Other words for them: {in_words()}.", ctx, param
+            ) from None
 
 
 class RecipeName(click.ParamType):
@@ -222,6 +227,9 @@ belief_optimizer_options = _together(
         help="Of --belief-optimizer gd.  [default: 0]",
     ),
     click.option(
+        "--belief-eps", metavar="X", type=Finite(min=0, min_open=True), help="Of adam.  [default: 1e-8]"
+    ),
+    click.option(
         "--belief-nesterov", is_flag=True, default=None, help="Nesterov's form of --belief-momentum."
     ),
     click.option(
@@ -231,8 +239,7 @@ belief_optimizer_options = _together(
         help="Pulls beliefs towards 0; of --belief-optimizer gd.  [default: 0]",
     ),
 )
-belief_options = _together(
-    belief_optimizer_options,
+nudging_options = _together(
     click.option(
         "--nudging",
         type=click.Choice(NUDGES),
@@ -244,6 +251,10 @@ belief_options = _together(
         type=Finite(min=0, min_open=True),
         help="What part of the way.  [default: 1]",
     ),
+)
+belief_options = _together(
+    belief_optimizer_options,
+    nudging_options,
     click.option(
         "--nudging-growth",
         metavar="X",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from ..checkpoints import read_run
 from ..datasets import Data
 from ..errors import ArgumentError
 from ..files import checked_folder
+from ..grouping import FORMS, flattened, group_layers
 from ..precision import parameter_dtype
+from ..presets import BEFORE_ACTIVATION
 from ..recipes import RECIPES
 from .building import (
     belief_optimizer_of,
@@ -24,6 +27,7 @@ from .building import (
     device_of,
     in_dtype_of,
     loaded,
+    loss_of_preset,
     network_of,
     nudging_of,
     optimizer_of,
@@ -67,6 +71,12 @@ _BESIDE_A_RECIPE = (
 @network_options
 @method_option
 @preset_option
+@click.option(
+    "--beliefs",
+    type=click.Choice(FORMS),
+    help="Where beliefs sit (docs/layers.md); nests the network anew.  [default: as --model has them; networks of "
+    "--net behind activations, with --preset where its program has them]",
+)
 @relaxation_options
 @belief_options
 @optimizer_options
@@ -90,13 +100,16 @@ def train(context: click.Context, **options) -> int:
     happened.
     """
     out = checked_folder("out", options["out"] or Path("runs") / (options["recipe"] or options["data"]))
+    given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     if options["resume"]:
         options = _options_of_run(out, context, options)
+    elif options["preset"] is not None and "loss" not in given:
+        options["loss"] = loss_of_preset(options["preset"])
     if options["recipe"] is not None:
         _check_beside_recipe(context, options["recipe"])
     device = device_of(options["device"])
     torch.manual_seed(options["seed"])
-    model, data, settings = _of_recipe(options) if options["recipe"] else _of_options(options)
+    model, data, settings = _of_recipe(options) if options["recipe"] else _of_options(options, given)
     try:
         history = training.train(
             model,
@@ -139,12 +152,13 @@ def _of_recipe(options: dict) -> tuple[nn.Sequential, Data, dict]:
     return model, in_dtype_of(model, recipe.prepared(data)), recipe.settings(options["epochs"])
 
 
-def _of_options(options: dict) -> tuple[nn.Sequential, Data, dict]:
-    """Network, data and settings of all other options."""
+def _of_options(options: dict, given: Collection[str]) -> tuple[nn.Sequential, Data, dict]:
+    """Network, data and settings of all other options; ``given``: those that the command line names."""
     chosen = with_defaults(options)
     model = network_of(
         chosen["net"], chosen["widths"], chosen["model"], data=chosen["data"], precision=chosen["precision"]
     )
+    model = _with_beliefs(model, chosen)
     data = data_of(
         chosen["data"],
         chosen["data_dir"],
@@ -157,11 +171,23 @@ def _of_options(options: dict) -> tuple[nn.Sequential, Data, dict]:
     beliefs = {"belief_optimizer": belief_optimizer_of(chosen), "nudging": nudging_of(chosen)}
     settings = {
         **{name: chosen[name] for name in passed_on},
-        **(beliefs if chosen["preset"] is None else preset_of({**chosen, "step_size": options["step_size"]})),
+        **(
+            beliefs
+            if chosen["preset"] is None
+            else preset_of({**chosen, "step_size": options["step_size"]}, given)
+        ),
         "nudging_growth": chosen["nudging_growth"] or 0.0,
         "optimizer": optimizer_of(chosen),
     }
     return model, data, settings
+
+
+def _with_beliefs(model: nn.Sequential, options: dict) -> nn.Sequential:
+    """``model`` with beliefs where --beliefs says; a network of the paper as --preset's program has it."""
+    form = options["beliefs"]
+    if form is None and options["model"] is None and options["preset"] in BEFORE_ACTIVATION:
+        form = "before_activation"
+    return model if form is None else group_layers(flattened(model), beliefs=form)
 
 
 def _kept(options: dict) -> dict:
