@@ -44,7 +44,7 @@ def remove_after_another_compiler(folder: Path) -> None:
         kept.write_text(compiler)
 
 
-NVCC = runpy.run_path(str(ROOT / "pcfast" / "nvcc.py"))["find_nvcc"]()
+NVCC = runpy.run_path(str(ROOT / "pcfast" / "support" / "nvcc.py"))["find_nvcc"]()
 if os.environ.get("PCFAST_NATIVE") == "0":
     WITHOUT = "PCFAST_NATIVE=0"
 elif NVCC is None:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import pcfast
 from pcfast.backends import BACKENDS
-from pcfast.graphs import record_cuda
-from pcfast.network import describe
+from pcfast.model.spec import describe
 from pcfast.precision import parameter_dtype, use_precision
-from pcfast.problem import Request
+from pcfast.problem.types import Request
+from pcfast.relaxation.cuda_graphs import record_cuda
 
 from .energy_loop import energy_step
 from .literal import literal_step

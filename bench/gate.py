@@ -2,9 +2,9 @@
 
 pcfast's backends are held to the rules of :mod:`pcfast.checking`, in the precision that is timed. The others are held
 to the float64 reference in float64, which says that they are the same algorithm: each update within what a literal
-float64 program may lose itself (:func:`pcfast.accuracy.allowed_update_errors`), which can be all of its digits far
-from the output of a deep network. In the precision that is timed belief form loses what it loses, which the tables
-show beside the time.
+float64 program may lose itself (:func:`pcfast.checking.bounds.allowed_update_errors`), which can be all of its digits
+far from the output of a deep network. In the precision that is timed belief form loses what it loses, which the
+tables show beside the time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pcfast import checking
-from pcfast.accuracy import allowed_update_errors, relative_error
-from pcfast.problem import Wanted
-from pcfast.relaxation import solve
+from pcfast.checking import checker as checking
+from pcfast.checking.bounds import allowed_update_errors, relative_error
+from pcfast.problem.types import Wanted
+from pcfast.relaxation.solve import solve
 
 from .contenders import Contender, Step, switches
 from .workloads import Workload

@@ -23,8 +23,6 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
 import pcfast
-from pcfast import training
-from pcfast.belief_optimizers import BeliefOptimizer
 from pcfast.cli import main
 from pcfast.cli.building import check_record, data_of, device_of, kept_so_far, network_of
 from pcfast.cli.defaults import DEFAULTS, NUM_STEPS
@@ -32,9 +30,11 @@ from pcfast.cli.options import OPTIMIZERS, device_option, record_option
 from pcfast.cli.output import console, progress_bar, table
 from pcfast.datasets import SOURCES, Data
 from pcfast.errors import ArgumentError, RelaxationDiverged
-from pcfast.files import write_json
-from pcfast.nudging import Nudging
-from pcfast.status import synchronize
+from pcfast.problem.belief_optimizers import BeliefOptimizer
+from pcfast.problem.nudging import Nudging
+from pcfast.problem.status import synchronize
+from pcfast.support.files import write_json
+from pcfast.training import trainer as training
 
 from .contenders import Step
 from .measure import QUICK_ROUNDS, ROUNDS, Times, take_turns

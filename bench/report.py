@@ -19,8 +19,8 @@ from pathlib import Path
 
 import click
 
-from pcfast.files import write_atomically
-from pcfast.plots import require_matplotlib
+from pcfast.support.files import write_atomically
+from pcfast.support.plotting import require_matplotlib
 
 from . import methods, sources, tables
 from .runner import FORMAT

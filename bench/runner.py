@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import pcfast
-from pcfast.machine import describe_machine
 from pcfast.precision import parameter_dtype
+from pcfast.support.machine import describe_machine
 
 from .contenders import CONTENDERS, Contender, Step, switches
 from .floor import counts_of, floor_of

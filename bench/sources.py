@@ -8,22 +8,16 @@ from pathlib import Path
 import pcfast
 
 #: Parts of pcfast/ that no training step runs through.
-NOT_TIMED = ("cli", "datasets", "bench", "kernels")
-NOT_TIMED_FILES = (
-    "__main__.py", "_version.py", "accuracy.py", "checking.py", "checkpoints.py", "comparison.py",
-    "comparison_plots.py", "constants.py", "explanation.py", "files.py", "history.py", "machine.py", "networks.py",
-    "plots.py", "progress.py", "torch2pc.py", "training.py",
+NOT_TIMED = (
+    "bench", "checking", "cli", "comparison", "datasets", "diagnostics", "kernels", "presets", "recipes", "training",
+    "__main__.py", "_version.py", "explanation.py", "networks.py", "torch2pc.py",
 )  # fmt: skip
 
 
 def digest() -> str:
     """Of the sources of the package, its kernels and its native code, as they are installed here."""
     package = Path(pcfast.__file__).resolve().parent
-    files = [
-        file
-        for file in package.rglob("*.py")
-        if file.relative_to(package).parts[0] not in NOT_TIMED + NOT_TIMED_FILES
-    ]
+    files = [file for file in package.rglob("*.py") if file.relative_to(package).parts[0] not in NOT_TIMED]
     for folder in (package / "kernels", package.parent / "kernels", package.parent / "csrc"):
         files += [f for f in folder.rglob("*") if f.suffix in (".py", ".cu", ".cuh", ".h", ".cpp")]
     found = hashlib.sha256()

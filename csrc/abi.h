@@ -3,7 +3,7 @@
 // No function throws, keeps a pointer after the work it put on the stream, or knows of Python or torch.
 #pragma once
 
-// Goes up with every change of this file, or of what a pointer in it points to. pcfast/native.py expects the same.
+// Goes up with every change of this file, or of what a pointer in it points to. pcfast/backends/cuda/native.py expects the same.
 #define PCFAST_ABI_VERSION 2
 
 // A status is 0, a CUDA error (positive) or one of these.

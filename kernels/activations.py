@@ -4,8 +4,8 @@ For a pre-activation u = uhat + s
 
     bracket = act(uhat + s) - act(uhat)      slope = act'(uhat + s)
 
-never by subtracting two nearly equal numbers (docs/method.md fact 8). pcfast/activations.py has the same identities
-for whole tensors; here they are chosen for fp32, and for few special functions an element.
+never by subtracting two nearly equal numbers (docs/method.md fact 8). pcfast/model/activations.py has the same
+identities for whole tensors; here they are chosen for fp32, and for few special functions an element.
 
 Everything lives in registers; these functions touch no memory and mask nothing. NaN in uhat or s comes out as NaN
 (identity does not look at uhat). exp, tanh and erfc are libdevice's, good to 2 ulp: triton's own ``tl.exp`` is the
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from pcfast import activations
+from pcfast.model import activations
 
 # The constexpr argument ACT.
 IDENTITY = tl.constexpr(0)

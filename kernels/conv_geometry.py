@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcfast.activations import Activation
+from pcfast.model.activations import Activation
 
 # The constexpr argument POOL.
 NO_POOL = tl.constexpr(0)

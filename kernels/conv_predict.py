@@ -48,7 +48,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcfast.activations import Activation
+from pcfast.model.activations import Activation
 
 from . import activations
 from .activations import act, bracket_and_slope, exact_difference

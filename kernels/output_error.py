@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from pcfast.activations import Activation
+from pcfast.model.activations import Activation
 
 from .activations import bracket_and_slope, code
 from .launching import launch

@@ -38,11 +38,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcfast.activations import Activation
-from pcfast.forms import LARGEST_WINDOW
+from pcfast.model.activations import Activation
 
 from .activations import act, bracket_and_slope, code, exact_difference
 from .launching import launch
+from .limits import LARGEST_WINDOW
 
 # The constexpr argument POOL.
 MAX_POOL = tl.constexpr(0)

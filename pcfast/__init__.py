@@ -5,15 +5,15 @@ loss.backward()            # .grad now holds the predictive-coding updates
 optimizer.step()
 """
 
-from . import _checkout, interrupts  # isort: skip (before anything that needs torch)
+from . import _checkout
+
+from .support import interrupts  # isort: skip (before anything that needs torch)
 
 interrupts.begin()
 _checkout.find_folders(__path__)
 
-from . import presets
 from ._version import __version__
 from .autograd import PredictiveCoding, pc_loss
-from .belief_optimizers import Adam, GradientDescent
 from .deviation.differences import use_precise_deviations
 from .errors import (
     ArgumentError,
@@ -26,16 +26,18 @@ from .errors import (
     ShapeError,
 )
 from .explanation import Explanation, explain
-from .graphs import use_cuda_graphs
-from .grouping import group_layers
-from .identification import Match, identify
 from .incremental import incremental_step
-from .nudging import Nudging
-from .relaxation import Relaxation, Run, last_run, relax
-from .residual import Residual
-from .status import synchronize
-from .streamed.tuning import TuningReport, tune
+from .model.grouping import group_layers
+from .model.residual import Residual
+from .presets import settings as presets
+from .presets.identification import Match, identify
+from .problem.belief_optimizers import Adam, GradientDescent
+from .problem.nudging import Nudging
+from .problem.status import synchronize
+from .relaxation.cuda_graphs import use_cuda_graphs
+from .relaxation.solve import Relaxation, Run, last_run, relax
 from .torch2pc import PCInfer
+from .tuning.tuner import TuningReport, tune
 
 __all__ = [
     "Adam",

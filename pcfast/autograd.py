@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import belief_optimizers, early_exit, reductions, sharding, validation
-from .belief_optimizers import BeliefOptimizer
 from .losses import LossLike, describe_loss
-from .network import describe
-from .nudging import Nudging
-from .nudging import check as check_nudging
-from .problem import Problem, Wanted
-from .relaxation import prepare, solve
+from .model import sharding
+from .model.spec import describe
+from .problem import belief_optimizers, early_exit, reductions, validation
+from .problem.belief_optimizers import BeliefOptimizer
+from .problem.nudging import Nudging
+from .problem.nudging import check as check_nudging
+from .problem.types import Problem, Wanted
+from .relaxation.solve import prepare, solve
 
 
 def scaled(updates: Sequence[Tensor], grad_output: Tensor, scale: float = 1.0) -> list[Tensor]:

@@ -22,16 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import autograd, incremental, validation
+from . import autograd, incremental
 from .backends import BACKENDS
-from .checkpoints import module_text
 from .errors import ModelError, PcfastError
 from .losses import HALF_SUM, LossLike, describe_loss, half_squared_error
-from .network import Network, describe
-from .planning import canonical
+from .model.spec import Network, describe
 from .precision import choose_precision
-from .problem import Wanted
-from .relaxation import solve
+from .problem import validation
+from .problem.plan import canonical
+from .problem.types import Wanted
+from .relaxation.solve import solve
+from .support.naming import module_text
 
 # Models by key --------------------------------------------------------------------------------------------------
 

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import belief_optimizers, early_exit, reductions, validation
 from .backends import BACKENDS, choose_backend
-from .belief_optimizers import BeliefOptimizer
 from .errors import ArgumentTypeError, ShapeError
 from .losses import LossLike, describe_loss
-from .network import Network, common_placement, describe
-from .nudging import Nudging
-from .nudging import check as check_nudging
-from .planning import ALIASES, Plan, canonical, plan
+from .model.spec import Network, common_placement, describe
 from .precision import choose_precision
-from .problem import Request
+from .problem import belief_optimizers, early_exit, reductions, validation
+from .problem.belief_optimizers import BeliefOptimizer
+from .problem.nudging import Nudging
+from .problem.nudging import check as check_nudging
+from .problem.plan import ALIASES, Plan, canonical, plan
+from .problem.types import Request
 
 
 @dataclass(frozen=True, repr=False)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import reductions, validation
 from .autograd import loss_without_updates
-from .belief_optimizers import BeliefOptimizer
 from .errors import ArgumentError
 from .losses import LossLike
-from .planning import canonical
-from .problem import Wanted
-from .relaxation import prepare, solve
+from .problem import reductions, validation
+from .problem.belief_optimizers import BeliefOptimizer
+from .problem.plan import canonical
+from .problem.types import Wanted
+from .relaxation.solve import prepare, solve
 
 
 def incremental_step(

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import differentiation
 from .errors import ArgumentError, ArgumentTypeError, ShapeError
+from .support import differentiation
 
 LossLike = str | Callable[[Tensor, Tensor], Tensor]
 

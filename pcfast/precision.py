@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError
-from .log import say_once
+from .support.log import say_once
 
 #: Precisions by name: float32 products in IEEE arithmetic, in TF32, under bfloat16 autocast; float64 parameters.
 PRECISIONS = ("ieee", "tf32", "bf16", "fp64")

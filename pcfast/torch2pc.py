@@ -15,9 +15,9 @@ import contextlib
 from torch import Tensor, nn
 
 from .errors import ArgumentError, ShapeError
-from .network import describe
-from .problem import Wanted
-from .relaxation import relax, solve, updates
+from .model.spec import describe
+from .problem.types import Wanted
+from .relaxation.solve import relax, solve, updates
 
 #: Torch2PC's ErrType -> method
 _METHODS = {"Exact": "exact", "FixedPred": "fixed_prediction", "Strict": "strict"}

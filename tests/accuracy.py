@@ -1,4 +1,4 @@
-"""Assertions that a result lies within what pcfast.accuracy allows."""
+"""Assertions that a result lies within what pcfast.checking.bounds allows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pcfast import Adam
-from pcfast.accuracy import ULP, allowed_error, allowed_update_errors
+from pcfast.checking.bounds import ULP, allowed_error, allowed_update_errors
 
 __all__ = ["ULP", "allowed_error", "amplification", "assert_gradients_agree", "assert_states_agree"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from pcfast.backends import triton as backend
-from pcfast.streamed.choices import IMPLICIT, Choices, ConvolutionKey
+from pcfast.backends.triton import backend
+from pcfast.backends.triton.configs import IMPLICIT, Choices, ConvolutionKey
 
 __all__ = ["EveryConvolution", "everywhere"]
 

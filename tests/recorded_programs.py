@@ -19,9 +19,9 @@ from pages import DOCS, blocks_of_code
 from torch import Tensor, nn
 
 import pcfast
-from pcfast import presets
-from pcfast.identification import difference
 from pcfast.losses import half_squared_error
+from pcfast.presets import settings as presets
+from pcfast.presets.identification import difference
 
 TESTS = Path(__file__).parent
 FOLDER = TESTS / "data" / "programs"
@@ -210,7 +210,7 @@ def set_parameters(parameters: Iterable[Tensor], values: list[Tensor]) -> None:
 
 
 def worst(found: list[Tensor], truth: list[Tensor]) -> float:
-    """As :func:`pcfast.identification.difference`, of lists."""
+    """As :func:`pcfast.presets.identification.difference`, of lists."""
     return difference(dict(enumerate(found)), dict(enumerate(truth)))
 
 

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import pcfast
-from pcfast import activations
-from pcfast.backends import BACKENDS, cuda, triton
+from pcfast.backends import BACKENDS
+from pcfast.backends.cuda import backend as cuda
+from pcfast.backends.triton import backend as triton
 from pcfast.deviation.pointwise import ElementwiseStep
-from pcfast.network import Elementwise, describe
+from pcfast.model import activations
+from pcfast.model.spec import Elementwise, describe
 from pcfast.precision import Precision
-from pcfast.problem import Request
+from pcfast.problem.types import Request
 
 ALL = [
     activations.Relu(),
@@ -214,7 +216,7 @@ def test_which_modules_are_hardtanh():
 def test_kernels_refuse_hardtanh(method, activation, monkeypatch):
     for module in (triton, cuda):
         monkeypatch.setattr(module, "_unavailable", lambda *_: "")
-        monkeypatch.setattr(BACKENDS[module.__name__.rpartition(".")[2]], "automatic", lambda *_: (True, ""))
+        monkeypatch.setattr(BACKENDS[module.__name__.split(".")[2]], "automatic", lambda *_: (True, ""))
     model = hardtanh_network(activation)
     kind = type(activation).__name__
     reason = f"layer 2 (Linear - {kind}): no kernel has {kind}: use eager"

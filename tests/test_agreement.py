@@ -9,7 +9,7 @@ from networks_for_tests import LOSSES, architectures, loss_and_target, residual_
 from torch import nn
 
 import pcfast
-from pcfast.accuracy import allowed_error, relative_error
+from pcfast.checking.bounds import allowed_error, relative_error
 
 
 def gradients(model, x, y, **arguments):

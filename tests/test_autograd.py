@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcfast
-from pcfast import log
 from pcfast.losses import half_squared_error
+from pcfast.support import log
 
 METHODS = ("exact", "fixed_prediction", "strict")
 BACKENDS = ("eager", "reference")

@@ -18,9 +18,11 @@ from torch import nn
 
 import pcfast
 from pcfast import Adam, GradientDescent
-from pcfast.backends import BACKENDS, cuda, triton
-from pcfast.network import describe
-from pcfast.problem import Request
+from pcfast.backends import BACKENDS
+from pcfast.backends.cuda import backend as cuda
+from pcfast.backends.triton import backend as triton
+from pcfast.model.spec import describe
+from pcfast.problem.types import Request
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "eager"])
 WANING = tuple(0.1 / (1 + 0.2 * t) for t in range(20))

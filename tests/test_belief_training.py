@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import pcfast
-from pcfast import datasets, networks, training
-from pcfast.checkpoints import checksum
+from pcfast import datasets, networks
 from pcfast.cli import main
+from pcfast.training import trainer as training
+from pcfast.training.checkpoints import checksum
 
 WANING = [0.1 / (1 + 0.2 * t) for t in range(20)]
 METHODS = {

@@ -11,10 +11,10 @@ from torch import nn
 
 import pcfast
 from pcfast import networks
-from pcfast.accuracy import with_forward_errors_of
 from pcfast.backends import BACKENDS, Eager
-from pcfast.backends.links import Link
-from pcfast.checking import check, random_batches
+from pcfast.backends.eager.links import Link
+from pcfast.checking.bounds import with_forward_errors_of
+from pcfast.checking.checker import check, random_batches
 
 SHAPE = (16, 20)
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from pcfast import checking, networks
+from pcfast import networks
 from pcfast.backends import BACKENDS, Eager
+from pcfast.checking import checker as checking
 from pcfast.cli import main
 
 QUICK = ["--method", "strict", "--num-steps", "6", "--draws", "1", "--batch-size", "4"]

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pcfast import comparison, comparison_plots
 from pcfast.cli import main
+from pcfast.comparison import compare as comparison
+from pcfast.comparison import plots as comparison_plots
 
 QUICK = ["--epochs", "1", "--num-steps", "3", "--batch-size", "300", "--iterations", "1,2,4,8,30"]
 

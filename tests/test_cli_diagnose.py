@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from literal import relax_literally
 
-from pcfast import datasets, diagnostics_plots, networks
+from pcfast import datasets, networks
 from pcfast.cli import main
+from pcfast.diagnostics import plots as diagnostics_plots
 
 QUICK = ["--num-steps", "4", "--batch-size", "20"]
 FILES = {"config.json", "energies.csv", "iterations.csv", "updates.csv", "diagnose.png"}

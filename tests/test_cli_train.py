@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from pcfast import datasets, networks, training
+from pcfast import datasets, networks
 from pcfast.cli import main
-from pcfast.files import results_folder
-from pcfast.training import FILES, evaluate
+from pcfast.support.files import results_folder
+from pcfast.training import trainer as training
+from pcfast.training.run import evaluate
+from pcfast.training.trainer import FILES
 
 QUICK = ("--widths", "16", "--num-steps", "3", "--batch-size", "200")
 

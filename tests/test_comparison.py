@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from literal import relax_literally
 from torch import nn
 
-from pcfast import comparison, comparison_plots, figures, networks
-from pcfast.comparison import (
+from pcfast import networks
+from pcfast.comparison import compare as comparison
+from pcfast.comparison import plots as comparison_plots
+from pcfast.comparison.compare import (
     angle_degrees,
     compare_errors,
     compare_iterations,
@@ -24,6 +26,7 @@ from pcfast.comparison import (
 )
 from pcfast.datasets import Data
 from pcfast.errors import ArgumentError, ModelError
+from pcfast.support import figures
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.5)
 

@@ -16,10 +16,11 @@ import pytest
 import torch
 from filelock import FileLock
 
-from pcfast import constants, log
+from pcfast.backends import gpu_constants
+from pcfast.backends.gpu_constants import BY_CLUSTER_SIZE, CLUSTER_SIZES, DEFAULTS, NAMES, Table, load
 from pcfast.bench.constants import measure
-from pcfast.constants import BY_CLUSTER_SIZE, CLUSTER_SIZES, DEFAULTS, NAMES, Table, load
 from pcfast.errors import ArgumentError
+from pcfast.support import log
 
 NVCC_VARIABLES = ("CUDACXX", "CUDA_HOME", "CUDA_PATH")
 FOLDER = Path(__file__).resolve().parent.parent / "bench" / "constants"
@@ -372,7 +373,7 @@ def test_clusters_that_could_not_be_counted_are_none(tmp_path):
 
 
 def test_without_a_file_all_are_defaults(monkeypatch, caplog):
-    monkeypatch.delenv(constants.PATH_VARIABLE, raising=False)
+    monkeypatch.delenv(gpu_constants.PATH_VARIABLE, raising=False)
     with caplog.at_level(logging.INFO, "pcfast"):
         found = load()
     assert {name: (getattr(found, name), found.source[name]) for name in NAMES} == DEFAULTS
@@ -381,7 +382,7 @@ def test_without_a_file_all_are_defaults(monkeypatch, caplog):
 
 
 def test_the_environment_names_a_file(tmp_path, monkeypatch):
-    monkeypatch.setenv(constants.PATH_VARIABLE, str(written(tmp_path, SAMPLE)))
+    monkeypatch.setenv(gpu_constants.PATH_VARIABLE, str(written(tmp_path, SAMPLE)))
     assert load().grid_barrier_us == 1.25
 
 
@@ -394,7 +395,7 @@ def test_every_default_names_where_it_is_from():
 
 
 def test_an_unknown_device_gets_the_defaults_and_says_so(monkeypatch, caplog):
-    monkeypatch.delenv(constants.PATH_VARIABLE, raising=False)
+    monkeypatch.delenv(gpu_constants.PATH_VARIABLE, raising=False)
     monkeypatch.setattr(log, "_said", set())
     with caplog.at_level(logging.INFO, "pcfast"):
         found = load(device="NVIDIA A100-SXM4-80GB")

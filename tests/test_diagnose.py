@@ -19,8 +19,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcfast
-from pcfast import diagnostics, planning
-from pcfast.diagnostics import diagnose
+from pcfast.diagnostics import diagnosis as diagnostics
+from pcfast.diagnostics.diagnosis import diagnose
+from pcfast.problem import plan as planning
 
 BACKENDS = ["reference", "eager"]
 
@@ -267,9 +268,10 @@ def test_the_model_stays_as_it_was(backend):
 
 def test_kernels_refuse_and_auto_goes_on_with_eager(monkeypatch):
     from pcfast.backends import BACKENDS as KNOWN
-    from pcfast.backends import cuda, triton
-    from pcfast.network import describe
-    from pcfast.problem import Request
+    from pcfast.backends.cuda import backend as cuda
+    from pcfast.backends.triton import backend as triton
+    from pcfast.model.spec import describe
+    from pcfast.problem.types import Request
 
     for module in (cuda, triton):
         monkeypatch.setattr(module, "_unavailable", lambda *_: "")

@@ -12,7 +12,7 @@ from literal import relax_literally
 from torch import nn
 
 import pcfast
-from pcfast import status
+from pcfast.problem import status
 
 BACKENDS = ["reference", "eager"]
 METHODS = ["exact", "fixed_prediction", "strict", "error_based", "zero_divergence"]

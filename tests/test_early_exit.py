@@ -15,12 +15,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcfast
-from pcfast import graphs, host
 from pcfast.backends import BACKENDS as KNOWN
-from pcfast.backends import cuda, triton
-from pcfast.network import describe
-from pcfast.problem import Request, Wanted
-from pcfast.relaxation import prepare
+from pcfast.backends.cuda import backend as cuda
+from pcfast.backends.triton import backend as triton
+from pcfast.model.spec import describe
+from pcfast.problem.types import Request, Wanted
+from pcfast.relaxation import cuda_graphs
+from pcfast.relaxation.solve import prepare
+from pcfast.support import host
 
 STEPS = 60
 
@@ -299,7 +301,7 @@ def test_a_recorded_graph_belongs_to_one_tolerance():
             model, x, y, loss="cross_entropy", method="strict", step_size=0.1, num_steps=9, wanted=Wanted(),
             tolerance=tolerance, backend="eager",
         )  # fmt: skip
-        keys.add(graphs.graph_key(ready.problem, ready.plan))
+        keys.add(cuda_graphs.graph_key(ready.problem, ready.plan))
         assert ready.backend.replays(ready.problem, ready.plan)[0]
     assert len(keys) == 3
 

@@ -11,7 +11,7 @@ from literal import evaluate, output_error, perturbed_energy
 from torch import Tensor, nn
 
 import pcfast
-from pcfast.accuracy import allowed_error, relative_error
+from pcfast.checking.bounds import allowed_error, relative_error
 
 BACKENDS = ["reference", "eager"]
 ETA = 0.2
@@ -248,7 +248,8 @@ def test_given_beliefs_are_refused(backend):
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_kernel_backends_refuse_it_and_auto_goes_on(name, monkeypatch):
     """As on a machine where the kernels could run."""
-    from pcfast.backends import cuda, triton
+    from pcfast.backends.cuda import backend as cuda
+    from pcfast.backends.triton import backend as triton
 
     monkeypatch.setattr(cuda, "_unavailable", lambda device: "")
     monkeypatch.setattr(triton, "_unavailable", lambda kind, index: "")

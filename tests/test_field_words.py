@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import pcfast
-from pcfast import comparison, training
 from pcfast.cli import main
-from pcfast.diagnostics import diagnose
-from pcfast.planning import ALIASES
+from pcfast.comparison import compare as comparison
+from pcfast.diagnostics.diagnosis import diagnose
+from pcfast.problem.plan import ALIASES
+from pcfast.training import trainer as training
 
 WORDS = pytest.mark.parametrize("alias", ALIASES)
 BATCH = torch.rand(6, 5), torch.randint(0, 3, (6,))

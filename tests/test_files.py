@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from pcfast import files
 from pcfast.errors import ArgumentError, ArgumentTypeError
-from pcfast.files import checked_folder, results_folder, write_atomically, write_csv, write_json
+from pcfast.support import files
+from pcfast.support.files import checked_folder, results_folder, write_atomically, write_csv, write_json
 
 KILLED = (
-    "import os, sys; from pcfast.files import write_atomically; "
+    "import os, sys; from pcfast.support.files import write_atomically; "
     "write_atomically(sys.argv[1], lambda file: os.kill(os.getpid(), 9))"
 )
 
@@ -65,12 +65,12 @@ def test_leftovers_go_and_files_in_use_stay(tmp_path):
 def test_a_full_disk_names_the_file(tmp_path, write):
     """And leaves the old one; whatever the writer makes of the error."""
     calls = {
-        "json": "from pcfast.files import write_json; write_json(path, list(range(10**5)))",
-        "csv": "from pcfast.files import write_csv; write_csv(path, 'ab', [(1, 2)] * 10**5)",
-        "torch": "import torch; from pcfast.files import write_atomically as w; "
+        "json": "from pcfast.support.files import write_json; write_json(path, list(range(10**5)))",
+        "csv": "from pcfast.support.files import write_csv; write_csv(path, 'ab', [(1, 2)] * 10**5)",
+        "torch": "import torch; from pcfast.support.files import write_atomically as w; "
         "w(path, lambda file: torch.save(torch.zeros(10**5), file))",
-        "png": "from pcfast import plots; from pcfast.history import History as H; "
-        "plots.training_curves(H(*[[1.0]] * 5), path)",
+        "png": "from pcfast.training import curves; from pcfast.training.history import History as H; "
+        "curves.training_curves(H(*[[1.0]] * 5), path)",
     }
     path = tmp_path / "result"
     path.write_text("old")

@@ -1,4 +1,4 @@
-"""Graph replay without a GPU: keys, aliasing, bounds, failures and refusals of pcfast/graphs.py.
+"""Graph replay without a GPU: keys, aliasing, bounds, failures and refusals of pcfast/relaxation/cuda_graphs.py.
 
 A real recorder captures kernels; the one here (graph_recorder.py) runs the work again at each replay.
 """
@@ -23,11 +23,14 @@ from host_reads import NoHostReads
 from torch import Tensor, nn
 
 import pcfast
-from pcfast import graphs, host, log, network, precision
+from pcfast import precision
 from pcfast.backends import Eager
-from pcfast.diagnostics import diagnose
+from pcfast.diagnostics.diagnosis import diagnose
+from pcfast.model import spec as network
+from pcfast.relaxation import cuda_graphs
+from pcfast.support import host, log
+from pcfast.support.uploads import uploaded
 from pcfast.torch2pc import FixedPredPCPredErrs
-from pcfast.uploads import uploaded
 
 METHODS = ("exact", "fixed_prediction", "strict", "error_based", "zero_divergence")
 STEPS = {"step_size": 0.2, "num_steps": 4}
@@ -51,10 +54,12 @@ def batch(rows: int = 6) -> tuple[Tensor, Tensor]:
 def install(monkeypatch):
     """Install a cache whose graphs run on the CPU: ``install(capacity, recorder) -> cache``."""
 
-    def put(capacity: int = 4, recorder=None) -> graphs.GraphCache:
-        cache = graphs.GraphCache(capacity, recorder or Recorder())
-        monkeypatch.setattr(graphs, "CACHE", cache)
-        monkeypatch.setattr(graphs, "why_not", graphs._refusal)  # leaves out what only asks for CUDA
+    def put(capacity: int = 4, recorder=None) -> cuda_graphs.GraphCache:
+        cache = cuda_graphs.GraphCache(capacity, recorder or Recorder())
+        monkeypatch.setattr(cuda_graphs, "CACHE", cache)
+        monkeypatch.setattr(
+            cuda_graphs, "why_not", cuda_graphs._refusal
+        )  # leaves out what only asks for CUDA
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         return cache
 
@@ -87,14 +92,14 @@ def described(model, x, y, monkeypatch, *, run=pcfast.pc_loss, **settings):
         return backend.run(problem, plan), "spied on"
 
     with monkeypatch.context() as patch:
-        patch.setattr(graphs, "run", spy)
+        patch.setattr(cuda_graphs, "run", spy)
         run(model, x, y, **{**STEPS, **settings})
     return seen[0]
 
 
 def key_of(model, x, y, monkeypatch, **settings):
     _, problem, plan = described(model, x, y, monkeypatch, **settings)
-    key = graphs.graph_key(problem, plan)
+    key = cuda_graphs.graph_key(problem, plan)
     hash(key)
     return key
 
@@ -445,7 +450,7 @@ def test_the_least_recently_used_is_dropped(install):
 def test_shapes_that_come_once_are_not_recorded(install, monkeypatch):
     model, recorder = mlp(), Recorder()
     cache = install(recorder=recorder)
-    monkeypatch.setattr(graphs, "_NOTES", 4)  # the notes of first calls are bounded too
+    monkeypatch.setattr(cuda_graphs, "_NOTES", 4)  # the notes of first calls are bounded too
     for rows in range(1, 10):
         loss_and_updates(model, *batch(rows))
     loss_and_updates(model, *batch(1))
@@ -537,17 +542,17 @@ def on_cuda():
 
 def test_refused_where_switched_off_or_captured_already(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert graphs.why_not(None, on_cuda(), None) == "the caller is capturing a graph already"
+    assert cuda_graphs.why_not(None, on_cuda(), None) == "the caller is capturing a graph already"
     try:
         pcfast.use_cuda_graphs(False)
-        assert graphs.why_not(None, on_cuda(), None) == "switched off"
+        assert cuda_graphs.why_not(None, on_cuda(), None) == "switched off"
     finally:
         pcfast.use_cuda_graphs(True)
 
 
 @pytest.mark.parametrize(("value", "expected"), [("0", "False"), ("1", "True")])
 def test_the_environment_switches(value, expected):
-    program = "from pcfast import graphs; print(graphs._switched_on)"
+    program = "from pcfast.relaxation import cuda_graphs; print(cuda_graphs._switched_on)"
     environment = {**os.environ, "PCFAST_CUDA_GRAPHS": value}
     run = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True

@@ -22,9 +22,11 @@ from networks_for_tests import LOSSES, architectures, belief_optimizers, loss_an
 from torch import Tensor, nn
 
 import pcfast
-from pcfast import Adam, GradientDescent, datasets, status, training
-from pcfast.accuracy import ULP, allowed_update_errors, relative_error
+from pcfast import Adam, GradientDescent, datasets
+from pcfast.checking.bounds import ULP, allowed_update_errors, relative_error
 from pcfast.cli import main
+from pcfast.problem import status
+from pcfast.training import trainer as training
 
 BACKENDS = ["reference", "eager"]
 ETA = 0.2
@@ -660,7 +662,8 @@ def test_bad_input_is_refused_before_anything_moves(backend):
 @pytest.mark.parametrize("belief_optimizer", [None, GradientDescent(0.35), Adam()], ids=repr)
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_kernel_backends_refuse_it(name, belief_optimizer, monkeypatch):
-    from pcfast.backends import cuda, triton
+    from pcfast.backends.cuda import backend as cuda
+    from pcfast.backends.triton import backend as triton
 
     monkeypatch.setattr(cuda, "_unavailable", lambda device: "")
     monkeypatch.setattr(triton, "_unavailable", lambda kind, index: "")

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import pcfast
-from pcfast import training
 from pcfast.bench import measure, methods, report, runner, sources, tables
 from pcfast.bench.methods import ENTRIES, Entry
 from pcfast.cli import main
 from pcfast.cli.defaults import DEFAULTS
 from pcfast.datasets import loading
-from pcfast.planning import TRAINING_METHODS
+from pcfast.problem.plan import TRAINING_METHODS
+from pcfast.training import trainer as training
 
 CPU = torch.device("cpu")
 TOO_FAR = Entry("strict, too far", step_size={"digits": 1e30})

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pcfast
-from pcfast.checkpoints import loss_name
+from pcfast.training.checkpoints import loss_name
 
 
 def net():

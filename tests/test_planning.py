@@ -8,10 +8,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 import pcfast
-from pcfast import networks, planning
-from pcfast.fixed_prediction import fixed_prediction_factors, scalar_chain
-from pcfast.network import describe
-from pcfast.planning import strict_products
+from pcfast import networks
+from pcfast.backends.eager.fixed_prediction import fixed_prediction_factors, scalar_chain
+from pcfast.model.spec import describe
+from pcfast.problem import plan as planning
+from pcfast.problem.plan import strict_products
 
 
 def mlp(*widths):

@@ -17,7 +17,7 @@ from belief_form import strict_updates
 
 import pcfast
 from pcfast import networks
-from pcfast.accuracy import relative_error, same_precision_bound, with_forward_errors_of
+from pcfast.checking.bounds import relative_error, same_precision_bound, with_forward_errors_of
 
 BATCH, STEP_SIZE, NUM_STEPS, DRAWS = 300, 0.1, 20, 5
 CASES = {"mlp_600": (networks.mlp_600, (784,)), "mnist_cnn": (networks.mnist_cnn, (1, 28, 28))}

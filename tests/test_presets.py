@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.linalg import matrix_power, solve
 
 import pcfast
-from pcfast import ArgumentError, ArgumentTypeError, GradientDescent, Nudging, presets, training
+from pcfast import ArgumentError, ArgumentTypeError, GradientDescent, Nudging
+from pcfast.presets import settings as presets
+from pcfast.training import trainer as training
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "eager"])
 STEPS = pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 12])

@@ -12,7 +12,7 @@ from torch import nn
 
 import pcfast
 from pcfast import ArgumentError, ArgumentTypeError, ShapeError, identify
-from pcfast.grouping import flattened
+from pcfast.model.grouping import flattened
 
 RUNS = [path for path in FILES if path.stem not in WITHOUT_SETTINGS]
 EVERY_RUN = pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcfast
-from pcfast import ArgumentError, datasets, training
+from pcfast import ArgumentError, datasets
 from pcfast.cli import main
 from pcfast.recipes import RECIPES
 from pcfast.recipes.pcx import Beta, Pcx
+from pcfast.training import trainer as training
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_recipes.json").read_text())
 PCX = [name for name in RECIPES if name.startswith("pcx-")]

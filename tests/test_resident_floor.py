@@ -7,16 +7,17 @@ import dataclasses
 import pytest
 from torch import nn
 
-from pcfast import constants, networks
-from pcfast.network import describe
-from pcfast.planning import gram_macs, layer_macs
+from pcfast import networks
+from pcfast.backends import gpu_constants
+from pcfast.backends.cuda import kernel_params as p
+from pcfast.backends.cuda.describe import describe as words
+from pcfast.backends.cuda.roofline import MULTIPLY_ADDS_A_CLOCK, floors
+from pcfast.backends.cuda.shared_memory import Chip, Placement, place
+from pcfast.model.spec import describe
 from pcfast.precision import Operands
-from pcfast.resident import program as p
-from pcfast.resident.floor import MULTIPLY_ADDS_A_CLOCK, floors
-from pcfast.resident.placement import Chip, Placement, place
-from pcfast.resident.words import describe as words
+from pcfast.problem.plan import gram_macs, layer_macs
 
-KNOWN = constants.load()
+KNOWN = gpu_constants.load()
 CHIP = Chip(KNOWN.sm_count, KNOWN.shared_memory_per_block_bytes, KNOWN.shared_memory_per_sm_bytes)
 
 

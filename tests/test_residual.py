@@ -15,14 +15,18 @@ from energy import relax_by_optimizer
 from torch import nn
 
 import pcfast
-from pcfast import checking, datasets, training
-from pcfast.accuracy import relative_error, same_precision_bound, with_forward_errors_of
-from pcfast.backends import BACKENDS, cuda, triton
+from pcfast import datasets
+from pcfast.backends import BACKENDS
+from pcfast.backends.cuda import backend as cuda
+from pcfast.backends.triton import backend as triton
+from pcfast.checking import checker as checking
+from pcfast.checking.bounds import relative_error, same_precision_bound, with_forward_errors_of
 from pcfast.cli.building import takes_flat_input
-from pcfast.graphs import graph_key
-from pcfast.network import describe
-from pcfast.problem import Request
-from pcfast.relaxation import prepare
+from pcfast.model.spec import describe
+from pcfast.problem.types import Request
+from pcfast.relaxation.cuda_graphs import graph_key
+from pcfast.relaxation.solve import prepare
+from pcfast.training import trainer as training
 
 METHODS = ("exact", "fixed_prediction", "strict")
 
@@ -261,7 +265,7 @@ def test_graphs_record_blocks_unless_autograd_runs_inside():
         model = nn.Sequential(nn.Linear(6, 8), pcfast.Residual(*branch), nn.Linear(8, 3))
         return prepare(
             model, x, y, loss="cross_entropy", method="strict", step_size=0.1, num_steps=4,
-            wanted=pcfast.problem.Wanted(),
+            wanted=pcfast.problem.types.Wanted(),
         )  # fmt: skip
 
     known, opaque = ready([nn.Linear(8, 8), nn.Tanh()]), ready([nn.Linear(8, 8), nn.Softplus()])

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from pcfast import graphs, streams
+from pcfast.backends.triton.streams import Branches
 from pcfast.bench import contenders
-from pcfast.hashing import hashed_once
-from pcfast.streamed.branches import Branches
-from pcfast.uploads import uploaded
+from pcfast.relaxation import cuda_graphs
+from pcfast.support import streams
+from pcfast.support.hashing import hashed_once
+from pcfast.support.uploads import uploaded
 
 CUDA = torch.device("cuda")
 
@@ -94,7 +95,7 @@ def test_a_failed_capture_leaves_the_stream_and_the_generator_usable(broken, cud
         raise ValueError("not in a capture")
 
     with pytest.raises(RuntimeError, match="the capture failed") as failure:
-        graphs.record_cuda(work)
+        cuda_graphs.record_cuda(work)
     assert isinstance(failure.value.__context__, ValueError)
     assert cuda.current is before and cuda.capturing == broken
     assert cuda.captures == 2 * [(2, "thread_local")]
@@ -102,7 +103,7 @@ def test_a_failed_capture_leaves_the_stream_and_the_generator_usable(broken, cud
 
 def test_a_thread_captures_on_one_stream_beside_each_of_the_callers(cuda):
     def captured_on() -> int:
-        graphs.record_cuda(lambda: None)
+        cuda_graphs.record_cuda(lambda: None)
         return cuda.captures[-1][0]
 
     here, elsewhere = {captured_on() for _ in range(40)}, set()
@@ -131,7 +132,7 @@ def test_branches_of_captures_take_the_same_streams(cuda):
             branches.run([lambda i=i: ran.append(i) for i in range(count)])
 
     for _ in range(20):
-        graphs.record_cuda(work)
+        cuda_graphs.record_cuda(work)
     assert ran == 20 * [1, 2, 0, 0, 1, 0]
     assert cuda.used == 20 * [3, 4, 3] and cuda.made == 4
 

@@ -19,10 +19,13 @@ import pytest
 import torch
 from torch import nn
 
-from pcfast import datasets, networks, plots, scores, training
-from pcfast.checkpoints import PARTS, checksum, flat
+from pcfast import datasets, networks
 from pcfast.errors import ArgumentError, RelaxationDiverged
-from pcfast.training import History, evaluate, train
+from pcfast.training import curves, scores
+from pcfast.training import trainer as training
+from pcfast.training.checkpoints import PARTS, checksum, flat
+from pcfast.training.run import evaluate
+from pcfast.training.trainer import History, train
 
 BATCHES = 5  # of 20 samples an epoch of `toy_data`, the last one of 10
 
@@ -439,7 +442,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, after_step, monke
     elif failing == "draw":
         monkeypatch.setattr(Figure, "subplots", fails)
     else:
-        monkeypatch.setattr(plots, "write_atomically", fails)
+        monkeypatch.setattr(curves, "write_atomically", fails)
     _, history = toy_run(out=tmp_path / "$x^_%", epochs=3)
     assert len(history) == 3 and matplotlib.rcParams["text.usetex"] == (failing == "latex")
     said = [record.message for record in caplog.records]
@@ -527,12 +530,12 @@ def test_curves_are_a_picture_with_something_on_it(tmp_path):
             test_accuracy=1 - 0.6 / epoch,
             seconds=1.0,
         )
-    plots.training_curves(history, tmp_path / "curves.png", title="five epochs")
+    curves.training_curves(history, tmp_path / "curves.png", title="five epochs")
     picture = imread(tmp_path / "curves.png")
     assert picture.shape[0] > 300 and picture.shape[1] > 600
     assert len(np.unique(picture[..., :3].reshape(-1, 3), axis=0)) > 50
     with pytest.raises(ArgumentError, match="history"):
-        plots.training_curves(History(), tmp_path / "none.png")
+        curves.training_curves(History(), tmp_path / "none.png")
 
 
 # ---------------------------------------------------------------------------------------- what it computes

@@ -8,9 +8,10 @@ from functools import partial
 import pytest
 import torch
 
-from pcfast import ArgumentError, ArgumentTypeError, Nudging, networks, training
-from pcfast.checkpoints import callable_name
-from pcfast.learning_rates import warmup_cosine
+from pcfast import ArgumentError, ArgumentTypeError, Nudging, networks
+from pcfast.recipes.learning_rates import warmup_cosine
+from pcfast.training import trainer as training
+from pcfast.training.checkpoints import callable_name
 
 ROWS = 23
 

@@ -11,7 +11,7 @@ from networks_for_tests import LOSSES, architectures, loss_and_target
 from torch import nn
 
 import pcfast
-from pcfast.accuracy import ULP, allowed_update_errors, relative_error
+from pcfast.checking.bounds import ULP, allowed_update_errors, relative_error
 
 BACKENDS = ["reference", "eager"]
 
@@ -141,7 +141,8 @@ def test_energies_and_given_beliefs_are_refused(backend):
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_kernel_backends_run_it_as_exact(name, monkeypatch):
     """As on a machine where the kernels could run."""
-    from pcfast.backends import cuda, triton
+    from pcfast.backends.cuda import backend as cuda
+    from pcfast.backends.triton import backend as triton
 
     monkeypatch.setattr(cuda, "_unavailable", lambda device: "")
     monkeypatch.setattr(triton, "_unavailable", lambda kind, index: "")

@@ -1,7 +1,7 @@
 """Measure the constants of the GPU at hand: build constants.cu, run it, add matrix products, keep the result.
 
     python -m pcfast.bench.constants.measure               # writes .benchmarks/constants.json
-    PCFAST_CONSTANTS=.benchmarks/constants.json python ... # pcfast.constants.load() now reads it
+    PCFAST_CONSTANTS=.benchmarks/constants.json python ... # pcfast.backends.gpu_constants.load() now reads it
 
 Takes about 60 s at most: 10 to 20 s of compiling, a few of measuring.
 """
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from pcfast.files import write_json
-from pcfast.nvcc import find_nvcc
+from pcfast.support.files import write_json
+from pcfast.support.nvcc import find_nvcc
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "constants.cu"
@@ -129,7 +129,7 @@ def _matmul_rate(size: int, dtype: torch.dtype, repetitions: int, allowed: float
 
 
 def measure(keep: Callable[[dict], None] = lambda record: None) -> dict:
-    """Everything, as pcfast.constants reads it. ``keep`` gets what is there before torch's products are timed."""
+    """Everything, as pcfast.backends.gpu_constants reads it; ``keep`` gets what is there before torch is timed."""
     if not torch.cuda.is_available():
         raise MeasuringError("no GPU: torch.cuda.is_available() is False")
     with tempfile.TemporaryDirectory() as folder:

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcfast.activations import Relu
 from pcfast.kernels.conv_feedback import feedback_tiles, launch_conv_feedback
 from pcfast.kernels.conv_geometry import ConvGeometry
 from pcfast.kernels.conv_predict import launch_conv_predict, predict_tiles
 from pcfast.kernels.pointwise_error import Tail, error_and_delta
 from pcfast.kernels.pointwise_update import update
 from pcfast.kernels.tf32 import as_read
+from pcfast.model.activations import Relu
 
 from .case import BEFORE, ETA, PRODUCTS, Case, Way, described, ends, normal, operand_bytes, operand_dtype
 from .rounding import (

@@ -7,7 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pcfast.activations import Relu
+from pcfast.backends.triton.arena import Arena, Layout, LayoutBuilder
+from pcfast.backends.triton.loop import table
+from pcfast.backends.triton.tensor_layout import padded
+from pcfast.backends.triton.tiles import LinearTiles, linear_tiles
 from pcfast.kernels.activations import code
 from pcfast.kernels.linear_feedback import launch_linear_feedback
 from pcfast.kernels.linear_predict import NO_TOP, launch_linear_predict
@@ -15,10 +18,7 @@ from pcfast.kernels.linear_rows import HIDDEN, UPDATE, FeedbackRow, PredictRow
 from pcfast.kernels.pointwise_error import Tail, error_and_delta
 from pcfast.kernels.pointwise_update import update
 from pcfast.kernels.tf32 import as_read
-from pcfast.streamed.boundary import padded
-from pcfast.streamed.layout import Arena, Layout, LayoutBuilder
-from pcfast.streamed.loop import table
-from pcfast.streamed.tiles import LinearTiles, linear_tiles
+from pcfast.model.activations import Relu
 
 from .case import BEFORE, ETA, PRODUCTS, Case, Way, described, ends, normal, operand_bytes, operand_dtype
 from .rounding import (

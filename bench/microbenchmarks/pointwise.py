@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pcfast.activations import Relu
 from pcfast.kernels.output_error import output_error, output_tile
 from pcfast.kernels.pointwise_error import Tail, error_and_delta, tile
 from pcfast.kernels.pointwise_gram import BLOCK, gram_update
 from pcfast.kernels.pointwise_update import update
+from pcfast.model.activations import Relu
 
 from .case import BEFORE, ELEMENTWISE, ETA, Case, Way, ends, normal, operand_bytes, operand_dtype
 from .rounding import EPS, STORED, Judgement, copied, judged, predict_truth, update_bound

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 import pcfast
 from pcfast import networks
-from pcfast.accuracy import FACTOR, relative_error
+from pcfast.backends.triton.launch_plan import Design, Target, design
+from pcfast.backends.triton.loop import Inputs, Loop, arena_of
+from pcfast.checking.bounds import FACTOR, relative_error
 from pcfast.deviation import layer_chain
 from pcfast.deviation.affine import LinearStep
 from pcfast.losses import describe_loss
-from pcfast.network import describe
+from pcfast.model.spec import describe
 from pcfast.precision import Precision, choose_precision, numerics, use_precision
-from pcfast.streamed.design import Design, Target, design
-from pcfast.streamed.loop import Inputs, Loop, arena_of
 
 from .case import PRODUCTS, Case, Way, described, normal, operand_bytes, torch_precision
 from .rounding import TF32, Judgement

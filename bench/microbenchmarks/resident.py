@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 import pcfast
-from pcfast import checking, networks
-from pcfast.accuracy import FACTOR, relative_error
+from pcfast import networks
 from pcfast.backends import BACKENDS
-from pcfast.backends import cuda as backend
-from pcfast.network import Network, describe
-from pcfast.planning import choose_gram, gram_macs, layer_macs
+from pcfast.backends.cuda import backend
+from pcfast.backends.cuda import launch as loop
+from pcfast.checking import checker as checking
+from pcfast.checking.bounds import FACTOR, relative_error
+from pcfast.model.spec import Network, describe
 from pcfast.precision import numerics
-from pcfast.problem import Request, Wanted
-from pcfast.relaxation import prepare
-from pcfast.resident import loop
+from pcfast.problem.plan import choose_gram, gram_macs, layer_macs
+from pcfast.problem.types import Request, Wanted
+from pcfast.relaxation.solve import prepare
 
 from .case import Case, Way, normal, torch_precision
 from .rounding import TF32, Judgement

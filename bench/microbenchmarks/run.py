@@ -13,9 +13,9 @@ from torch import nn
 
 from pcfast.backends import BACKENDS
 from pcfast.errors import BackendError
-from pcfast.network import describe
+from pcfast.model.spec import describe
 from pcfast.precision import choose_precision, numerics
-from pcfast.problem import Request
+from pcfast.problem.types import Request
 
 from .. import measure
 from ..contenders import Step, graphed, switches

@@ -1,4 +1,4 @@
-// What the resident kernel runs: a network's loop as plain numbers, made by pcfast/resident/program.py.
+// What the resident kernel runs: a network's loop as plain numbers, made by pcfast/backends/cuda/kernel_params.py.
 //
 // One block keeps all of this in its shared memory, in elements of the state's scalar type, from offset 0 on:
 //

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from ..errors import ArgumentError, BackendError
-from ..log import say_once
-from ..problem import Request
+from ..problem.types import Request
+from ..support.log import say_once
 from .base import Backend
-from .cuda import Cuda
-from .eager import Eager
+from .cuda.backend import Cuda
+from .eager.run import Eager
 from .reference import Reference
-from .triton import Triton
+from .triton.backend import Triton
 
 #: In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cuda(), Triton(), Eager(), Reference())}

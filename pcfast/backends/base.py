@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from ..network import Network
-from ..planning import Plan
+from ..model.spec import Network
 from ..precision import Precision
-from ..problem import Outcome, Problem, Request
+from ..problem.plan import Plan
+from ..problem.types import Outcome, Problem, Request
 
 
 def on_device(device: torch.device):

@@ -10,14 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import differentiation, status, validation
-from ..early_exit import EarlyExit, repeated
 from ..errors import ModelError, RelaxationDiverged
-from ..nudging import target_of
-from ..problem import Outcome, energy_row, filled_start, gradient_row
-from ..replay import Replay, recorded_buffers
+from ..problem import status, validation
+from ..problem.early_exit import EarlyExit, repeated
+from ..problem.nudging import target_of
+from ..problem.types import Outcome, energy_row, filled_start, gradient_row
+from ..support import differentiation
+from ..support.replay import Replay, recorded_buffers
 from .base import Backend
-from .incremental import check_iteration
+from .eager.incremental import check_iteration
 
 
 class _Layer:

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import click
 
-from .. import interrupts
 from .._version import __version__
 from ..errors import ArgumentError, PcfastError, RelaxationDiverged
-from ..progress import takes_over
+from ..support import interrupts
+from ..training.progress import takes_over
 from .bench import bench
 from .check import check
 from .compare import compare

@@ -12,10 +12,10 @@ from ..bench import runner
 from ..bench.contenders import CONTENDERS
 from ..bench.tables import by_case, by_kernel, cells, growth_lines, headings, kernel_cells, kernel_headings
 from ..bench.workloads import WORKLOADS
-from ..checking import default_precisions
+from ..checking.checker import default_precisions
 from ..errors import ArgumentError
-from ..files import write_json
 from ..precision import PRECISIONS, check_precision
+from ..support.files import write_json
 from .building import check_record, device_of, kept_so_far
 from .options import Finite, device_option, record_option
 from .output import console, progress_bar, table

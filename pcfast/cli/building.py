@@ -15,15 +15,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .. import datasets, networks
-from ..belief_optimizers import Adam, BeliefOptimizer, GradientDescent
 from ..datasets import Data
 from ..errors import ArgumentError
-from ..files import check_writable, write_json
-from ..log import warn_once
-from ..nudging import Nudging
 from ..precision import parameter_dtype
-from ..presets import PRESETS, Preset
-from ..validation import checked_device
+from ..presets.settings import PRESETS, Preset
+from ..problem.belief_optimizers import Adam, BeliefOptimizer, GradientDescent
+from ..problem.nudging import Nudging
+from ..problem.validation import checked_device
+from ..support.files import check_writable, write_json
+from ..support.log import warn_once
 from .defaults import DEFAULTS
 from .options import OPTIMIZERS
 from .user_model import checked_fit, user_model

@@ -13,11 +13,11 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from .. import checking
 from ..backends import BACKENDS
-from ..checking import Report, Row
-from ..planning import METHODS
+from ..checking import checker as checking
+from ..checking.checker import Report, Row
 from ..precision import PRECISIONS
+from ..problem.plan import METHODS
 from .building import device_of, network_and_sample_of
 from .defaults import DEFAULTS, STEP_SIZE
 from .options import (

@@ -16,20 +16,22 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from .. import comparison, comparison_plots, networks
+from .. import networks
 from ..autograd import pc_loss
-from ..checkpoints import module_text
-from ..comparison import ITERATIONS, METHODS, STEP_SIZES, WHOLE, TrainingComparison
+from ..comparison import compare as comparison
+from ..comparison import plots as comparison_plots
+from ..comparison.compare import ITERATIONS, METHODS, STEP_SIZES, WHOLE, TrainingComparison
 from ..datasets import Data
 from ..errors import ArgumentError
-from ..files import results_folder, set_aside, write_csv, write_json
-from ..machine import describe_machine
-from ..network import describe
-from ..planning import METHODS as ALL_METHODS
-from ..plots import drawn, require_matplotlib
+from ..model.spec import describe
 from ..precision import check_precision, parameter_dtype, use_precision
-from ..training import CHECKPOINT, MOST_EPOCHS, MOST_STEPS, MakeOptimizer
-from ..validation import checked_step_size, checked_steps
+from ..problem.plan import METHODS as ALL_METHODS
+from ..problem.validation import checked_step_size, checked_steps
+from ..support.files import results_folder, set_aside, write_csv, write_json
+from ..support.machine import describe_machine
+from ..support.naming import module_text
+from ..support.plotting import drawn, require_matplotlib
+from ..training.trainer import CHECKPOINT, MOST_EPOCHS, MOST_STEPS, MakeOptimizer
 from .building import data_of, device_of, network_of, optimizer_of, with_defaults
 from .defaults import DEFAULTS
 from .options import (

@@ -11,17 +11,19 @@ import click
 import torch
 from torch import nn
 
-from .. import diagnostics, diagnostics_plots
-from ..checkpoints import load_weights, module_text
-from ..comparison import METHODS, WHOLE
-from ..diagnostics import Diagnosis
+from ..comparison.compare import WHOLE
+from ..diagnostics import diagnosis as diagnostics
+from ..diagnostics import plots as diagnostics_plots
+from ..diagnostics.diagnosis import METHODS, Diagnosis
 from ..errors import ArgumentError, RelaxationDiverged
-from ..files import results_folder, set_aside, write_csv, write_json
-from ..machine import describe_machine
-from ..plots import drawn, require_matplotlib
 from ..precision import check_precision, use_precision
-from ..training import CHECKPOINT
-from ..validation import checked_step_size, checked_steps
+from ..problem.validation import checked_step_size, checked_steps
+from ..support.files import results_folder, set_aside, write_csv, write_json
+from ..support.machine import describe_machine
+from ..support.naming import module_text
+from ..support.plotting import drawn, require_matplotlib
+from ..training.checkpoints import load_weights
+from ..training.trainer import CHECKPOINT
 from .building import belief_optimizer_of, data_of, device_of, network_of, with_defaults
 from .defaults import DEFAULTS
 from .options import (

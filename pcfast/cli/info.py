@@ -9,13 +9,14 @@ import platform
 import click
 import torch
 
-from .. import graphs, native
 from .._version import __version__
 from ..backends import BACKENDS
-from ..machine import cpu_name
-from ..network import describe
+from ..backends.cuda import native
+from ..model.spec import describe
 from ..networks import mlp
-from ..problem import Request
+from ..problem.types import Request
+from ..relaxation import cuda_graphs
+from ..support.machine import cpu_name
 from .options import json_option
 from .output import console, print_json, table
 
@@ -138,4 +139,4 @@ def _native() -> dict:
 def _graphs() -> str:
     if not torch.cuda.is_available():
         return "no CUDA device to replay them on"
-    return "on" if graphs.switched_on() else "switched off"
+    return "on" if cuda_graphs.switched_on() else "switched off"

@@ -12,12 +12,12 @@ import torch
 from click.shell_completion import CompletionItem
 
 from ..backends import BACKENDS
-from ..nudging import KINDS as NUDGES
-from ..planning import TRAINING_METHODS, canonical, in_words
 from ..precision import PRECISIONS
-from ..presets import PRESETS
+from ..presets.settings import PRESETS
+from ..problem.nudging import KINDS as NUDGES
+from ..problem.plan import TRAINING_METHODS, canonical, in_words
 from ..recipes import RECIPES
-from ..training import MOST_EPOCHS, MOST_SAMPLES, MOST_STEPS
+from ..training.trainer import MOST_EPOCHS, MOST_SAMPLES, MOST_STEPS
 from .defaults import DEFAULTS, NUM_STEPS
 from .output import only_json
 

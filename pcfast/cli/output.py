@@ -13,8 +13,8 @@ from functools import partial
 from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 
-from ..console import PlainConsole
 from ..errors import ArgumentError
+from ..support.console import PlainConsole
 
 
 def console(*, stderr: bool = False) -> PlainConsole:

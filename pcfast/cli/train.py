@@ -12,15 +12,15 @@ import torch
 from click.core import ParameterSource
 from torch import nn
 
-from .. import training
-from ..checkpoints import read_run
 from ..datasets import Data
 from ..errors import ArgumentError
-from ..files import checked_folder
-from ..grouping import FORMS, flattened, group_layers
+from ..model.grouping import FORMS, flattened, group_layers
 from ..precision import parameter_dtype
-from ..presets import BEFORE_ACTIVATION
+from ..presets.settings import BEFORE_ACTIVATION
 from ..recipes import RECIPES
+from ..support.files import checked_folder
+from ..training import trainer as training
+from ..training.checkpoints import read_run
 from .building import (
     belief_optimizer_of,
     data_of,

@@ -11,10 +11,10 @@ import torch
 from rich.progress import BarColumn, TextColumn
 from rich.text import Text
 
-from .. import checking
+from ..checking import checker as checking
 from ..precision import use_precision
-from ..streamed.tuning import Decision, TuningReport
-from ..streamed.tuning import tune as tune_model
+from ..tuning.tuner import Decision, TuningReport
+from ..tuning.tuner import tune as tune_model
 from .building import device_of, network_and_sample_of
 from .defaults import DEFAULTS, STEP_SIZE
 from .options import (

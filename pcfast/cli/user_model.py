@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import modes
 from ..datasets import Data
 from ..errors import ArgumentError, ModelError
-from ..network import common_placement, describe
+from ..model.spec import common_placement, describe
+from ..support import modes
 
 NEEDED = "FILE.py:FUNCTION, where FUNCTION() returns an nn.Sequential"
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import check_state, unfit_where_refused
 from ..errors import ArgumentError
-from ..identification import Match, identify
-from ..presets import LOSSES
+from ..presets.identification import Match, identify
+from ..presets.settings import LOSSES
+from ..training.checkpoints import check_state, unfit_where_refused
 from .building import belief_optimizer_of, nudging_of, optimizer_of
 from .options import OPTIMIZERS, Count, Finite, belief_optimizer_options, json_option, nudging_options
 from .output import console, print_json, table

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ArgumentTypeError
-from ..validation import check_count
+from ..problem.validation import check_count
 from .data import checked_channels
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import checked_number
 from ..errors import ArgumentError, ArgumentTypeError
-from ..ranges import checked_number
 
 Shape = Literal["flat", "image"]
 

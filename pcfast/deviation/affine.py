@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import host
+from ..support import host
 from .step import Gradients, Step
 
 _aten = torch.ops.aten

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from ..replay import LOCK
+from ..support.replay import LOCK
 from .step import Gradients, Step
 
 

@@ -8,10 +8,10 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from .. import differentiation
 from ..errors import ModelError
-from ..log import warn_once
-from ..replay import Replay
+from ..support import differentiation
+from ..support.log import warn_once
+from ..support.replay import Replay
 from . import differences
 from .step import Step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import network as specs
+from ..model import spec as specs
 from ..precision import Precision
 
 Gradients = list[tuple[nn.Parameter, Tensor]]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .. import presets
-from ..belief_optimizers import GradientDescent
+from ..presets import settings as presets
+from ..problem.belief_optimizers import GradientDescent
 from .recipe import Tuned, rows_of
 
 

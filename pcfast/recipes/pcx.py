@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .. import presets
-from ..belief_optimizers import GradientDescent
-from ..nudging import Nudging
+from ..presets import settings as presets
+from ..problem.belief_optimizers import GradientDescent
+from ..problem.nudging import Nudging
 from .recipe import Tuned, rows_of
 
 

@@ -13,11 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .. import networks, presets
+from .. import networks
 from ..datasets import SOURCES, Data, FlipAndCrop, normalized, one_hot
 from ..errors import ArgumentError
-from ..learning_rates import warmup_cosine
-from ..validation import check_count
+from ..presets import settings as presets
+from ..problem.validation import check_count
+from .learning_rates import warmup_cosine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import networks, presets
+from .. import networks
+from ..presets import settings as presets
 from .recipe import Recipe
 
 

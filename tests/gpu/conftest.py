@@ -5,8 +5,8 @@ import os
 import pytest
 
 import pcfast
-from pcfast import graphs
 from pcfast.precision import CONVOLUTIONS, PRODUCTS
+from pcfast.relaxation import cuda_graphs
 
 if os.environ.get("PCFAST_FAKE_CUDA") == "1":
     import fake_cuda
@@ -23,10 +23,10 @@ def _clean():
     before = {switch: switch.state for switch in (PRODUCTS, CONVOLUTIONS)}
     for switch in before:
         switch.state = switch.of("ieee")
-    graphs.CACHE.clear()
+    cuda_graphs.CACHE.clear()
     pcfast.synchronize()
     yield
-    graphs.CACHE.clear()
+    cuda_graphs.CACHE.clear()
     for switch, state in before.items():
         switch.state = state
     pcfast.synchronize()

@@ -20,7 +20,10 @@ from graph_recorder import Recorder
 from host_reads import NoHostReads
 from torch import nn
 
-from pcfast import graphs, host, relaxation, status
+from pcfast.problem import status
+from pcfast.relaxation import cuda_graphs
+from pcfast.relaxation import solve as relaxation
+from pcfast.support import host
 
 CPU = torch.device("cpu")
 
@@ -120,7 +123,7 @@ def _prepare(*arguments, _prepare=relaxation.prepare, **settings):
 
 
 def _why_not(backend, problem, plan) -> str:
-    return graphs._refusal(backend, problem, plan) if graphs.switched_on() else "switched off"
+    return cuda_graphs._refusal(backend, problem, plan) if cuda_graphs.switched_on() else "switched off"
 
 
 def install() -> None:
@@ -144,7 +147,7 @@ def install() -> None:
     torch.autocast, F.linear = _Autocast, _linear
     for kind in (torch.Tensor, nn.Module):
         kind.cuda = lambda self, device=None: self
-    graphs.CACHE = graphs.GraphCache(16, _record)
-    graphs.why_not = _why_not
+    cuda_graphs.CACHE = cuda_graphs.GraphCache(16, _record)
+    cuda_graphs.why_not = _why_not
     relaxation.prepare, status.raise_arrived = _prepare, debug.raise_arrived
     host.readable = lambda device: False

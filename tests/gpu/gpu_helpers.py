@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcfast
-from pcfast.backends import cuda, triton
+from pcfast.backends.cuda import backend as cuda
+from pcfast.backends.triton import backend as triton
 from pcfast.precision import numerics
-from pcfast.problem import Wanted
-from pcfast.relaxation import prepare
+from pcfast.problem.types import Wanted
+from pcfast.relaxation.solve import prepare
 
 DEVICE = torch.device("cuda")
 PRECISIONS = ("ieee", "tf32", "bf16")

@@ -36,7 +36,9 @@ from gpu_helpers import (
 from torch import Tensor, nn
 
 import pcfast
-from pcfast import checking, native, networks
+from pcfast import networks
+from pcfast.backends.cuda import native
+from pcfast.checking import checker as checking
 from pcfast.precision import use_precision
 
 pytestmark = [
@@ -483,7 +485,7 @@ import torch
 
 import pcfast
 from pcfast import networks
-from pcfast.resident import loop
+from pcfast.backends.cuda import launch as loop
 
 seen, prepare = [], loop.prepare
 model = networks.mlp([37, 64, 53, 10]).cuda()

@@ -36,7 +36,8 @@ from gpu_helpers import (
 from torch import Tensor, nn
 
 import pcfast
-from pcfast import checking, networks
+from pcfast import networks
+from pcfast.checking import checker as checking
 from pcfast.precision import use_precision
 
 pytestmark = [

@@ -35,7 +35,7 @@ def _no_extents_left():
 @pytest.fixture
 def made(monkeypatch):
     """The designs that the backend makes."""
-    from pcfast.backends import triton as backend
+    from pcfast.backends.triton import backend
 
     found = []
     find = backend._design
@@ -46,7 +46,7 @@ def made(monkeypatch):
 @pytest.fixture
 def launches(monkeypatch):
     """Names of the kernels that the streamed loop launched, with their keywords, in order."""
-    from pcfast.streamed import loop
+    from pcfast.backends.triton import loop
 
     seen = []
     names = (

@@ -11,15 +11,15 @@ from dataclasses import replace
 import torch
 from compilation import Case, matrix_instruction
 
-from pcfast import activations
+from pcfast.backends.triton.configs import LaunchKey
+from pcfast.backends.triton.tiles import LinearTiles, linear_tiles, whole_tiles
 from pcfast.kernels import conv_feedback, conv_predict, pointwise_error, pointwise_gram
 from pcfast.kernels.activations import code
 from pcfast.kernels.conv_geometry import ConvGeometry
 from pcfast.kernels.linear_predict import MAX_REGISTERS, NO_TOP
 from pcfast.kernels.output_error import CROSS_ENTROPY, output_tile
-from pcfast.streamed.candidates import candidates
-from pcfast.streamed.choices import LaunchKey
-from pcfast.streamed.tiles import LinearTiles, linear_tiles, whole_tiles
+from pcfast.model import activations
+from pcfast.tuning.search_space import candidates
 
 CHIPS = (80, 90, 100)
 ALL_CHIPS = (80, 86, 90, 100, 120)

@@ -15,9 +15,9 @@ from test_streamed import drawn
 
 import pcfast
 from pcfast import kernels
+from pcfast.backends.triton import loop as loops
 from pcfast.kernels import async_proxy
 from pcfast.kernels.launching import UnsafeKernel, launch
-from pcfast.streamed import loop as loops
 
 WAIT, FENCE = "\tcp.async.wait_group \t2;\n", "\tfence.proxy.async.shared::cta;\n"
 STORE, BARRIER = "\t@%p3 st.shared.v4.b32 \t[%r1], {%r2, %r3, %r4, %r5};\n", "\tbar.sync \t0;\n"

@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcfast import activations
-from pcfast.activations import Gelu, GeluTanh, LeakyRelu, Relu, Silu, Tanh
 from pcfast.kernels.conv_feedback import feedback_tiles, launch_conv_feedback
 from pcfast.kernels.conv_geometry import ConvGeometry, Tiles
 from pcfast.kernels.conv_predict import _window_maximum, launch_conv_predict, predict_tiles
 from pcfast.kernels.tf32 import input_precision
+from pcfast.model import activations
+from pcfast.model.activations import Gelu, GeluTanh, LeakyRelu, Relu, Silu, Tanh
 
 EPS = 2.0**-23
 SMALL = Tiles(rows=16, columns=16, reduction=16, warps=4, stages=1)  # many tiles of a small problem

@@ -12,12 +12,12 @@ from test_streamed import mlp
 from torch import nn
 
 import pcfast
-from pcfast.accuracy import relative_error
-from pcfast.backends import triton as backend
-from pcfast.forms import LinearForm, PointwiseForm
-from pcfast.streamed.choices import NONE
-from pcfast.streamed.layers import ConvForm
-from pcfast.streamed.loop import Loop
+from pcfast.backends.kernel_forms import LinearForm, PointwiseForm
+from pcfast.backends.triton import backend
+from pcfast.backends.triton.configs import NONE
+from pcfast.backends.triton.conv_form import ConvForm
+from pcfast.backends.triton.loop import Loop
+from pcfast.checking.bounds import relative_error
 
 BATCH = 5
 #: (of linear layers, of convolutions): torch has a switch for each

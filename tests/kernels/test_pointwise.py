@@ -14,10 +14,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from pcfast import activations, losses
+from pcfast import losses
 from pcfast.kernels import activations as device_activations
 from pcfast.kernels import output_error, pointwise_error, pointwise_gram, pointwise_update
 from pcfast.kernels.pointwise_error import Tail
+from pcfast.model import activations
 
 EPS = torch.finfo(torch.float32).eps
 BF16_EPS = torch.finfo(torch.bfloat16).eps

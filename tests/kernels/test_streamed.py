@@ -29,25 +29,26 @@ from networks_for_tests import LOSSES, loss_and_target
 from torch import nn
 
 import pcfast
-from pcfast import constants, planning, training
-from pcfast.accuracy import relative_error
-from pcfast.backends import BACKENDS, choose_backend
-from pcfast.backends import triton as backend
-from pcfast.checking import check
+from pcfast.backends import BACKENDS, choose_backend, gpu_constants
+from pcfast.backends.kernel_forms import LinearForm, PointwiseForm, TorchForm
+from pcfast.backends.triton import arena as layouts
+from pcfast.backends.triton import backend
+from pcfast.backends.triton import launch_plan as designs
+from pcfast.backends.triton import loop as loops
+from pcfast.backends.triton import roofline as floor
+from pcfast.backends.triton.arena import Arena, LayoutBuilder
+from pcfast.backends.triton.loop import Loop
+from pcfast.backends.triton.tensor_layout import padded
+from pcfast.backends.triton.tiles import LOSS_COLUMNS
+from pcfast.checking.bounds import relative_error
+from pcfast.checking.checker import check
 from pcfast.cli import main
-from pcfast.forms import LinearForm, PointwiseForm, TorchForm
 from pcfast.kernels.linear_predict import PART
 from pcfast.kernels.tf32 import round_to_tf32, rounded_to_tf32
 from pcfast.precision import switched, use_precision
-from pcfast.problem import Request
-from pcfast.streamed import design as designs
-from pcfast.streamed import floor
-from pcfast.streamed import layout as layouts
-from pcfast.streamed import loop as loops
-from pcfast.streamed.boundary import padded
-from pcfast.streamed.layout import Arena, LayoutBuilder
-from pcfast.streamed.loop import Loop
-from pcfast.streamed.tiles import LOSS_COLUMNS
+from pcfast.problem import plan as planning
+from pcfast.problem.types import Request
+from pcfast.training import trainer as training
 
 BATCH = 9
 
@@ -489,7 +490,7 @@ def test_a_convolution_costs_one_elementwise_launch_a_stage(launches):
 @pytest.mark.parametrize("momentum", [False, True])
 def test_the_design_gives_every_matrix_its_own_place(momentum):
     model, x, _ = drawn("conv")
-    network = pcfast.network.describe(model)
+    network = pcfast.model.spec.describe(model)
     shapes = network.shapes(tuple(x.shape))
     for precision, gram in itertools.product(("bf16", "tf32"), (False, True)):
         target = designs.Target(precision, 132, 0, False)
@@ -615,7 +616,7 @@ def test_what_it_cannot_run_is_refused_by_name():
 
 def test_sizes_beyond_the_kernels_integers_are_refused():
     def request(*layers: nn.Module, sample: tuple[int, ...] = (4,), batch: int = 2) -> Request:
-        network = pcfast.network.describe(nn.Sequential(*layers))
+        network = pcfast.model.spec.describe(nn.Sequential(*layers))
         return Request(network, torch.device("cpu"), torch.float32, (batch, *sample))
 
     def linear(width: int) -> list[nn.Module]:
@@ -767,7 +768,9 @@ def test_devices_that_cannot_run_it(capability, hip, installed, words, monkeypat
         lambda name: find(name) if installed or name != "triton" else None,
     )
     backend._unavailable.cache_clear()
-    request = Request(pcfast.network.describe(mlp(4, 3, 2)), torch.device("cuda", 0), torch.float32, (2, 4))
+    request = Request(
+        pcfast.model.spec.describe(mlp(4, 3, 2)), torch.device("cuda", 0), torch.float32, (2, 4)
+    )
     try:
         if words:
             with pytest.raises(pcfast.BackendError, match=words + r".*backend=\"auto\""):
@@ -797,7 +800,7 @@ def test_auto_does_not_choose_it():
     assert pcfast.relax(model, x, y).run.plan.backend == "eager"
     refusals = dict(pcfast.explain(model, tuple(x.shape)).plan.refusals)
     assert refusals["triton"] == "interpreted kernels are for tests: ask for it by name"
-    assert BACKENDS["triton"].supports(Request(pcfast.network.describe(model), x.device, x.dtype)) == (
+    assert BACKENDS["triton"].supports(Request(pcfast.model.spec.describe(model), x.device, x.dtype)) == (
         True,
         "",
     )
@@ -842,13 +845,13 @@ def test_explain_names_the_velocities(close, request):
 def floors_of(
     model: nn.Sequential, sample: tuple[int, ...], gram: bool = False, momentum: bool = False, **settings
 ) -> dict:
-    network = pcfast.network.describe(model)
+    network = pcfast.model.spec.describe(model)
     shapes = network.shapes((BATCH, *sample))
     target = designs.Target(
         **{"precision": "bf16", "sm_count": 132, "close_bytes": 0, "interpreted": False, **settings}
     )
     made = designs.design(network, shapes, gram, "cross_entropy", True, target, momentum)
-    return floor.floors(network, shapes, made, dataclasses.replace(constants.load(), l2_bytes=0))
+    return floor.floors(network, shapes, made, dataclasses.replace(gpu_constants.load(), l2_bytes=0))
 
 
 def test_floors_count_products_and_bytes():
@@ -868,7 +871,7 @@ def test_floors_count_products_and_bytes():
 
 def test_floors_in_gram_form():
     model, x, _ = narrowing_conv_net("nothing")
-    network = pcfast.network.describe(model)
+    network = pcfast.model.spec.describe(model)
     (plain, found) = (floors_of(model, tuple(x.shape[1:]), gram)[2] for gram in (False, True))
     assert found.macs == planning.gram_macs(network, network.shapes(tuple(x.shape))) < plain.macs
     # uhat, s, d, the error and delta; delta, s and its sum twice, the Gram matrix
@@ -893,8 +896,8 @@ def test_floors_of_convolutions_follow_their_own_switch():
         floors_of(conv_net(), (2, 8, 8), **settings),
         floors_of(conv_net(), (2, 8, 8), precision="tf32x3"),
     )
-    rate, _ = floor.matrix_rate("tf32", constants.load())
-    by_memory = fast[2].bytes / (constants.load().copy_bandwidth_gbs * 1e9)
+    rate, _ = floor.matrix_rate("tf32", gpu_constants.load())
+    by_memory = fast[2].bytes / (gpu_constants.load().copy_bandwidth_gbs * 1e9)
     assert fast[2].seconds == max(fast[2].macs / rate, by_memory)
     assert slow[2].seconds == max(3 * slow[2].macs / rate, by_memory)
     assert fast[3] == slow[3]
@@ -970,7 +973,7 @@ def test_designs_for_a_gpu_hold_together(precision, batch, close):
     ):
         with torch.device("meta"):
             model = mlp(*widths, activation=activation)
-        network = pcfast.network.describe(model)
+        network = pcfast.model.spec.describe(model)
         shapes = network.shapes((batch, widths[0]))
         target = designs.Target(precision, 132, close, False)
         made = designs.design(network, shapes, False, "cross_entropy", True, target)

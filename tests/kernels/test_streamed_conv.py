@@ -25,14 +25,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcfast
-from pcfast import planning
-from pcfast.accuracy import relative_error
-from pcfast.checking import check
-from pcfast.forms import LinearForm, PointwiseForm, TorchForm
-from pcfast.streamed import design as designs
-from pcfast.streamed import loop as loops
-from pcfast.streamed.choices import IMPLICIT, Choices, ConvolutionKey
-from pcfast.streamed.layers import ConvForm
+from pcfast.backends.kernel_forms import LinearForm, PointwiseForm, TorchForm
+from pcfast.backends.triton import launch_plan as designs
+from pcfast.backends.triton import loop as loops
+from pcfast.backends.triton.configs import IMPLICIT, Choices, ConvolutionKey
+from pcfast.backends.triton.conv_form import ConvForm
+from pcfast.checking.bounds import relative_error
+from pcfast.checking.checker import check
+from pcfast.problem import plan as planning
 
 BATCH = 5
 
@@ -70,7 +70,7 @@ def test_none_is_implicit_by_default(name, made):
 
 def designed(name: str, precision: str, choices: Choices, gram: bool = False) -> designs.Design:
     model, x, _ = drawn(name)
-    network = pcfast.network.describe(model)
+    network = pcfast.model.spec.describe(model)
     target = designs.Target(precision, 132, 0, False, choices=choices)
     return designs.design(network, network.shapes(tuple(x.shape)), gram, "cross_entropy", True, target)
 

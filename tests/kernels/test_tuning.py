@@ -18,14 +18,9 @@ from test_streamed import conv_net, mlp
 from torch import nn
 
 import pcfast
-from pcfast import checking
-from pcfast import log as logs
-from pcfast.backends import triton as backend
-from pcfast.cli import main
-from pcfast.streamed import choice_cache, tuning
-from pcfast.streamed import loop as loops
-from pcfast.streamed.candidates import candidates
-from pcfast.streamed.choices import (
+from pcfast.backends.triton import backend, config_cache
+from pcfast.backends.triton import loop as loops
+from pcfast.backends.triton.configs import (  # fmt: skip
     COMPOSED,
     IMPLICIT,
     NONE,
@@ -37,8 +32,13 @@ from pcfast.streamed.choices import (
     LoopKey,
     from_json,
     to_json,
-)  # fmt: skip
-from pcfast.streamed.tiles import LinearTiles, linear_tiles, whole_tiles
+)
+from pcfast.backends.triton.tiles import LinearTiles, linear_tiles, whole_tiles
+from pcfast.checking import checker as checking
+from pcfast.cli import main
+from pcfast.support import log as logs
+from pcfast.tuning import tuner as tuning
+from pcfast.tuning.search_space import candidates
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -50,10 +50,10 @@ def folder(tmp_path, monkeypatch):
     """A folder of its own for the file of choices, and none loaded before or after."""
     monkeypatch.setenv("PCFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning, "ROUNDS", 3)
-    choice_cache.invalidate()
+    config_cache.invalidate()
     logs._said.clear()
     yield tmp_path / "cache"
-    choice_cache.invalidate()
+    config_cache.invalidate()
 
 
 @pytest.fixture
@@ -307,7 +307,7 @@ def test_input_that_cannot_be_tuned(priced, monkeypatch, tmp_path):
 def loop_design(model, count: int = 9):
     ready = pcfast.relaxation.prepare(
         model, *batch(count=count), loss="cross_entropy", method="strict", step_size=0.1, num_steps=STEPS,
-        wanted=pcfast.problem.Wanted(), backend="triton",
+        wanted=pcfast.problem.types.Wanted(), backend="triton",
     )  # fmt: skip
     return backend.design_of(ready.problem, ready.plan)
 
@@ -316,12 +316,12 @@ def test_choices_are_part_of_the_design(launched):
     model = network()
     by_rule = loop_design(model)
     chosen = replace(by_rule.feedback.tiles, rows=32)
-    with choice_cache.using(Choices({by_rule.feedback.key: chosen})):
+    with config_cache.using(Choices({by_rule.feedback.key: chosen})):
         tuned = loop_design(model)
         assert ran(model, launched) == {WHOLE_32}
     assert tuned.feedback.tiles == chosen and tuned.feedback.programs == 1
     assert loop_design(model) is by_rule  # designs stay cached by value
-    with choice_cache.using(Choices({by_rule.loop: STAGED})):
+    with config_cache.using(Choices({by_rule.loop: STAGED})):
         assert not loop_design(model).whole
         assert {name for name, *_ in ran(model, launched)} == {"linear_predict", "linear_feedback"}
 
@@ -330,14 +330,14 @@ def test_what_decides_on_bits_does_not_depend_on_the_batch():
     model = network()
     few, many = loop_design(model, 3), loop_design(model, 40)
     assert few.loop == many.loop and few.feedback.key == many.feedback.key
-    with choice_cache.using(Choices({few.loop: STAGED})):
+    with config_cache.using(Choices({few.loop: STAGED})):
         assert loop_design(model, 3).feedback.key != loop_design(model, 40).feedback.key
 
 
 def test_another_order_of_sums_is_not_taken():
     by_rule = loop_design(network())
     other = replace(by_rule.feedback.tiles, reduction=2 * by_rule.feedback.tiles.reduction)
-    with choice_cache.using(Choices({by_rule.feedback.key: other})):
+    with config_cache.using(Choices({by_rule.feedback.key: other})):
         assert loop_design(network()).feedback.tiles == by_rule.feedback.tiles
 
 
@@ -380,16 +380,16 @@ def test_choices_as_json():
 
 
 def test_saving_adds_to_what_is_there(folder):
-    choice_cache.save(CPU, Choices(entry(1)))
-    path = choice_cache.save(CPU, Choices(entry(2)))
-    assert choice_cache.load(CPU) == Choices(entry(1) | entry(2)) == choice_cache.active(CPU)
+    config_cache.save(CPU, Choices(entry(1)))
+    path = config_cache.save(CPU, Choices(entry(2)))
+    assert config_cache.load(CPU) == Choices(entry(1) | entry(2)) == config_cache.active(CPU)
     assert [file for file in folder.iterdir() if file.name != ".lock"] == [path]
 
 
 def test_two_writers_lose_nothing():
     def write(first: int) -> None:
         for number in range(first, first + 10):
-            choice_cache.save(CPU, Choices(entry(number)))
+            config_cache.save(CPU, Choices(entry(number)))
 
     code = (
         "import torch, test_tuning as t\n"
@@ -402,7 +402,7 @@ def test_two_writers_lose_nothing():
     for thread in threads:
         thread.join()
     assert other.wait(120) == 0
-    batches = sorted(key.batch for key in choice_cache.load(CPU))
+    batches = sorted(key.batch for key in config_cache.load(CPU))
     assert batches == [*range(20), *range(100, 110)]
 
 
@@ -423,20 +423,20 @@ def test_another_process_reads_what_was_written(priced):
 
 
 def test_a_stale_digest_is_ignored_and_said_once(caplog, monkeypatch):
-    choice_cache.save(CPU, Choices(entry(1)))
-    monkeypatch.setattr(choice_cache, "sources_digest", lambda: "another")
-    choice_cache.invalidate()
+    config_cache.save(CPU, Choices(entry(1)))
+    monkeypatch.setattr(config_cache, "sources_digest", lambda: "another")
+    config_cache.invalidate()
     with caplog.at_level(logging.INFO, "pcfast"):
-        assert choice_cache.active(CPU) == choice_cache.load(CPU) == NONE
+        assert config_cache.active(CPU) == config_cache.load(CPU) == NONE
     (record,) = caplog.records
     assert "tuned for other kernels" in record.message and "pcfast tune" in record.message
 
 
 def test_a_file_under_another_ones_name_is_not_taken(caplog, monkeypatch):
-    path = choice_cache.save(CPU, Choices(entry(1)))
-    monkeypatch.setattr(choice_cache, "sources_digest", lambda: "another")
-    path.rename(choice_cache.path_of(CPU))
-    assert choice_cache.load(CPU) == NONE
+    path = config_cache.save(CPU, Choices(entry(1)))
+    monkeypatch.setattr(config_cache, "sources_digest", lambda: "another")
+    path.rename(config_cache.path_of(CPU))
+    assert config_cache.load(CPU) == NONE
     assert "it was tuned for" in caplog.text
 
 
@@ -445,7 +445,7 @@ def test_a_file_under_another_ones_name_is_not_taken(caplog, monkeypatch):
     [b"", b"{", b"\xff", b"[]", b'{"format": 99}', "no list", "no kind", "no tiles", "no power of 2"],
 )  # fmt: skip
 def test_a_broken_file_is_named_with_the_remedy(content, caplog, launched):
-    path = choice_cache.save(CPU, Choices(entry(1)))
+    path = config_cache.save(CPU, Choices(entry(1)))
     if isinstance(content, str):
         record = json.loads(path.read_bytes())
         if content == "no list":
@@ -458,25 +458,25 @@ def test_a_broken_file_is_named_with_the_remedy(content, caplog, launched):
             record["choices"][0]["choice"]["rows"] = 48
         content = json.dumps(record).encode()
     path.write_bytes(content)
-    choice_cache.invalidate()
+    config_cache.invalidate()
     assert ran(network(), launched) == {("mlp_relaxation", 16, 16)}
     assert str(path) in caplog.text and "pcfast tune" in caplog.text and "Delete" in caplog.text
     assert caplog.records[-1].levelno == logging.WARNING
-    choice_cache.save(CPU, Choices(entry(2)))  # replaced whole
-    assert choice_cache.active(CPU) == Choices(entry(2))
+    config_cache.save(CPU, Choices(entry(2)))  # replaced whole
+    assert config_cache.active(CPU) == Choices(entry(2))
 
 
 def test_where_the_file_lies(monkeypatch, tmp_path):
     monkeypatch.delenv("PCFAST_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert choice_cache.folder() == tmp_path / "pcfast"
+    assert config_cache.folder() == tmp_path / "pcfast"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/somebody")
-    assert str(choice_cache.folder()) == "/home/somebody/.cache/pcfast"
+    assert str(config_cache.folder()) == "/home/somebody/.cache/pcfast"
 
 
 def test_importing_and_other_backends_read_nothing(folder):
-    choice_cache.save(CPU, Choices(entry(1)))
+    config_cache.save(CPU, Choices(entry(1)))
     code = (
         "import sys\n"
         "opened = []\n"
@@ -542,7 +542,7 @@ def test_the_command_shows_what_was_chosen(timed, capsys, folder):
     assert "16 x 16 x 16" in row and "32 x 16 x 16" in row and "within their bounds" in text
     assert not folder.exists()
     assert main(SMALL) == 0
-    assert f"written to {choice_cache.path_of(CPU)}" in capsys.readouterr().out
+    assert f"written to {config_cache.path_of(CPU)}" in capsys.readouterr().out
     assert main(SMALL) == 0  # from here on it is what runs
     assert "nothing is faster" in capsys.readouterr().out
 
@@ -551,7 +551,7 @@ def test_the_command_as_json(timed, capsys):
     assert main([*SMALL, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["changed"] and (found["before_s"], found["after_s"]) == (100.0, 1.0)
-    assert found["path"] == str(choice_cache.path_of(CPU))
+    assert found["path"] == str(config_cache.path_of(CPU))
 
 
 def test_the_command_without_a_gpu(capsys):

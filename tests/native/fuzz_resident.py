@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pcfast.native import _load_file
-from pcfast.resident.program import Program, Run, Tensors
+from pcfast.backends.cuda.kernel_params import Program, Run, Tensors
+from pcfast.backends.cuda.native import _load_file
 
 # Numbers that were wrong before, the edges of 32 bits, and sizes like real ones.
 EDGES = (0, 1, -1, 2, 3, 4, 5, 7, 8, 16, 31, 32, 64, 255, 1 << 15, 1 << 16, 1 << 20, 2**31 - 1, -(2**31))

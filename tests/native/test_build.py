@@ -18,7 +18,7 @@ import torch
 from installing import build_wheel, copy_sources, install, run_pip, run_python
 from native_build import CSRC, SUFFIX, configure, needs_gcc, tool
 
-from pcfast import native
+from pcfast.backends.cuda import native
 from pcfast.cli import main
 from pcfast.errors import BackendError
 
@@ -164,7 +164,7 @@ def test_info_says_what_is_missing(monkeypatch, capsys):
 
 
 def test_importing_pcfast_loads_no_module(tmp_path):
-    code = "import sys, pcfast, pcfast.native; assert 'pcfast._native' not in sys.modules"
+    code = "import sys, pcfast, pcfast.backends.cuda.native; assert 'pcfast._native' not in sys.modules"
     done = run_python(sys.executable, code, tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -258,7 +258,7 @@ def test_wheel_editable_and_a_failure(tmp_path):
     planted.write_text(PLANTED)
     scripts = sysconfig.get_path("scripts")
     environment = {"PCFAST_CUDA_ARCHITECTURES": "80", "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-    where = "from pcfast import native; print(native.load().__file__, *native.probe().architectures)"
+    where = "from pcfast.backends.cuda import native; print(native.load().__file__, *native.probe().architectures)"
 
     wheel = build_wheel(source, tmp_path / "wheel", environment)
     assert "linux" in wheel.name and not wheel.name.endswith("-none-any.whl")

@@ -20,9 +20,9 @@ from kernel_networks import RESIDENT, drawn
 from native_build import needs_gcc
 
 import pcfast
-from pcfast import native
+from pcfast.backends.cuda import native
+from pcfast.backends.cuda.kernel_params import Program
 from pcfast.precision import switched
-from pcfast.resident.program import Program
 
 pytestmark = needs_gcc
 SECONDS = float(os.environ.get("PCFAST_FUZZ_SECONDS", "4"))

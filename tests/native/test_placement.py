@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from networks_for_tests import IN_KERNELS, architectures
 from torch import nn
 
-from pcfast import constants, networks
-from pcfast.network import Network, describe
-from pcfast.planning import choose_gram
-from pcfast.precision import Operands
-from pcfast.resident import placement
-from pcfast.resident.placement import Chip, Placement, place
-from pcfast.resident.program import (
+from pcfast import networks
+from pcfast.backends import gpu_constants
+from pcfast.backends.cuda import shared_memory as placement
+from pcfast.backends.cuda.describe import describe as in_words
+from pcfast.backends.cuda.kernel_params import (
     COPY,
     LINEAR,
     MOST_LAYERS,
@@ -29,7 +27,10 @@ from pcfast.resident.program import (
     Program,
     divisor,
 )
-from pcfast.resident.words import describe as in_words
+from pcfast.backends.cuda.shared_memory import Chip, Placement, place
+from pcfast.model.spec import Network, describe
+from pcfast.precision import Operands
+from pcfast.problem.plan import choose_gram
 
 H200 = Chip(132, 232448, 233472)
 VECTOR = 4  # numbers of one access
@@ -298,7 +299,7 @@ def test_more_samples_until_one_wave_does():
 def test_a_placement_in_words():
     network = describe(networks.mnist_cnn())
     placed = placing(network, network.shapes((300, 1, 28, 28)), True)
-    text = "\n".join(in_words(network, placed, constants.load()))
+    text = "\n".join(in_words(network, placed, gpu_constants.load()))
     assert "3 samples a block, 100 blocks of 512 threads, 1 a multiprocessor, 1 wave\n" in text
     assert f"{placed.bytes:,} bytes of shared memory a block" in text
     numbers = {array.name: f"{array.name} {4 * array.elements:,}" for array in placed.arrays}

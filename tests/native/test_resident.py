@@ -26,17 +26,19 @@ from networks_for_tests import IN_KERNELS, LOSSES, architectures, loss_and_targe
 from torch import nn
 
 import pcfast
-from pcfast import native, planning
-from pcfast.accuracy import relative_error
 from pcfast.backends import BACKENDS, choose_backend
-from pcfast.backends import cuda as backend
-from pcfast.checking import check
+from pcfast.backends.cuda import backend, native
+from pcfast.backends.cuda import kernel_params as program
+from pcfast.backends.cuda import launch as loop
+from pcfast.backends.cuda import shared_memory as placement
+from pcfast.checking.bounds import relative_error
+from pcfast.checking.checker import check
 from pcfast.cli import main
 from pcfast.losses import describe_loss
-from pcfast.network import describe
+from pcfast.model.spec import describe
 from pcfast.precision import switched
-from pcfast.problem import Request
-from pcfast.resident import loop, placement, program
+from pcfast.problem import plan as planning
+from pcfast.problem.types import Request
 
 pytestmark = needs_gcc
 BATCH = 9

@@ -22,10 +22,11 @@ from native_build import CSRC, build, needs_gcc, once, shared_folder
 from torch import nn
 
 import pcfast
-from pcfast import native, planning
+from pcfast.backends.cuda import native
+from pcfast.backends.cuda import shared_memory as placement
+from pcfast.backends.cuda.kernel_params import MOST_LAYERS, OPERANDS, Program, Run, Tensors
 from pcfast.precision import switched
-from pcfast.resident import placement
-from pcfast.resident.program import MOST_LAYERS, OPERANDS, Program, Run, Tensors
+from pcfast.problem import plan as planning
 
 pytestmark = needs_gcc
 HERE = Path(__file__).parent / "host"
@@ -206,7 +207,7 @@ def launch_of(name: str, host_module: Path) -> Launch:
     with pytest.MonkeyPatch.context() as patch, switch(), torch.enable_grad():
         patch.setattr(placement, "SAMPLES", (SAMPLES,))
         if name.startswith("gram"):
-            for module in (planning, pcfast.backends.cuda):
+            for module in (planning, pcfast.backends.cuda.backend):
                 patch.setattr(
                     module, "choose_gram", lambda *a: (choose(*a)[1].endswith("without"), "asked for")
                 )

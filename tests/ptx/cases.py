@@ -31,13 +31,13 @@ from networks_for_tests import IN_KERNELS, LOSSES, loss_and_target
 from torch import nn
 
 import pcfast
-from pcfast.accuracy import relative_error
-from pcfast.backends import triton as backend
-from pcfast.checking import loss_in
+from pcfast.backends.cuda import shared_memory as placement
+from pcfast.backends.triton import backend
+from pcfast.backends.triton import launch_plan as designs
+from pcfast.backends.triton.arena import Arena, LayoutBuilder
+from pcfast.checking.bounds import relative_error
+from pcfast.checking.checker import loss_in
 from pcfast.precision import switched, use_precision
-from pcfast.resident import placement
-from pcfast.streamed import design as designs
-from pcfast.streamed.layout import Arena, LayoutBuilder
 
 __all__ = [
     "CHIPS",

@@ -10,7 +10,7 @@ from pathlib import Path
 from executor.resident_module import compile_resident
 from native_build import CSRC, SUFFIX, build
 
-from pcfast import native
+from pcfast.backends.cuda import native
 
 __all__ = ["resident_files"]
 

@@ -6,7 +6,7 @@ import cases
 import pytest
 from native_build import needs_gcc
 
-from pcfast import native
+from pcfast.backends.cuda import native
 
 
 @pytest.mark.parametrize(

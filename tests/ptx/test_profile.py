@@ -11,7 +11,7 @@ import pytest
 from native_build import needs_gcc
 from page_tables import PAGE, renewed
 
-from pcfast import native
+from pcfast.backends.cuda import native
 
 RECORDED = json.loads(kernel_profile.RECORDED.read_text())
 

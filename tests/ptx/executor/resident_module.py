@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pcfast import native
-from pcfast.resident import loop
-from pcfast.resident.program import Program, Run
+from pcfast.backends.cuda import launch as loop
+from pcfast.backends.cuda import native
+from pcfast.backends.cuda.kernel_params import Program, Run
 
 from .launching import Recorded, Storages, launch_packed, packed, translated
 from .machine import Launch

@@ -1,0 +1,5 @@
+"""The eager backend: deviations from the forward pass in PyTorch operations."""
+
+from .run import Eager
+
+__all__ = ["Eager"]

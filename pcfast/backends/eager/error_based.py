@@ -1,0 +1,51 @@
+"""Error-based predictive coding in deviation form (docs/methods.md; Goemaere et al., ePC).
+
+The errors eps_1..eps_{L-1} are the free variables. The perturbed network v_l = f_l(v_{l-1}) - eps_l is kept as
+d_l = v_l - vhat_l = (mu_l - vhat_l) - eps_l, so that nothing nearly equal is subtracted (docs/method.md fact 8); mu_1
+never moves (fact 2).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...deviation import Chain
+
+
+class FreeErrors:
+    """The errors, and the states that they leave.
+
+    Attributes:
+        errors: eps_l, l = 0..L; None where zero or not set. eps_L is no free variable: the caller sets it.
+        d: v_l - vhat_l of the last :meth:`output`; None where zero, and for the output.
+    """
+
+    def __init__(self, chains: list[Chain], vhat: list[Tensor]) -> None:
+        """``chains``: of layers 1..L by index, at the forward pass ``vhat``."""
+        self._chains, self._vhat, self._depth = chains, vhat, len(vhat) - 1
+        self.errors: list[Tensor | None] = [None] * (self._depth + 1)
+        self.d: list[Tensor | None] = [None] * (self._depth + 1)
+
+    def output(self) -> Tensor:
+        """mu_L of the perturbed network; every chain is then at its state."""
+        moved: Tensor | None = None  # mu_l - vhat_l
+        for l in range(1, self._depth):
+            error = self.errors[l]
+            if error is None:  # so are all others: the forward pass
+                break
+            self.d[l] = error.neg() if moved is None else moved - error
+            moved = self._chains[l + 1].deviate(self.d[l])
+        return self._vhat[-1] if moved is None else self._vhat[-1] + moved
+
+    def descend(self, signal: Tensor, eta: float) -> None:
+        """eps_l += eta (lambda_l - eps_l) for l = L-1..1, lambda_l = J_{l+1}(v_l)^T lambda_{l+1}.
+
+        ``signal``: lambda_L = dLoss/dmu_L at the last :meth:`output`.
+        """
+        for l in range(self._depth - 1, 0, -1):
+            signal = self._chains[l + 1].pullback(signal)
+            error = self.errors[l]
+            if error is None:
+                self.errors[l] = signal * eta
+            else:
+                error.mul_(1 - eta).add_(signal, alpha=eta)
