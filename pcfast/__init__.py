@@ -5,12 +5,13 @@ loss.backward()            # .grad now holds the predictive-coding updates
 optimizer.step()
 """
 
-from . import _checkout
+from . import _checkout, _moved
 
 from .support import interrupts  # isort: skip (before anything that needs torch)
 
 interrupts.begin()
 _checkout.find_folders(__path__)
+_moved.install()
 
 from ._version import __version__
 from .autograd import PredictiveCoding, pc_loss

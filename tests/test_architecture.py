@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+
+from pcfast._moved import MOVED
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pcfast"
@@ -15,7 +20,7 @@ PACKAGE = ROOT / "pcfast"
 UPWARD = {("pcfast.autograd", "pcfast.compiled"), ("pcfast.incremental", "pcfast.compiled")}
 #: Parts of a package that stand lower than it: what lies below the package imports them.
 LOWER = {"presets.settings": "networks"}
-NOWHERE = {"__main__", "_version", "_checkout", "kernels", "bench"}
+NOWHERE = {"__main__", "_version", "_checkout", "_moved", "kernels", "bench"}
 LOOSE_FILES = 16
 
 
@@ -93,3 +98,17 @@ def test_no_module_imports_itself_by_a_detour():
     with pytest.raises(CycleError):
         tuple(TopologicalSorter({**edges, "pcfast.errors": {"pcfast.autograd"}}).static_order())
     tuple(TopologicalSorter(edges).static_order())  # CycleError names the modules
+
+
+def test_modules_are_found_by_the_names_they_had():
+    for old, new in MOVED.items():
+        if "triton.loop" not in new:  # which needs triton
+            assert importlib.import_module(f"pcfast.{old}") is importlib.import_module(f"pcfast.{new}"), old
+    code = "from pcfast import files, native, graphs; from pcfast.plots import training_curves"
+    code += "; import pcfast.network as n"
+    code += "; assert n.__name__ == 'pcfast.model.spec' and n.__spec__.name == n.__name__"
+    code += "; from pcfast.training import CHECKPOINT, seeded, evaluate; from pcfast.problem import Problem"
+    code += "; from pcfast.backends import eager; assert eager.Run and not hasattr(eager, 'Walk')"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    with pytest.raises(ImportError):
+        importlib.import_module("pcfast.never")

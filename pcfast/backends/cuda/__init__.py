@@ -3,6 +3,9 @@
 Planning (shared_memory.py, kernel_params.py) is pure Python; the kernel is csrc/resident/.
 """
 
+from ..._moved import names_of
 from .backend import Cuda
 
 __all__ = ["Cuda"]
+
+__getattr__ = names_of(__name__, "backend")
