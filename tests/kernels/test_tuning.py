@@ -274,8 +274,8 @@ def test_graphs_are_timed_where_training_replays_them(works, priced, monkeypatch
         return None, lambda: recorded.append(None) or work()
 
     # not the relaxation's own graphs, which need a GPU
-    stand_in = types.SimpleNamespace(why_not=lambda *_: "", record_cuda=record, CACHE=tuning.graphs.CACHE)
-    monkeypatch.setattr(tuning, "graphs", stand_in)
+    stand_in = types.SimpleNamespace(why_not=lambda *_: "", record_cuda=record, CACHE=tuning.cuda_graphs.CACHE)
+    monkeypatch.setattr(tuning, "cuda_graphs", stand_in)
     assert len(tune(network(), priced({WHOLE_32: 1.0})).choices)
     assert bool(recorded) == works
 
@@ -393,7 +393,7 @@ def test_two_writers_lose_nothing():
 
     code = (
         "import torch, test_tuning as t\n"
-        "for n in range(100, 110): t.choice_cache.save(torch.device('cpu'), t.Choices(t.entry(n)))"
+        "for n in range(100, 110): t.config_cache.save(torch.device('cpu'), t.Choices(t.entry(n)))"
     )
     other = subprocess.Popen([sys.executable, "-c", code], cwd=os.path.dirname(__file__), env=environment())
     threads = [threading.Thread(target=write, args=(first,)) for first in (0, 10)]
