@@ -109,7 +109,7 @@ def pc_loss(
     validation.check_trainable(model)
     outcome, _ = solve(model, x, y, wanted=Wanted(), **settings)
     share = reductions.share(reduction, x, normalizer)
-    value = outcome.loss if share == 1.0 else outcome.loss * share
+    value = reductions.reduced(outcome.loss, share)
     if outcome.gradients:
         scale = share * update_scale
         value = _Updates.apply(value, scale, list(outcome.gradients.values()), *outcome.gradients)
@@ -121,7 +121,7 @@ def forward_loss(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> tupl
     with sharding.gathered(model, for_backward=False):
         value, output = loss_without_updates(prepare(model, x, y, wanted=Wanted(), **settings).problem)
     share = reductions.share(settings.get("reduction", "sum"), x, settings["normalizer"])
-    return (value if share == 1.0 else value * share), output
+    return reductions.reduced(value, share), output
 
 
 def loss_without_updates(problem: Problem) -> tuple[Tensor, Tensor]:

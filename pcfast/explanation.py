@@ -106,9 +106,9 @@ def explain(
         ArgumentError and its kinds, BackendError.
     """
     network = describe(model)
-    if canonical(method) != "incremental":
-        method = validation.checked_method(method)
     method = canonical(method)
+    if method != "incremental":
+        validation.checked_method(method)
     num_steps = validation.checked_steps(num_steps)
     step_size = validation.checked_step_sizes(step_size, num_steps)
     step_size, num_steps = validation.fixed_settings(method, network.depth, step_size, num_steps)

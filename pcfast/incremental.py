@@ -107,7 +107,7 @@ def incremental_step(
         torch.clear_autocast_cache()  # it would keep casts of the weights of before
 
     outcome, _ = solve(model, x, y, method="incremental", wanted=Wanted(), move=move, **settings)
-    value = outcome.loss * reductions.share(reduction, x, normalizer)
+    value = reductions.reduced(outcome.loss, reductions.share(reduction, x, normalizer))
     return (value, outcome.output) if return_output else value
 
 

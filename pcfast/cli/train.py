@@ -100,13 +100,13 @@ def train(context: click.Context, **options) -> int:
     happened.
     """
     out = checked_folder("out", options["out"] or Path("runs") / (options["recipe"] or options["data"]))
-    given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    given = [name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
     if options["resume"]:
-        options = _options_of_run(out, context, options)
+        options = _options_of_run(out, context, options, given)
     elif options["preset"] is not None and "loss" not in given:
         options["loss"] = loss_of_preset(options["preset"])
     if options["recipe"] is not None:
-        _check_beside_recipe(context, options["recipe"])
+        _check_beside_recipe(given, options["recipe"])
     device = device_of(options["device"])
     torch.manual_seed(options["seed"])
     model, data, settings = _of_recipe(options) if options["recipe"] else _of_options(options, given)
@@ -136,11 +136,10 @@ def train(context: click.Context, **options) -> int:
     return 0
 
 
-def _check_beside_recipe(context: click.Context, recipe: str) -> None:
-    """Raise ArgumentError for an option that the recipe fixes."""
-    for name in context.params:
-        given = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
-        if given and name not in _BESIDE_A_RECIPE:
+def _check_beside_recipe(given: Collection[str], recipe: str) -> None:
+    """Raise ArgumentError for an option that the command line names and the recipe fixes."""
+    for name in given:
+        if name not in _BESIDE_A_RECIPE:
             raise ArgumentError(name, f"{_option(name)} with recipe {recipe}", "none", "The recipe fixes it.")
 
 
@@ -203,7 +202,7 @@ def _kept(options: dict) -> dict:
     return kept
 
 
-def _options_of_run(out: Path, context: click.Context, options: dict) -> dict:
+def _options_of_run(out: Path, context: click.Context, options: dict, given: Collection[str]) -> dict:
     """``options``, where not given on the command line those of the run in ``out``.
 
     The checkpoint says what they were, once its checksum is right. config.json, which it is written after, has to
@@ -222,13 +221,12 @@ def _options_of_run(out: Path, context: click.Context, options: dict) -> dict:
     kept = config["kept"]
     digest = kept.pop(_MODEL_DIGEST, None)
     _check_kept(out, context, kept)
-    given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     now = {**options, **_kept(options)}
     now["widths"] = None if now["widths"] is None else list(now["widths"])
     there = {"recipe": None, **kept} if kept.get("recipe") else {"recipe": None, **with_defaults(kept)}
     others = [
         f"{_option(name)} {_shown(kept.get(name))}, not {_shown(now[name])}"
-        for name in sorted(given - {"epochs", "backend", "device", "data_dir"})
+        for name in sorted(set(given) - {"epochs", "backend", "device", "data_dir"})
         if name in there and kept.get(name) != now[name] and there[name] != now[name]
     ]
     if others:

@@ -79,7 +79,7 @@ def which(record: Path, as_json: bool, **options) -> int:
             {"meets": [_plain(match) for match in met], "others": [_plain(m) for m in matches if not m.meets]}
         )
     else:
-        _print(matches, options, rows=len(arrays["x"]))
+        _print(matches, rows=len(arrays["x"]))
     return 0 if met else 1
 
 
@@ -159,7 +159,7 @@ def _plain(match: Match) -> dict:
     return {**shown, "call": _call(match)}
 
 
-def _print(matches: list[Match], options: dict, rows: int) -> None:
+def _print(matches: list[Match], rows: int) -> None:
     met = [match for match in matches if match.meets]
     others = [match for match in matches if not match.meets]
     shown = table("", "preset", "loss", "layers", ">off by", ">times", ">then off by")

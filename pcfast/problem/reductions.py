@@ -71,3 +71,8 @@ def of_beliefs(
 def share(reduction: str, x: Tensor, normalizer: int | None) -> float:
     """What the summed loss, and the weights' summed gradient, are multiplied by."""
     return 1 / rows_of(x, normalizer) if REDUCTIONS[reduction][1] else 1.0
+
+
+def reduced(loss: Tensor, share: float) -> Tensor:
+    """The summed ``loss`` times ``share``; itself where that is 1: no launch."""
+    return loss if share == 1.0 else loss * share
