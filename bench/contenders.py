@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,9 @@ from pcfast.precision import parameter_dtype, use_precision
 from pcfast.problem.types import Request
 from pcfast.relaxation.cuda_graphs import record_cuda
 
-from .energy_loop import energy_step
+from .energy_loop import energy_step, incremental_energy_step
 from .literal import literal_step
-from .loops import iterate, plain_step, unknown
+from .loops import iterate, plain_incremental_step, plain_step, unknown
 from .workloads import Workload
 
 
@@ -95,6 +95,19 @@ def _returning(device: torch.device, run: Callable[[], list[Tensor]]) -> Step:
     return Step(step, lambda: last[0], _waiting(device))
 
 
+def from_the_start(model: nn.Sequential, step: Step) -> Step:
+    """``step``, which moves the parameters, from the same ones each time; putting them back is part of its time."""
+    parameters = list(model.parameters())
+    start = [p.detach().clone() for p in parameters]
+
+    def run() -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, start)
+        step.run()
+
+    return replace(step, run=run)
+
+
 def graphed(device: torch.device, run: Callable[[], list[Tensor]]) -> Step:
     """``run`` recorded once in a CUDA graph, then replayed."""
     stream = torch.cuda.Stream(device)
@@ -121,16 +134,21 @@ def _backend(name: str) -> Contender:
         request = Request(
             network, device, parameter_dtype(precision), x_shape, workload.method, workload.num_steps
         )
+        if workload.method == "incremental" and precision == "bf16":
+            return "incremental needs float32 or float64"
         return BACKENDS[name].supports(request)[1]
 
     def prepare(workload, model, x, y, precision) -> Step:
-        def run() -> None:
-            pcfast.pc_loss(
-                model, x, y, method=workload.method, step_size=workload.step_size, num_steps=workload.num_steps,
-                backend=name,
-            ).backward()  # fmt: skip
-
-        return _by_grad(model, x.device, run)
+        how = dict(step_size=workload.step_size, num_steps=workload.num_steps, backend=name)
+        if workload.method == "incremental":
+            optimizer = torch.optim.SGD(model.parameters(), lr=workload.lr)
+            return from_the_start(
+                model,
+                _by_grad(model, x.device, lambda: pcfast.incremental_step(model, x, y, optimizer, **how)),
+            )
+        return _by_grad(
+            model, x.device, lambda: pcfast.pc_loss(model, x, y, method=workload.method, **how).backward()
+        )
 
     return Contender(name, True, f"pcfast, backend {name}", why_not, prepare, passes=2)
 
@@ -146,10 +164,11 @@ def _literal(workload, model, x, y, precision) -> Step:
 
 
 def _energy(workload, model, x, y, precision) -> Step:
-    def run() -> None:
-        energy_step(model, x, y, workload.step_size, workload.num_steps)
-
-    return _by_grad(model, x.device, run)
+    how = workload.step_size, workload.num_steps
+    if workload.method == "incremental":
+        step = _by_grad(model, x.device, lambda: incremental_energy_step(model, x, y, *how, workload.lr))
+        return from_the_start(model, step)
+    return _by_grad(model, x.device, lambda: energy_step(model, x, y, *how))
 
 
 def _plain(workload, model, x, y, body=None) -> Callable[[], list[Tensor]]:
@@ -161,6 +180,10 @@ def _plain(workload, model, x, y, body=None) -> Callable[[], list[Tensor]]:
 
 
 def _plain_eager(workload, model, x, y, precision) -> Step:
+    if workload.method == "incremental":
+        how = workload.step_size, workload.num_steps, workload.lr
+        run = torch.no_grad()(lambda: plain_incremental_step(model, x, y, *how))
+        return from_the_start(model, _returning(x.device, run))
     return _returning(x.device, _plain(workload, model, x, y))
 
 
@@ -205,8 +228,16 @@ def _a_loop(workload: Workload, precision: str, device: torch.device) -> str:
     return "there is no loop in exact" if workload.method == "exact" else ""
 
 
+def _parameters_stay(workload: Workload, precision: str, device: torch.device) -> str:
+    return "it keeps the parameters" if workload.method == "incremental" else ""
+
+
 def _descends(workload: Workload, precision: str, device: torch.device) -> str:
-    return "" if workload.method == "strict" else f"{workload.method} does not descend one energy"
+    return (
+        ""
+        if workload.method in ("strict", "incremental")
+        else f"{workload.method} does not descend one energy"
+    )
 
 
 def _known_layers(workload: Workload, precision: str, device: torch.device) -> str:
@@ -243,7 +274,10 @@ CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
         *(_backend(name) for name, backend in BACKENDS.items() if not backend.literal),
-        Contender("literal", False, "per-layer vjp loop, as published", _a_loop, _literal, passes=5),
+        Contender(
+            "literal", False, "per-layer vjp loop, as published", _all(_a_loop, _parameters_stay), _literal,
+            passes=5,
+        ),
         Contender(
             "autograd", False, "loop over one energy's gradient by autograd", _descends, _energy, passes=3
         ),
@@ -251,15 +285,16 @@ CONTENDERS: dict[str, Contender] = {
             "plain", False, "loop without autograd", _all(_a_loop, _known_layers), _plain_eager, passes=3
         ),
         Contender(
-            "plain_graph", False, "that loop in a CUDA graph", _all(_a_loop, _known_layers, _on_cuda),
-            _plain_graph, passes=3,
+            "plain_graph", False, "that loop in a CUDA graph",
+            _all(_a_loop, _parameters_stay, _known_layers, _on_cuda), _plain_graph, passes=3,
         ),
         Contender(
             "plain_compiled", False, "that loop under torch.compile, in a CUDA graph on CUDA",
-            _all(_a_loop, _known_layers), _plain_compiled, passes=3, quick=False,
+            _all(_a_loop, _parameters_stay, _known_layers), _plain_compiled, passes=3, quick=False,
         ),
         Contender(
-            "jax", False, "one jitted fori_loop in JAX", _all(_known_layers, _jax_here), _jax, passes=3
+            "jax", False, "one jitted fori_loop in JAX", _all(_parameters_stay, _known_layers, _jax_here), _jax,
+            passes=3,
         ),
         Contender(
             "backpropagation", False, "model(x), loss.backward()", lambda *_: "", _backpropagation, passes=0,

@@ -11,13 +11,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+import pcfast
 from pcfast.checking import checker as checking
-from pcfast.checking.bounds import allowed_update_errors, relative_error
+from pcfast.checking.bounds import (
+    allowed_update_errors,
+    relative_error,
+    same_precision_bound,
+    with_forward_errors_of,
+)
 from pcfast.problem.types import Wanted
 from pcfast.relaxation.solve import solve
 
@@ -65,6 +73,12 @@ class _Update:
         return float(self.value.norm()) <= self.allowed
 
 
+def _worst(updates: Sequence[Tensor], truth: Sequence[_Update]) -> float:
+    """The largest relative error, of updates that are more than rounding."""
+    pairs = zip(updates, truth, strict=True)
+    return max(relative_error(update, true.value) for update, true in pairs if not true.is_rounding)
+
+
 class Gate:
     """Truth for one workload on a batch of ``rows``."""
 
@@ -83,13 +97,34 @@ class Gate:
         w = self.workload
         num_steps = 0 if method == "exact" else w.num_steps  # exact has none to lose digits in
         model = copy.deepcopy(self.model).double()
+        # incremental keeps no states; those of strict relaxation at its first parameters are as large
         found, _ = solve(
-            model, self.x.double(), self.y, loss="cross_entropy", method=method, step_size=w.step_size,
-            num_steps=num_steps, backend="reference", check="sync", wanted=Wanted(states=True),
+            model, self.x.double(), self.y, loss="cross_entropy", step_size=w.step_size, num_steps=num_steps,
+            method="strict" if method == "incremental" else method, backend="reference", check="sync",
+            wanted=Wanted(states=True),
         )  # fmt: skip
+        updates = found.gradients
+        if method == "incremental":
+            updates = dict(zip(model.parameters(), self._incremental(copy.deepcopy(model)), strict=True))
         errors = [None, *found.errors[1:]]  # the input is clamped: nothing is lost there
-        allowed = allowed_update_errors(model, found.beliefs, errors, found.gradients, num_steps)
-        return [_Update(name, found.gradients[p], allowed[p]) for name, p in model.named_parameters()]
+        allowed = allowed_update_errors(model, found.beliefs, errors, updates, num_steps)
+        return [_Update(name, updates[p], allowed[p]) for name, p in model.named_parameters()]
+
+    def _incremental(self, model: nn.Sequential, kept_in: torch.dtype = torch.float64) -> list[Tensor]:
+        """Updates of the reference's last iteration on ``model``, float64, whose parameters move.
+
+        kept_in: the parameters are rounded to it whenever they have moved.
+        """
+        w, parameters = self.workload, list(model.parameters())
+        optimizer = torch.optim.SGD(parameters, lr=w.lr)
+        optimizer.register_step_post_hook(
+            lambda *_: torch._foreach_copy_(parameters, [p.detach().to(kept_in) for p in parameters])
+        )
+        pcfast.incremental_step(
+            model, self.x.double(), self.y, optimizer, step_size=w.step_size, num_steps=w.num_steps,
+            backend="reference", check="sync",
+        )  # fmt: skip
+        return [p.grad for p in parameters]
 
     def judge(self, contender: Contender, precision: str) -> Verdict:
         """Whether ``contender`` may be timed in ``precision``."""
@@ -97,6 +132,8 @@ class Gate:
 
     def _ours(self, contender: Contender, precision: str) -> Verdict:
         w = self.workload
+        if w.method == "incremental":
+            return self._ours_incremental(contender, precision)
         batches = [w.draw(self.device, self.rows, seed)[1:] for seed in range(DRAWS)]
         report = checking.check(
             self.model, batches, method=w.method, step_size=w.step_size, num_steps=w.num_steps,
@@ -111,12 +148,26 @@ class Gate:
             out.error, out.bound, f"layer {out.layer}, {out.quantity}: {out.error:.1e} > {out.bound:.1e}"
         )
 
+    def _ours_incremental(self, contender: Contender, precision: str) -> Verdict:
+        """By the same rules, which :mod:`pcfast.checking` applies to relaxations with fixed parameters alone."""
+        verdict = self._other(contender, precision)
+        if verdict.reason or precision == "fp64":
+            return verdict
+        exact, truth = self._truth("exact"), self._truth("incremental")
+        with switches(precision, self.device):
+            model, parameters = self.model, list(self.model.parameters())
+            lost = torch.autograd.grad(F.cross_entropy(model(self.x), self.y), parameters)
+            # float32 parameters lose digits whenever they move, which no backend can mend
+            rounded = self._incremental(with_forward_errors_of(model, self.x), torch.float32)
+        bound = same_precision_bound(_worst(lost, exact), _worst(rounded, truth))
+        off = "" if verdict.error <= bound else f"an update is {verdict.error:.1e} off, more than {bound:.1e}"
+        return replace(verdict, bound=bound, reason=off)
+
     def _other(self, contender: Contender, precision: str) -> Verdict:
         truth = self._truth("exact" if contender.exact else self.workload.method)
         off = zip(self._off_in_float64(contender, truth), truth, strict=True)
         step = self._step(contender, precision)
-        pairs = zip(step.updates(), truth, strict=True)
-        error = max(relative_error(update, true.value) for update, true in pairs if not true.is_rounding)
+        error = _worst(step.updates(), truth)
         out = [(distance, true) for distance, true in off if not distance <= true.allowed]
         if not out:
             return Verdict(error, step=step if self.rows == self.workload.batch else None)

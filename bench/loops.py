@@ -88,6 +88,31 @@ def iterate(
     return [v[0], *moved, v[depth]], errors
 
 
+def plain_incremental_step(
+    model: nn.Sequential, x: Tensor, y: Tensor, step_size: float, num_steps: int, lr: float
+) -> list[Tensor]:
+    """As :func:`plain_step`: the last iteration's updates of incremental PC; the parameters move in place.
+
+    Salvatori et al. (2024), algorithm 1, with gradient descent on both.
+    """
+    parameters, v = list(model.parameters()), [x]
+    for layer in model[:-1]:
+        v.append(_forward(layer, v[-1])[0])
+    updates = [torch.zeros_like(p) for p in parameters]
+    for _ in range(num_steps):
+        mu, kept = zip(*(_forward(layer, value) for layer, value in zip(model, v, strict=True)), strict=True)
+        errors = [*(m - value for m, value in zip(mu[:-1], v[1:], strict=True)), _top(mu[-1], y)]
+        updates = [
+            u for layer, saved, e in zip(model, kept, errors, strict=True) for u in _updates(layer, saved, e)
+        ]
+        v = [x] + [
+            v[l] + step_size * (errors[l - 1] - _backward(model[l], kept[l], errors[l]))
+            for l in range(1, len(v))
+        ]
+        torch._foreach_add_(parameters, updates, alpha=-lr)
+    return updates
+
+
 def _modules(layer: nn.Module) -> list[nn.Module]:
     return list(layer) if isinstance(layer, nn.Sequential) else [layer]
 

@@ -22,6 +22,7 @@ class Workload:
         sample: shape of one input. classes: of the output.
         batch: rows.
         method, step_size, num_steps: of the relaxation.
+        lr: of plain gradient descent on the parameters, in incremental alone: in the others they stay.
         quick: also part of a quick run.
         about: the network in a few words.
     """
@@ -35,6 +36,7 @@ class Workload:
     method: str = "strict"
     step_size: float = 0.1
     num_steps: int = 20
+    lr: float = 0.0
     quick: bool = False
 
     def draw(self, device: torch.device, rows: int | None = None, seed: int = 0):
@@ -98,6 +100,7 @@ WORKLOADS: dict[str, Workload] = {
             "784-128x3-10 exact gelu",
             num_steps=64,
         ),
+        Workload("mlp_600_incremental", networks.mlp_600, (784,), 300, _MLP, method="incremental", lr=1e-4),
         Workload("mlp_600_first", _mlp_600_first, (784,), 300, f"{_MLP}, beliefs before the activations"),
         Workload("mlp_600_b32", networks.mlp_600, (784,), 32, _MLP),
         Workload("mlp_600_b512", networks.mlp_600, (784,), 512, _MLP),

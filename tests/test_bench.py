@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -37,12 +38,16 @@ SMALL = {
         "small_cnn", lambda: networks.mnist_cnn((1, 10, 10)), (1, 10, 10), 3, "small", num_steps=6
     ),
 }
-METHODS = ("strict", "fixed_prediction")
+METHODS = ("strict", "fixed_prediction", "incremental")
 GELU_FIRST = Workload(
     "small_gelu",
     lambda: nn.Sequential(nn.Linear(6, 9), nn.Sequential(nn.GELU(), nn.Linear(9, 8), nn.GELU()), nn.Linear(8, 4)),
     (6,), 5, "small, beliefs before and behind activations", 4, num_steps=7,
 )  # fmt: skip
+
+
+#: Of incremental: what the small networks follow.
+LR = 0.01
 
 
 def changed(workload: Workload, **values) -> Workload:
@@ -57,8 +62,8 @@ def changed(workload: Workload, **values) -> Workload:
 @pytest.mark.parametrize("name", ["literal", "autograd", "plain", "jax"])
 def test_baselines_compute_predictive_coding(workload, method, name):
     """Each, in float64 by the gate, against the reference backend; jax in float32 where it is installed."""
-    workload = changed(workload, method=method)
-    if name == "autograd" and method != "strict":
+    workload = changed(workload, method=method, lr=LR if method == "incremental" else 0.0)
+    if name == "autograd" and method == "fixed_prediction":
         assert "does not descend" in CONTENDERS[name].why_not(workload, "ieee", CPU)
         return
     why = CONTENDERS[name].why_not(workload, "ieee", CPU)
@@ -936,6 +941,39 @@ def test_the_relaxation_descends_in_every_strict_workload_that_is_small():
         total = energies.sum(1)
         assert math.isfinite(float(total[-1])) and float(total[-1]) < float(total[0])
         assert F.cross_entropy(model(x), y).item() == pytest.approx(float(total[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["plain", "autograd"])
+@pytest.mark.parametrize("wrong", [{"lr": 0.0}, {"lr": 2 * LR}, {"num_steps": 6}, {"step_size": 0.1001}])
+def test_an_incremental_loop_that_is_nearly_right_is_refused(name, wrong):
+    workload = changed(SMALL["mlp"], method="incremental", lr=LR, num_steps=7)
+
+    def prepare(_, *rest):
+        return CONTENDERS[name].prepare(changed(workload, **wrong), *rest)
+
+    verdict = gate.Gate(workload, CPU, workload.batch).judge(another(prepare), "ieee")
+    assert "off in float64" in verdict.reason
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_ours_is_judged_in_incremental_as_the_others_and_in_float32(kind):
+    workload = changed(SMALL[kind], method="incremental", lr=LR)
+    judge = gate.Gate(workload, CPU, workload.batch)
+    verdict = judge.judge(CONTENDERS["eager"], "ieee")
+    assert verdict.reason == "" and verdict.error <= verdict.bound < 1e-3
+    step = CONTENDERS["eager"].prepare(workload, *judge.workload.draw(CPU), "ieee")
+    step.run()
+    first = [u.clone() for u in step.updates()]
+    step.run()  # from the same parameters again
+    assert all(map(torch.equal, first, step.updates()))
+
+    def wrong_in_float32(*case):
+        step, factor = CONTENDERS["eager"].prepare(*case), 1.001 if case[-1] == "ieee" else 1.0
+        return replace(step, updates=lambda: [factor * u for u in step.updates()])
+
+    wrong = replace(CONTENDERS["eager"], prepare=wrong_in_float32)
+    assert "an update is 1.0e-03 off" in judge.judge(wrong, "ieee").reason
+    assert "float32" in CONTENDERS["eager"].why_not(workload, "bf16", CPU)
 
 
 ONE_QUICK = ("tiny_exact", "--contender", "eager", "--quick", "--device", "cpu")
