@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import pcfast
 from pcfast.backends import BACKENDS
 from pcfast.model.spec import describe
-from pcfast.precision import parameter_dtype, use_precision
-from pcfast.problem.types import Request
+from pcfast.precision import choose_precision, parameter_dtype, use_precision
+from pcfast.problem.plan import plan
 from pcfast.relaxation.cuda_graphs import record_cuda
 
 from .energy_loop import energy_step, incremental_energy_step
@@ -130,13 +130,14 @@ def _backend(name: str) -> Contender:
     def why_not(workload: Workload, precision: str, device: torch.device) -> str:
         with torch.device("meta"):
             network = describe(workload.make())
-        x_shape = (workload.batch, *workload.sample)
-        request = Request(
-            network, device, parameter_dtype(precision), x_shape, workload.method, workload.num_steps
-        )
+        dtype, x_shape = parameter_dtype(precision), (workload.batch, *workload.sample)
+        planned = plan(
+            network, device, dtype, x_shape, choose_precision(device.type, dtype), workload.method,
+            workload.num_steps,
+        )  # fmt: skip
         if workload.method == "incremental" and precision == "bf16":
             return "incremental needs float32 or float64"
-        return BACKENDS[name].supports(request)[1]
+        return BACKENDS[name].supports(planned)[1]
 
     def prepare(workload, model, x, y, precision) -> Step:
         how = dict(step_size=workload.step_size, num_steps=workload.num_steps, backend=name)

@@ -26,6 +26,7 @@ from pcfast.checking.bounds import (
     same_precision_bound,
     with_forward_errors_of,
 )
+from pcfast.problem.settings import Settings
 from pcfast.problem.types import Wanted
 from pcfast.relaxation.solve import solve
 
@@ -98,11 +99,11 @@ class Gate:
         num_steps = 0 if method == "exact" else w.num_steps  # exact has none to lose digits in
         model = copy.deepcopy(self.model).double()
         # incremental keeps no states; those of strict relaxation at its first parameters are as large
-        found, _ = solve(
-            model, self.x.double(), self.y, loss="cross_entropy", step_size=w.step_size, num_steps=num_steps,
-            method="strict" if method == "incremental" else method, backend="reference", check="sync",
-            wanted=Wanted(states=True),
+        settings = Settings(
+            "cross_entropy", "strict" if method == "incremental" else method, w.step_size, num_steps,
+            backend="reference", check="sync",
         )  # fmt: skip
+        found, _ = solve(model, self.x.double(), self.y, settings, Wanted(states=True))
         updates = found.gradients
         if method == "incremental":
             updates = dict(zip(model.parameters(), self._incremental(copy.deepcopy(model)), strict=True))

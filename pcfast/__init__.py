@@ -36,7 +36,8 @@ from .problem.belief_optimizers import Adam, GradientDescent
 from .problem.nudging import Nudging
 from .problem.status import synchronize
 from .relaxation.cuda_graphs import use_cuda_graphs
-from .relaxation.solve import Relaxation, Run, last_run, relax
+from .relaxation.result import Relaxation, relax
+from .relaxation.solve import Run, last_run
 from .torch2pc import PCInfer
 from .tuning.tuner import TuningReport, tune
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 
-from .losses import LossLike, describe_loss
-from .model import sharding
+from .losses import LossLike
 from .model.spec import describe
-from .problem import belief_optimizers, early_exit, reductions, validation
+from .problem import reductions, validation
 from .problem.belief_optimizers import BeliefOptimizer
 from .problem.nudging import Nudging
-from .problem.nudging import check as check_nudging
-from .problem.types import Problem, Wanted
-from .relaxation.solve import prepare, solve
+from .problem.settings import Settings
+from .relaxation.solve import forward_loss, solve
 
 
 def scaled(updates: Sequence[Tensor], grad_output: Tensor, scale: float = 1.0) -> list[Tensor]:
@@ -94,44 +93,30 @@ def pc_loss(
     Raises:
         ArgumentError and its kinds, BackendError, RelaxationDiverged: ``.grad`` is untouched then.
     """
-    settings = dict(
-        loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend, vinit=vinit,
-        normalizer=normalizer, check=check, belief_optimizer=belief_optimizer, nudging=nudging, tolerance=tolerance,
-        reduction=reduction, update_scale=update_scale,
+    settings = Settings(
+        loss, method, step_size, num_steps, belief_optimizer, nudging, backend, vinit, reduction, update_scale,
+        normalizer, tolerance, check,
     )  # fmt: skip
+    value, output = loss_and_output(model, x, y, settings)
+    return (value, output) if return_output else value
+
+
+def loss_and_output(model: nn.Sequential, x: Tensor, y: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """What :func:`pc_loss` returns with ``return_output``."""
     if torch.compiler.is_dynamo_compiling():
         from . import compiled  # here: it needs torch's compiler, which takes long to import
 
-        return compiled.pc_loss(model, x, y, return_output=return_output, **settings)
+        return compiled.loss_and_output(model, x, y, settings)
     if not torch.is_grad_enabled():
-        value, output = forward_loss(model, x, y, **settings)
-        return (value, output) if return_output else value
+        return forward_loss(model, x, y, settings)
     validation.check_trainable(model)
-    outcome, _ = solve(model, x, y, wanted=Wanted(), **settings)
-    share = reductions.share(reduction, x, normalizer)
+    outcome, _ = solve(model, x, y, settings)
+    share = reductions.share(settings.reduction, x, settings.normalizer)
     value = reductions.reduced(outcome.loss, share)
     if outcome.gradients:
-        scale = share * update_scale
+        scale = share * settings.update_scale
         value = _Updates.apply(value, scale, list(outcome.gradients.values()), *outcome.gradients)
-    return (value, outcome.output) if return_output else value
-
-
-def forward_loss(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> tuple[Tensor, Tensor]:
-    """Loss and output of the forward pass alone; arguments as in :func:`pc_loss`. Call it under no_grad."""
-    with sharding.gathered(model, for_backward=False):
-        value, output = loss_without_updates(prepare(model, x, y, wanted=Wanted(), **settings).problem)
-    share = reductions.share(settings.get("reduction", "sum"), x, settings["normalizer"])
-    return reductions.reduced(value, share), output
-
-
-def loss_without_updates(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Loss and output of a problem's forward pass. Call it under no_grad."""
-    model, x, y, described = problem.model, problem.x, problem.y, problem.loss
-    output = model(x.clone())  # a clone, so that in-place modules leave x alone
-    described.check_target(tuple(output.shape), y)
-    if described.known and not x.is_cuda:
-        described.prepare(output, y, raise_now=True)  # labels in range?
-    return described.value(output, y), output
+    return value, outcome.output
 
 
 class PredictiveCoding(nn.Module):
@@ -173,45 +158,42 @@ class PredictiveCoding(nn.Module):
     ) -> None:
         super().__init__()
         describe(model, hooks=False)  # those that are there in a call count
-        method = validation.checked_method(method)
-        validation.check_choice(check)
-        reductions.checked(reduction, method)
-        described = describe_loss(loss, normalizer if reduction == "sum" else None)
-        reductions.check_loss(reduction, described)
-        check_nudging(nudging, method, described.kind)
-        belief_optimizers.checked(belief_optimizer, method)
-        validation.check_start_of_all(vinit, method)
+        settings = Settings(
+            loss, method, step_size, num_steps, belief_optimizer, nudging, backend, vinit, reduction, update_scale,
+            normalizer, tolerance, check,
+        )  # fmt: skip
+        relaxing = settings.checked()
+        settings.described_loss()
+        validation.check_start_of_all(vinit, relaxing.method)
         if normalizer is not None:
             validation.check_count("normalizer", normalizer)
-        early_exit.checked(tolerance, method)
         self.model = model
-        self.loss = loss
-        self.method = method
-        self.num_steps = validation.checked_steps(num_steps)
-        self.step_size = validation.checked_step_sizes(step_size, self.num_steps)
-        self.belief_optimizer, self.nudging, self.vinit = belief_optimizer, nudging, vinit
-        self.reduction, self.update_scale = reduction, reductions.checked_scale(update_scale)
-        self.backend, self.normalizer, self.tolerance, self.check = backend, normalizer, tolerance, check
+        for field in fields(settings):
+            setattr(self, field.name, getattr(settings, field.name))
+        self.method, self.step_size, self.num_steps = relaxing.method, relaxing.step_size, relaxing.num_steps
 
     def __setattr__(self, name: str, value) -> None:
         if name == "loss" and not isinstance(value, nn.Module):
             self.__dict__.get("_modules", {}).pop("loss", None)  # a name or a function after a module
         super().__setattr__(name, value)
 
-    def _settings(self) -> dict:
-        names = (
-            "method", "step_size", "num_steps", "belief_optimizer", "nudging", "backend", "vinit", "reduction",
-            "update_scale", "normalizer", "tolerance", "check",
+    @property
+    def settings(self) -> Settings:
+        """Those of the next call."""
+        return Settings(
+            self.loss, self.method, self.step_size, self.num_steps, self.belief_optimizer, self.nudging, self.backend,
+            self.vinit, self.reduction, self.update_scale, self.normalizer, self.tolerance, self.check,
         )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, return_output: bool = False):
         """``model(x)`` without ``y``; with ``y`` what :func:`pc_loss` gives."""
         if y is None:
             return self.model(x)
-        return pc_loss(self.model, x, y, loss=self.loss, return_output=return_output, **self._settings())
+        value, output = loss_and_output(self.model, x, y, self.settings)
+        return (value, output) if return_output else value
 
     def extra_repr(self) -> str:
-        settings = self._settings()
-        shown = settings if isinstance(self.loss, nn.Module) else {"loss": self.loss, **settings}
+        shown = {field.name: getattr(self, field.name) for field in fields(Settings)}
+        if isinstance(self.loss, nn.Module):
+            del shown["loss"]
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from . import autograd, incremental
 from .backends import BACKENDS
 from .errors import ModelError, PcfastError
-from .losses import HALF_SUM, LossLike, describe_loss, half_squared_error
+from .losses import HALF_SUM, describe_loss, half_squared_error
 from .model.spec import Network, describe
 from .precision import choose_precision
 from .problem import validation
 from .problem.plan import canonical
-from .problem.types import Wanted
-from .relaxation.solve import solve
+from .problem.settings import Settings
+from .relaxation.solve import forward_loss, solve
 from .support.naming import module_text
 
 # Models by key --------------------------------------------------------------------------------------------------
@@ -221,10 +221,9 @@ def step(
     owner = MODELS[model]
     remaining = iter(beliefs)
     vinit = [next(remaining) if mark == "1" else None for mark in given] or None
-    settings = dict(
-        loss=_loss_function(kind, reduction, ignore_index, label_smoothing, class_weights),
-        method=method, step_size=step_size, num_steps=num_steps, backend=backend, vinit=vinit,
-        normalizer=normalizer, check=check,
+    settings = Settings(
+        _loss_function(kind, reduction, ignore_index, label_smoothing, class_weights), method, step_size, num_steps,
+        backend=backend, vinit=vinit, normalizer=normalizer, check=check,
     )  # fmt: skip
     own = [*owner.parameters(), *owner.buffers()]
     with _autograd_as_ever(), _ambient(x.device, autocast), _lent(own, [*parameters, *buffers]):
@@ -232,7 +231,7 @@ def step(
         before = [buffer.clone() for buffer in moving]
         if train:
             validation.check_trainable(owner)
-            outcome, _ = solve(owner, x, y, wanted=Wanted(), **settings)
+            outcome, _ = solve(owner, x, y, settings)
             loss, output, found = outcome.loss, outcome.output, outcome.gradients
             if not found.keys() <= set(owner.parameters()):
                 raise ModelError(
@@ -248,7 +247,7 @@ def step(
             ]
         else:
             with torch.no_grad():
-                loss, output = autograd.forward_loss(owner, x, y, **settings)
+                loss, output = forward_loss(owner, x, y, settings)
             updates = []
         moved = [buffer.clone() for buffer in moving]
         for buffer, value in zip(moving, before, strict=True):
@@ -345,18 +344,18 @@ step.register_autograd(_backward, setup_context=_keep_updates)
 # What the compiler traces ---------------------------------------------------------------------------------------
 
 _outside = torch.compiler.disable(
-    autograd.pc_loss,
+    autograd.loss_and_output,
     reason="this call of pc_loss runs outside the graph: docs/behaviour.md, torch.compile, says which calls do",
 )
 
 
 incremental_step = torch.compiler.disable(
-    incremental.incremental_step,
+    incremental.step,
     reason="incremental_step moves the parameters with an optimiser between iterations: it runs outside the graph",
 )
 
 
-def _fits(model, x, y, settings: dict) -> bool:
+def _fits(model, x, y, settings: Settings) -> bool:
     """Whether the operator's arguments can say what the call says. An eager call says what is wrong with others."""
     if not isinstance(model, nn.Sequential) or not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return False
@@ -364,39 +363,40 @@ def _fits(model, x, y, settings: dict) -> bool:
         return False
     if x.requires_grad and torch.is_grad_enabled():
         return False
-    if any(type(settings[name]) is not str for name in ("method", "backend", "check")):
+    if any(type(word) is not str for word in (settings.method, settings.backend, settings.check)):
         return False
-    if type(settings["step_size"]) not in (float, int) or type(settings["num_steps"]) is not int:
+    if type(settings.step_size) not in (float, int) or type(settings.num_steps) is not int:
         return False
-    if settings["normalizer"] is not None and type(settings["normalizer"]) is not int:
+    if settings.normalizer is not None and type(settings.normalizer) is not int:
         return False
-    if any(settings[name] is not None for name in ("belief_optimizer", "nudging", "tolerance")):
+    others = settings.belief_optimizer, settings.nudging, settings.tolerance
+    if any(setting is not None for setting in others):
         return False
-    if settings["reduction"] != "sum" or settings["update_scale"] != 1:
+    if settings.reduction != "sum" or settings.update_scale != 1:
         return False
-    vinit = settings["vinit"]
+    vinit = settings.vinit
     if vinit is not None:
         if not isinstance(vinit, list | tuple) or len(vinit) == 0:
             return False
         if any(entry is not None and not isinstance(entry, Tensor) for entry in vinit):
             return False
-    backend = BACKENDS.get(settings["backend"])
+    backend = BACKENDS.get(settings.backend)
     if backend is not None and backend.literal:
         return False  # its results have other dtypes than a relaxation's state
     # the abstract step runs modules on tensors without values, which hooks must not see
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def pc_loss(model, x, y, *, loss: LossLike, return_output: bool, **settings):
+def loss_and_output(model, x, y, settings: Settings) -> tuple[Tensor, Tensor]:
     """:func:`pcfast.pc_loss` while a compiler traces it: one node, or a graph break where the call does not fit.
 
     Every attribute that is read here is guarded: a change of it traces anew.
     """
     moving = _moving_buffers(model) if _fits(model, x, y, settings) else None
-    described = None if moving is None else describe_loss(loss)
+    described = None if moving is None else describe_loss(settings.loss)
     if described is None or not described.known:
-        return _outside(model, x, y, loss=loss, return_output=return_output, **settings)
-    device, vinit = x.device.type, settings["vinit"] or []
+        return _outside(model, x, y, settings)
+    device, vinit = x.device.type, settings.vinit or []
     value, output, _, moved = step(
         x.detach(),
         y.detach(),
@@ -410,15 +410,15 @@ def pc_loss(model, x, y, *, loss: LossLike, return_output: bool, **settings):
         described.kind,
         described.settings[0],
         *(described.settings[1:] or (-100, 0.0)),
-        settings["normalizer"],
-        canonical(settings["method"]),
-        settings["step_size"],
-        settings["num_steps"],
-        settings["backend"],
-        settings["check"],
+        settings.normalizer,
+        canonical(settings.method),
+        settings.step_size,
+        settings.num_steps,
+        settings.backend,
+        settings.check,
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         torch.is_grad_enabled(),
     )
     for buffer, new in zip(moving, moved, strict=True):
         buffer.copy_(new)
-    return (value, output) if return_output else value
+    return value, output

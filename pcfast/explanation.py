@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from .backends import BACKENDS, choose_backend
 from .errors import ArgumentTypeError, ShapeError
-from .losses import LossLike, describe_loss
+from .losses import LossLike
 from .model.spec import Network, common_placement, describe
 from .precision import choose_precision
-from .problem import belief_optimizers, early_exit, reductions, validation
+from .problem import validation
 from .problem.belief_optimizers import BeliefOptimizer
 from .problem.nudging import Nudging
-from .problem.nudging import check as check_nudging
-from .problem.plan import ALIASES, Plan, canonical, plan
-from .problem.types import Request
+from .problem.plan import ALIASES, Plan, plan
+from .problem.settings import Settings
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,19 +105,14 @@ def explain(
         ArgumentError and its kinds, BackendError.
     """
     network = describe(model)
-    method = canonical(method)
-    if method != "incremental":
-        validation.checked_method(method)
-    num_steps = validation.checked_steps(num_steps)
-    step_size = validation.checked_step_sizes(step_size, num_steps)
-    step_size, num_steps = validation.fixed_settings(method, network.depth, step_size, num_steps)
-    belief_optimizer = belief_optimizers.checked(belief_optimizer, method)
-    reductions.checked(reduction, method)
-    reductions.checked_scale(update_scale)
-    described = None if loss is None else describe_loss(loss)
-    reductions.check_loss(reduction, described)
-    check_nudging(nudging, method, described and described.kind)
-    tolerance = early_exit.checked(tolerance, method)
+    settings = Settings(
+        loss, method, step_size, num_steps, belief_optimizer, nudging, backend, vinit, reduction, update_scale,
+        tolerance=tolerance,
+    )  # fmt: skip
+    relaxing = settings.checked(moves=True)
+    method, optimizer = relaxing.method, relaxing.belief_optimizer
+    _, num_steps = validation.fixed_settings(method, network.depth, relaxing.step_size, relaxing.num_steps)
+    described = settings.described_loss(known=False)
     try:
         shape = tuple(int(size) for size in x_shape)
     except (TypeError, ValueError):
@@ -129,17 +123,14 @@ def explain(
     where = where if device is None else validation.checked_device(device)
     if not isinstance(vinit, list | tuple):
         validation.check_start_of_all(vinit, method)
-    fresh = vinit is None and (belief_optimizer.rests or num_steps == 0)
-    request = Request(
-        network, where, dtype, shape, method, num_steps, fresh,
-        belief_optimizer=belief_optimizer, nudging=nudging, tolerance=tolerance,
-        **({} if described is None else {"loss": described.kind}),
-    )  # fmt: skip
-    chosen, refusals = choose_backend(backend, request)
-    precision = choose_precision(where.type, dtype)
-    planned = plan(
-        network, shape, method, num_steps, fresh, tolerance is not None, precision, chosen.name, refusals,
-        chosen.literal, belief_optimizer, 1 if nudging is None else len(nudging.pushes),
+    fresh = vinit is None and (optimizer.rests or num_steps == 0)
+    kind = "cross_entropy" if described is None else described.kind
+    chosen, planned = choose_backend(
+        backend,
+        plan(
+            network, where, dtype, shape, choose_precision(where.type, dtype), method, num_steps, fresh,
+            loss=kind, belief_optimizer=optimizer, nudging=nudging, tolerance=relaxing.tolerance,
+        ),
     )  # fmt: skip
     refused = dict(planned.refusals)
     for name in BACKENDS:
@@ -148,4 +139,4 @@ def explain(
                 f'backend="{backend}" was asked for' if backend != "auto" else f"{chosen.name} comes first"
             )
             refused[name] = wanted
-    return Explanation(network, planned, refused, tuple(chosen.describe(planned, network, where)))
+    return Explanation(network, planned, refused, tuple(chosen.describe(planned)))

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .autograd import loss_without_updates
 from .errors import ArgumentError
 from .losses import LossLike
 from .problem import reductions, validation
 from .problem.belief_optimizers import BeliefOptimizer
 from .problem.plan import canonical
-from .problem.types import Wanted
-from .relaxation.solve import prepare, solve
+from .problem.settings import Settings
+from .relaxation.solve import loss_without_updates, prepare, solve
 
 
 def incremental_step(
@@ -74,31 +73,33 @@ def incremental_step(
         RelaxationDiverged: at once, the parameters stay as the iteration before left them; deferred, the failed
             iteration's updates are zero.
     """
-    settings = dict(
-        loss=loss,
-        step_size=step_size,
-        num_steps=num_steps,
-        belief_optimizer=belief_optimizer,
-        backend=backend,
-        reduction=reduction,
-        update_scale=update_scale,
-        normalizer=normalizer,
-        check=check,
-    )
     if canonical(method) != "incremental":
         raise ArgumentError(
             "method", repr(method), "'incremental' or 'ipc'", "Use pcfast.pc_loss for the others."
         )
+    settings = Settings(
+        loss, method, step_size, num_steps, belief_optimizer, backend=backend, reduction=reduction,
+        update_scale=update_scale, normalizer=normalizer, check=check,
+    )  # fmt: skip
+    value, output = step(model, x, y, optimizer, settings)
+    return (value, output) if return_output else value
+
+
+def step(
+    model: nn.Sequential, x: Tensor, y: Tensor, optimizer: Optimizer, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """What :func:`incremental_step` returns with ``return_output``."""
     if torch.compiler.is_dynamo_compiling():
         from . import compiled  # here: it needs torch's compiler, which takes long to import
 
-        return compiled.incremental_step(model, x, y, optimizer, return_output=return_output, **settings)
+        return compiled.incremental_step(model, x, y, optimizer, settings)
     validation.check_trainable(model)
     validation.check_optimizer(optimizer, model.parameters())
     parameters = list(model.parameters())
+    share = reductions.share(settings.reduction, x, settings.normalizer)
 
     def move(updates: dict[nn.Parameter, Tensor]) -> None:
-        scale = reductions.share(reduction, x, normalizer) * update_scale
+        scale = share * settings.update_scale
         if scale != 1.0:
             updates = dict(zip(updates, torch._foreach_mul(list(updates.values()), scale), strict=True))
         for parameter in parameters:
@@ -106,19 +107,13 @@ def incremental_step(
         optimizer.step()
         torch.clear_autocast_cache()  # it would keep casts of the weights of before
 
-    outcome, _ = solve(model, x, y, method="incremental", wanted=Wanted(), move=move, **settings)
-    value = reductions.reduced(outcome.loss, reductions.share(reduction, x, normalizer))
-    return (value, outcome.output) if return_output else value
+    outcome, _ = solve(model, x, y, settings, move=move)
+    return reductions.reduced(outcome.loss, share), outcome.output
 
 
-def rehearse(
-    model: nn.Sequential, x: Tensor, y: Tensor, optimizer: Optimizer, return_output: bool = False, **settings
-) -> None:
-    """Raise what :func:`incremental_step` would raise before anything moves. Statistics move as in ``model(x)``."""
+def rehearse(model: nn.Sequential, x: Tensor, y: Tensor, optimizer: Optimizer, settings: Settings) -> None:
+    """Raise what :func:`step` would raise before anything moves. Statistics move as in ``model(x)``."""
     validation.check_trainable(model)
     validation.check_optimizer(optimizer, model.parameters())
     with torch.no_grad():
-        ready = prepare(
-            model, x, y, method="incremental", wanted=Wanted(), move=lambda updates: None, **settings
-        )
-        loss_without_updates(ready.problem)
+        loss_without_updates(prepare(model, x, y, settings, move=lambda updates: None)[0])

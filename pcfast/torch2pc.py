@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, ShapeError
 from .model.spec import describe
+from .problem.settings import Settings
 from .problem.types import Wanted
-from .relaxation.solve import relax, solve, updates
+from .relaxation.result import relax
+from .relaxation.solve import solve, updates
 
 #: Torch2PC's ErrType -> method
 _METHODS = {"Exact": "exact", "FixedPred": "fixed_prediction", "Strict": "strict"}
@@ -52,10 +54,8 @@ def FwdPassPlus(model: nn.Sequential, LossFun, X: Tensor, Y, *, backend: str = "
     Returns:
         vhat_0..vhat_L (vhat_0 is X), the loss (0-dim), dLoss/dvhat_L.
     """
-    outcome, _ = solve(
-        model, X, Y, loss=LossFun, method="exact", step_size=0.0, num_steps=0, backend=backend,
-        check="sync", wanted=Wanted(gradients=False, activations=True),
-    )  # fmt: skip
+    settings = Settings(LossFun, "exact", backend=backend, check="sync")
+    outcome, _ = solve(model, X, Y, settings, Wanted(gradients=False, activations=True))
     return outcome.activations, outcome.loss, outcome.output_gradient
 
 
@@ -81,11 +81,11 @@ def FixedPredPCPredErrs(
     if not isinstance(dLdy, Tensor) or dLdy.shape != activations[-1].shape:
         given = f"shape {tuple(dLdy.shape)}" if isinstance(dLdy, Tensor) else f"a {type(dLdy).__name__}"
         raise ShapeError("dLdy", given, f"a tensor of the output's shape {tuple(activations[-1].shape)}")
+    num_steps = len(model) if n is None else n
+    settings = Settings(None, "fixed_prediction", eta, num_steps, backend=backend, check="sync")
     outcome, _ = solve(
-        model, activations[0], None, loss=None, method="fixed_prediction", step_size=eta,
-        num_steps=len(model) if n is None else n, backend=backend, activations=activations,
-        output_gradient=dLdy.detach(), check="sync",
-        wanted=Wanted(gradients=False, states=True, input_error=True),
+        model, activations[0], None, settings, Wanted(gradients=False, states=True, input_error=True),
+        activations=activations, output_gradient=dLdy.detach(),
     )  # fmt: skip
     return outcome.beliefs, outcome.errors
 
@@ -127,11 +127,9 @@ def ExactPredErrs(
     Returns:
         v_0..v_L and eps_0..eps_L; both begin with None.
     """
-    outcome, _ = solve(
-        model, X, Y, loss=LossFun, method="exact", step_size=0.0, num_steps=0, backend=backend,
-        activations=None if vhat is None else _activations("vhat", vhat, model),
-        check="sync", wanted=Wanted(gradients=False, states=True),
-    )  # fmt: skip
+    settings = Settings(LossFun, "exact", backend=backend, check="sync")
+    activations = None if vhat is None else _activations("vhat", vhat, model)
+    outcome, _ = solve(model, X, Y, settings, Wanted(gradients=False, states=True), activations=activations)
     return [None, *outcome.beliefs[1:]], outcome.errors
 
 
@@ -186,10 +184,8 @@ def PCInfer(
         n = describe(model).depth
     if method == "exact":
         eta, n = 0.0, 0  # not read, as documented
-    outcome, _ = solve(
-        model, X, Y, loss=LossFun, method=method, step_size=eta, num_steps=n, backend=backend, vinit=vinit,
-        check="sync", wanted=Wanted(states=True, input_error=method == "fixed_prediction"),
-    )  # fmt: skip
+    settings = Settings(LossFun, method, eta, n, backend=backend, vinit=vinit, check="sync")
+    outcome, _ = solve(model, X, Y, settings, Wanted(states=True, input_error=method == "fixed_prediction"))
     _assign(model, outcome.gradients)
     beliefs = outcome.beliefs
     if method == "exact":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pcfast.backends.triton import backend
+from pcfast.backends.triton import designs
 from pcfast.backends.triton.configs import IMPLICIT, Choices, ConvolutionKey
 
 __all__ = ["EveryConvolution", "everywhere"]
@@ -24,7 +24,7 @@ class EveryConvolution(Choices):
 
 def everywhere(monkeypatch) -> None:
     """For the rest of the test."""
-    find = backend._target
+    find = designs.target_of
     monkeypatch.setattr(
-        backend, "_target", lambda *a: dataclasses.replace(find(*a), choices=EveryConvolution())
+        designs, "target_of", lambda *a: dataclasses.replace(find(*a), choices=EveryConvolution())
     )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from plans import planned
 from torch import nn
 
 import pcfast
@@ -17,7 +18,6 @@ from pcfast.deviation.pointwise import ElementwiseStep
 from pcfast.model import activations
 from pcfast.model.spec import Elementwise, describe
 from pcfast.precision import Precision
-from pcfast.problem.types import Request
 
 ALL = [
     activations.Relu(),
@@ -220,7 +220,7 @@ def test_kernels_refuse_hardtanh(method, activation, monkeypatch):
     model = hardtanh_network(activation)
     kind = type(activation).__name__
     reason = f"layer 2 (Linear - {kind}): no kernel has {kind}: use eager"
-    request = Request(describe(model), torch.device("cpu"), torch.float32, (5, 8), method)
+    request = planned(model, (5, 8), method=method)
     for name in ("triton", "cuda"):
         assert BACKENDS[name].supports(request) == (False, reason)
         with pytest.raises(pcfast.BackendError, match=f"no kernel has {kind}"):

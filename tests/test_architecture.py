@@ -108,7 +108,7 @@ def test_modules_are_found_by_the_names_they_had():
     code += "; import pcfast.network as n"
     code += "; assert n.__name__ == 'pcfast.model.spec' and n.__spec__.name == n.__name__"
     code += "; from pcfast.training import CHECKPOINT, seeded, evaluate; from pcfast.problem import Problem"
-    code += "; from pcfast.backends import eager; assert eager.Run and not hasattr(eager, 'Walk')"
+    code += "; from pcfast.backends import eager; assert eager.Eager and not hasattr(eager, 'Walk')"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     with pytest.raises(ImportError):
         importlib.import_module("pcfast.never")

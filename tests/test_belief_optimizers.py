@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from literal import feedback
 from networks_for_tests import LOSSES, architectures, belief_optimizers, loss_and_target
+from plans import planned
 from torch import nn
 
 import pcfast
@@ -21,8 +22,6 @@ from pcfast import Adam, GradientDescent
 from pcfast.backends import BACKENDS
 from pcfast.backends.cuda import backend as cuda
 from pcfast.backends.triton import backend as triton
-from pcfast.model.spec import describe
-from pcfast.problem.types import Request
 
 BOTH = pytest.mark.parametrize("backend", ["reference", "eager"])
 WANING = tuple(0.1 / (1 + 0.2 * t) for t in range(20))
@@ -488,7 +487,7 @@ def test_bad_combinations_are_refused(call, settings, argument, words):
 def test_kernels_refuse_what_they_do_not_run(name, settings, reason, monkeypatch):
     monkeypatch.setattr(triton, "_unavailable", lambda *_: "")
     monkeypatch.setattr(cuda, "_unavailable", lambda *_: "")
-    request = Request(describe(mlp()), torch.device("cpu"), torch.float32, **settings)
+    request = planned(mlp(), (7, 20), **settings)
     ok, why = BACKENDS[name].supports(request)
     assert ok == (not reason) and reason in why
 

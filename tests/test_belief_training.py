@@ -70,13 +70,13 @@ def toy(out, epochs, *, resume=False, **changes):
 
 
 def test_a_resumed_run_goes_on_with_the_beta_of_its_epoch(tmp_path, monkeypatch):
-    betas, relax = [], pcfast.pc_loss
+    betas, relax = [], training.loss_and_output
 
-    def watched(*arguments, nudging, **settings):
-        betas.append(nudging.beta)
-        return relax(*arguments, nudging=nudging, **settings)
+    def watched(model, x, y, settings):
+        betas.append(settings.nudging.beta)
+        return relax(model, x, y, settings)
 
-    monkeypatch.setattr(pcfast, "pc_loss", watched)
+    monkeypatch.setattr(training, "loss_and_output", watched)
     whole = toy(tmp_path / "whole", 4)
     assert betas == pytest.approx(
         [0.2, *[0.2] * 2, *[0.5] * 2, *[0.8] * 2, *[1.0] * 2]

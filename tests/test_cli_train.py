@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import pcfast
 from pcfast import datasets, networks
 from pcfast.cli import main
 from pcfast.support.files import results_folder
@@ -146,18 +147,16 @@ def test_a_failed_start_leaves_an_earlier_run_where_it_is(tmp_path, capsys):
 @pytest.mark.parametrize("precision", ["bf16", "fp64"])
 def test_precisions(precision, tmp_path, monkeypatch):
     seen = set()
-    import pcfast
+    real = training.loss_and_output
 
-    real = pcfast.pc_loss
-
-    def spy(model, x, y, **settings):
-        result = real(model, x, y, **settings)
+    def spy(model, x, y, settings):
+        result = real(model, x, y, settings)
         if torch.is_grad_enabled():
             plan = pcfast.last_run().plan
             seen.add((x.dtype, plan.precision.state, plan.precision.operand))
         return result
 
-    monkeypatch.setattr(pcfast, "pc_loss", spy)
+    monkeypatch.setattr(training, "loss_and_output", spy)
     assert run("--out", tmp_path / "run", "--epochs", 1, *QUICK, "--precision", precision) == 0
     expected = {
         "bf16": (torch.float32, torch.float32, torch.bfloat16),

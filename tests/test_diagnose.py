@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from literal import evaluate, relax_literally
 from networks_for_tests import LOSSES, architectures, loss_and_target
+from plans import planned
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -270,14 +271,11 @@ def test_kernels_refuse_and_auto_goes_on_with_eager(monkeypatch):
     from pcfast.backends import BACKENDS as KNOWN
     from pcfast.backends.cuda import backend as cuda
     from pcfast.backends.triton import backend as triton
-    from pcfast.model.spec import describe
-    from pcfast.problem.types import Request
+    from pcfast.problem.types import Wanted
 
     for module in (cuda, triton):
         monkeypatch.setattr(module, "_unavailable", lambda *_: "")
-    request = Request(
-        describe(network()), torch.device("cpu"), torch.float32, energies=True, belief_gradients=True
-    )
+    request = planned(network(), batch()[0].shape, wanted=Wanted(energies=True, belief_gradients=True))
     for name in ("triton", "cuda"):
         ok, why = KNOWN[name].supports(request)
         assert not ok and "do not record the beliefs' gradients: use eager" in why

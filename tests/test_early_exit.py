@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from literal import relax_literally
 from networks_for_tests import LOSSES, architectures, loss_and_target
+from plans import planned
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,8 +19,7 @@ import pcfast
 from pcfast.backends import BACKENDS as KNOWN
 from pcfast.backends.cuda import backend as cuda
 from pcfast.backends.triton import backend as triton
-from pcfast.model.spec import describe
-from pcfast.problem.types import Request, Wanted
+from pcfast.problem.settings import Settings
 from pcfast.relaxation import cuda_graphs
 from pcfast.relaxation.solve import prepare
 from pcfast.support import host
@@ -297,12 +297,9 @@ def test_a_recorded_graph_belongs_to_one_tolerance():
     model, (x, y) = mlp(), batch(6)
     keys = set()
     for tolerance in (None, 1e-3, 1e-4):
-        ready = prepare(
-            model, x, y, loss="cross_entropy", method="strict", step_size=0.1, num_steps=9, wanted=Wanted(),
-            tolerance=tolerance, backend="eager",
-        )  # fmt: skip
-        keys.add(cuda_graphs.graph_key(ready.problem, ready.plan))
-        assert ready.backend.replays(ready.problem, ready.plan)[0]
+        ready = prepare(model, x, y, Settings(num_steps=9, tolerance=tolerance, backend="eager"))
+        keys.add(cuda_graphs.graph_key(*ready))
+        assert KNOWN["eager"].replays(*ready)[0]
     assert len(keys) == 3
 
 
@@ -331,7 +328,7 @@ def test_what_is_refused(call, settings, words):
 def test_kernels_refuse_and_explain_says_so(monkeypatch):
     for module in (cuda, triton):
         monkeypatch.setattr(module, "_unavailable", lambda *_: "")
-    request = Request(describe(mlp()), torch.device("cpu"), torch.float32, tolerance=1e-3)
+    request = planned(mlp(), (5, 6), tolerance=1e-3)
     for name in ("triton", "cuda"):
         assert KNOWN[name].supports(request) == (
             False,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import allowed_error
 from energy import relax_by_optimizer
+from plans import planned
 from torch import nn
 
 import pcfast
@@ -23,7 +24,7 @@ from pcfast.checking import checker as checking
 from pcfast.checking.bounds import relative_error, same_precision_bound, with_forward_errors_of
 from pcfast.cli.building import takes_flat_input
 from pcfast.model.spec import describe
-from pcfast.problem.types import Request
+from pcfast.problem.settings import Settings
 from pcfast.relaxation.cuda_graphs import graph_key
 from pcfast.relaxation.solve import prepare
 from pcfast.training import trainer as training
@@ -242,7 +243,7 @@ def test_kernels_refuse_blocks(method, monkeypatch):
     nested = nn.Sequential(
         nn.Linear(8, 9), nn.Sequential(nn.Tanh(), pcfast.Residual(nn.Linear(9, 9))), nn.Linear(9, 3)
     )
-    request = Request(describe(nested), torch.device("cpu"), torch.float32, (5, 8), method)
+    request = planned(nested, (5, 8), method=method)
     for name in ("triton", "cuda"):
         reason = "layer 2 (Tanh - Residual(Linear)): no kernel adds a skip: use eager"
         assert BACKENDS[name].supports(request) == (False, reason)
@@ -263,18 +264,15 @@ def test_graphs_record_blocks_unless_autograd_runs_inside():
 
     def ready(branch):
         model = nn.Sequential(nn.Linear(6, 8), pcfast.Residual(*branch), nn.Linear(8, 3))
-        return prepare(
-            model, x, y, loss="cross_entropy", method="strict", step_size=0.1, num_steps=4,
-            wanted=pcfast.problem.types.Wanted(),
-        )  # fmt: skip
+        return prepare(model, x, y, Settings(num_steps=4))
 
     known, opaque = ready([nn.Linear(8, 8), nn.Tanh()]), ready([nn.Linear(8, 8), nn.Softplus()])
-    assert known.backend.replays(known.problem, known.plan) == (True, "")
-    ok, reason = opaque.backend.replays(opaque.problem, opaque.plan)
+    assert BACKENDS["eager"].replays(*known) == (True, "")
+    ok, reason = BACKENDS["eager"].replays(*opaque)
     assert not ok and "Softplus runs through autograd" in reason
-    assert graph_key(known.problem, known.plan) == graph_key(known.problem, known.plan)
-    assert hash(known.problem.network) == hash(describe(known.problem.model))
-    assert opaque.plan.work is None
+    assert graph_key(*known) == graph_key(*known)
+    assert hash(known[1].network) == hash(describe(known[0].model))
+    assert opaque[1].work is None
 
 
 def test_a_compiled_step_runs_blocks():

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 import pcfast
 from pcfast import networks
 from pcfast.backends import BACKENDS
-from pcfast.backends.cuda import backend
 from pcfast.backends.cuda import launch as loop
+from pcfast.backends.cuda.relaxation import Relaxation
+from pcfast.backends.forward import layer_chains
 from pcfast.checking import checker as checking
 from pcfast.checking.bounds import FACTOR, relative_error
 from pcfast.model.spec import Network, describe
-from pcfast.precision import numerics
-from pcfast.problem.plan import choose_gram, gram_macs, layer_macs
-from pcfast.problem.types import Request, Wanted
+from pcfast.precision import choose_precision, numerics
+from pcfast.problem.plan import choose_gram, gram_macs, layer_macs, plan
+from pcfast.problem.settings import Settings
 from pcfast.relaxation.solve import prepare
 
 from .case import Case, Way, normal, torch_precision
@@ -76,7 +77,9 @@ def _case(
 
 
 def _why_not(network: Network, shape: tuple[int, ...], num_steps: int, device: torch.device) -> str:
-    return BACKENDS["cuda"].supports(Request(network, device, torch.float32, shape, "strict", num_steps))[1]
+    precision = choose_precision(device.type, torch.float32)
+    planned = plan(network, device, torch.float32, shape, precision, num_steps=num_steps)
+    return BACKENDS["cuda"].supports(planned)[1]
 
 
 class _Relaxation:
@@ -96,16 +99,13 @@ class _Relaxation:
         with torch.no_grad():
             classes = self.model(self.x[:1]).shape[1]
         self.y = (torch.arange(shape[0]) % classes).to(device)
-        ready = prepare(
-            self.model, self.x, self.y, loss="cross_entropy", method="strict", step_size=STEP_SIZE,
-            num_steps=num_steps, wanted=Wanted(), backend="cuda", check="off",
-        )  # fmt: skip
-        with numerics(device, ready.plan.precision):
-            run = backend._Run(ready.problem, ready.plan)
+        settings = Settings(step_size=STEP_SIZE, num_steps=num_steps, backend="cuda", check="off")
+        problem, planned = prepare(self.model, self.x, self.y, settings)
+        with numerics(device, planned.precision):
+            run = Relaxation(problem, planned, layer_chains(problem, planned))
             run.outcome()
-            self.by_backend = run.found.beliefs
-            self.first = run.vhat[1]
-            self.placement, inputs = run.arguments(self.first)
+            self.by_backend, self.first = run.found.beliefs, run.first
+            self.placement, inputs = run.arguments()
             self.found, self.launch = loop.prepare(
                 self.placement, inputs, num_steps, gradients=True, output_gradient=False
             )

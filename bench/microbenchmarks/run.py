@@ -15,7 +15,7 @@ from pcfast.backends import BACKENDS
 from pcfast.errors import BackendError
 from pcfast.model.spec import describe
 from pcfast.precision import choose_precision, numerics
-from pcfast.problem.types import Request
+from pcfast.problem.plan import plan
 
 from .. import measure
 from ..contenders import Step, graphed, switches
@@ -44,8 +44,8 @@ def unable(device: torch.device) -> dict[str, str]:
     """
     with torch.device("meta"):
         network = describe(nn.Sequential(nn.Linear(1, 1)))
-    request = Request(network, device, torch.float32)
-    found = {name: BACKENDS[name].supports(request)[1] for name in ("cuda", "triton")}
+    planned = plan(network, device, torch.float32, (1, 1), choose_precision(device.type, torch.float32))
+    found = {name: BACKENDS[name].supports(planned)[1] for name in ("cuda", "triton")}
     if all(found.values()):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.items())
         raise BackendError(

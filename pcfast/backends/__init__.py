@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..errors import ArgumentError, BackendError
-from ..problem.types import Request
+from ..problem.plan import Plan, on_backend
 from ..support.log import say_once
 from .base import Backend
 from .cuda.backend import Cuda
-from .eager.run import Eager
+from .eager.backend import Eager
 from .reference import Reference
 from .triton.backend import Triton
 
@@ -15,8 +15,8 @@ from .triton.backend import Triton
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cuda(), Triton(), Eager(), Reference())}
 
 
-def choose_backend(name: str, request: Request) -> tuple[Backend, tuple[tuple[str, str], ...]]:
-    """The backend that will run, and ``(backend, reason)`` for each that was passed over.
+def choose_backend(name: str, planned: Plan) -> tuple[Backend, Plan]:
+    """The backend that will run ``planned``, and the plan for it, which says why others were passed over.
 
     Raises:
         ArgumentError: an unknown name.
@@ -25,18 +25,19 @@ def choose_backend(name: str, request: Request) -> tuple[Backend, tuple[tuple[st
     if name != "auto":
         if not isinstance(name, str) or name not in BACKENDS:
             raise ArgumentError("backend", repr(name), f"one of {['auto', *BACKENDS]}")
-        ok, reason = BACKENDS[name].supports(request)
+        backend = BACKENDS[name]
+        ok, reason = backend.supports(planned)
         if not ok:
             raise BackendError(f'backend "{name}" cannot run this: {reason}. Use backend="auto".')
-        return BACKENDS[name], ()
-    refusals = []
+        return backend, on_backend(planned, name, literal=backend.literal)
+    refusals: list[tuple[str, str]] = []
     for backend in BACKENDS.values():
-        ok, reason = backend.automatic(request.device)  # before supports, which may import a compiler
+        ok, reason = backend.automatic(planned.device)  # before supports, which may import a compiler
         if ok:
-            ok, reason = backend.supports(request)
+            ok, reason = backend.supports(planned)
         if ok:
             say_passed_over(backend.name, tuple(refusals))
-            return backend, tuple(refusals)
+            return backend, on_backend(planned, backend.name, tuple(refusals), literal=backend.literal)
         refusals.append((backend.name, reason))
     raise BackendError("no backend can run this: " + "; ".join(f"{n}: {why}" for n, why in refusals))
 

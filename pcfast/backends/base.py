@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..model.spec import Network
 from ..precision import Precision
 from ..problem.plan import Plan
-from ..problem.types import Outcome, Problem, Request
+from ..problem.types import Outcome, Problem
 
 
 def on_device(device: torch.device):
@@ -19,10 +19,10 @@ def on_device(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def without_closed_form(request: Request) -> str:
+def without_closed_form(plan: Plan) -> str:
     """Why one backward pass does not give the updates of fixed prediction; "" where it does, or for other methods."""
-    optimizer = request.belief_optimizer
-    if request.method != "fixed_prediction" or optimizer.linear:
+    optimizer = plan.belief_optimizer
+    if plan.method != "fixed_prediction" or optimizer.linear:
         return ""
     return f"fixed prediction has no closed form with {optimizer}: only the literal loop computes it"
 
@@ -35,14 +35,14 @@ class Backend(ABC):
     literal = False
 
     @abstractmethod
-    def supports(self, request: Request) -> tuple[bool, str]:
-        """``(ok, reason)``: whether this backend can run what is asked for; the reason is "" where it can."""
+    def supports(self, plan: Plan) -> tuple[bool, str]:
+        """``(ok, reason)``: whether this backend can run a plan; the reason is "" where it can."""
 
     def automatic(self, device: torch.device) -> tuple[bool, str]:
         """``(ok, reason)``: whether ``backend="auto"`` may choose this backend on a device."""
         return True, ""
 
-    def describe(self, plan: Plan, network: Network, device: torch.device) -> list[str]:
+    def describe(self, plan: Plan) -> list[str]:
         """Lines for :func:`pcfast.explain`: what runs each layer, and why."""
         return []
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-import torch
 from torch import Tensor
 
 from ..deviation import Chain
@@ -12,28 +11,30 @@ from ..deviation.affine import Conv2dStep, LinearStep
 from ..errors import RelaxationDiverged
 from ..model.spec import Elementwise, Network, Opaque, Residual
 from ..precision import numerics
+from ..problem.belief_optimizers import StepSize
 from ..problem.plan import LOOPS, Plan
-from ..problem.types import Problem, Request
-from .base import on_device, without_closed_form
-from .eager.run import Eager, Run
+from ..problem.types import Outcome, Problem
+from .base import Backend, on_device, without_closed_form
+from .eager import backend as eager
+from .forward import Chains, layer_chains, undone_on_failure
 
 
-def without_kernels(request: Request) -> str:
-    """Which of a request's settings the kernels of strict relaxation do not know; "" where they know all."""
-    if request.method != "strict":
-        if request.method in LOOPS:
-            return f"its kernels relax strict predictive coding, not {request.method}: use eager"
-        return without_closed_form(request)
-    optimizer = request.belief_optimizer
+def without_kernels(plan: Plan) -> str:
+    """Which of a plan's settings the kernels of strict relaxation do not know; "" where they know all."""
+    if plan.method != "strict":
+        if plan.method in LOOPS:
+            return f"its kernels relax strict predictive coding, not {plan.method}: use eager"
+        return without_closed_form(plan)
+    optimizer = plan.belief_optimizer
     if not optimizer.linear:
         return f"its kernels move beliefs by gradient descent without weight decay, not by {optimizer}: use eager"
     if optimizer.nesterov:
         return "its kernels know no Nesterov momentum: use eager"
-    if request.nudging is not None:
+    if plan.nudging is not None:
         return "its kernels take no nudged target: use eager"
-    if request.tolerance is not None:
+    if plan.tolerance is not None:
         return "its kernels run all iterations, whatever the tolerance: use eager"
-    if request.belief_gradients:
+    if plan.wanted.belief_gradients:
         return "its kernels do not record the beliefs' gradients: use eager"
     return ""
 
@@ -51,30 +52,41 @@ def unknown_to_kernels(network: Network) -> str:
     return ""
 
 
-class KernelBackend(Eager):
+class KernelBackend(Backend):
     """Runs strict relaxation in kernels and, as eager, what has no loop."""
 
     @abstractmethod
-    def relaxation(self, problem: Problem, plan: Plan) -> KernelRun:
-        """One strict relaxation, ready to run. Called, and run, inside its numerics."""
+    def relax(self, problem: Problem, plan: Plan, chains: Chains) -> Outcome:
+        """One strict relaxation; called inside its numerics."""
 
     @abstractmethod
-    def words(self, plan: Plan, network: Network, device: torch.device) -> list[str]:
+    def words(self, plan: Plan) -> list[str]:
         """As :meth:`describe`, for strict relaxation; called inside its numerics."""
 
     def run(self, problem, plan):
-        if problem.method != "strict" or problem.network.depth == 1:
-            return super().run(problem, plan)
-        device = problem.x.device
+        if not _in_kernels(plan):
+            return eager.run(problem, plan)
         # kernels start on the current device, whatever device the tensors are on
-        with numerics(device, plan.precision), on_device(device):
-            return self.relaxation(problem, plan).outcome()
+        with numerics(plan.device, plan.precision), on_device(plan.device):
+            chains = layer_chains(problem, plan)
+            with undone_on_failure(chains):
+                return self.relax(problem, plan, chains)
 
-    def describe(self, plan, network, device):
-        if plan.method != "strict" or network.depth == 1:
+    def replays(self, problem, plan):
+        return eager.replays(problem, plan)
+
+    def updates(self, model, network, precision, x, beliefs, errors):
+        return eager.updates(model, network, precision, x, beliefs, errors)
+
+    def describe(self, plan):
+        if not _in_kernels(plan):
             return ["no loop: one forward and one backward pass through torch"]
-        with numerics(device, plan.precision):
-            return self.words(plan, network, device)
+        with numerics(plan.device, plan.precision):
+            return self.words(plan)
+
+
+def _in_kernels(plan: Plan) -> bool:
+    return plan.method == "strict" and plan.depth > 1
 
 
 def first_product(chain: Chain) -> int | None:
@@ -82,16 +94,13 @@ def first_product(chain: Chain) -> int | None:
     return next((i for i, step in enumerate(chain.steps) if isinstance(step, LinearStep | Conv2dStep)), None)
 
 
-class KernelRun(Run):
-    """One strict relaxation.
+def raise_first_bad(first_bad: Tensor, num_steps: int, step_size: StepSize) -> None:
+    """Raise where a kernel's record says that values first were not finite.
 
-    Attributes:
-        first_bad: (L-1,) or longer, int32: the iteration whose update left v_l NaN or infinite.
+    Args:
+        first_bad: (L-1,), int32: the iteration whose update left v_l NaN or infinite, larger than ``num_steps`` where
+            none did.
     """
-
-    first_bad: Tensor
-
-    def _locate(self):
-        found = min((t, l) for l, t in enumerate(self.first_bad.tolist(), start=1))
-        if found[0] <= self.problem.num_steps:
-            raise RelaxationDiverged(found[0], found[1], self.problem.step_size)
+    iteration, layer = min((t, l) for l, t in enumerate(first_bad.tolist(), start=1))
+    if iteration <= num_steps:
+        raise RelaxationDiverged(iteration, layer, step_size)

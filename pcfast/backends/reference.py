@@ -18,7 +18,7 @@ from ..problem.types import Outcome, energy_row, filled_start, gradient_row
 from ..support import differentiation
 from ..support.replay import Replay, recorded_buffers
 from .base import Backend
-from .eager.incremental import check_iteration
+from .divergence import check_iteration
 
 
 class _Layer:
@@ -92,7 +92,7 @@ class Reference(Backend):
     name = "reference"
     literal = True
 
-    def supports(self, request):
+    def supports(self, plan):
         return True, ""
 
     @torch.no_grad()
@@ -110,14 +110,14 @@ class Reference(Backend):
             validation.check_finite("x", problem.x)
         layers = [None, *(_Layer(module, problem.x.device) for module in problem.model)]
         try:
-            return self._run(problem, layers)
+            return self._run(problem, plan, layers)
         except BaseException:
             for layer in layers[1:]:
                 layer.undo()
             raise
 
-    def _run(self, problem, layers):
-        depth = problem.network.depth
+    def _run(self, problem, plan, layers):
+        depth = plan.depth
         if problem.activations is None:
             vhat = [problem.x]
             for layer in layers[1:]:
@@ -134,7 +134,7 @@ class Reference(Backend):
                 problem.loss.prepare(vhat[-1], problem.y, raise_now=True)  # labels in range?
             loss = problem.loss.value(vhat[-1], problem.y)
             output_gradient, loss_updates = problem.loss.gradients_by_autograd(
-                vhat[-1], problem.y, parameters=problem.wanted.gradients
+                vhat[-1], problem.y, parameters=plan.wanted.gradients
             )
             problem.check_loss_updates(loss_updates)
         else:
@@ -148,39 +148,35 @@ class Reference(Backend):
         iterations = None
         gradients: list[Tensor] = []  # norms of the beliefs' gradients
         relaxed = []  # (beliefs, errors, points that the updates are taken at, what they count)
-        if problem.method == "exact":
+        if plan.method == "exact":
             relaxed.append((*_exact(layers, vhat, output_gradient), vhat, 1.0))
-        elif problem.method == "fixed_prediction":
+        elif plan.method == "fixed_prediction":
             beliefs, errors = _fixed_prediction(
-                layers, vhat, output_gradient, problem, energies, gradients, loss
+                layers, vhat, output_gradient, problem, plan, energies, gradients, loss
             )
             if not (vhat[0].is_floating_point() or vhat[0].is_complex()):
                 errors[0] = None
             relaxed.append((beliefs, errors, vhat, 1.0))
-        elif problem.method == "error_based":
-            beliefs, errors = _error_based(layers, vhat, problem, energies)
+        elif plan.method == "error_based":
+            beliefs, errors = _error_based(layers, vhat, problem, plan, energies)
             relaxed.append((beliefs, errors, beliefs, 1.0))
-        elif problem.method == "incremental":
-            outcome = _incremental(layers, vhat, problem)
+        elif plan.method == "incremental":
+            outcome = _incremental(layers, vhat, problem, plan)
             outcome.loss, outcome.output = loss, vhat[-1]
             return outcome
-        elif problem.method == "zero_divergence":
+        elif plan.method == "zero_divergence":
             relaxed.append((*_zero_divergence(layers, vhat, problem), 1.0))
         else:
             start = vhat if problem.start is None else filled_start(problem.start, vhat)
-            for y, share in _targets(problem, vhat[-1]):
-                beliefs, errors, iterations = _strict(layers, start, y, problem, energies, gradients)
+            for y, share in _targets(problem, plan, vhat[-1]):
+                beliefs, errors, iterations = _strict(layers, start, y, problem, plan, energies, gradients)
                 relaxed.append((beliefs, errors, beliefs, share))
 
         outcome = Outcome(loss, vhat[-1], activations=vhat, output_gradient=output_gradient)
         outcome.beliefs, outcome.errors, *_ = relaxed[0]
         outcome.iterations = iterations
-        if problem.wanted.energies:
-            outcome.energies = torch.stack(energies) if energies else vhat[-1].real.new_zeros((0, depth))
-        if problem.wanted.belief_gradients:
-            empty = vhat[-1].real.new_zeros((0, depth - 1))
-            outcome.belief_gradients = torch.stack(gradients) if gradients else empty
-        if problem.wanted.gradients:
+        outcome.record(plan.wanted, depth, energies, gradients)
+        if plan.wanted.gradients:
             for _, errors, points, share in relaxed:
                 for l in range(1, depth + 1):
                     found = layers[l].parameter_gradients(points[l - 1], errors[l])
@@ -188,7 +184,7 @@ class Reference(Backend):
             outcome.add_gradients(loss_updates, depth)
         if problem.check:
             results = [entry for v, errors, *_ in relaxed for entry in (*enumerate(v), *enumerate(errors))]
-            if not problem.wanted.input_error:
+            if not plan.wanted.input_error:
                 results = [(l, value) for l, value in results if l]
             results += outcome.updates_by_layer()
             bad = [l for l, value in results if value is not None and not status.all_finite([value])]
@@ -197,11 +193,11 @@ class Reference(Backend):
         return outcome
 
 
-def _targets(problem, vhat):
+def _targets(problem, plan, vhat):
     """(target, what its relaxation's updates count): y, or what nudging makes of it."""
-    if problem.nudging is None:
+    if plan.nudging is None:
         return [(problem.y, 1.0)]
-    return [(target_of(push, vhat, problem.y), share) for push, share in problem.nudging.pushes]
+    return [(target_of(push, vhat, problem.y), share) for push, share in plan.nudging.pushes]
 
 
 def _exact(layers, vhat, output_gradient):
@@ -213,26 +209,26 @@ def _exact(layers, vhat, output_gradient):
     return [vhat[0]] + [vhat[l] - errors[l] for l in range(1, depth + 1)], errors
 
 
-def _fixed_prediction(layers, vhat, output_gradient, problem, energies, gradients, loss):
+def _fixed_prediction(layers, vhat, output_gradient, problem, plan, energies, gradients, loss):
     """Predictions and Jacobians stay at the forward pass (algorithm 3)."""
     depth = len(layers) - 1
     v = [value.clone() for value in vhat]
-    move = _mover(problem, v)
+    move = _mover(problem, plan, v)
     errors = [vhat[l] - v[l] for l in range(depth)] + [output_gradient]
     lowest = 0 if vhat[0].is_floating_point() or vhat[0].is_complex() else 1  # integers do not move
-    for t in range(problem.num_steps):
+    for t in range(plan.num_steps):
         errors = [vhat[l] - v[l] for l in range(depth)] + [output_gradient]
-        if problem.wanted.energies:
+        if plan.wanted.energies:
             energies.append(energy_row(errors, loss))
         found = []
         for l in range(lowest, depth):
             _, feedback = layers[l + 1].vjp(vhat[l], errors[l + 1])
             found.append(move(l, feedback - errors[l], t + 1))
-        if problem.wanted.belief_gradients:
+        if plan.wanted.belief_gradients:
             gradients.append(gradient_row(found[1 - lowest :], vhat[-1]))
         if problem.check:
             _check(t + 1, v[1:], problem)
-            if problem.wanted.input_error:
+            if plan.wanted.input_error:
                 _check(t + 1, v[:1], problem)  # v_0, reported as layer 1
     return v, errors
 
@@ -245,34 +241,32 @@ def _evaluate(layers, v, y, problem):
     return mu, [None] + [mu[l] - v[l] for l in range(1, depth)] + [top]
 
 
-def _strict(layers, start, y, problem, energies, gradients):
+def _strict(layers, start, y, problem, plan, energies, gradients):
     """All layers at once, from the state before the iteration (algorithm 2): beliefs, errors, iterations that ran."""
     depth = len(layers) - 1
     v = [value.clone() for value in start]
-    move = _mover(problem, v)
+    move = _mover(problem, plan, v)
     early = None
-    if problem.tolerance is not None:
-        early = EarlyExit(problem.tolerance, depth, problem.x.device)
-    if problem.num_steps == 0:
+    if plan.tolerance is not None:
+        early = EarlyExit(plan.tolerance, depth, problem.x.device)
+    if plan.num_steps == 0:
         return v, _evaluate(layers, v, y, problem)[1], early and early.iterations
-    for t in range(problem.num_steps):
+    for t in range(plan.num_steps):
         mu, errors = _evaluate(layers, v, y, problem)
-        if problem.wanted.energies or early is not None:
+        if plan.wanted.energies or early is not None:
             energies.append(energy_row(errors, problem.loss.value(mu[depth], y)))
         found = []
         for l in range(1, depth):  # errors were taken before any belief moves
             _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
             found.append(move(l, feedback - errors[l], t + 1))
-        if problem.wanted.belief_gradients:
+        if plan.wanted.belief_gradients:
             gradients.append(gradient_row(found, v[depth]))
         if problem.check:
             _check(t + 1, [*v[1:depth], errors[depth]], problem)
         if early is not None:
             early.see(t + 1, energies[-1])
             if not early.going:
-                energies[:], gradients[:] = (
-                    repeated(rows, problem.num_steps) for rows in (energies, gradients)
-                )
+                energies[:], gradients[:] = (repeated(rows, plan.num_steps) for rows in (energies, gradients))
                 break
     return v, errors, early and early.iterations
 
@@ -295,15 +289,15 @@ def _zero_divergence(layers, vhat, problem):
     return beliefs, read, points
 
 
-def _incremental(layers, vhat, problem):
+def _incremental(layers, vhat, problem, plan):
     """Beliefs and parameters move together, from the same beliefs and errors: Salvatori et al. (2024), iPC.
 
     Returns the last iteration's updates.
     """
     depth = len(layers) - 1
     v, outcome = [value.clone() for value in vhat], Outcome(None, None)
-    move = _mover(problem, v)
-    for t in range(problem.num_steps):
+    move = _mover(problem, plan, v)
+    for t in range(plan.num_steps):
         _, errors = _evaluate(layers, v, problem.y, problem)
         outcome = Outcome(None, None)
         for l in range(1, depth + 1):
@@ -320,7 +314,7 @@ def _incremental(layers, vhat, problem):
     return outcome
 
 
-def _error_based(layers, vhat, problem, energies):
+def _error_based(layers, vhat, problem, plan, energies):
     """The errors are the free variables: Goemaere et al., ePC. Gradient descent on
 
         E(eps_1..eps_{L-1}) = sum |eps_l|^2 / 2 + Loss(mu_L),   mu_l = f_l(v_{l-1}),  v_l = mu_l - eps_l
@@ -337,9 +331,9 @@ def _error_based(layers, vhat, problem, energies):
         mu = layers[depth](v[-1]).detach()
         return v, mu, problem.loss.gradient_by_autograd(mu, problem.y)
 
-    for t in range(problem.num_steps):
+    for t in range(plan.num_steps):
         v, mu, signal = states()
-        if problem.wanted.energies:
+        if plan.wanted.energies:
             energies.append(energy_row([*errors[:depth], signal], problem.loss.value(mu, problem.y)))
         for l in range(depth - 1, 0, -1):
             _, signal = layers[l + 1].vjp(v[l], signal)  # lambda_l
@@ -350,12 +344,12 @@ def _error_based(layers, vhat, problem, energies):
     return [*v, vhat[depth].clone()], errors
 
 
-def _mover(problem, v):
+def _mover(problem, plan, v):
     """``move(l, gradient, t)`` moves beliefs v[l] down their gradient of the energy, as the optimiser does.
 
     It returns that gradient, weight decay's part included.
     """
-    optimizer = problem.belief_optimizer
+    optimizer = plan.belief_optimizer
     descents = [optimizer.descent() for _ in v]
 
     def move(l, gradient, t):

@@ -29,9 +29,11 @@ from ..backends import BACKENDS
 from ..errors import ArgumentError, BackendError, ModelError, RelaxationDiverged, ShapeError
 from ..losses import LossLike, describe_loss
 from ..model.spec import Network, common_placement, describe
-from ..precision import PRECISIONS, parameter_dtype, use_precision
+from ..precision import PRECISIONS, choose_precision, parameter_dtype, use_precision
 from ..problem import validation
-from ..problem.types import Outcome, Request, Wanted, layer_of_parameters
+from ..problem.plan import Plan, plan
+from ..problem.settings import Settings
+from ..problem.types import Outcome, Wanted, layer_of_parameters
 from ..relaxation.solve import solve
 from . import bounds as accuracy
 
@@ -531,7 +533,7 @@ class _Check:
         for name in dict.fromkeys(backends):
             for precision in precisions:
                 with use_precision(precision, self.device):
-                    ok, reason = BACKENDS[name].supports(self._request(parameter_dtype(precision)))
+                    ok, reason = BACKENDS[name].supports(self._plan(parameter_dtype(precision)))
                 if ok and precision == "fp64" and BACKENDS[name].literal:
                     ok, reason = False, "it is the truth itself"
                 if ok:
@@ -540,9 +542,10 @@ class _Check:
                     self.refused.append(Refusal(name, precision, reason))
         self._require_candidates()
 
-    def _request(self, dtype: torch.dtype) -> Request:
-        return Request(
-            self.network, self.device, dtype, tuple(self.double.batches[0][0].shape), self.method, self.num_steps,
+    def _plan(self, dtype: torch.dtype) -> Plan:
+        return plan(
+            self.network, self.device, dtype, tuple(self.double.batches[0][0].shape),
+            choose_precision(self.device.type, dtype), self.method, self.num_steps,
             loss=describe_loss(self.double.loss).kind,
         )  # fmt: skip
 
@@ -636,10 +639,10 @@ class _Check:
         self._seed()
         x, y = side.batches[draw]
         with _buffers_kept(model):
-            outcome, run = solve(
-                model, x, y, loss=side.loss, method=self.method, step_size=self.step_size, num_steps=self.num_steps,
-                backend=backend, check="sync", wanted=wanted,
-            )  # fmt: skip
+            settings = Settings(
+                side.loss, self.method, self.step_size, self.num_steps, backend=backend, check="sync"
+            )
+            outcome, run = solve(model, x, y, settings, wanted)
         if run.plan.backend != backend:
             raise _Failed(None, "run", f"asked for {backend}, but {run.plan.backend} ran")
         return outcome

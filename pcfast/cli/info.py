@@ -14,7 +14,8 @@ from ..backends import BACKENDS
 from ..backends.cuda import native
 from ..model.spec import describe
 from ..networks import mlp
-from ..problem.types import Request
+from ..precision import choose_precision
+from ..problem.plan import plan
 from ..relaxation import cuda_graphs
 from ..support.machine import cpu_name
 from .options import json_option
@@ -116,7 +117,9 @@ def _backends(devices: list[dict]) -> list[dict]:
         for device in devices:
             if device["name"] is None:
                 continue
-            runs, reason = backend.supports(Request(network, torch.device(device["device"]), torch.float32))
+            where = torch.device(device["device"])
+            precision = choose_precision(where.type, torch.float32)
+            runs, reason = backend.supports(plan(network, where, torch.float32, (1, 2), precision))
             rows.append({"backend": name, "device": device["device"], "runs": runs, "reason": reason})
     return rows
 

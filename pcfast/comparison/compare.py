@@ -29,7 +29,7 @@ from ..gradients import in_full, parameters_of_layers, true_gradient, vector
 from ..losses import LossLike, describe_loss
 from ..model.spec import describe
 from ..problem import validation
-from ..relaxation.solve import relax
+from ..relaxation.result import relax
 from ..support.replay import replaying
 from ..training import scores
 from ..training.run import Run, evaluate

@@ -25,6 +25,7 @@ from ..gradients import parameters_of_layers, true_gradient, vector
 from ..losses import LossLike
 from ..problem.belief_optimizers import BeliefOptimizer
 from ..problem.plan import canonical
+from ..problem.settings import Settings
 from ..problem.types import Wanted
 from ..relaxation.solve import Run, solve
 from ..support.replay import recorded_buffers, replaying
@@ -100,10 +101,10 @@ def diagnose(
     replay, buffers = replaying(x.device), recorded_buffers(model)
     gradient = true_gradient(model, x, y, loss=loss)
     with replay(), buffers():
-        outcome, run = solve(
-            model, x, y, loss=loss, method=method, step_size=step_size, num_steps=num_steps, backend=backend,
-            belief_optimizer=belief_optimizer, check=check, wanted=Wanted(energies=True, belief_gradients=True),
-        )  # fmt: skip
+        settings = Settings(
+            loss, method, step_size, num_steps, belief_optimizer, backend=backend, check=check
+        )
+        outcome, run = solve(model, x, y, settings, Wanted(energies=True, belief_gradients=True))
     update = {p: outcome.gradients.get(p, torch.zeros_like(p)) for p in gradient}
     groups = [layers.get(l) for l in range(1, len(model) + 1)]
     pairs = [

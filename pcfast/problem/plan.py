@@ -7,12 +7,16 @@ active front (fact 3) and the Gram form (fact 7) leave, and are what every speed
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from ..model import spec as specs
 from ..precision import Precision
 from ..support.hashing import hashed_once
 from .belief_optimizers import PLAIN, BeliefOptimizer
+from .nudging import Nudging
+from .types import NOTHING_BUT_UPDATES, Wanted
 
 METHODS = ("exact", "fixed_prediction", "strict", "error_based", "zero_divergence")
 #: What trains a network: the methods, and what moves parameters in every iteration (incremental.py).
@@ -51,36 +55,59 @@ class Work:
 @hashed_once
 @dataclass(frozen=True)
 class Plan:
-    """What will run, and why.
+    """What is asked for, as far as it does not change from batch to batch, and what will run.
 
     Attributes:
-        backend: name of the backend that runs.
-        method, num_steps: as asked for.
-        fresh: the relaxation starts from the forward pass and moves only what errors reach (facts 3 and 7 hold).
+        network, device, dtype: the model's.
+        x_shape: of the input, batch included.
+        method, num_steps: as for :func:`pcfast.relax`.
+        fresh: the relaxation starts from the forward pass and moves only what errors reach (active front and Gram
+            form, docs/method.md facts 3 and 7, hold).
+        wanted: what the caller will read.
+        loss: "cross_entropy", "mse" or "callable"; None where the gradient at the output is given instead.
+        belief_optimizer: how beliefs move.
+        nudging: of the target, or None.
+        tolerance: of the early exit (early_exit.py), or None.
+        precision: dtypes; they do not apply to the literal loop.
+        shapes: per layer the shapes at its operations' boundaries; None from the first opaque one on.
         gram: the clamped layer runs in Gram form.
         gram_reason: why, or why not.
-        precision: dtypes; they do not apply to the literal loop.
-        literal: the literal loop, in the model's own dtype and with no short cuts.
-        shapes: per layer the shapes at its operations' boundaries; None from the first opaque one on.
         work: exact count of multiply-adds; None where shapes are not known, for the literal loop and "incremental".
+        backend: name of the backend that runs; "" before one was chosen.
         refusals: (backend, reason) for every backend that was passed over.
-        belief_optimizer: how beliefs move.
-        relaxations: run one after another from one forward pass.
+        literal: the literal loop, in the model's own dtype and with no short cuts.
     """
 
-    backend: str
+    network: specs.Network
+    device: torch.device
+    dtype: torch.dtype
+    x_shape: tuple[int, ...]
     method: str
     num_steps: int
     fresh: bool
+    wanted: Wanted
+    loss: str | None
+    belief_optimizer: BeliefOptimizer
+    nudging: Nudging | None
+    tolerance: float | None
+    precision: Precision
+    shapes: tuple
     gram: bool
     gram_reason: str
-    precision: Precision
-    literal: bool
-    shapes: tuple
     work: Work | None
+    backend: str = ""
     refusals: tuple[tuple[str, str], ...] = ()
-    belief_optimizer: BeliefOptimizer = PLAIN
-    relaxations: int = 1
+    literal: bool = False
+
+    @property
+    def depth(self) -> int:
+        """L."""
+        return self.network.depth
+
+    @property
+    def relaxations(self) -> int:
+        """How many run one after another from one forward pass."""
+        return 1 if self.nudging is None else len(self.nudging.pushes)
 
 
 @dataclass(frozen=True)
@@ -282,40 +309,44 @@ def choose_gram(
 @functools.lru_cache(maxsize=256)
 def plan(
     network: specs.Network,
+    device: torch.device,
+    dtype: torch.dtype,
     x_shape: tuple[int, ...],
-    method: str,
-    num_steps: int,
-    fresh: bool,
-    energies: bool,
     precision: Precision,
-    backend: str,
-    refusals: tuple[tuple[str, str], ...],
-    literal: bool = False,
+    method: str = "strict",
+    num_steps: int = 20,
+    fresh: bool = True,
+    wanted: Wanted = NOTHING_BUT_UPDATES,
+    loss: str | None = "cross_entropy",
     belief_optimizer: BeliefOptimizer = PLAIN,
-    relaxations: int = 1,
+    nudging: Nudging | None = None,
+    tolerance: float | None = None,
 ) -> Plan:
-    """Plan one problem. Cached: the arguments compare by value, the network by its layer specs.
+    """Plan one problem, before a backend is chosen (:func:`on_backend`); arguments as :class:`Plan`'s attributes.
 
-    ``literal``: the backend takes no short cuts, so there is no Gram form and the count of work does not apply.
+    Cached: the arguments compare by value, the network by its layer specs.
+
+    Raises:
+        ShapeError: the input does not fit the network.
     """
     shapes = network.shapes(x_shape)
-    if literal:
-        gram, gram_reason, work = False, f"the {backend} backend runs the literal loop", None
-    else:
-        gram, gram_reason = choose_gram(network, shapes, method, num_steps, fresh, energies, belief_optimizer)
-        work = count_work(network, shapes, method, num_steps, fresh, gram, relaxations)
+    energies = wanted.energies or tolerance is not None
+    gram, gram_reason = choose_gram(network, shapes, method, num_steps, fresh, energies, belief_optimizer)
+    relaxations = 1 if nudging is None else len(nudging.pushes)
+    work = count_work(network, shapes, method, num_steps, fresh, gram, relaxations)
     return Plan(
-        backend,
-        method,
-        num_steps,
-        fresh,
-        gram,
-        gram_reason,
-        precision,
-        literal,
-        shapes,
-        work,
-        refusals,
-        belief_optimizer,
-        relaxations,
-    )
+        network, device, dtype, x_shape, method, num_steps, fresh, wanted, loss, belief_optimizer, nudging, tolerance,
+        precision, shapes, gram, gram_reason, work,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def on_backend(
+    planned: Plan, backend: str, refusals: tuple[tuple[str, str], ...] = (), *, literal: bool = False
+) -> Plan:
+    """``planned``, to run on ``backend``. A ``literal`` one takes no short cuts, so there is nothing to count."""
+    chosen = replace(planned, backend=backend, refusals=refusals)
+    if not literal:
+        return chosen
+    reason = f"the {backend} backend runs the literal loop"
+    return replace(chosen, literal=True, gram=False, gram_reason=reason, work=None)

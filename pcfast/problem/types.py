@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ShapeError
 from ..losses import Loss
 from ..model.spec import Network
-from .belief_optimizers import PLAIN, BeliefOptimizer, StepSize, step_size_of
-from .nudging import Nudging
+from .belief_optimizers import StepSize, step_size_of
 from .status import Status
 
 
@@ -37,84 +36,45 @@ class Wanted:
     belief_gradients: bool = False
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked for, as far as it decides which backend can run it.
-
-    Attributes:
-        network, device, dtype: the model's.
-        x_shape: of the input, batch included; None where any shape is meant.
-        method, num_steps: as for :func:`pcfast.relax`.
-        fresh: from the forward pass on, not from given beliefs.
-        energies: of every iteration are wanted.
-        loss: "cross_entropy", "mse" or "callable"; None where the gradient at the output is given instead.
-        belief_optimizer: how beliefs move.
-        nudging: of the target, or None.
-        belief_gradients: norms of the beliefs' gradients in every iteration are wanted.
-        tolerance: of the early exit (early_exit.py), or None.
-    """
-
-    network: Network
-    device: torch.device
-    dtype: torch.dtype
-    x_shape: tuple[int, ...] | None = None
-    method: str = "strict"
-    num_steps: int = 20
-    fresh: bool = True
-    energies: bool = False
-    loss: str | None = "cross_entropy"
-    belief_optimizer: BeliefOptimizer = PLAIN
-    nudging: Nudging | None = None
-    belief_gradients: bool = False
-    tolerance: float | None = None
+NOTHING_BUT_UPDATES = Wanted()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One relaxation to run: validated, and described once.
+    """One relaxation to run, validated: what its :class:`pcfast.problem.plan.Plan` does not say.
 
     Attributes:
-        model, network: the Sequential and its description.
+        model: the Sequential.
         x: input (B, ...).
         y: target; None where ``output_gradient`` is given and no loss is evaluated.
         loss: the loss described; None as for y.
-        method: one of ``planning.TRAINING_METHODS``.
-        step_size, num_steps: eta, or a tuple of one for each iteration, and n.
+        step_size: eta, or a tuple of one for each iteration.
         start: beliefs v_0..v_L to start strict relaxation from, a number for all units of a layer, or None for the
             forward pass.
         activations: vhat_0..vhat_L given instead of a forward pass (exact and fixed prediction).
         output_gradient: dLoss/dvhat_L given instead of a loss (fixed prediction).
-        wanted: what the caller reads.
         raise_now: raise at once on labels out of range and divergence (waits for the device); otherwise the
             outcome's ``status`` tells.
+        deferred: what ``status`` tells is raised by a later call; otherwise at the end of this one.
         check: False leaves all such checks out.
         move: "incremental" alone: takes every iteration's updates, parameter -> update, and moves the parameters.
         may_fall_back: the backend was not asked for by name: another may run the loop where its kernels do not
             compile.
-        belief_optimizer: how beliefs move.
-        nudging: of the target, or None.
-        tolerance: of strict relaxation's early exit, or None.
     """
 
     model: nn.Sequential
-    network: Network
     x: Tensor
     y: object
     loss: Loss | None
-    method: str
     step_size: StepSize
-    num_steps: int
     start: list[Tensor | float | None] | None = None
     activations: list[Tensor] | None = None
     output_gradient: Tensor | None = None
-    wanted: Wanted = field(default_factory=Wanted)
     raise_now: bool = True
+    deferred: bool = False
     check: bool = True
     move: Callable[[dict[nn.Parameter, Tensor]], None] | None = None
     may_fall_back: bool = False
-    belief_optimizer: BeliefOptimizer = PLAIN
-    nudging: Nudging | None = None
-    tolerance: float | None = None
 
     def check_loss_updates(self, updates: list[tuple[nn.Parameter, Tensor]]) -> None:
         """Raise ArgumentError where the loss has parameters of its own and the method moves the model's alone."""
@@ -183,6 +143,16 @@ class Outcome:
             return value
 
         return Outcome(**{f.name: visit(getattr(self, f.name)) for f in fields(self)})
+
+    def record(
+        self, wanted: Wanted, depth: int, energies: list[Tensor], belief_gradients: list[Tensor]
+    ) -> None:
+        """Keep what is wanted of the iterations' rows: energies (L,), norms of the beliefs' gradients (L-1,)."""
+        if wanted.energies:
+            self.energies = torch.stack(energies) if energies else self.output.real.new_zeros((0, depth))
+        if wanted.belief_gradients:
+            empty = self.output.real.new_zeros((0, depth - 1))
+            self.belief_gradients = torch.stack(belief_gradients) if belief_gradients else empty
 
     def updates_by_layer(self) -> list[tuple[int, Tensor]]:
         """The updates with the last PC layer that each belongs to."""

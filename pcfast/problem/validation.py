@@ -20,14 +20,19 @@ from .belief_optimizers import StepSize
 from .plan import METHODS, canonical, in_words
 
 
-def checked_method(method: str) -> str:
+def checked_method(method: str, *, moves: bool = False) -> str:
     """``method`` by its own name: :data:`pcfast.problem.plan.ALIASES` are the field's other words.
+
+    Args:
+        moves: something moves the parameters in every iteration, which "incremental" needs.
 
     Raises:
         ArgumentError: none whose updates are one relaxation's.
     """
     method = canonical(method)
     if method == "incremental":
+        if moves:
+            return method
         raise ArgumentError(
             "method",
             "'incremental', which moves the parameters in every iteration",

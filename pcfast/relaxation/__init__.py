@@ -1,8 +1,9 @@
 """From a call to a relaxation that ran: plan, choice of a backend, CUDA-graph capture and replay."""
 
 from .._moved import names_of
-from .solve import Prepared, Relaxation, Run, last_run, relax
+from .result import Relaxation, relax
+from .solve import Run, last_run
 
-__all__ = ["Prepared", "Relaxation", "Run", "last_run", "relax"]
+__all__ = ["Relaxation", "Run", "last_run", "relax"]
 
-__getattr__ = names_of(__name__, "solve")
+__getattr__ = names_of(__name__, "solve", "result")

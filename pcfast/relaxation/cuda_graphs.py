@@ -96,9 +96,7 @@ def graph_key(problem: Problem, plan: Plan) -> Hashable:
     weight = problem.loss.weight
     parts = (
         plan,
-        problem.network,
-        (problem.step_size, problem.belief_optimizer, problem.nudging, problem.tolerance),
-        problem.wanted,
+        problem.step_size,
         (problem.raise_now, problem.check),
         _layout(problem.x),
         _layout(problem.y),

@@ -21,6 +21,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,8 +30,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-import pcfast
-
+from .. import incremental
+from ..autograd import loss_and_output
 from ..datasets import Data, checked_data
 from ..errors import ArgumentError, ArgumentTypeError, BackendError
 from ..losses import LossLike
@@ -40,6 +41,7 @@ from ..problem import reductions
 from ..problem.belief_optimizers import BeliefOptimizer
 from ..problem.nudging import Nudging
 from ..problem.plan import canonical
+from ..problem.settings import Settings
 from ..problem.validation import (
     check_count,
     check_optimizer,
@@ -248,19 +250,19 @@ def _train(
         "kept": kept or {},
         "machine": describe_machine(device),
     })  # fmt: skip
-    learning = dict(
-        loss=loss, step_size=step_size, num_steps=num_steps, belief_optimizer=belief_optimizer, backend=backend,
-        reduction=reduction, update_scale=update_scale, return_output=True,
+    relaxation = Settings(
+        loss, method, step_size, num_steps, belief_optimizer, backend=backend, vinit=vinit, reduction=reduction,
+        update_scale=update_scale,
     )  # fmt: skip
     nudging_of = nudges.by_epoch(nudging, nudging_growth, epochs, method)
     if method == "incremental":
-        update = functools.partial(pcfast.incremental_step, model, optimizer=optimizer, **learning)
+        update = functools.partial(incremental.step, model, optimizer=optimizer, settings=relaxation)
         kind = IncrementalRun
     else:
 
         def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            now = nudging_of(len(run.history))
-            return pcfast.pc_loss(model, x, y, method=method, nudging=now, vinit=vinit, **learning)
+            now = replace(relaxation, nudging=nudging_of(len(run.history)))
+            return loss_and_output(model, x, y, now)
 
         kind = Run
     run = kind(

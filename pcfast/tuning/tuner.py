@@ -16,6 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from ..backends import BACKENDS
 from ..backends.triton import config_cache
 from ..backends.triton.configs import (
     COMPOSED,
@@ -34,9 +35,10 @@ from ..checking import checker as checking
 from ..errors import ArgumentError, BackendError, ModelError
 from ..losses import LossLike
 from ..precision import numerics
+from ..problem.settings import Settings
 from ..problem.types import Outcome, Problem, Wanted
 from ..relaxation import cuda_graphs
-from ..relaxation.solve import Prepared, prepare, solve
+from ..relaxation.solve import prepare, solve
 
 #: Seconds that one call takes; it makes as many calls as it needs.
 Clock = Callable[[Callable[[], object]], float]
@@ -163,16 +165,16 @@ class _Wrong(Exception):
 class _Sieve:
     """Tells whether a candidate computes what it should: errors and updates against the reference in float64."""
 
-    def __init__(self, problem: Problem, loss: LossLike) -> None:
+    def __init__(self, problem: Problem, num_steps: int, loss: LossLike) -> None:
         device, double = problem.x.device, torch.float64
         model = checking.copied(problem.model, device).to(double)
         x, y = (checking.in_dtype(value, device, double) for value in (problem.x, problem.y))
         with torch.autocast(device.type, enabled=False):
-            outcome, _ = solve(
-                model, x, y, loss=checking.loss_in(loss, device, double), step_size=problem.step_size,
-                num_steps=problem.num_steps, method="strict", backend="reference", check="sync",
-                wanted=Wanted(states=True),
+            settings = Settings(
+                checking.loss_in(loss, device, double), "strict", problem.step_size, num_steps, backend="reference",
+                check="sync",
             )  # fmt: skip
+            outcome, _ = solve(model, x, y, settings, Wanted(states=True))
         self._truth = self._quantities(model, outcome)
         self._allowed: dict[str, float] | None = None
 
@@ -207,19 +209,17 @@ class _Tuner:
     """One call of :func:`tune`."""
 
     def __init__(self, model, x, y, loss, num_steps, step_size, clock: Clock, progress) -> None:
-        ready: Prepared = prepare(
-            checking.copied(model, x.device), x, y, loss=loss, method="strict", step_size=step_size,
-            num_steps=num_steps, wanted=Wanted(), backend="triton", check="deferred",
-        )  # fmt: skip
-        if ready.problem.network.depth == 1 or ready.problem.num_steps == 0:
+        settings = Settings(loss, "strict", step_size, num_steps, backend="triton", check="deferred")
+        self.problem, self.plan = prepare(checking.copied(model, x.device), x, y, settings)
+        if self.plan.depth == 1 or self.plan.num_steps == 0:
             raise ModelError("model", "no loop", "two layers and one iteration, so that there is one")
-        self.backend, self.problem, self.plan = ready.backend, ready.problem, ready.plan
+        self.backend = BACKENDS[self.plan.backend]
         self.loss, self.clock = loss, clock
         self.device = x.device
         self.progress = progress or (lambda done, total, what: None)
         self.start = self.current = config_cache.active(self.device)
         self.decisions: list[Decision] = []
-        self.sieve = _Sieve(self.problem, loss)
+        self.sieve = _Sieve(self.problem, self.plan.num_steps, loss)
         self.recordable = False
 
     def run(self, save: bool) -> TuningReport:
@@ -321,10 +321,10 @@ class _Tuner:
     # designs
 
     def _design(self, choices: Choices):
-        from ..backends.triton.backend import design_of
+        from ..backends.triton.designs import design_of
 
         with numerics(self.device, self.plan.precision), config_cache.using(choices):
-            return design_of(self.problem, self.plan)
+            return design_of(self.plan)
 
     def _configuration(self, choices: Choices) -> tuple:
         """What runs with ``choices``, whatever the reason."""
@@ -338,7 +338,7 @@ class _Tuner:
         from ..backends.triton.conv_form import ConvForm, conv_form
 
         found = {}
-        for layer in self.problem.network.layers[1:]:
+        for layer in self.plan.network.layers[1:]:
             form, below = design.forms[layer.index], design.boundaries[layer.index - 1]
             now = COMPOSED
             if design.gram and layer.index == 2:
@@ -414,7 +414,7 @@ class _Tuner:
             with config_cache.using(winner):
                 report = checking.check(
                     problem.model, _draws(problem.x, problem.y), loss=self.loss, step_size=problem.step_size,
-                    num_steps=problem.num_steps, backends=["triton"], precisions=[_CHECKED_AS[precision]],
+                    num_steps=self.plan.num_steps, backends=["triton"], precisions=[_CHECKED_AS[precision]],
                 )  # fmt: skip
         finally:
             cuda_graphs.CACHE.clear()

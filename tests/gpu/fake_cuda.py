@@ -112,14 +112,15 @@ def _record(work):
     return recorded
 
 
-def _prepare(*arguments, _prepare=relaxation.prepare, **settings):
+def _prepare(model, x, y, settings, *wanted, _prepare=relaxation.prepare, **given):
     """As on CUDA: checks are deferred, and "sync" waits for them."""
-    check = settings.get("check", "auto")
-    if settings.get("backend") == "reference":
-        return _prepare(*arguments, **settings)
-    ready = _prepare(*arguments, **{**settings, "check": "off" if check == "off" else "deferred"})
-    problem = dataclasses.replace(ready.problem, raise_now=False)
-    return dataclasses.replace(ready, problem=problem, deferred=check != "sync")
+    check = settings.check
+    if settings.backend != "reference":
+        settings = dataclasses.replace(settings, check="off" if check == "off" else "deferred")
+    problem, plan = _prepare(model, x, y, settings, *wanted, **given)
+    if settings.backend != "reference":
+        problem = dataclasses.replace(problem, raise_now=False, deferred=check != "sync")
+    return problem, plan
 
 
 def _why_not(backend, problem, plan) -> str:

@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcfast
-from pcfast.backends.cuda import backend as cuda
-from pcfast.backends.triton import backend as triton
+from pcfast.backends.cuda import relaxation as cuda
+from pcfast.backends.forward import layer_chains
+from pcfast.backends.triton import relaxation as triton
 from pcfast.precision import numerics
+from pcfast.problem.settings import Settings
 from pcfast.problem.types import Wanted
 from pcfast.relaxation.solve import prepare
 
@@ -135,15 +137,15 @@ def views_of(x: Tensor) -> dict[str, Tensor]:
     }
 
 
-class _Streamed(triton._Run):
-    """A run of the triton backend; ``given``: another run and rows of it, whose forward pass it takes."""
+class _Streamed(triton.Relaxation):
+    """A relaxation of the triton backend; ``given``: another and rows of it, whose forward pass it takes."""
 
     given: tuple | None = None
 
-    def _forward(self):
-        own = super()._forward()
+    def values(self):
+        self.vhat = super().values()
         if self.given is None:
-            return own
+            return self.vhat
         whole, rows = self.given
         self.pre_activations = [u if u is None else u[rows] for u in whole.pre_activations]
         for l, u in enumerate(self.pre_activations):
@@ -152,13 +154,13 @@ class _Streamed(triton._Run):
         return [value[rows] for value in whole.vhat]
 
 
-class _Resident(cuda._Run):
-    """A run of the cuda backend, whose kernel runs the forward pass but for the lowest product, which is torch's."""
+class _Resident(cuda.Relaxation):
+    """A relaxation of the cuda backend, whose kernel runs the forward pass but for the lowest product, torch's."""
 
     given: tuple | None = None
 
-    def arguments(self, first):
-        placed, self.inputs = super().arguments(first)
+    def arguments(self):
+        placed, self.inputs = super().arguments()
         if self.given is not None:
             whole, rows = self.given
             self.inputs = replace(self.inputs, below=whole.inputs.below[rows])
@@ -175,21 +177,20 @@ class Batch:
 
     def relaxed(self, rows: slice, whole=None):
         # a sum: every row's loss is its own
-        ready = prepare(
-            self.model, self.x[rows], self.y[rows], loss=nn.CrossEntropyLoss(reduction="sum"), method="strict",
-            step_size=0.1, num_steps=self.num_steps, wanted=Wanted(gradients=False), backend=self.backend,
-            check="off",
-        )  # fmt: skip
-        plan = replace(ready.plan, gram=self.gram)
+        loss = nn.CrossEntropyLoss(reduction="sum")
+        settings = Settings(loss, num_steps=self.num_steps, backend=self.backend, check="off")
+        problem, plan = prepare(self.model, self.x[rows], self.y[rows], settings, Wanted(gradients=False))
+        plan = replace(plan, gram=self.gram)
         with numerics(self.x.device, plan.precision):
-            run = {"triton": _Streamed, "cuda": _Resident}[self.backend](ready.problem, plan)
+            kind = {"triton": _Streamed, "cuda": _Resident}[self.backend]
+            run = kind(problem, plan, layer_chains(problem, plan))
             run.given = None if whole is None else (whole, rows)
             run.outcome()
         return run
 
     def values(self, run) -> list[Tensor]:
         """Beliefs, or their deviations, and the output's error. Layer 1's in Gram form is a product of torch's."""
-        return [value for l, value in run.checked if l >= (2 if self.gram else 1)]
+        return [value for l, value in run.results if l >= (2 if self.gram else 1)]
 
     def assert_alone_as_in_the_batch(self, rows: slice) -> None:
         alone = self.values(self.relaxed(rows, self.run))

@@ -389,7 +389,7 @@ def test_a_matrix_of_more_than_two_to_the_31_elements():
             gram=False,
             num_steps=4,
         )
-        assert batch.run.links[2].d.numel() > 2**31
+        assert dict(batch.run.results)[2].numel() > 2**31
         for ends in (slice(0, 40), slice(rows - 40, rows)):
             batch.assert_alone_as_in_the_batch(ends)
     del batch

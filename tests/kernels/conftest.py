@@ -35,11 +35,11 @@ def _no_extents_left():
 @pytest.fixture
 def made(monkeypatch):
     """The designs that the backend makes."""
-    from pcfast.backends.triton import backend
+    from pcfast.backends.triton import designs
 
     found = []
-    find = backend._design
-    monkeypatch.setattr(backend, "_design", lambda *a: found.append(find(*a)) or found[-1])
+    find = designs.design
+    monkeypatch.setattr(designs, "design", lambda *a: found.append(find(*a)) or found[-1])
     return found
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import pcfast
 from pcfast.backends.kernel_forms import LinearForm, PointwiseForm
-from pcfast.backends.triton import backend
+from pcfast.backends.triton import designs
 from pcfast.backends.triton.configs import NONE
 from pcfast.backends.triton.conv_form import ConvForm
 from pcfast.backends.triton.loop import Loop
@@ -54,10 +54,10 @@ def loops(monkeypatch) -> list[Loop]:
 def relaxed(monkeypatch, name: str, precisions: tuple[str, str], num_steps: int):
     """Largest relative error of eps against float64, from other beliefs than the forward pass's."""
     make, shape, implicit = NETWORKS[name]
-    target = backend._target
+    target = designs.target_of
     changes = dict(zip(("precision", "convolution_precision"), precisions, strict=True))
     changes["choices"] = EveryConvolution() if implicit else NONE
-    monkeypatch.setattr(backend, "_target", lambda *a: dataclasses.replace(target(*a), **changes))
+    monkeypatch.setattr(designs, "target_of", lambda *a: dataclasses.replace(target(*a), **changes))
     torch.manual_seed(1)
     model, x = make(), torch.randn(BATCH, *shape)
     y = torch.randint(0, 4, (BATCH,))

@@ -26,14 +26,14 @@ from hypothesis import strategies as st
 from kernel_networks import GRAM_TAILS, conv_net, mlp, narrowing_conv_net
 from kernel_networks import STREAMED as NETWORKS
 from networks_for_tests import LOSSES, loss_and_target
+from plans import planned
 from torch import nn
 
 import pcfast
 from pcfast.backends import BACKENDS, choose_backend, gpu_constants
 from pcfast.backends.kernel_forms import LinearForm, PointwiseForm, TorchForm
 from pcfast.backends.triton import arena as layouts
-from pcfast.backends.triton import backend
-from pcfast.backends.triton import launch_plan as designs
+from pcfast.backends.triton import backend, designs, failures, launch_plan
 from pcfast.backends.triton import loop as loops
 from pcfast.backends.triton import roofline as floor
 from pcfast.backends.triton.arena import Arena, LayoutBuilder
@@ -47,7 +47,7 @@ from pcfast.kernels.linear_predict import PART
 from pcfast.kernels.tf32 import round_to_tf32, rounded_to_tf32
 from pcfast.precision import switched, use_precision
 from pcfast.problem import plan as planning
-from pcfast.problem.types import Request
+from pcfast.problem.plan import Plan
 from pcfast.training import trainer as training
 
 BATCH = 9
@@ -78,8 +78,8 @@ def _gaps_between_matrices_are_out_of_bounds(monkeypatch):
 @pytest.fixture
 def staged(monkeypatch):
     """No weights are close to a program: the loop runs stage by stage."""
-    find = backend._target
-    monkeypatch.setattr(backend, "_target", lambda *a: dataclasses.replace(find(*a), close_bytes=0))
+    find = designs.target_of
+    monkeypatch.setattr(designs, "target_of", lambda *a: dataclasses.replace(find(*a), close_bytes=0))
 
 
 _LETTERS = {LinearForm: "l", PointwiseForm: "p", TorchForm: "t"}
@@ -108,8 +108,8 @@ def test_stage_by_stage(name, num_steps, staged):
 @networks
 def test_the_forms_that_the_layers_take(name, monkeypatch):
     made = []
-    find = backend._design
-    monkeypatch.setattr(backend, "_design", lambda *a: made.append(find(*a)) or made[-1])
+    find = designs.design
+    monkeypatch.setattr(designs, "design", lambda *a: made.append(find(*a)) or made[-1])
     updates(*drawn(name), backend="triton")
     assert "".join(_LETTERS[type(form)] for form in made[0].forms[2:]) == NETWORKS[name][2]
 
@@ -236,9 +236,9 @@ def test_any_mlp(widths, activation, batch, num_steps, step_size, momentum, wani
         torch.randint(0, 6, (batch,)),
     )
     with pytest.MonkeyPatch.context() as patch:
-        find = backend._target
+        find = designs.target_of
         patch.setattr(
-            backend, "_target", lambda *a: dataclasses.replace(find(*a), close_bytes=10**6 if close else 0)
+            designs, "target_of", lambda *a: dataclasses.replace(find(*a), close_bytes=10**6 if close else 0)
         )
         assert_close_to_float64(
             model, x, y, bound=1e-5, num_steps=num_steps, step_size=step_size,
@@ -306,11 +306,11 @@ def test_twice_the_same_bits_and_rows_do_not_depend_on_their_batch(staged):
 ways = pytest.mark.parametrize("way", MOVING)
 
 
-def velocities(made: designs.Design) -> set[str]:
+def velocities(made: launch_plan.Design) -> set[str]:
     return {name for name, _ in made.layout.matrices if "velocity" in name}
 
 
-def expected_velocities(made: designs.Design) -> set[str]:
+def expected_velocities(made: launch_plan.Design) -> set[str]:
     """With momentum. Where torch moves layer 1's stand-ins, it keeps their velocities too."""
     if not made.gram:
         return {f"velocity{l}" for l in range(1, made.depth)}
@@ -493,7 +493,7 @@ def test_the_design_gives_every_matrix_its_own_place(momentum):
     network = pcfast.model.spec.describe(model)
     shapes = network.shapes(tuple(x.shape))
     for precision, gram in itertools.product(("bf16", "tf32"), (False, True)):
-        target = designs.Target(precision, 132, 0, False)
+        target = launch_plan.Target(precision, 132, 0, False)
         made = designs.design(network, shapes, gram, "cross_entropy", True, target, momentum)
         assert bool(velocities(made)) == momentum
         assert all(not m.operand for name, m in made.layout.matrices if "velocity" in name)
@@ -615,9 +615,8 @@ def test_what_it_cannot_run_is_refused_by_name():
 
 
 def test_sizes_beyond_the_kernels_integers_are_refused():
-    def request(*layers: nn.Module, sample: tuple[int, ...] = (4,), batch: int = 2) -> Request:
-        network = pcfast.model.spec.describe(nn.Sequential(*layers))
-        return Request(network, torch.device("cpu"), torch.float32, (batch, *sample))
+    def request(*layers: nn.Module, sample: tuple[int, ...] = (4,), batch: int = 2) -> Plan:
+        return planned(nn.Sequential(*layers), (batch, *sample))
 
     def linear(width: int) -> list[nn.Module]:
         return list(mlp(4, width, 3))
@@ -695,7 +694,7 @@ def test_what_is_wrong_in_a_kernel_is_not_taken_for_its_compilation(monkeypatch)
 def automatic(monkeypatch):
     """ "auto" may choose the backend, and what it finds out is forgotten."""
     monkeypatch.setattr(type(BACKENDS["triton"]), "automatic", lambda self, device: (True, ""))
-    monkeypatch.setattr(backend, "_failures", {})
+    monkeypatch.setattr(failures, "_reasons", {})
 
 
 @pytest.mark.parametrize("energies", [False, True])
@@ -746,7 +745,7 @@ def test_divergence_is_located_after_a_fall_back(automatic, monkeypatch):
             pcfast.relax(linear, x, y, backend=tried, check="sync", step_size=1e4, num_steps=60)
         found.append((caught.value.iteration, caught.value.layer))
     assert found[0] == found[1]
-    assert len(backend._failures) == 1
+    assert len(failures._reasons) == 1
 
 
 @pytest.mark.parametrize(
@@ -768,9 +767,7 @@ def test_devices_that_cannot_run_it(capability, hip, installed, words, monkeypat
         lambda name: find(name) if installed or name != "triton" else None,
     )
     backend._unavailable.cache_clear()
-    request = Request(
-        pcfast.model.spec.describe(mlp(4, 3, 2)), torch.device("cuda", 0), torch.float32, (2, 4)
-    )
+    request = planned(mlp(4, 3, 2), (2, 4), "cuda:0")
     try:
         if words:
             with pytest.raises(pcfast.BackendError, match=words + r".*backend=\"auto\""):
@@ -800,10 +797,7 @@ def test_auto_does_not_choose_it():
     assert pcfast.relax(model, x, y).run.plan.backend == "eager"
     refusals = dict(pcfast.explain(model, tuple(x.shape)).plan.refusals)
     assert refusals["triton"] == "interpreted kernels are for tests: ask for it by name"
-    assert BACKENDS["triton"].supports(Request(pcfast.model.spec.describe(model), x.device, x.dtype)) == (
-        True,
-        "",
-    )
+    assert BACKENDS["triton"].supports(planned(model, x.shape)) == (True, "")
     on_a_gpu = BACKENDS["triton"].automatic(torch.device("cuda"))
     assert on_a_gpu == (False, "it has not been measured on a GPU yet: ask for it by name")
 
@@ -847,7 +841,7 @@ def floors_of(
 ) -> dict:
     network = pcfast.model.spec.describe(model)
     shapes = network.shapes((BATCH, *sample))
-    target = designs.Target(
+    target = launch_plan.Target(
         **{"precision": "bf16", "sm_count": 132, "close_bytes": 0, "interpreted": False, **settings}
     )
     made = designs.design(network, shapes, gram, "cross_entropy", True, target, momentum)
@@ -975,7 +969,7 @@ def test_designs_for_a_gpu_hold_together(precision, batch, close):
             model = mlp(*widths, activation=activation)
         network = pcfast.model.spec.describe(model)
         shapes = network.shapes((batch, widths[0]))
-        target = designs.Target(precision, 132, close, False)
+        target = launch_plan.Target(precision, 132, close, False)
         made = designs.design(network, shapes, False, "cross_entropy", True, target)
         assert len(made.predicts) == 1 or not made.whole
         assert sorted(l for launch in made.predicts for l in launch.layers) == list(range(2, made.depth + 1))
@@ -1041,7 +1035,7 @@ LARGE = {
 }
 
 
-def claimed_bytes(made: designs.Design, model: nn.Sequential, batch: int, precision: str) -> int:
+def claimed_bytes(made: launch_plan.Design, model: nn.Sequential, batch: int, precision: str) -> int:
     """What docs/kernels.md says that a relaxation keeps."""
     operand = 2 if precision == "bf16" else 4
     depth, bounds = made.depth, made.boundaries

@@ -18,7 +18,7 @@ from test_streamed import conv_net, mlp
 from torch import nn
 
 import pcfast
-from pcfast.backends.triton import backend, config_cache
+from pcfast.backends.triton import config_cache, designs
 from pcfast.backends.triton import loop as loops
 from pcfast.backends.triton.configs import (  # fmt: skip
     COMPOSED,
@@ -307,11 +307,8 @@ def test_input_that_cannot_be_tuned(priced, monkeypatch, tmp_path):
 
 
 def loop_design(model, count: int = 9):
-    ready = pcfast.relaxation.prepare(
-        model, *batch(count=count), loss="cross_entropy", method="strict", step_size=0.1, num_steps=STEPS,
-        wanted=pcfast.problem.types.Wanted(), backend="triton",
-    )  # fmt: skip
-    return backend.design_of(ready.problem, ready.plan)
+    settings = pcfast.problem.settings.Settings(num_steps=STEPS, backend="triton")
+    return designs.design_of(pcfast.relaxation.prepare(model, *batch(count=count), settings)[1])
 
 
 def test_choices_are_part_of_the_design(launched):

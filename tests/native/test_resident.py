@@ -23,6 +23,7 @@ from kernel_networks import RESIDENT as NETWORKS
 from kernel_networks import clamped, mlp
 from native_build import needs_gcc
 from networks_for_tests import IN_KERNELS, LOSSES, architectures, loss_and_target
+from plans import planned
 from torch import nn
 
 import pcfast
@@ -35,10 +36,8 @@ from pcfast.checking.bounds import relative_error
 from pcfast.checking.checker import check
 from pcfast.cli import main
 from pcfast.losses import describe_loss
-from pcfast.model.spec import describe
 from pcfast.precision import switched
 from pcfast.problem import plan as planning
-from pcfast.problem.types import Request
 
 pytestmark = needs_gcc
 BATCH = 9
@@ -347,9 +346,8 @@ def test_any_network_agrees_or_is_refused(
         vhat = pcfast.relax(model, x, y, method="exact", backend="eager").activations
         arguments["vinit"] = [None, *(v + 0.3 * torch.randn_like(v) for v in vhat[1:])]
     ok, reason = BACKENDS["cuda"].supports(
-        Request(
-            describe(model), x.device, x.dtype, tuple(x.shape), num_steps=num_steps, fresh=not starts,
-            loss=describe_loss(loss).kind,
+        planned(
+            model, x.shape, dtype=x.dtype, num_steps=num_steps, fresh=not starts, loss=describe_loss(loss).kind
         )
     )  # fmt: skip
     del launches[:]
@@ -691,10 +689,8 @@ def test_what_it_cannot_run_is_refused_with_the_reason(what, launches):
 
 
 def test_devices_and_dtypes(monkeypatch):
-    network = describe(mlp(4, 5, 3))
-
     def reason(device, dtype=torch.float32):
-        ok, why = BACKENDS["cuda"].supports(Request(network, torch.device(device), dtype, (2, 4)))
+        ok, why = BACKENDS["cuda"].supports(planned(mlp(4, 5, 3), (2, 4), device, dtype))
         assert ok == (why == "")
         return why
 
@@ -710,7 +706,7 @@ def test_devices_and_dtypes(monkeypatch):
 def test_float64_is_for_the_cpu_alone(monkeypatch):
     monkeypatch.setattr(backend, "_unavailable", lambda device: "")
     monkeypatch.setattr(native, "on_host", lambda: False)
-    request = Request(describe(mlp(4, 5, 3)), torch.device("cuda"), torch.float64)
+    request = planned(mlp(4, 5, 3), (2, 4), "cuda", torch.float64)
     with pytest.raises(pcfast.BackendError, match=r"float32, not torch\.float64: use eager"):
         choose_backend("cuda", request)
 

@@ -1,8 +1,8 @@
 """The eager backend: deviations from the forward pass in PyTorch operations."""
 
 from ..._moved import names_of
-from .run import Eager
+from .backend import Eager
 
 __all__ = ["Eager"]
 
-__getattr__ = names_of(__name__, "run")
+__getattr__ = names_of(__name__, "backend")

@@ -7,9 +7,56 @@ never moves (fact 2).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...deviation import Chain
+from ...problem.plan import Plan
+from ...problem.types import Outcome, Problem, energy_row
+from ..divergence import Checks, Observe
+from ..forward import Chains, ForwardPass, forward_pass
+
+
+def error_based(problem: Problem, plan: Plan, chains: Chains) -> Outcome:
+    """One relaxation of the errors."""
+    forward = forward_pass(problem, plan, chains)
+    checks, out = Checks(problem, forward), forward.outcome(plan)
+    energies: list[Tensor] = []
+    free = _relax(problem, plan, forward, energies, checks.observe)
+    results = [(l, v) for found in (free.d, free.errors) for l, v in enumerate(found) if v is not None]
+    if plan.wanted.gradients:
+        forward.add_updates(out, free.errors)
+    if plan.wanted.states:
+        pairs = zip(forward.vhat, free.d, strict=True)
+        out.beliefs = [v.clone() if d is None else v + d for v, d in pairs]
+        out.errors = forward.filled(free.errors)
+    out.record(plan.wanted, plan.depth, energies, [])
+    checks.finish(out, results, lambda: _locate(problem, plan, forward, checks))
+    forward.settle(problem, out)
+    return out
+
+
+def _relax(
+    problem: Problem, plan: Plan, forward: ForwardPass, energies: list[Tensor], observe: Observe | None
+) -> FreeErrors:
+    """Run the iterations; chains must be at the forward pass. ``energies`` gets a row an iteration."""
+    free = FreeErrors(forward.chains, forward.vhat)
+    for t in range(1, plan.num_steps + 1):
+        output = free.output()
+        if plan.wanted.energies:
+            energies.append(energy_row(free.errors, forward.loss_at(output)))
+        free.descend(forward.gradient_at(output), problem.step_size_at(t))
+        if observe is not None:
+            observe(t, {**dict(enumerate(free.errors[1:-1], start=1)), plan.depth: output})
+    free.errors[plan.depth] = forward.gradient_at(free.output())
+    return free
+
+
+def _locate(problem: Problem, plan: Plan, forward: ForwardPass, checks: Checks) -> None:
+    """Relax once more, and raise where values first were not finite."""
+    for chain, v in zip(forward.chains[2:], forward.vhat[1:], strict=False):
+        chain.deviate(torch.zeros_like(v))
+    _relax(problem, plan, forward, [], checks.raise_where_bad)
 
 
 class FreeErrors:

@@ -11,15 +11,62 @@ The bracket is formed without subtracting nearly equal numbers: for an affine ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor
 
 from ...deviation import Chain
-from ...errors import RelaxationDiverged
 from ...problem import status
 from ...problem.belief_optimizers import PLAIN, BeliefOptimizer
+from ...problem.plan import Plan
+from ...problem.types import Outcome, Problem
+from ..divergence import Checks, check_iteration
+from ..forward import Chains, ForwardPass, forward_pass
 from .links import Link
+
+
+def incremental(problem: Problem, plan: Plan, chains: Chains) -> Outcome:
+    """Iterate; the outcome's gradients and status are those of the last iteration."""
+    forward = forward_pass(problem, plan, chains)
+    checks, out = Checks(problem, forward), forward.outcome(plan)
+    if not checks.deferred or plan.num_steps == 0:
+        checks.finish(out, [])
+    if plan.num_steps == 0:
+        forward.settle(problem, out)
+    moving = Moving(chains, forward.vhat, forward.output_gradient, plan.belief_optimizer)
+    for t in range(1, plan.num_steps + 1):
+        if t > 1:
+            moving.evaluate(forward.gradient_at)
+        out.gradients, out.owners = {}, []
+        forward.add_updates(out, moving.errors)
+        if t < plan.num_steps:
+            moving.descend(problem.step_size_at(t), t)
+        found = [(l, e) for l, e in enumerate(moving.errors) if e is not None]
+        found += out.updates_by_layer()
+        if checks.deferred:
+            _defer(problem, forward, checks, out, t, found)
+        elif problem.check:
+            check_iteration(t, found, problem.step_size)
+        if t == 1:
+            forward.settle(problem, out)
+        problem.move(out.gradients)
+    return out
+
+
+def _defer(
+    problem: Problem,
+    forward: ForwardPass,
+    checks: Checks,
+    out: Outcome,
+    iteration: int,
+    found: list[tuple[int, Tensor]],
+) -> None:
+    """Zero this iteration's updates where it, or the forward pass, is not finite; leave word of it."""
+    if out.status is not None:  # of the iteration before
+        status.defer(out.status, problem.step_size)
+    builder = status.StatusBuilder()
+    builder.begin(problem.x, forward.vhat[1:], forward.loss_values)
+    checks.defer(out, builder, found, iteration)
 
 
 class Moving:
@@ -65,18 +112,3 @@ class Moving:
             if error is None and above is None and self._optimizer.rests:
                 continue  # no error has come this far yet
             self._links[l].descend(error, above, eta, iteration)
-
-
-def check_iteration(iteration: int, found: Sequence[tuple[int, Tensor | None]], step_size: float) -> None:
-    """Before the parameters move: raise where an error or update is not finite. ``found``: (layer, tensor).
-
-    Raises:
-        RelaxationDiverged: of the lowest such layer.
-    """
-    found = [(layer, value) for layer, value in found if value is not None]
-    if status.all_finite([value for _, value in found]):
-        return
-    bad = min(layer for layer, value in found if not status.all_finite([value]))
-    raise RelaxationDiverged(
-        iteration, bad, step_size, f"The parameters stay as iteration {iteration - 1} left them"
-    )

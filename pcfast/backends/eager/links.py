@@ -37,10 +37,6 @@ class Link:
         self._descent = self._optimizer.descent()
         self.chain.deviate(torch.zeros_like(self.vhat))
 
-    def adopt(self, d: Tensor) -> None:
-        """Take d from a loop that ran elsewhere."""
-        self.d = d
-
     @property
     def owned(self) -> bool:
         """Whether nothing else holds what :meth:`predict` gives."""

@@ -1,0 +1,114 @@
+"""Checks of a relaxation in deviation form: what is not finite is raised at once, or noted on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ..errors import RelaxationDiverged
+from ..problem import status
+from ..problem.types import Outcome, Problem
+from .forward import ForwardPass
+
+Observe = Callable[[int, dict[int, Tensor]], None]
+
+
+class Checks:
+    """The checks of one relaxation.
+
+    Attributes:
+        observe: takes every iteration's states, ``(iteration, layer -> tensor)``; None where nobody looks at them:
+            checks at once look at the results alone, and relax once more where those are not finite.
+    """
+
+    def __init__(self, problem: Problem, forward: ForwardPass) -> None:
+        self._problem, self._forward = problem, forward
+        self._builder = None
+        if problem.check and not problem.raise_now:
+            self._builder = status.StatusBuilder()
+            self._builder.begin(problem.x, forward.vhat[1:], forward.loss_values)
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the outcome's status tells what was found, instead of an exception."""
+        return self._builder is not None
+
+    @property
+    def observe(self) -> Observe | None:
+        return None if self._builder is None else self._builder.observe
+
+    def observe_first(self, first_bad: Tensor, num_steps: int) -> None:
+        """Take a kernel's own record: ``first_bad`` (L-1,), the iteration that left v_l NaN or infinite."""
+        if self._builder is not None:
+            self._builder.observe_first(first_bad, num_steps)
+
+    def finish(
+        self,
+        out: Outcome,
+        results: list[tuple[int, Tensor]],
+        locate: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Look at the results.
+
+        Args:
+            results: (layer, tensor) of what the relaxation gave, updates aside.
+            locate: raises RelaxationDiverged where it finds the first iteration that was not finite.
+
+        Raises:
+            RelaxationDiverged, NonFiniteError: at once.
+        """
+        if self._builder is not None:
+            self.defer(out, self._builder, [*results, *out.updates_by_layer()])
+            return
+        forward, problem = self._forward, self._problem
+        if not problem.check:
+            return
+        values = (value for _, value in results)
+        if status.all_finite([*forward.vhat[1:], *forward.loss_values, *values, *out.gradients.values()]):
+            return
+        bad = status.first_non_finite(forward.vhat[1:])
+        if bad is not None:
+            raise RelaxationDiverged(0, bad + 1, problem.step_size)
+        if not status.all_finite(forward.loss_values):
+            raise status.bad_loss()
+        locate()
+        results = [*results, *out.updates_by_layer()]
+        raise RelaxationDiverged(None, lowest_bad(results), problem.step_size)
+
+    def defer(
+        self,
+        out: Outcome,
+        builder: status.StatusBuilder,
+        results: list[tuple[int, Tensor]],
+        iteration: int | None = None,
+    ) -> None:
+        """Leave word of what ``builder`` and ``results`` say, and zero the updates where it is bad."""
+        out.status = builder.build(self._forward.invalid_labels, results, iteration)
+        zeroed = status.zeroed_if_bad(out.status, list(out.gradients.values()))
+        out.gradients = dict(zip(out.gradients, zeroed, strict=True))
+
+    def raise_where_bad(self, iteration: int, states: dict[int, Tensor]) -> None:
+        """As :attr:`observe`: raise for the first of an iteration's states that is not finite."""
+        bad = status.first_non_finite(list(states.values()))
+        if bad is not None:
+            raise RelaxationDiverged(iteration, list(states)[bad], self._problem.step_size)
+
+
+def lowest_bad(results: list[tuple[int, Tensor]]) -> int:
+    """The lowest layer of a (layer, tensor) that is not finite."""
+    return min(layer for layer, value in results if not status.all_finite([value]))
+
+
+def check_iteration(iteration: int, found: Sequence[tuple[int, Tensor | None]], step_size: float) -> None:
+    """Before the parameters move: raise where an error or update is not finite. ``found``: (layer, tensor).
+
+    Raises:
+        RelaxationDiverged: of the lowest such layer.
+    """
+    found = [(layer, value) for layer, value in found if value is not None]
+    if status.all_finite([value for _, value in found]):
+        return
+    raise RelaxationDiverged(
+        iteration, lowest_bad(found), step_size, f"The parameters stay as iteration {iteration - 1} left them"
+    )

@@ -1,0 +1,42 @@
+"""The design of a planned relaxation's loop on its device, under torch's switches of the moment."""
+
+from __future__ import annotations
+
+import torch
+
+from ...precision import kernel_operands
+from ...problem.plan import Plan
+from .. import gpu_constants
+from .config_cache import active
+from .launch_plan import Design, Target, design
+
+# What Tensor Cores read, by operand: three TF32 products make one of float32's accuracy.
+_UNITS = {"ieee": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
+
+
+def target_of(plan: Plan) -> Target:
+    """The device that a plan runs on, as the design sees it; call it inside the relaxation's numerics."""
+    known, operands, device = gpu_constants.load(), kernel_operands(plan.device, plan.precision), plan.device
+    sm_count = known.sm_count
+    if device.type == "cuda":
+        sm_count = torch.cuda.get_device_properties(device).multi_processor_count
+    return Target(
+        _UNITS[operands.linear],
+        sm_count,
+        known.shared_memory_per_sm_bytes,
+        interpreted=device.type == "cpu",
+        choices=active(device),
+        convolution_precision=_UNITS[operands.convolution],
+    )
+
+
+def fuses_loss(plan: Plan) -> bool:
+    """Whether kernels may evaluate the loss."""
+    known = plan.loss in ("cross_entropy", "mse")
+    return known and len(plan.shapes[-1][-1]) == 2 and not plan.wanted.energies
+
+
+def design_of(plan: Plan) -> Design:
+    """The design of a strict relaxation, as it runs; call it inside the relaxation's numerics."""
+    loss, momentum = plan.loss if fuses_loss(plan) else None, plan.belief_optimizer.momentum > 0
+    return design(plan.network, plan.shapes, plan.gram, loss, plan.fresh, target_of(plan), momentum)
