@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pcfast
 from pcfast.backends import BACKENDS
-from pcfast.model.spec import describe
+from pcfast.model.describe import describe
 from pcfast.precision import choose_precision, parameter_dtype, use_precision
 from pcfast.problem.plan import plan
 from pcfast.relaxation.cuda_graphs import record_cuda

@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 import pcfast
-from pcfast.model.spec import describe
+from pcfast.model.describe import describe
 from pcfast.problem.plan import Plan, layer_macs
 
 from .workloads import Workload

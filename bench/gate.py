@@ -26,6 +26,7 @@ from pcfast.checking.bounds import (
     same_precision_bound,
     with_forward_errors_of,
 )
+from pcfast.checking.report import UPDATE
 from pcfast.problem.settings import Settings
 from pcfast.problem.types import Wanted
 from pcfast.relaxation.solve import solve
@@ -140,7 +141,7 @@ class Gate:
             self.model, batches, method=w.method, step_size=w.step_size, num_steps=w.num_steps,
             backends=[contender.name], precisions=[precision],
         )  # fmt: skip
-        updates = [row for row in report.rows if row.quantity.startswith(checking.UPDATE)]
+        updates = [row for row in report.rows if row.quantity.startswith(UPDATE)]
         worst = max(updates or report.rows, key=lambda row: row.error)
         if report.ok:
             return Verdict(worst.error, worst.bound)

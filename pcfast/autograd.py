@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import LossLike
-from .model.spec import describe
+from .model.describe import describe
 from .problem import reductions, validation
 from .problem.belief_optimizers import BeliefOptimizer
 from .problem.nudging import Nudging
@@ -97,18 +97,20 @@ def pc_loss(
         loss, method, step_size, num_steps, belief_optimizer, nudging, backend, vinit, reduction, update_scale,
         normalizer, tolerance, check,
     )  # fmt: skip
-    value, output = loss_and_output(model, x, y, settings)
-    return (value, output) if return_output else value
+    return loss_with(settings, model, x, y, return_output)
 
 
-def loss_and_output(model: nn.Sequential, x: Tensor, y: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """What :func:`pc_loss` returns with ``return_output``."""
+def loss_with(
+    settings: Settings, model: nn.Sequential, x: Tensor, y: Tensor, return_output: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As :func:`pc_loss`."""
     if torch.compiler.is_dynamo_compiling():
         from . import compiled  # here: it needs torch's compiler, which takes long to import
 
-        return compiled.loss_and_output(model, x, y, settings)
+        return compiled.loss_with(settings, model, x, y, return_output)
     if not torch.is_grad_enabled():
-        return forward_loss(model, x, y, settings)
+        value, output = forward_loss(model, x, y, settings)
+        return (value, output) if return_output else value
     validation.check_trainable(model)
     outcome, _ = solve(model, x, y, settings)
     share = reductions.share(settings.reduction, x, settings.normalizer)
@@ -116,7 +118,7 @@ def loss_and_output(model: nn.Sequential, x: Tensor, y: Tensor, settings: Settin
     if outcome.gradients:
         scale = share * settings.update_scale
         value = _Updates.apply(value, scale, list(outcome.gradients.values()), *outcome.gradients)
-    return value, outcome.output
+    return (value, outcome.output) if return_output else value
 
 
 class PredictiveCoding(nn.Module):
@@ -189,8 +191,7 @@ class PredictiveCoding(nn.Module):
         """``model(x)`` without ``y``; with ``y`` what :func:`pc_loss` gives."""
         if y is None:
             return self.model(x)
-        value, output = loss_and_output(self.model, x, y, self.settings)
-        return (value, output) if return_output else value
+        return loss_with(self.settings, self.model, x, y, return_output)
 
     def extra_repr(self) -> str:
         shown = {field.name: getattr(self, field.name) for field in fields(Settings)}

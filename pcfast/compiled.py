@@ -26,7 +26,8 @@ from . import autograd, incremental
 from .backends import BACKENDS
 from .errors import ModelError, PcfastError
 from .losses import HALF_SUM, describe_loss, half_squared_error
-from .model.spec import Network, describe
+from .model.describe import describe
+from .model.spec import Network
 from .precision import choose_precision
 from .problem import validation
 from .problem.plan import canonical
@@ -344,13 +345,13 @@ step.register_autograd(_backward, setup_context=_keep_updates)
 # What the compiler traces ---------------------------------------------------------------------------------------
 
 _outside = torch.compiler.disable(
-    autograd.loss_and_output,
+    autograd.loss_with,
     reason="this call of pc_loss runs outside the graph: docs/behaviour.md, torch.compile, says which calls do",
 )
 
 
 incremental_step = torch.compiler.disable(
-    incremental.step,
+    incremental.step_with,
     reason="incremental_step moves the parameters with an optimiser between iterations: it runs outside the graph",
 )
 
@@ -387,7 +388,7 @@ def _fits(model, x, y, settings: Settings) -> bool:
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def loss_and_output(model, x, y, settings: Settings) -> tuple[Tensor, Tensor]:
+def loss_with(settings: Settings, model, x, y, return_output: bool) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`pcfast.pc_loss` while a compiler traces it: one node, or a graph break where the call does not fit.
 
     Every attribute that is read here is guarded: a change of it traces anew.
@@ -395,7 +396,7 @@ def loss_and_output(model, x, y, settings: Settings) -> tuple[Tensor, Tensor]:
     moving = _moving_buffers(model) if _fits(model, x, y, settings) else None
     described = None if moving is None else describe_loss(settings.loss)
     if described is None or not described.known:
-        return _outside(model, x, y, settings)
+        return _outside(settings, model, x, y, return_output)
     device, vinit = x.device.type, settings.vinit or []
     value, output, _, moved = step(
         x.detach(),
@@ -421,4 +422,4 @@ def loss_and_output(model, x, y, settings: Settings) -> tuple[Tensor, Tensor]:
     )
     for buffer, new in zip(moving, moved, strict=True):
         buffer.copy_(new)
-    return value, output
+    return (value, output) if return_output else value

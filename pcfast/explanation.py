@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from .backends import BACKENDS, choose_backend
 from .errors import ArgumentTypeError, ShapeError
 from .losses import LossLike
-from .model.spec import Network, common_placement, describe
+from .model.describe import describe
+from .model.placement import common_placement
+from .model.spec import Network
 from .precision import choose_precision
 from .problem import validation
 from .problem.belief_optimizers import BeliefOptimizer

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .errors import ModelError
 from .losses import LossLike, describe_loss
-from .model.spec import describe
+from .model.describe import describe
 from .support.replay import recorded_buffers, replaying
 
 

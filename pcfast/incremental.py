@@ -81,18 +81,22 @@ def incremental_step(
         loss, method, step_size, num_steps, belief_optimizer, backend=backend, reduction=reduction,
         update_scale=update_scale, normalizer=normalizer, check=check,
     )  # fmt: skip
-    value, output = step(model, x, y, optimizer, settings)
-    return (value, output) if return_output else value
+    return step_with(settings, model, x, y, optimizer, return_output)
 
 
-def step(
-    model: nn.Sequential, x: Tensor, y: Tensor, optimizer: Optimizer, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """What :func:`incremental_step` returns with ``return_output``."""
+def step_with(
+    settings: Settings,
+    model: nn.Sequential,
+    x: Tensor,
+    y: Tensor,
+    optimizer: Optimizer,
+    return_output: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As :func:`incremental_step`."""
     if torch.compiler.is_dynamo_compiling():
         from . import compiled  # here: it needs torch's compiler, which takes long to import
 
-        return compiled.incremental_step(model, x, y, optimizer, settings)
+        return compiled.incremental_step(settings, model, x, y, optimizer, return_output)
     validation.check_trainable(model)
     validation.check_optimizer(optimizer, model.parameters())
     parameters = list(model.parameters())
@@ -108,11 +112,12 @@ def step(
         torch.clear_autocast_cache()  # it would keep casts of the weights of before
 
     outcome, _ = solve(model, x, y, settings, move=move)
-    return reductions.reduced(outcome.loss, share), outcome.output
+    value = reductions.reduced(outcome.loss, share)
+    return (value, outcome.output) if return_output else value
 
 
-def rehearse(model: nn.Sequential, x: Tensor, y: Tensor, optimizer: Optimizer, settings: Settings) -> None:
-    """Raise what :func:`step` would raise before anything moves. Statistics move as in ``model(x)``."""
+def rehearse(settings: Settings, model: nn.Sequential, x: Tensor, y: Tensor, optimizer: Optimizer) -> None:
+    """Raise what :func:`step_with` would raise before anything moves. Statistics move as in ``model(x)``."""
     validation.check_trainable(model)
     validation.check_optimizer(optimizer, model.parameters())
     with torch.no_grad():

@@ -15,7 +15,7 @@ import contextlib
 from torch import Tensor, nn
 
 from .errors import ArgumentError, ShapeError
-from .model.spec import describe
+from .model.describe import describe
 from .problem.settings import Settings
 from .problem.types import Wanted
 from .relaxation.result import relax

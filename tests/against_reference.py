@@ -8,7 +8,7 @@ import torch
 
 import pcfast
 from pcfast.checking.bounds import relative_error
-from pcfast.checking.checker import loss_in
+from pcfast.checking.copies import loss_in
 from pcfast.precision import use_precision
 
 __all__ = [

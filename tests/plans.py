@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pcfast.model.spec import describe
+from pcfast.model.describe import describe
 from pcfast.precision import choose_precision
 from pcfast.problem.plan import Plan, plan
 

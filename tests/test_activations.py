@@ -16,7 +16,8 @@ from pcfast.backends.cuda import backend as cuda
 from pcfast.backends.triton import backend as triton
 from pcfast.deviation.pointwise import ElementwiseStep
 from pcfast.model import activations
-from pcfast.model.spec import Elementwise, describe
+from pcfast.model.describe import describe
+from pcfast.model.spec import Elementwise
 from pcfast.precision import Precision
 
 ALL = [

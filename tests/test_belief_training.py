@@ -70,13 +70,13 @@ def toy(out, epochs, *, resume=False, **changes):
 
 
 def test_a_resumed_run_goes_on_with_the_beta_of_its_epoch(tmp_path, monkeypatch):
-    betas, relax = [], training.loss_and_output
+    betas, relax = [], training.loss_with
 
-    def watched(model, x, y, settings):
+    def watched(settings, *batch, **options):
         betas.append(settings.nudging.beta)
-        return relax(model, x, y, settings)
+        return relax(settings, *batch, **options)
 
-    monkeypatch.setattr(training, "loss_and_output", watched)
+    monkeypatch.setattr(training, "loss_with", watched)
     whole = toy(tmp_path / "whole", 4)
     assert betas == pytest.approx(
         [0.2, *[0.2] * 2, *[0.5] * 2, *[0.8] * 2, *[1.0] * 2]

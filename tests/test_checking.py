@@ -14,7 +14,8 @@ from pcfast import networks
 from pcfast.backends import BACKENDS, Eager
 from pcfast.backends.eager.links import Link
 from pcfast.checking.bounds import with_forward_errors_of
-from pcfast.checking.checker import check, random_batches
+from pcfast.checking.checker import check
+from pcfast.checking.copies import random_batches
 
 SHAPE = (16, 20)
 

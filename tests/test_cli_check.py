@@ -8,6 +8,7 @@ import torch
 from pcfast import networks
 from pcfast.backends import BACKENDS, Eager
 from pcfast.checking import checker as checking
+from pcfast.checking.copies import random_batches
 from pcfast.cli import main
 
 QUICK = ["--method", "strict", "--num-steps", "6", "--draws", "1", "--batch-size", "4"]
@@ -127,7 +128,7 @@ def test_json_is_the_librarys_report(capsys):
     found = json.loads(capsys.readouterr().out)
     torch.manual_seed(3)
     model = networks.digits_mlp()
-    batches = checking.random_batches(model, (4, 64), loss="mse", draws=1, seed=3)
+    batches = random_batches(model, (4, 64), loss="mse", draws=1, seed=3)
     report = checking.check(
         model, batches, loss="mse", step_size=0.2, num_steps=6, precisions=["ieee", "fp64"], seed=3
     )

@@ -147,16 +147,16 @@ def test_a_failed_start_leaves_an_earlier_run_where_it_is(tmp_path, capsys):
 @pytest.mark.parametrize("precision", ["bf16", "fp64"])
 def test_precisions(precision, tmp_path, monkeypatch):
     seen = set()
-    real = training.loss_and_output
+    real = training.loss_with
 
-    def spy(model, x, y, settings):
-        result = real(model, x, y, settings)
+    def spy(settings, model, x, y, **options):
+        result = real(settings, model, x, y, **options)
         if torch.is_grad_enabled():
             plan = pcfast.last_run().plan
             seen.add((x.dtype, plan.precision.state, plan.precision.operand))
         return result
 
-    monkeypatch.setattr(training, "loss_and_output", spy)
+    monkeypatch.setattr(training, "loss_with", spy)
     assert run("--out", tmp_path / "run", "--epochs", 1, *QUICK, "--precision", precision) == 0
     expected = {
         "bf16": (torch.float32, torch.float32, torch.bfloat16),

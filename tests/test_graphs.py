@@ -626,7 +626,7 @@ def test_eager_never_waits_for_the_device(check, method, run, loss, monkeypatch)
     settings = {"loss": function or ("mse" if loss == "mse" else "cross_entropy")}
     settings |= {"method": method, "check": check, "num_steps": 9}
     backend, problem, plan = described(model, x, y, monkeypatch, run=run, **settings)
-    assert not problem.network.opaque
+    assert not plan.network.opaque
     assert backend.replays(problem, plan) == (True, "")
     problem = dataclasses.replace(problem, raise_now=False)  # as on CUDA
     monkeypatch.setattr(host, "readable", lambda device: False)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 import pcfast
 from pcfast import networks
 from pcfast.backends.eager.fixed_prediction import fixed_prediction_factors, scalar_chain
-from pcfast.model.spec import describe
+from pcfast.model.describe import describe
 from pcfast.problem import plan as planning
 from pcfast.problem.plan import strict_products
 

@@ -13,7 +13,7 @@ from pcfast.backends.cuda import kernel_params as p
 from pcfast.backends.cuda.describe import describe as words
 from pcfast.backends.cuda.roofline import MULTIPLY_ADDS_A_CLOCK, floors
 from pcfast.backends.cuda.shared_memory import Chip, Placement, place
-from pcfast.model.spec import describe
+from pcfast.model.describe import describe
 from pcfast.precision import Operands
 from pcfast.problem.plan import gram_macs, layer_macs
 

@@ -23,7 +23,7 @@ from pcfast.backends.triton import backend as triton
 from pcfast.checking import checker as checking
 from pcfast.checking.bounds import relative_error, same_precision_bound, with_forward_errors_of
 from pcfast.cli.building import takes_flat_input
-from pcfast.model.spec import describe
+from pcfast.model.describe import describe
 from pcfast.problem.settings import Settings
 from pcfast.relaxation.cuda_graphs import graph_key
 from pcfast.relaxation.solve import prepare

@@ -19,7 +19,7 @@ from pcfast.checking.bounds import FACTOR, relative_error
 from pcfast.deviation import layer_chain
 from pcfast.deviation.affine import LinearStep
 from pcfast.losses import describe_loss
-from pcfast.model.spec import describe
+from pcfast.model.describe import describe
 from pcfast.precision import Precision, choose_precision, numerics, use_precision
 
 from .case import PRODUCTS, Case, Way, described, normal, operand_bytes, torch_precision

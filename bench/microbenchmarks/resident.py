@@ -22,7 +22,8 @@ from pcfast.backends.cuda.relaxation import Relaxation
 from pcfast.backends.forward import layer_chains
 from pcfast.checking import checker as checking
 from pcfast.checking.bounds import FACTOR, relative_error
-from pcfast.model.spec import Network, describe
+from pcfast.model.describe import describe
+from pcfast.model.spec import Network
 from pcfast.precision import choose_precision, numerics
 from pcfast.problem.plan import choose_gram, gram_macs, layer_macs, plan
 from pcfast.problem.settings import Settings

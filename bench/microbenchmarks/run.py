@@ -13,7 +13,7 @@ from torch import nn
 
 from pcfast.backends import BACKENDS
 from pcfast.errors import BackendError
-from pcfast.model.spec import describe
+from pcfast.model.describe import describe
 from pcfast.precision import choose_precision, numerics
 from pcfast.problem.plan import plan
 

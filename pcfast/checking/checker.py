@@ -12,9 +12,7 @@ coin toss for a small network, where about one unit a draw lies within rounding 
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import BACKENDS
-from ..errors import ArgumentError, BackendError, ModelError, RelaxationDiverged, ShapeError
+from ..errors import ArgumentError, BackendError, ModelError, RelaxationDiverged
 from ..losses import LossLike, describe_loss
-from ..model.spec import Network, common_placement, describe
+from ..model.describe import describe
+from ..model.placement import common_placement
+from ..model.spec import Network
 from ..precision import PRECISIONS, choose_precision, parameter_dtype, use_precision
 from ..problem import validation
 from ..problem.plan import Plan, plan
@@ -36,108 +36,24 @@ from ..problem.settings import Settings
 from ..problem.types import Outcome, Wanted, layer_of_parameters
 from ..relaxation.solve import solve
 from . import bounds as accuracy
+from .copies import (
+    Batch,
+    Side,
+    buffers_kept,
+    copied,
+    dropout_modules,
+    forked,
+    forward,
+    is_shape,
+    random_batches,
+)  # fmt: skip
+from .report import UPDATE, Refusal, Report, Row
 
 #: Where an error grows to this many times the gradient there, the relaxation is taken to run away.
 RUNAWAY = 10.0
 
-UPDATE = "update "
 Quantity = tuple[int, str]  # PC layer, and "belief", "error" or UPDATE + the parameter's name
 Candidate = tuple[str, str]  # backend, precision
-Batch = tuple[Tensor, object]  # x and y
-
-
-@dataclass(frozen=True)
-class Row:
-    """One quantity of one layer, from one backend in one precision.
-
-    Attributes:
-        backend, precision: what ran (:data:`pcfast.precision.PRECISIONS`).
-        layer: PC layer, 1-based; None where a run failed as a whole.
-        quantity: "belief" v_l, "error" eps_l, "update NAME" of the parameter NAME; "run" where a run failed as
-            a whole.
-        error, bound: Frobenius norms. In fp64 of the draw that comes closest to its bound, in other precisions
-            medians over the draws; NaN where any draw gave NaN.
-        relative_to: what they are relative to. "truth": the float64 value. "layer": the layer's whole update, since
-            this update is nothing but rounding (a bias below a BatchNorm). "nothing": they are absolute, since the
-            truth is zero (the relaxation has not reached the layer yet).
-        message: what else there is to say; "" where nothing.
-    """
-
-    backend: str
-    precision: str
-    layer: int | None
-    quantity: str
-    error: float
-    bound: float
-    relative_to: str
-    message: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """error <= bound; False where either is not a finite number."""
-        return math.isfinite(self.error) and math.isfinite(self.bound) and self.error <= self.bound
-
-    @property
-    def ratio(self) -> float:
-        """error / bound; infinite where there is no number."""
-        if not (math.isfinite(self.error) and math.isfinite(self.bound)):
-            return math.inf
-        if self.error == 0:
-            return 0.0
-        return self.error / self.bound if self.bound else math.inf
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A backend that cannot run the network in a precision, and why."""
-
-    backend: str
-    precision: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`check` found.
-
-    Attributes:
-        method, step_size, num_steps: settings of the relaxation.
-        device: where it ran.
-        x_shape: of the first batch.
-        draws: number of batches.
-        rows: by backend, then precision, then layer.
-        refused: what could not run.
-        notes: what to know when reading the rows.
-    """
-
-    method: str
-    step_size: float
-    num_steps: int
-    device: str
-    x_shape: tuple[int, ...]
-    draws: int
-    rows: tuple[Row, ...]
-    refused: tuple[Refusal, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Every row is within its bound."""
-        return all(row.ok for row in self.rows)
-
-    @property
-    def failures(self) -> tuple[Row, ...]:
-        """The rows that are out of their bounds."""
-        return tuple(row for row in self.rows if not row.ok)
-
-    def worst(self) -> dict[tuple[str, str], Row]:
-        """(backend, precision) -> the row that comes closest to its bound, or is furthest out of it."""
-        found: dict[tuple[str, str], Row] = {}
-        for row in self.rows:
-            key = row.backend, row.precision
-            if key not in found or row.ratio > found[key].ratio:
-                found[key] = row
-        return found
 
 
 def check(
@@ -183,192 +99,6 @@ def check(
 def default_precisions(device: torch.device) -> tuple[str, ...]:
     """The precisions that ``device`` has."""
     return tuple(name for name in PRECISIONS if name != "tf32" or device.type == "cuda")
-
-
-def random_batches(
-    model: nn.Sequential,
-    x_shape: Sequence[int],
-    *,
-    loss: LossLike = "cross_entropy",
-    draws: int = 5,
-    seed: int = 0,
-) -> list[Batch]:
-    """``draws`` batches: x float32 of shape ``x_shape`` (B, ...), uniform in [0, 1), on the CPU.
-
-    y: for cross-entropy class indices (B, ...), uniform over the output's dimension 1; for mse as the output,
-    uniform in [0, 1).
-
-    Raises:
-        ArgumentError and its kinds: a loss of the caller's own, whose targets only the caller knows; a shape that
-            does not fit the model.
-    """
-    kind = describe_loss(loss).kind
-    if kind == "callable":
-        raise ArgumentError(
-            "loss", "a callable of your own with random data", "its targets", "Pass batches (x, y) as data."
-        )
-    validation.check_count("draws", draws)
-    try:
-        shape = tuple(int(size) for size in x_shape)
-    except (TypeError, ValueError):
-        raise ArgumentError(
-            "data", repr(x_shape), "the shape of x, batch included, or batches (x, y)"
-        ) from None
-    if len(shape) < 2 or min(shape) < 1:
-        raise ShapeError("data", f"shape {shape}", "(batch, ...) with positive sizes")
-    generator = torch.Generator().manual_seed(seed)
-    output = output_shape(model, shape)
-    batches = []
-    for _ in range(draws):
-        x = torch.rand(shape, generator=generator)
-        if kind == "mse":
-            y = torch.rand(output, generator=generator)
-        elif len(output) < 2:
-            raise ShapeError(
-                "model", f"an output of shape {output}", "(batch, classes, ...) for cross-entropy"
-            )
-        else:
-            y = torch.randint(0, output[1], (output[0], *output[2:]), generator=generator)
-        batches.append((x, y))
-    return batches
-
-
-def output_shape(model: nn.Sequential, x_shape: Sequence[int]) -> tuple[int, ...]:
-    """Shape of ``model(x)`` for x of shape ``x_shape``, batch included; runs a copy once where it is not known.
-
-    Raises:
-        ArgumentError and its kinds: the shape does not fit, or the model fails.
-    """
-    inner = describe(model).shapes(tuple(x_shape))[-1]
-    if inner is not None:
-        return inner[-1]
-    placement = common_placement(model)
-    device = torch.device("cpu") if placement is None else placement[0]
-    runnable = copied(model, device).float()
-    with forked(device):
-        return tuple(_forward(runnable, torch.zeros(tuple(x_shape), device=device)).shape)
-
-
-def forked(device: torch.device):
-    """The caller's random state stays, whatever is drawn or seeded in between."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
-def copied(model: nn.Sequential, device: torch.device) -> nn.Sequential:
-    """A copy on ``device``, dropout off.
-
-    Raises:
-        ModelError: it cannot be copied.
-    """
-    try:
-        made = copy.deepcopy(model).to(device)
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(
-            "model",
-            f"a network that cannot be copied ({type(error).__name__}: {error})",
-            "one that copy.deepcopy takes",
-        ) from error
-    for module in _dropouts(made):
-        module.eval()
-    return made
-
-
-def _dropouts(model: nn.Module) -> list[nn.Module]:
-    """The dropout modules that would draw masks."""
-    kind = nn.modules.dropout._DropoutNd
-    return [m for m in model.modules() if isinstance(m, kind) and m.training and m.p > 0]
-
-
-def _forward(model: nn.Sequential, x: Tensor) -> Tensor:
-    """``model(x)``, so that whatever goes wrong in a module has one line that says so."""
-    try:
-        with torch.no_grad(), _buffers_kept(model):
-            output = model(x.clone())
-    except Exception as error:
-        raise ModelError(
-            "model",
-            f"a network that fails in {str(x.dtype).removeprefix('torch.')} on x of shape {tuple(x.shape)} "
-            f"({type(error).__name__}: {error})",
-            "one that runs on it in float32 and in float64",
-        ) from error
-    if not isinstance(output, Tensor):
-        raise ModelError(
-            "model", f"a network that returns a {type(output).__name__}", "one that returns a tensor"
-        )
-    return output
-
-
-@contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Statistics are afterwards what they were, at the same addresses: CUDA graphs are recorded by those."""
-    held = [
-        (owner, name, buffer, buffer.clone())
-        for owner in model.modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for owner, name, buffer, value in held:
-                owner._buffers[name] = buffer
-                buffer.copy_(value)
-
-
-def _is_shape(data) -> bool:
-    return len(data) > 0 and all(isinstance(size, int) for size in data)
-
-
-def in_dtype(value, device: torch.device, dtype: torch.dtype):
-    """``value`` on ``device``, in ``dtype`` where it is a floating tensor."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
-
-
-def loss_in(loss: LossLike, device: torch.device, dtype: torch.dtype) -> LossLike:
-    """``loss`` with its own tensors (class weights) on ``device``, in ``dtype``."""
-    if isinstance(loss, nn.Module):
-        return copy.deepcopy(loss).to(device, dtype)
-    if isinstance(loss, functools.partial):
-        keywords = {name: in_dtype(value, device, dtype) for name, value in loss.keywords.items()}
-        return functools.partial(loss.func, *loss.args, **keywords)
-    return loss
-
-
-class _Side:
-    """Model, batches and loss in one dtype."""
-
-    def __init__(
-        self, model: nn.Sequential, batches: Sequence[Batch], loss: LossLike, dtype: torch.dtype
-    ) -> None:
-        """``model``: on the device where everything is to run; it becomes this side's own."""
-        self.model = model.to(dtype)
-        self.device = common_placement(model)[0]
-        self.batches = [tuple(in_dtype(value, self.device, dtype) for value in batch) for batch in batches]
-        self.loss = loss_in(loss, self.device, dtype)
-        for x, _ in self.batches:
-            validation.check_input(self.model, x)
-
-    def backpropagate(self, draw: int) -> tuple[list[Tensor], list[Tensor], dict[nn.Parameter, Tensor]]:
-        """Backpropagation by torch in the ambient precision: vhat_0..vhat_L, g_0..g_L, parameter -> gradient.
-
-        g_0 is zero; parameters that the loss does not depend on are left out.
-        """
-        x, y = self.batches[draw]
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        values = [x]
-        with torch.enable_grad(), _buffers_kept(self.model):
-            for layer in self.model:
-                value = layer(values[-1].clone())  # a clone, for in-place modules
-                values.append(value if value.requires_grad else value.detach().requires_grad_())
-            loss = describe_loss(self.loss).value(values[-1].to(x.dtype), y)
-            of_parameters = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            of_values = torch.autograd.grad(loss, values[1:], allow_unused=True)
-        g = [torch.zeros_like(v) if e is None else e for e, v in zip(of_values, values[1:], strict=True)]
-        updates = {p: found for p, found in zip(parameters, of_parameters, strict=True) if found is not None}
-        return [v.detach() for v in values], [torch.zeros_like(x), *g], updates
 
 
 class _Failed(Exception):
@@ -490,7 +220,7 @@ class _Check:
         if dtype == torch.float64:
             self.notes.append("the model is float64: it was checked with its parameters rounded to float32")
 
-        if _is_shape(data):
+        if is_shape(data):
             network.shapes(tuple(data))
             data = random_batches(model, data, loss=loss, draws=draws, seed=seed)
         for batch in data:
@@ -500,10 +230,10 @@ class _Check:
                 )
         if not len(data):
             raise ArgumentError("data", "no batches", "at least one pair (x, y)")
-        self.single = _Side(copied(model, self.device), data, loss, torch.float32)
-        self.double = _Side(copy.deepcopy(self.single.model), self.single.batches, loss, torch.float64)
+        self.single = Side(copied(model, self.device), data, loss, torch.float32)
+        self.double = Side(copy.deepcopy(self.single.model), self.single.batches, loss, torch.float64)
         self.network: Network = describe(self.single.model)
-        dropouts = len(_dropouts(model))
+        dropouts = len(dropout_modules(model))
         if dropouts:
             self.notes.append(
                 f"{dropouts} dropout module{'s' * (dropouts > 1)} ran in eval mode: masks of different precisions "
@@ -612,7 +342,7 @@ class _Check:
         for side in (self.single, self.double):
             self._seed()
             before = self._random_state()
-            _forward(side.model, side.batches[0][0])
+            forward(side.model, side.batches[0][0])
         if not all(map(torch.equal, before, self._random_state())):
             self.notes.append(
                 "the network draws random numbers in its forward pass: every run started from the same seed, but "
@@ -630,7 +360,7 @@ class _Check:
         on_device = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
         return [torch.get_rng_state(), *on_device]
 
-    def _solve(self, side: _Side, model: nn.Sequential, draw: int, backend: str, wanted: Wanted) -> Outcome:
+    def _solve(self, side: Side, model: nn.Sequential, draw: int, backend: str, wanted: Wanted) -> Outcome:
         """One relaxation of ``model`` on a batch of ``side``.
 
         Raises:
@@ -638,7 +368,7 @@ class _Check:
         """
         self._seed()
         x, y = side.batches[draw]
-        with _buffers_kept(model):
+        with buffers_kept(model):
             settings = Settings(
                 side.loss, self.method, self.step_size, self.num_steps, backend=backend, check="sync"
             )

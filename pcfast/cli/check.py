@@ -15,7 +15,8 @@ from rich.text import Text
 
 from ..backends import BACKENDS
 from ..checking import checker as checking
-from ..checking.checker import Report, Row
+from ..checking.copies import random_batches
+from ..checking.report import Report, Row
 from ..precision import PRECISIONS
 from ..problem.plan import METHODS
 from .building import device_of, network_and_sample_of
@@ -112,7 +113,7 @@ def check(
     batch_size = batch_size or _BATCH_SIZE_OF_DATA.get(source, _BATCH_SIZE)
     if step_size is None:
         step_size = DEFAULTS[source].step_size if source else STEP_SIZE
-    batches = checking.random_batches(network, (batch_size, *sample), loss=loss, draws=draws, seed=seed)
+    batches = random_batches(network, (batch_size, *sample), loss=loss, draws=draws, seed=seed)
     methods = methods or METHODS
     reports = []
     with _progress(methods) as progress_of:

@@ -23,7 +23,7 @@ from ..comparison import plots as comparison_plots
 from ..comparison.compare import ITERATIONS, METHODS, STEP_SIZES, WHOLE, TrainingComparison
 from ..datasets import Data
 from ..errors import ArgumentError
-from ..model.spec import describe
+from ..model.describe import describe
 from ..precision import check_precision, parameter_dtype, use_precision
 from ..problem.plan import METHODS as ALL_METHODS
 from ..problem.validation import checked_step_size, checked_steps

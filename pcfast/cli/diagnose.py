@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ..diagnostics.diagnosis import METHODS, Diagnosis
 from ..errors import ArgumentError, RelaxationDiverged
 from ..precision import check_precision, use_precision
 from ..problem.validation import checked_step_size, checked_steps
+from ..support.figures import evenly
 from ..support.files import results_folder, set_aside, write_csv, write_json
 from ..support.machine import describe_machine
 from ..support.naming import module_text
@@ -174,7 +174,7 @@ def _tables(found: Diagnosis, chosen: dict) -> list:
     heading = f"{relaxation}, backend {found.run.plan.backend}"
     by_iteration = table("As each iteration found the beliefs", ">iteration", ">energy", ">relaxed", "")
     rows = _iterations(found)
-    for index in _spread(len(rows)):
+    for index in evenly(len(rows), _MOST_ROWS):
         t, energy, relaxed, rising = rows[index]
         by_iteration.add_row(str(t), _number(energy, 6), _number(relaxed, 4), "rises" if rising else "")
     by_layer = table(
@@ -188,13 +188,6 @@ def _tables(found: Diagnosis, chosen: dict) -> list:
             cells.append(_number(float(found.belief_gradients[-1, layer - 1])) if layer < depth else "")
         by_layer.add_row(str(layer), *cells, _number(error), _number(angle))
     return [heading, by_iteration, by_layer]
-
-
-def _spread(count: int) -> Sequence[int]:
-    """Indices of at most _MOST_ROWS of ``count`` rows, at even distances, the first and the last among them."""
-    if count <= _MOST_ROWS:
-        return range(count)
-    return [round(index * (count - 1) / (_MOST_ROWS - 1)) for index in range(_MOST_ROWS)]
 
 
 def _write(out: Path, found: Diagnosis, model: nn.Sequential, chosen: dict, device: torch.device) -> None:

@@ -12,7 +12,7 @@ import torch
 from .._version import __version__
 from ..backends import BACKENDS
 from ..backends.cuda import native
-from ..model.spec import describe
+from ..model.describe import describe
 from ..networks import mlp
 from ..precision import choose_precision
 from ..problem.plan import plan

@@ -11,7 +11,7 @@ import torch
 from rich.progress import BarColumn, TextColumn
 from rich.text import Text
 
-from ..checking import checker as checking
+from ..checking.copies import random_batches
 from ..precision import use_precision
 from ..tuning.tuner import Decision, TuningReport
 from ..tuning.tuner import tune as tune_model
@@ -68,7 +68,7 @@ def tune(
     batch_size = batch_size or (defaults.batch_size if defaults else _BATCH_SIZE)
     if step_size is None:
         step_size = defaults.step_size if defaults else STEP_SIZE
-    ((x, y),) = checking.random_batches(network, (batch_size, *sample), loss=loss, draws=1, seed=seed)
+    ((x, y),) = random_batches(network, (batch_size, *sample), loss=loss, draws=1, seed=seed)
     with _progress() as progress, use_precision(precision, where):
         report = tune_model(
             network.to(where), x.to(where), y.to(where), loss=loss, num_steps=num_steps, step_size=step_size,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..datasets import Data
 from ..errors import ArgumentError, ModelError
-from ..model.spec import common_placement, describe
+from ..model.describe import describe
+from ..model.placement import common_placement
 from ..support import modes
 
 NEEDED = "FILE.py:FUNCTION, where FUNCTION() returns an nn.Sequential"

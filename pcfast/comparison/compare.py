@@ -27,7 +27,7 @@ from ..datasets import Data, checked_data
 from ..errors import ArgumentError, ArgumentTypeError, RelaxationDiverged
 from ..gradients import in_full, parameters_of_layers, true_gradient, vector
 from ..losses import LossLike, describe_loss
-from ..model.spec import describe
+from ..model.describe import describe
 from ..problem import validation
 from ..relaxation.result import relax
 from ..support.replay import replaying

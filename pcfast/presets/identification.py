@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from ..autograd import pc_loss
 from ..errors import ArgumentError, ArgumentTypeError, PcfastError, ShapeError
 from ..incremental import incremental_step
+from ..model.describe import describe
 from ..model.grouping import FORMS, flattened, group_layers
-from ..model.spec import describe
 from ..problem import belief_optimizers, validation
 from ..problem import nudging as nudges
 from ..problem.belief_optimizers import BeliefOptimizer

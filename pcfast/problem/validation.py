@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from ..arguments import checked_number
 from ..errors import ArgumentError, ArgumentTypeError, ModelError, NonFiniteError, ShapeError, TransformError
-from ..model.spec import DTYPES, Network, common_placement
+from ..model.placement import DTYPES, common_placement
+from ..model.spec import Network
 from . import status
 from .belief_optimizers import StepSize
 from .plan import METHODS, canonical, in_words

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
-from ..model.spec import tensors_of
+from ..model.placement import tensors_of
 from ..problem.plan import Plan
 from ..problem.types import Outcome, Problem
 from ..support.hashing import hashed_once

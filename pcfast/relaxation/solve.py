@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from ..backends import BACKENDS, choose_backend, say_passed_over
 from ..errors import ArgumentError
 from ..model import sharding
-from ..model.spec import describe
+from ..model.describe import describe
 from ..precision import choose_precision
 from ..problem import reductions, status, validation
 from ..problem.plan import LOOPS, Plan, plan

@@ -61,10 +61,14 @@ def legend(axes, keys: list, title: str = "") -> None:
 def shown(layers: Iterable[int]) -> list[int]:
     """The layers that a figure shows: all, or some at even distances, the first and the last among them."""
     layers = sorted(set(layers))
-    if len(layers) <= _MOST_LAYERS:
-        return layers
-    last = len(layers) - 1
-    return [layers[round(index * last / (_MOST_LAYERS - 1))] for index in range(_MOST_LAYERS)]
+    return [layers[index] for index in evenly(len(layers), _MOST_LAYERS)]
+
+
+def evenly(count: int, most: int) -> Sequence[int]:
+    """Indices of ``count`` things, or of ``most`` of them at even distances, the first and the last among them."""
+    if count <= most:
+        return range(count)
+    return [round(index * (count - 1) / (most - 1)) for index in range(most)]
 
 
 def ramp(values: Iterable, name: str) -> dict:

@@ -204,7 +204,7 @@ class IncrementalRun(Run):
     """As :class:`Run`; ``update`` moves the parameters itself, in every iteration."""
 
     def learn(self, x, y):
-        return self.update(x, y)
+        return self.update(x, y, return_output=True)
 
     def rehearse(self, x, y):
         incremental.rehearse(*self.update.args, x, y, **self.update.keywords)

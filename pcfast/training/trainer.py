@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .. import incremental
-from ..autograd import loss_and_output
+from ..autograd import loss_with
 from ..datasets import Data, checked_data
 from ..errors import ArgumentError, ArgumentTypeError, BackendError
 from ..losses import LossLike
@@ -256,13 +256,13 @@ def _train(
     )  # fmt: skip
     nudging_of = nudges.by_epoch(nudging, nudging_growth, epochs, method)
     if method == "incremental":
-        update = functools.partial(incremental.step, model, optimizer=optimizer, settings=relaxation)
+        update = functools.partial(incremental.step_with, relaxation, model, optimizer=optimizer)
         kind = IncrementalRun
     else:
 
         def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             now = replace(relaxation, nudging=nudging_of(len(run.history)))
-            return loss_and_output(model, x, y, now)
+            return loss_with(now, model, x, y, return_output=True)
 
         kind = Run
     run = kind(

@@ -32,6 +32,7 @@ from ..backends.triton.configs import (
 )
 from ..backends.triton.tiles import LinearTiles
 from ..checking import checker as checking
+from ..checking import copies
 from ..errors import ArgumentError, BackendError, ModelError
 from ..losses import LossLike
 from ..precision import numerics
@@ -134,7 +135,7 @@ def tune(
     if save:
         config_cache.check_writable()
     on_device = torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-    with checking.forked(x.device), on_device:
+    with copies.forked(x.device), on_device:
         return _Tuner(model, x, y, loss, num_steps, step_size, clock or _Events(x.device), progress).run(save)
 
 
@@ -167,11 +168,11 @@ class _Sieve:
 
     def __init__(self, problem: Problem, num_steps: int, loss: LossLike) -> None:
         device, double = problem.x.device, torch.float64
-        model = checking.copied(problem.model, device).to(double)
-        x, y = (checking.in_dtype(value, device, double) for value in (problem.x, problem.y))
+        model = copies.copied(problem.model, device).to(double)
+        x, y = (copies.in_dtype(value, device, double) for value in (problem.x, problem.y))
         with torch.autocast(device.type, enabled=False):
             settings = Settings(
-                checking.loss_in(loss, device, double), "strict", problem.step_size, num_steps, backend="reference",
+                copies.loss_in(loss, device, double), "strict", problem.step_size, num_steps, backend="reference",
                 check="sync",
             )  # fmt: skip
             outcome, _ = solve(model, x, y, settings, Wanted(states=True))
@@ -210,7 +211,7 @@ class _Tuner:
 
     def __init__(self, model, x, y, loss, num_steps, step_size, clock: Clock, progress) -> None:
         settings = Settings(loss, "strict", step_size, num_steps, backend="triton", check="deferred")
-        self.problem, self.plan = prepare(checking.copied(model, x.device), x, y, settings)
+        self.problem, self.plan = prepare(copies.copied(model, x.device), x, y, settings)
         if self.plan.depth == 1 or self.plan.num_steps == 0:
             raise ModelError("model", "no loop", "two layers and one iteration, so that there is one")
         self.backend = BACKENDS[self.plan.backend]

@@ -490,7 +490,7 @@ def test_a_convolution_costs_one_elementwise_launch_a_stage(launches):
 @pytest.mark.parametrize("momentum", [False, True])
 def test_the_design_gives_every_matrix_its_own_place(momentum):
     model, x, _ = drawn("conv")
-    network = pcfast.model.spec.describe(model)
+    network = pcfast.model.describe.describe(model)
     shapes = network.shapes(tuple(x.shape))
     for precision, gram in itertools.product(("bf16", "tf32"), (False, True)):
         target = launch_plan.Target(precision, 132, 0, False)
@@ -839,7 +839,7 @@ def test_explain_names_the_velocities(close, request):
 def floors_of(
     model: nn.Sequential, sample: tuple[int, ...], gram: bool = False, momentum: bool = False, **settings
 ) -> dict:
-    network = pcfast.model.spec.describe(model)
+    network = pcfast.model.describe.describe(model)
     shapes = network.shapes((BATCH, *sample))
     target = launch_plan.Target(
         **{"precision": "bf16", "sm_count": 132, "close_bytes": 0, "interpreted": False, **settings}
@@ -865,7 +865,7 @@ def test_floors_count_products_and_bytes():
 
 def test_floors_in_gram_form():
     model, x, _ = narrowing_conv_net("nothing")
-    network = pcfast.model.spec.describe(model)
+    network = pcfast.model.describe.describe(model)
     (plain, found) = (floors_of(model, tuple(x.shape[1:]), gram)[2] for gram in (False, True))
     assert found.macs == planning.gram_macs(network, network.shapes(tuple(x.shape))) < plain.macs
     # uhat, s, d, the error and delta; delta, s and its sum twice, the Gram matrix
@@ -967,7 +967,7 @@ def test_designs_for_a_gpu_hold_together(precision, batch, close):
     ):
         with torch.device("meta"):
             model = mlp(*widths, activation=activation)
-        network = pcfast.model.spec.describe(model)
+        network = pcfast.model.describe.describe(model)
         shapes = network.shapes((batch, widths[0]))
         target = launch_plan.Target(precision, 132, close, False)
         made = designs.design(network, shapes, False, "cross_entropy", True, target)

@@ -28,7 +28,8 @@ from pcfast.backends.cuda.kernel_params import (
     divisor,
 )
 from pcfast.backends.cuda.shared_memory import Chip, Placement, place
-from pcfast.model.spec import Network, describe
+from pcfast.model.describe import describe
+from pcfast.model.spec import Network
 from pcfast.precision import Operands
 from pcfast.problem.plan import choose_gram
 

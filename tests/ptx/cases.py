@@ -36,7 +36,7 @@ from pcfast.backends.triton import backend
 from pcfast.backends.triton import launch_plan as designs
 from pcfast.backends.triton.arena import Arena, LayoutBuilder
 from pcfast.checking.bounds import relative_error
-from pcfast.checking.checker import loss_in
+from pcfast.checking.copies import loss_in
 from pcfast.precision import switched, use_precision
 
 __all__ = [
