@@ -223,23 +223,40 @@ def depth_lines(found: dict) -> dict[str, dict[str, list[tuple[int, float]]]]:
 
 
 def picture(records: list[dict], path: Path = PICTURE) -> None:
-    """Per record: times against the literal loop; a roofline; and errors of belief and deviation form. A PNG."""
+    """Per record: times against the literal loop, errors of belief and deviation form, and a roofline. A PNG.
+
+    Sized for a page 900 pixels wide; the background is white on a dark page, too.
+    """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.2 * len(records)), dpi=130, layout="constrained")
-    panels = figure.subplots(len(records), 3, squeeze=False)
-    for (bars, roof, errors), found in zip(panels, records, strict=True):
+    rows = max(len(cases(found)) for found in records)
+    heights = (1.6 + 0.5 * rows, 1.4 + 0.27 * rows)
+    figure = Figure(figsize=(9.6, sum(heights) * len(records)), dpi=160, layout="constrained")
+    for part, found in zip(figure.subfigures(len(records), 1, squeeze=False)[:, 0], records, strict=True):
+        part.suptitle(_processor(found), fontsize="large")
+        upper, lower = part.subfigures(2, 1, height_ratios=heights)
+        bars, errors = upper.subplots(1, 2, width_ratios=(3, 2))
         _bars(bars, found)
-        _roofline(roof, found)
         _errors(errors, found)
-        bars.set_title(
-            f"{found['machine']['processor']}: times as fast as the literal loop", fontsize="medium"
-        )
-        roof.title.set_fontsize("medium")
-        errors.title.set_fontsize("medium")
+        _roofline(lower.subplots(), found)
     write_atomically(path, FigureCanvasAgg(figure).print_png)
+
+
+def _processor(found: dict) -> str:
+    machine = found["machine"]
+    return (
+        f"{machine['processor']}, {machine['threads']} threads"
+        if found["device"] == "cpu"
+        else machine["processor"]
+    )
+
+
+def _labels(chosen: Iterable[tuple[str, str]], found: dict) -> list[str]:
+    """Workloads as a figure names them; with the precision where the record has several."""
+    several = len({row["precision"] for row in found["rows"]}) > 1
+    return [f"{name} ({precision})" if several else name for name, precision in chosen]
 
 
 def depth_picture(records: list[dict], path: Path = DEPTH_PICTURE) -> None:
@@ -281,38 +298,57 @@ def _bars(axes, found: dict) -> None:
     chosen = {
         case: rows for case, rows in cases(found).items() if tables.seconds_of("literal", rows) is not None
     }
-    names = [name for name in _COLOURS if name != "literal"]
-    height = 0.8 / len(names)
-    for index, name in enumerate(names):
-        for place, rows in enumerate(chosen.values()):
-            seconds = _seconds(name, rows)
-            if seconds is not None:
-                ratio = tables.seconds_of("literal", rows) / seconds
-                axes.barh(
-                    place + (index - (len(names) - 1) / 2) * height, ratio, height, color=_COLOURS[name]
-                )
-        axes.barh(0, 0, color=_COLOURS[name], label=name)
-    axes.set_yticks(range(len(chosen)), [f"{name}\n{precision}" for name, precision in chosen])
+    ratios = {
+        name: {
+            place: tables.seconds_of("literal", rows) / seconds
+            for place, rows in enumerate(chosen.values())
+            if (seconds := _seconds(name, rows)) is not None
+        }
+        for name in _COLOURS
+        if name != "literal"
+    }
+    timed = [name for name, found_there in ratios.items() if found_there]
+    height = 0.84 / max(1, len(timed))
+    for index, name in enumerate(timed):
+        offset = (index - (len(timed) - 1) / 2) * height
+        places = [place + offset for place in ratios[name]]
+        axes.barh(places, list(ratios[name].values()), height, color=_COLOURS[name], label=name)
+    axes.set_yticks(range(len(chosen)), _labels(chosen, found))
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}x")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.legend(fontsize="small", frameon=False)
+    axes.set_title("Times as fast as the literal loop", fontsize="medium")
+    axes.legend(fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)
 
 
 def _roofline(axes, found: dict) -> None:
-    """Multiply-adds a second against multiply-adds a byte: ours, under the measured ceilings."""
+    """Multiply-adds a second against multiply-adds a byte: ours, under the measured ceilings.
+
+    Points lie close together: their names stand in a column beside the panel, in the points' order from the top.
+    """
     for precision, limits in found["ceilings"].items():
         intensity = [10.0**k for k in range(-1, 6)]
         roof = [min(limits["multiply_adds_per_s"], i * limits["copy_bytes_per_s"]) for i in intensity]
         axes.plot(intensity, roof, color="grey", linewidth=1)
-        axes.annotate(precision, (intensity[-1], roof[-1]), fontsize="small", ha="right", va="bottom")
-    for (name, precision), rows in cases(found).items():
+        axes.annotate(
+            f"ceiling, {precision}", (intensity[-1], roof[-1]), fontsize="small", ha="right", va="bottom"
+        )
+    chosen = cases(found)
+    points = []
+    for label, rows in zip(_labels(chosen, found), chosen.values(), strict=True):
         ours = tables.best_of_ours(rows)
-        point = ours["multiply_adds"] / ours["bytes"], ours["multiply_adds"] / ours["seconds"]
-        axes.plot(*point, "o", color=_COLOURS["pcfast"], markersize=4)
-        axes.annotate(f" {name} {precision}", point, fontsize="x-small")
-    axes.set(xscale="log", yscale="log", title="Roofline: products that the algorithm leaves")
-    axes.set(xlabel="multiply-adds a byte", ylabel="multiply-adds a second")
+        points.append((ours["multiply_adds"] / ours["seconds"], ours["multiply_adds"] / ours["bytes"], label))
+    points.sort(reverse=True)
+    line = {"arrowstyle": "-", "color": "silver", "linewidth": 0.8, "relpos": (0, 0.5)}
+    for index, (rate, intensity, label) in enumerate(points):
+        axes.plot(intensity, rate, "o", color=_COLOURS["pcfast"], markersize=5)
+        axes.annotate(
+            label, (intensity, rate), xytext=(1.04, 1 - (index + 0.5) / len(points)), textcoords="axes fraction",
+            fontsize="small", va="center", arrowprops=line,
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="multiply-adds a byte", ylabel="multiply-adds a second")
+    axes.set_title("Roofline: products that the algorithm leaves", fontsize="medium")
 
 
 def _errors(axes, found: dict) -> None:
@@ -325,10 +361,12 @@ def _errors(axes, found: dict) -> None:
             axes.plot(plain["error"], place, "s", color=_COLOURS["plain_compiled"])
     axes.plot([], [], "o", color=_COLOURS["pcfast"], label="pcfast: deviations")
     axes.plot([], [], "s", color=_COLOURS["plain_compiled"], label="plain loop: beliefs")
-    axes.set_yticks(range(len(chosen)), [f"{name}\n{precision}" for name, precision in chosen])
+    axes.set_yticks(range(len(chosen)), _labels(chosen, found))
     axes.invert_yaxis()
-    axes.set(xscale="log", title="Largest error of an update (strict)")
-    axes.legend(fontsize="small", frameon=False)
+    axes.set_xscale("log")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_title("Largest error of an update (strict)", fontsize="medium")
+    axes.legend(fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07))
 
 
 def _depth(axes, lines: dict[str, list[tuple[int, float]]]) -> None:

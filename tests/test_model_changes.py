@@ -97,7 +97,7 @@ def energies_of_a_chain(depth, step_size):
 
 @pytest.mark.parametrize("depth", [2, 3, 6, 12])
 def test_the_stated_step_size_is_safe(depth):
-    """README: step_size (1 + |J|)^2 < 2 is safe at any depth."""
+    """docs/guide.md: step_size (1 + |J|)^2 < 2 is safe at any depth."""
     first, last = energies_of_a_chain(depth, 0.95 * 2 / 4)
     assert last <= first
 

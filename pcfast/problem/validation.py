@@ -107,7 +107,7 @@ def check_step_fits(step_size: StepSize, dtype: torch.dtype) -> None:
     if largest > limit:
         raise ArgumentError(
             "step_size", f"{largest!r}, infinite in {dtype}", f"at most {limit:.3g}",
-            "Relaxation diverges long before: see the README's limits.",
+            "Relaxation diverges long before: docs/guide.md says what is safe (step sizes).",
         )  # fmt: skip
 
 
