@@ -16,27 +16,27 @@ struct Row {
 };
 
 template <class Real>
-__device__ Row<Real> row_at(const Moment<Real>& now, int64_t row) {
-  const int64_t label = now.tensors.labels[row];
-  const bool ignored = label == now.run.ignored_label;
-  const bool wrong = ignored ? now.run.every_row != 0 : label < 0 || label >= now.program.classes;
-  const int inside = static_cast<int>(min(max(label, int64_t(0)), int64_t(now.program.classes - 1)));
-  const Real* weights = static_cast<const Real*>(now.tensors.class_weight);
+__device__ Row<Real> row_at(const KernelContext<Real>& ctx, int64_t row) {
+  const int64_t label = ctx.tensors.labels[row];
+  const bool ignored = label == ctx.run.ignored_label;
+  const bool wrong = ignored ? ctx.run.every_row != 0 : label < 0 || label >= ctx.program.classes;
+  const int inside = static_cast<int>(min(max(label, int64_t(0)), int64_t(ctx.program.classes - 1)));
+  const Real* weights = static_cast<const Real*>(ctx.tensors.class_weight);
   return {inside, ignored ? Real(0) : weights ? weights[inside] : Real(1), ignored, wrong};
 }
 
 // The sum of the weights of all rows of the batch: every block finds the same, in the same order. `parts`, one a warp, may
 // be written again after the next barrier.
 template <class Real>
-__device__ Real batch_weight(const Moment<Real>& now, Real* parts, int thread, int threads, const Warp& warp) {
+__device__ Real batch_weight(const KernelContext<Real>& ctx, Real* parts, int thread, int threads, const Warp& warp) {
   Real sum = 0;
   bool wrong = false;
-  for (int n = thread; n < now.run.batch; n += threads) {
-    const Row<Real> row = row_at(now, n);
+  for (int n = thread; n < ctx.run.batch; n += threads) {
+    const Row<Real> row = row_at(ctx, n);
     sum += row.weight;
     wrong = wrong || row.wrong;
   }
-  if (wrong && now.first_sample == 0) tile::atomic_min(now.tensors.first_bad + now.program.depth - 1, 0);
+  if (wrong && ctx.first_sample == 0) tile::atomic_min(ctx.tensors.first_bad + ctx.program.depth - 1, 0);
   sum = tile::warp_sum(sum);
   if (warp.lane == 0) parts[warp.index] = sum;
   tile::block_barrier();
@@ -45,50 +45,50 @@ __device__ Real batch_weight(const Moment<Real>& now, Real* parts, int thread, i
   return sum;
 }
 
-// All that was written before it is there for the block after it; the masses are after one more barrier.
+// All that was written before it is there for the block after it; the target sums are after one more barrier.
 //
-// Cross-entropy is -sum_c dense[c] log_softmax(mu)[c] (pcfast/losses.py), its mass the sum of dense; mse compares with dense.
+// Cross-entropy is -sum_c target[c] log_softmax(mu)[c] (pcfast/losses.py), its target_sum the sum of dense; mse compares with dense.
 template <class Real>
-__device__ void fill_targets(const Moment<Real>& now, int thread, int threads, const Warp& warp) {
-  const Program& program = now.program;
-  const Run& run = now.run;
+__device__ void load_targets(const KernelContext<Real>& ctx, int thread, int threads, const Warp& warp) {
+  const Program& program = ctx.program;
+  const Run& run = ctx.run;
   const int classes = program.classes;
-  const Real* given = static_cast<const Real*>(now.tensors.dense);
-  const Real* weights = static_cast<const Real*>(now.tensors.class_weight);
-  const bool labels = now.tensors.labels != nullptr;
+  const Real* given = static_cast<const Real*>(ctx.tensors.target);
+  const Real* weights = static_cast<const Real*>(ctx.tensors.class_weight);
+  const bool labels = ctx.tensors.labels != nullptr;
   Real scale = 1;
   if (labels) {
-    Real* scratch = now.memory + program.layers[1].predict.scratch;  // its beginning
-    const Real weight = batch_weight(now, scratch, thread, threads, warp);
+    Real* scratch = ctx.memory + program.layers[1].predict.scratch;  // its beginning
+    const Real weight = batch_weight(ctx, scratch, thread, threads, warp);
     // where all labels are ignored nothing weighs anything, and nothing is to be learned
     if (run.mean) scale = weight > 0 ? Real(run.share) / weight : Real(0);
   } else if (run.mean) {
     scale = Real(run.share) / Real(run.batch);
   }
   const Real own = Real(1 - run.smoothing), spread = Real(run.smoothing / classes);
-  for (int i = thread; i < now.samples * classes; i += threads) {
+  for (int i = thread; i < ctx.samples * classes; i += threads) {
     const int n = i / classes, c = i % classes;
-    const int64_t sample = now.first_sample + n;
+    const int64_t sample = ctx.first_sample + n;
     Real target;
-    if (program.loss == MSE) {
+    if (program.loss == kMse) {
       target = given[sample * classes + c];
     } else if (labels) {
-      const Row<Real> row = row_at(now, sample);
+      const Row<Real> row = row_at(ctx, sample);
       target = row.label == c ? row.weight * own : Real(0);
       if (!row.ignored) target += (weights ? weights[c] : Real(1)) * spread;
       target *= scale;
     } else {
       target = (given[sample * classes + c] * own + spread) * (weights ? weights[c] : Real(1)) * scale;
     }
-    now.memory[program.dense + n * program.classes_stride + c] = target;
+    ctx.memory[program.target + n * program.classes_stride + c] = target;
   }
   tile::block_barrier();
-  for (int n = warp.index; n < now.samples; n += warp.count) {
-    Real mass = 0;
+  for (int n = warp.index; n < ctx.samples; n += warp.count) {
+    Real target_sum = 0;
     for (int c = warp.lane; c < classes; c += kWarpSize)
-      mass += now.memory[program.dense + n * program.classes_stride + c];
-    mass = tile::warp_sum(mass);
-    if (warp.lane == 0) now.memory[program.mass + n] = mass;
+      target_sum += ctx.memory[program.target + n * program.classes_stride + c];
+    target_sum = tile::warp_sum(target_sum);
+    if (warp.lane == 0) ctx.memory[program.target_sum + n] = target_sum;
   }
 }
 
@@ -97,59 +97,59 @@ __device__ inline int output_warps(const Program& program) {
   return max(min(program.samples, static_cast<int>(blockDim.x) / kWarpSize / 2), 1);
 }
 
-// One warp a sample. The gradient at mu = vhat + bracket as eps and delta of the output layer; before the iterations
+// One warp a sample. The gradient at mu = vhat + act_diff as eps and delta of the output layer; before the iterations
 // (`forward`) at vhat, and the sample's share of the loss there.
 template <class Real>
-__device__ void output_error(const Moment<Real>& now, bool forward, bool moved, const Warp& warp) {
-  enum Pass : int { HIGHEST, SUM, ERROR };
-  const Program& program = now.program;
+__device__ void output_error(const KernelContext<Real>& ctx, bool forward, bool moved, const Warp& warp) {
+  enum Pass : int { kMaximum, kSum, kError };
+  const Program& program = ctx.program;
   const Layer& layer = program.layers[program.depth - 1];
   const int classes = program.classes;
-  const Real loss_scale = Real(now.run.loss_scale);
-  void* kept = forward ? now.tensors.output_gradient : now.last ? now.tensors.error[program.depth - 1] : nullptr;
+  const Real loss_scale = Real(ctx.run.loss_scale);
+  void* kept = forward ? ctx.tensors.output_gradient : ctx.last ? ctx.tensors.error[program.depth - 1] : nullptr;
   const int warps = output_warps(program);
   if (warp.count - 1 - warp.index >= warps) return;
-  for (int n = warp.count - 1 - warp.index; n < now.samples; n += warps) {
-    const Real* vhat = now.memory + program.vhat + n * program.classes_stride;
-    const Real* dense = now.memory + program.dense + n * program.classes_stride;
+  for (int n = warp.count - 1 - warp.index; n < ctx.samples; n += warps) {
+    const Real* vhat = ctx.memory + program.vhat + n * program.classes_stride;
+    const Real* target = ctx.memory + program.target + n * program.classes_stride;
     Real highest = Real(-3.0e38), sum = 0, loss = 0;
-    const int first_pass = program.loss == CROSS_ENTROPY ? HIGHEST : ERROR;
-    Moved<Real> own{};  // the lane's first class, often its only one: found in the first pass
+    const int first_pass = program.loss == kCrossEntropy ? kMaximum : kError;
+    ActDiff<Real> own{};  // the lane's first class, often its only one: found in the first pass
     PCFAST_NO_UNROLL
-    for (int pass = first_pass; pass <= ERROR; ++pass) {
+    for (int pass = first_pass; pass <= kError; ++pass) {
       for (int c = warp.lane; c < classes; c += kWarpSize) {
-        Moved<Real> found = own;
+        ActDiff<Real> found = own;
         if (pass == first_pass || c != warp.lane) {
-          const Real s = moved ? summed(Parts(layer.predict), first_part(layer.predict, now.memory, n, c)) : Real(0);
-          found = after(layer, now.memory[layer.uhat + n * layer.uhat_sample + c], s);
+          const Real s = moved ? reduce_partials(Partials(layer.predict), first_partial(layer.predict, ctx.memory, n, c)) : Real(0);
+          found = after(layer, ctx.memory[layer.uhat + n * layer.uhat_sample + c], s);
           if (c == warp.lane) own = found;
         }
-        const Real output = vhat[c] + found.bracket;
-        if (pass == HIGHEST) {
+        const Real output = vhat[c] + found.act_diff;
+        if (pass == kMaximum) {
           highest = fmax(highest, output);
-        } else if (pass == SUM) {
+        } else if (pass == kSum) {
           sum += exp(output - highest);  // NaN was lost in the maximum and comes back here
         } else {
           Real error;
-          if (program.loss == CROSS_ENTROPY) {
-            error = exp(output - highest) / sum * now.memory[program.mass + n] - dense[c];
+          if (program.loss == kCrossEntropy) {
+            error = exp(output - highest) / sum * ctx.memory[program.target_sum + n] - target[c];
             // a class of probability 0 that the target does not name costs nothing
-            if (dense[c] != 0) loss -= dense[c] * ((output - highest) - log(sum));
+            if (target[c] != 0) loss -= target[c] * ((output - highest) - log(sum));
           } else {
-            const Real difference = output - dense[c];
+            const Real difference = output - target[c];
             error = difference * loss_scale;
             loss += difference * difference * (loss_scale / 2);
           }
-          if (kept) number_of(now, kept, n, classes, c) = error;
-          if (!forward) pull_back(now, layer, now.memory[at(layer.delta, n, c, 0, 0)], n, c, error * found.slope);
+          if (kept) global_element(ctx, kept, n, classes, c) = error;
+          if (!forward) pull_back(ctx, layer, ctx.memory[at(layer.delta, n, c, 0, 0)], n, c, error * found.derivative);
         }
       }
-      if (pass == HIGHEST) highest = tile::warp_max(highest);
-      if (pass == SUM) sum = tile::warp_sum(sum);
+      if (pass == kMaximum) highest = tile::warp_max(highest);
+      if (pass == kSum) sum = tile::warp_sum(sum);
     }
     if (!forward) continue;
     loss = tile::warp_sum(loss);
-    if (warp.lane == 0) number_of(now, now.tensors.loss_rows, n, 1, 0) = loss;
+    if (warp.lane == 0) global_element(ctx, ctx.tensors.loss_rows, n, 1, 0) = loss;
   }
 }
 

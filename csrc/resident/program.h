@@ -9,7 +9,7 @@
 //                          (Gram form of layer 2: its sum S instead; docs/method.md fact 7)
 //     uhat      per layer  pre-activations of the forward pass
 //     velocity  per layer  of d, or of S, where beliefs move with momentum
-//     top       vhat, dense target and mass of the output layer
+//     top       vhat, dense target and target_sum of the output layer
 //     scratch   partial sums of a stage's products
 //
 // An iteration is two stages (fact 5), each of them products into the scratch, then pointwise work from it:
@@ -23,26 +23,29 @@
 
 namespace pcfast::resident {
 
-constexpr int kMostLayers = 16;
+constexpr int kMaxLayers = 16;
 
-enum Product_kind : int32_t {
-  NO_PRODUCT = 0,
-  COPY = 1,    // a layer without weights: what it reads is copied
-  PIXELS = 2,  // lanes run over pixels of the map
-  LINEAR = 3,  // lanes run over output features, or over input features in the feedback
+// The two stages of an iteration (fact 5).
+enum class Stage { kPredict, kFeedback };
+
+enum ProductKind : int32_t {
+  kNoProduct = 0,
+  kCopy = 1,    // a layer without weights: what it reads is copied
+  kConv = 2,  // lanes run over pixels of the map
+  kLinear = 3,  // lanes run over output features, or over input features in the feedback
 };
 
 // What products read: the state as it is, or rounded for matrix units. Weights of linear layers are kept in bfloat16 for
-// BF16; all other weights are kept in the state's type, rounded.
-enum Operand : int32_t { IEEE = 0, TF32 = 1, BF16 = 2 };
+// kBf16; all other weights are kept in the state's type, rounded.
+enum OperandKind : int32_t { kIeee = 0, kTf32 = 1, kBf16 = 2 };
 
-enum Pool_kind : int32_t { NO_POOL = 0, MAX_POOL = 1, AVG_POOL = 2 };
+enum PoolKind : int32_t { kNoPool = 0, kMaxPool = 1, kAvgPool = 2 };
 
-enum Loss_kind : int32_t { CROSS_ENTROPY = 0, MSE = 1 };
+enum LossKind : int32_t { kCrossEntropy = 0, kMse = 1 };
 
 // Numbers of one sample in shared memory: (channel, y, x) lies at
 // first + sample * samples + channel * channels + y * rows + x * columns.
-struct Place {
+struct StridedView {
   int32_t first, samples, channels, rows, columns;
 };
 
@@ -60,26 +63,26 @@ struct Product {
   int32_t kind;
   int32_t out, height, width;         // C
   Divisor by_area, by_width;          // height * width, width
-  int32_t channels, taps_y, taps_x;   // summed over
+  int32_t channels, taps_y, taps_x;   // the dimensions of the sum
   int32_t weights, weight_row, weight_channel, weight_tap_y, weight_tap_x;
-  Place input;
+  StridedView input;
   int32_t input_tap_y, input_tap_x;   // steps of B with a tap
   int32_t scratch, scratch_sample, scratch_split;
   // Work for one warp, of a block with all its samples: unit (group * by_tiles + tile) * by_splits + split. A group is of
-  // samples, in PIXELS of places; a tile of rows of A; a split is a part of the sum.
+  // samples, in kConv of places; a tile of rows of A; a split is a part of the sum.
   int32_t units;
   Divisor by_splits, by_tiles;
-  // Channels of a part: in linear products a multiple of 4, on matrix units of a step's depth, and there PIXELS counts
+  // Channels of a part: in linear products a multiple of 4, on matrix units of a step's depth, and there kConv counts
   // terms instead of channels.
   int32_t split;
-  int32_t lanes_log2;                 // LINEAR, prediction: lanes over output features; the others share the sum
-  int32_t rows_a_thread;              // PIXELS
-  int32_t tiles;                      // on matrix units, of a unit: of 16 rows (LINEAR), of 8 rows of A (PIXELS)
-  int32_t terms, term_count;          // PIXELS on matrix units: the terms' table, padded to a step's depth
+  int32_t lanes_log2;                 // kLinear, prediction: lanes over output features; the others share the sum
+  int32_t rows_per_thread;              // kConv
+  int32_t tiles;                      // on matrix units, of a unit: of 16 rows (kLinear), of 8 rows of A (kConv)
+  int32_t terms, term_count;          // kConv on matrix units: the terms' table, padded to a step's depth
 };
 
 struct Layer {
-  Product predict;   // NO_PRODUCT: the layer below is clamped
+  Product predict;   // kNoProduct: the layer below is clamped
   Product feedback;  // into the beliefs below
   int32_t channels, height, width;    // of the product's output
   int32_t size;                       // of the output, pooled: a sample's numbers
@@ -98,8 +101,8 @@ struct Layer {
   // As in shared memory, the stride in numbers of the kind that is kept there; weight_inputs 0: none to load.
   int32_t weights, weight_inputs, weight_stride;
   int32_t gram;                       // delta holds S, and weights -G
-  Place delta;
-  Place d;                            // of the layer's own output; the output layer has none
+  StridedView delta;
+  StridedView d;                            // of the layer's own output; the output layer has none
 };
 
 // layers[0] is layer 1, of which only d and the output's sizes count. Its forward pass, and in Gram form layer 2's product,
@@ -110,28 +113,28 @@ struct Program {
   int32_t depth, samples, group;
   int32_t elements;                   // of shared memory
   int32_t loss, classes;
-  int32_t vhat, dense, mass, classes_stride;
+  int32_t vhat, target, target_sum, classes_stride;
   int32_t first_in_loop;              // 2 in Gram form, whose layer 1 has no d; else 1
-  Layer layers[kMostLayers];
+  Layer layers[kMaxLayers];
 };
 
 // Device memory, dense and in torch's order, the batch outermost; scalars of the state's type. Entry l - 1 is layer l's;
 // null where there is nothing.
 struct Tensors {
-  const void* weight[kMostLayers];    // (out, in, taps), BF16: bfloat16; Gram form: G takes the place of layer 2's
-  const void* bias[kMostLayers];
-  const void* start[kMostLayers];     // beliefs before the first iteration; null: those of the forward pass
+  const void* weight[kMaxLayers];    // (out, in, taps), BF16: bfloat16; Gram form: G takes the place of layer 2's
+  const void* bias[kMaxLayers];
+  const void* start[kMaxLayers];     // beliefs before the first iteration; null: those of the forward pass
   const void* vhat_1;                 // null in Gram form
   const void* uhat_2;                 // Gram form
   const int64_t* labels;              // null: targets are dense
-  const void* dense;                  // (batch, classes): probabilities, or what mse compares with
+  const void* target;                  // (batch, classes): probabilities, or what mse compares with
   const void* class_weight;           // of cross-entropy
   const void* step_sizes;             // (iterations,); null: eta is the same in all
   // Written.
-  void* vhat[kMostLayers];            // from layer 2 on
-  void* belief[kMostLayers];          // after the last iteration
-  void* error[kMostLayers];           // of the last iteration
-  void* local_error[kMostLayers];     // pulled back to the product at the last beliefs; null: not wanted
+  void* vhat[kMaxLayers];            // from layer 2 on
+  void* belief[kMaxLayers];          // after the last iteration
+  void* error[kMaxLayers];           // of the last iteration
+  void* local_error[kMaxLayers];     // pulled back to the product at the last beliefs; null: not wanted
   void* loss_rows;                    // (batch,): every sample's share of the loss at vhat
   void* output_gradient;              // (batch, classes): the loss's gradient at vhat; null: not wanted
   void* gram_sum;                     // S after the last iteration, packed like uhat of layer 2

@@ -12,71 +12,102 @@
 
 namespace pcfast::resident {
 
-// Most threads of a block; fewer are possible.
-constexpr int kMostThreads = 512;
+// Bounds the registers of a thread to 128: 512 threads share an SM's 65,536.
+constexpr int kMaxThreads = 512;
+
+// What one pass of the loop of `relaxation` does.
+enum class Phase {
+  kForward,  // one layer of the forward pass; the last pass of it also initializes beliefs and loss
+  kIterate,  // one iteration: predict stage, then feedback stage
+  kFinish,   // the last errors, pulled back at the last beliefs, go to device memory for the weight gradients
+};
+
+// Layers that are active in a pass. Below the active front (fact 3) beliefs are where they were, and so are their predictions.
+struct ActiveLayers {
+  int lowest_error;       // the lowest layer whose error is not zero
+  int lowest_prediction;  // the lowest layer whose prediction has moved
+
+  __device__ ActiveLayers(const Program& program, bool fresh, int t, bool finish)
+      : lowest_error(fresh ? max(program.depth - t + 1 + finish, 2) : 2),
+        lowest_prediction(fresh ? max(program.depth - t + 2, 2) : 2) {}
+};
+
+// Computes errors and deltas of the hidden layers from the products of the predict stage; in kFinish, of all layers.
+template <class Real>
+__device__ void pull_errors(const KernelContext<Real>& ctx, const ActiveLayers& active, bool finish, const Warp& warp,
+                            int thread, int threads) {
+  // the output layer's warps compute its error meanwhile
+  const int free = finish || warp.count == 1 ? threads : threads - output_warps(ctx.program) * kWarpSize;
+  int item = thread;
+  for (int l = ctx.program.depth - !finish; l >= active.lowest_error && thread < free; --l)
+    hidden_errors(ctx, l, l >= active.lowest_prediction, finish, item, free);
+}
+
+// Runs the feedback stage of iteration t: products r = W^T delta, then d -= eta r.
+template <class Real>
+__device__ void feedback(const KernelContext<Real>& ctx, bool fresh, int t, const Warp& warp, int thread, int threads) {
+  const int depth = ctx.program.depth;
+  // beliefs move from the layer below the active front (fact 3) on; in Gram form (fact 7) layer 1's have moved with S
+  const int lowest = max(fresh ? depth - t : 1, ctx.program.first_in_loop);
+  products<Stage::kFeedback>(ctx.program, ctx.memory, depth, lowest + 1, ctx.samples, warp);
+  tile::block_barrier();
+  int item = thread;
+  for (int l = depth - 1; l >= lowest; --l) update_beliefs(ctx, l, item, threads);
+  tile::block_barrier();
+}
 
 template <class Real>
-__global__ void __launch_bounds__(kMostThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     relaxation(const __grid_constant__ Program program, const __grid_constant__ Tensors tensors,
                const __grid_constant__ Run run) {
   PCFAST_SHARED_MEMORY(bytes);
   const int thread = threadIdx.x, threads = blockDim.x;
   const Warp warp{thread / kWarpSize, threads / kWarpSize, thread % kWarpSize};
   const int first_sample = blockIdx.x * program.samples;
-  Moment<Real> now{program, tensors, run, tile::SharedPointer<Real>(reinterpret_cast<Real*>(bytes)), first_sample,
-                   min(program.samples, run.batch - first_sample), Real(run.eta), Real(run.momentum), 0, false,
-                   run.iterations > 0};
-  fill(now, thread, threads, warp);
+  KernelContext<Real> ctx{program, tensors, run, tile::SharedPointer<Real>(reinterpret_cast<Real*>(bytes)), first_sample,
+                          min(program.samples, run.batch - first_sample), Real(run.eta), Real(run.momentum), 0, false,
+                          run.iterations > 0};
+  load_block_state(ctx, thread, threads, warp);
 
   const int depth = program.depth;
   const int iterations = max(run.iterations, 1);
   const bool fresh = run.fresh != 0;
-  // Rounds: the forward pass layer by layer, the iterations, and one to finish. What they share stands once, since each
-  // stage is much code.
+  // One loop over phases, not three calls `forward(); iterate(); finish();`: these would inline the predict stage's
+  // products, which are most of the kernel's code, three times (nvcc 13.0 then compiles for more than ten minutes instead of
+  // twenty seconds), and as functions that are not inlined they would keep the context on a stack.
   for (int t = 2 - depth;; ++t) {
-    const bool forward = t <= 0, finish = t > iterations;
-    const int layer = depth + t;  // of the forward pass
-    now.iteration = t;
-    now.last = t == iterations;
-    if (tensors.step_sizes && t > 0 && t <= run.iterations) now.eta = static_cast<const Real*>(tensors.step_sizes)[t - 1];
-    // The lowest layer with an error, and the lowest whose prediction has moved (fact 3). Below it beliefs are where they
-    // were, and so is the prediction.
-    const int front = fresh ? max(depth - t + 1 + finish, 2) : 2;
-    const int moved = fresh ? max(depth - t + 2, 2) : 2;
-    const int highest = forward ? layer : depth;
-    const int lowest = !forward ? moved : program.layers[layer - 1].gram ? depth + 1 : layer;
-    products<false>(program, now.memory, highest, lowest, now.samples, warp);
+    const Phase phase = t <= 0 ? Phase::kForward : t <= iterations ? Phase::kIterate : Phase::kFinish;
+    const bool forward = phase == Phase::kForward, finish = phase == Phase::kFinish;
+    const int forward_l = depth + t;  // the layer of a pass of kForward
+    ctx.iteration = t;
+    ctx.last = t == iterations;
+    if (tensors.step_sizes && t > 0 && t <= run.iterations) ctx.eta = static_cast<const Real*>(tensors.step_sizes)[t - 1];
+    const ActiveLayers active(program, fresh, t, finish);
+
+    const int highest = forward ? forward_l : depth;
+    // in Gram form (fact 7) layer 2's product comes from torch: depth + 1 leaves it out
+    const int lowest = !forward ? active.lowest_prediction
+                       : program.layers[forward_l - 1].gram ? depth + 1 : forward_l;
+    products<Stage::kPredict>(program, ctx.memory, highest, lowest, ctx.samples, warp);
     tile::block_barrier();
     if (forward) {
-      forward_values(now, layer, thread, threads);
+      forward_values(ctx, forward_l, thread, threads);
       tile::block_barrier();
-      if (t < 0) continue;
-      begin_beliefs(now, thread, threads);
+      if (t < 0) continue;  // the next layer
+      init_beliefs(ctx, thread, threads);
     }
-    if (!finish) output_error(now, forward, !forward && depth >= moved, warp);
+    if (!finish) output_error(ctx, forward, !forward && depth >= active.lowest_prediction, warp);
     if (forward) {
       tile::block_barrier();
       continue;
     }
-    // the output layer's warps are busy with it
-    const int free = finish || warp.count == 1 ? threads : threads - output_warps(program) * kWarpSize;
-    int item = thread;
-    for (int l = depth - !finish; l >= front && thread < free; --l)
-      pull_errors(now, l, l >= moved, finish, item, free);
+    pull_errors(ctx, active, finish, warp, thread, threads);
     if (finish) break;
     tile::block_barrier();
-    if (now.moves) {
-      // beliefs from front - 1 on move; in Gram form layer 1's have done so with S
-      const int moving = max(fresh ? depth - t : 1, program.first_in_loop);
-      products<true>(program, now.memory, depth, moving + 1, now.samples, warp);
-      tile::block_barrier();
-      item = thread;
-      for (int l = depth - 1; l >= moving; --l) update(now, l, item, threads);
-      tile::block_barrier();
-    }
-    if (now.last && !tensors.local_error[depth - 1]) break;
+    if (ctx.moves) feedback(ctx, fresh, t, warp, thread, threads);
+    if (ctx.last && !tensors.local_error[depth - 1]) break;
   }
-  store(now, thread, threads);
+  store_results(ctx, thread, threads);
 }
 
 }  // namespace pcfast::resident

@@ -19,7 +19,7 @@ int start(const Program& program, const Tensors& tensors, const Run& run, int th
 }  // namespace
 }  // namespace pcfast::resident
 
-static_assert(pcfast::resident::kMostGroup == 4 && pcfast::tile::kWarpSize == pcfast::resident::kLanes,
+static_assert(pcfast::resident::kMaxGroup == 4 && pcfast::tile::kWarpSize == pcfast::resident::kLanes,
               "validation.h counts with these");
 
 extern "C" int pcfast_resident(const void* program, const void* tensors, const void* run, int scalar_bytes, int threads,
@@ -31,7 +31,7 @@ extern "C" int pcfast_resident(const void* program, const void* tensors, const v
   std::memcpy(&what, program, sizeof what);
   std::memcpy(&where, tensors, sizeof where);
   std::memcpy(&how, run, sizeof how);
-  if (threads < kWarpSize || threads > kMostThreads || threads % kWarpSize) return PCFAST_INVALID_ARGUMENT;
+  if (threads < kWarpSize || threads > kMaxThreads || threads % kWarpSize) return PCFAST_INVALID_ARGUMENT;
   if (scalar_bytes != sizeof(float) && scalar_bytes != sizeof(double)) return PCFAST_INVALID_ARGUMENT;
   if (!Validation(what, where, how, scalar_bytes, threads).passes()) return PCFAST_INVALID_ARGUMENT;
   if (scalar_bytes == sizeof(float)) return start<float>(what, where, how, threads, stream);

@@ -10,7 +10,7 @@ namespace pcfast::resident {
 
 // What a block works on, and when.
 template <class Real>
-struct Moment {
+struct KernelContext {
   const Program& program;
   const Tensors& tensors;
   const Run& run;
@@ -25,28 +25,28 @@ struct Moment {
 
 // Number `index` of one of the block's samples in a dense tensor in device memory, `size` numbers a sample.
 template <class Real>
-__device__ Real& number_of(const Moment<Real>& now, void* tensor, int sample, int size, int index) {
-  return static_cast<Real*>(tensor)[int64_t(now.first_sample + sample) * size + index];
+__device__ Real& global_element(const KernelContext<Real>& ctx, void* tensor, int sample, int size, int index) {
+  return static_cast<Real*>(tensor)[int64_t(ctx.first_sample + sample) * size + index];
 }
 template <class Real>
-__device__ Real number_of(const Moment<Real>& now, const void* tensor, int sample, int size, int index) {
-  return static_cast<const Real*>(tensor)[int64_t(now.first_sample + sample) * size + index];
+__device__ Real global_element(const KernelContext<Real>& ctx, const void* tensor, int sample, int size, int index) {
+  return static_cast<const Real*>(tensor)[int64_t(ctx.first_sample + sample) * size + index];
 }
 
-__device__ inline int at(const Place& place, int sample, int channel, int y, int x) {
+__device__ inline int at(const StridedView& place, int sample, int channel, int y, int x) {
   return place.first + sample * place.samples + channel * place.channels + y * place.rows + x * place.columns;
 }
 
 // The velocity of number `index` of layer l's beliefs, which has momentum; of S for layer 1 in Gram form.
 template <class Real>
-__device__ Real& velocity(const Moment<Real>& now, int l, int sample, int index) {
-  const Layer& layer = now.program.layers[l - 1];
-  return now.memory[layer.velocity + sample * layer.velocity_sample + index];
+__device__ Real& velocity(const KernelContext<Real>& ctx, int l, int sample, int index) {
+  const Layer& layer = ctx.program.layers[l - 1];
+  return ctx.memory[layer.velocity + sample * layer.velocity_sample + index];
 }
 
 template <class Real>
-__device__ void note_bad(const Moment<Real>& now, int layer, Real value) {
-  if (!(value - value == Real(0))) tile::atomic_min(now.tensors.first_bad + layer - 1, now.iteration);
+__device__ void record_nonfinite(const KernelContext<Real>& ctx, int layer, Real value) {
+  if (!(value - value == Real(0))) tile::atomic_min(ctx.tensors.first_bad + layer - 1, ctx.iteration);
 }
 
 // One number of a layer's output.
@@ -61,28 +61,28 @@ __device__ inline Element element(const Layer& layer, int index) {
   return {channel, y, place - y * layer.by_width.value, index};
 }
 
-__device__ inline int at(const Place& place, int sample, const Element& where) {
+__device__ inline int at(const StridedView& place, int sample, const Element& where) {
   return at(place, sample, where.channel, where.y, where.x);
 }
 
 // Calls work(element, first, end), of samples, for all numbers of a layer's output that fall to a thread: where a number
 // lies is found once for a group of samples. `item` is the thread's first one, and counts on to the next layer.
 template <class Real, class Work>
-__device__ void each_number(const Moment<Real>& now, const Layer& layer, int& item, int threads, const Work& work) {
+__device__ void for_each_element(const KernelContext<Real>& ctx, const Layer& layer, int& item, int threads, const Work& work) {
   for (; item < layer.items; item += threads) {
     const int group = quotient(item, layer.by_items), index = item - group * layer.by_items.value;
     if (index >= layer.size) continue;
     const Element where = element(layer, index);
-    const int first = group * now.program.group;
-    work(where, first, min(first + now.program.group, now.samples));
+    const int first = group * ctx.program.group;
+    work(where, first, min(first + ctx.program.group, ctx.samples));
   }
   item -= layer.items;
 }
 
 // mu - vhat and act', of the activation behind the pool.
 template <class Real>
-__device__ Moved<Real> after(const Layer& layer, Real base, Real difference) {
-  return bracket_and_slope(base, difference, layer.after, layer.after_negative_slope);
+__device__ ActDiff<Real> after(const Layer& layer, Real base, Real difference) {
+  return act_diff_and_derivative(base, difference, layer.after, layer.after_negative_slope);
 }
 
 // One element of the pooling window, in the product's output.
@@ -102,7 +102,7 @@ struct Tail {
   int sample;
 
   __device__ Source source(int k) const {
-    if (layer.pool == NO_POOL) return {where.y, where.x, where.index};
+    if (layer.pool == kNoPool) return {where.y, where.x, where.index};
     const int row = quotient(k, layer.by_window_x);
     const int y = where.y * layer.window_y + row, x = where.x * layer.window_x + (k - row * layer.window_x);
     return {y, x, (where.channel * layer.height + y) * layer.width + x};
@@ -111,11 +111,11 @@ struct Tail {
     return memory[layer.uhat + sample * layer.uhat_sample + source];
   }
   __device__ Real s(int source) const {
-    return moved ? summed(Parts(layer.predict), first_part(layer.predict, memory, sample, source)) : Real(0);
+    return moved ? reduce_partials(Partials(layer.predict), first_partial(layer.predict, memory, sample, source)) : Real(0);
   }
-  __device__ Moved<Real> before(int k) const {
+  __device__ ActDiff<Real> before(int k) const {
     const int at = source(k).index;
-    return bracket_and_slope(uhat(at), s(at), layer.before, layer.before_negative_slope);
+    return act_diff_and_derivative(uhat(at), s(at), layer.before, layer.before_negative_slope);
   }
   __device__ int window() const { return layer.window_y * layer.window_x; }
 
@@ -128,44 +128,44 @@ struct Tail {
     PCFAST_NO_UNROLL
     for (int k = 1; k < window(); ++k) {
       const Real other = activated(k);
-      if (layer.pool == AVG_POOL)
+      if (layer.pool == kAvgPool)
         found += other;
       else if (other > found || other != other)
         found = other;
     }
-    return layer.pool == AVG_POOL ? found / window() : found;
+    return layer.pool == kAvgPool ? found / window() : found;
   }
   // vhat
   __device__ Real value() const {
-    return activate(layer.pool == NO_POOL ? uhat(where.index) : pooled(), layer.after, layer.after_negative_slope);
+    return activate(layer.pool == kNoPool ? uhat(where.index) : pooled(), layer.after, layer.after_negative_slope);
   }
 
   // Of a pool: mu - vhat, act' behind it, and its winner.
-  __device__ Moved<Real> evaluate(int& winner) const {
+  __device__ ActDiff<Real> evaluate(int& winner) const {
     winner = 0;
     const Real base = pooled();
     Real difference = 0;
     PCFAST_NO_UNROLL
     for (int k = 0; k < window(); ++k) {
-      const Real moved = before(k).bracket;
+      const Real moved = before(k).act_diff;
       // max_k((v_k - v_highest) + moved_k): the first wins a tie, NaN wins always, as in PyTorch
       // where v_highest is a product, contraction would leave its rounding error
       const Real relative = tile::subtract(activated(k), base) + moved;
-      if (layer.pool == AVG_POOL) {
+      if (layer.pool == kAvgPool) {
         difference += moved;
       } else if (k == 0 || relative > difference || (relative != relative && difference == difference)) {
         difference = relative;
         winner = k;
       }
     }
-    if (layer.pool == AVG_POOL) difference /= window();
+    if (layer.pool == kAvgPool) difference /= window();
     return after(layer, base, difference);
   }
 
   // What of an error behind the pool's activation reaches element k of the window.
   __device__ Real share(int k, Real error, int winner) const {
-    if (layer.pool == MAX_POOL && k != winner) return Real(0);
-    return (layer.pool == MAX_POOL ? error : error / window()) * before(k).slope;
+    if (layer.pool == kMaxPool && k != winner) return Real(0);
+    return (layer.pool == kMaxPool ? error : error / window()) * before(k).derivative;
   }
 };
 

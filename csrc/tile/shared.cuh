@@ -19,9 +19,9 @@ class SharedPointer {
 
   __device__ __forceinline__ operator T*() const { return static_cast<T*>(__cvta_shared_to_generic(address_)); }
   __device__ __forceinline__ SharedPointer operator+(int step) const {
-    SharedPointer found;
-    found.address_ = address_ + step * static_cast<uint32_t>(sizeof(T));
-    return found;
+    SharedPointer moved;
+    moved.address_ = address_ + step * static_cast<uint32_t>(sizeof(T));
+    return moved;
   }
   __device__ __forceinline__ SharedPointer& operator+=(int step) { return *this = *this + step; }
   __device__ __forceinline__ T& operator[](int step) const { return *static_cast<T*>(*this + step); }

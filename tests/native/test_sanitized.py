@@ -242,8 +242,8 @@ BUGS = {
     ),
     "a sum written past its end": (
         "resident/memory.cuh",
-        "now.tensors.gram_sum, 0, inner, i)",
-        "now.tensors.gram_sum, 0, inner, i + {planted})",
+        "ctx.tensors.gram_sum, 0, inner, i)",
+        "ctx.tensors.gram_sum, 0, inner, i + {planted})",
     ),
     "zeros past the end of shared memory": (
         "resident/memory.cuh",
@@ -260,10 +260,10 @@ BUGS = {
         "if (i < rows) out[i]",
         "if (i < rows + {planted}) out[i]",
     ),
-    "a place of the map too many": (
+    "a position of the map too many": (
         "resident/products.cuh",
-        "if (p >= places) continue;",
-        "if (p >= places + {planted}) continue;",
+        "if (p >= positions) continue;",
+        "if (p >= positions + {planted}) continue;",
     ),
     "a sample too many": (
         "resident/matrix_products.cuh",
@@ -272,9 +272,9 @@ BUGS = {
     ),
     "iterations noted without an atomic": (
         "resident/tail.cuh",
-        "tile::atomic_min(now.tensors.first_bad + layer - 1, now.iteration);",
-        "{planted} ? now.tensors.first_bad[layer - 1] = now.iteration\n: "
-        "tile::atomic_min(now.tensors.first_bad + layer - 1, now.iteration);",
+        "tile::atomic_min(ctx.tensors.first_bad + layer - 1, ctx.iteration);",
+        "{planted} ? ctx.tensors.first_bad[layer - 1] = ctx.iteration\n: "
+        "tile::atomic_min(ctx.tensors.first_bad + layer - 1, ctx.iteration);",
     ),
     "halos that are not zeroed": (
         "resident/memory.cuh",
@@ -438,7 +438,7 @@ def test_a_missing_barrier_is_a_race(barrier, program, launches, tmp_path):
         ("zeros past the end of shared memory", "strides", "address", "heap-buffer-overflow"),
         ("a row of weights too many", "gram conv", "address", "use-after-poison"),
         ("a row of the prediction too many", "mlp from starts", "thread", "data race"),
-        ("a place of the map too many", "strides", "thread", "data race"),
+        ("a position of the map too many", "strides", "thread", "data race"),
         ("a sample too many", "mlp in bf16", "thread", "data race"),
         ("iterations noted without an atomic", "diverging", "thread", "data race"),
     ],

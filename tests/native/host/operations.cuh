@@ -34,16 +34,16 @@ __global__ void multiply_tf32(float* d, const uint32_t* a, const uint32_t* b) {
 }
 
 // `rows` holds 32 rows of 16 bytes; lane l loads from row order[l].
-template <int COUNT, bool TRANSPOSED>
+template <int kCount, bool kTransposed>
 __global__ void load_matrix(uint32_t* registers, const uint4* rows, const int* order) {
   PCFAST_SHARED_MEMORY(shared);
   auto* shared_rows = reinterpret_cast<uint4*>(shared);
   const int lane = tile::lane_index();
   shared_rows[lane] = rows[lane];
   tile::block_barrier();
-  uint32_t own[COUNT];
-  tile::load_matrix<COUNT, TRANSPOSED>(own, shared_rows + order[lane]);
-  for (int i = 0; i < COUNT; ++i) registers[lane * COUNT + i] = own[i];
+  uint32_t own[kCount];
+  tile::load_matrix<kCount, kTransposed>(own, shared_rows + order[lane]);
+  for (int i = 0; i < kCount; ++i) registers[lane * kCount + i] = own[i];
 }
 
 template <class T>
@@ -61,19 +61,19 @@ __global__ void shuffle(Shuffled<T>* results, const T* values, const int* lanes,
 
 // Two groups of one copy a lane, the second only where valid; `seen` is the shared memory before any wait, after
 // the wait for the first group, and after the wait for both.
-template <int BYTES>
+template <int kBytes>
 __global__ void copy(unsigned char* seen, const unsigned char* global, const int* valid) {
   PCFAST_SHARED_MEMORY(shared);
-  constexpr int group_bytes = tile::kWarpSize * BYTES;
+  constexpr int kGroupBytes = tile::kWarpSize * kBytes;
   const int lane = tile::lane_index();
   const auto look = [&](int moment) {
     tile::block_barrier();
-    for (int i = lane; i < 2 * group_bytes; i += tile::kWarpSize) seen[moment * 2 * group_bytes + i] = shared[i];
+    for (int i = lane; i < 2 * kGroupBytes; i += tile::kWarpSize) seen[moment * 2 * kGroupBytes + i] = shared[i];
     tile::block_barrier();
   };
-  tile::copy_async<BYTES>(shared + lane * BYTES, global + lane * BYTES);
+  tile::copy_async<kBytes>(shared + lane * kBytes, global + lane * kBytes);
   tile::copy_commit();
-  tile::copy_async<BYTES>(shared + group_bytes + lane * BYTES, global + group_bytes + lane * BYTES, valid[lane] != 0);
+  tile::copy_async<kBytes>(shared + kGroupBytes + lane * kBytes, global + kGroupBytes + lane * kBytes, valid[lane] != 0);
   tile::copy_commit();
   look(0);
   tile::copy_wait<1>();
