@@ -29,8 +29,8 @@ struct Tf32 {
   }
   // The same of numbers that need no rounding any more.
   __device__ static void take(uint32_t (&row)[2], const float (&x)[kPerLane]) {
-    row[0] = tile::as_bits(x[0]);
-    row[1] = tile::as_bits(x[1]);
+    row[0] = __float_as_uint(x[0]);
+    row[1] = __float_as_uint(x[1]);
   }
   __device__ static void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     tile::mma_tf32(sum, a, b);
@@ -52,7 +52,7 @@ struct Bf16 {
 };
 
 __device__ inline int quotient(int n, const Divisor& by) {
-  return static_cast<int>(tile::multiply_high(static_cast<uint32_t>(n) + 1, by.multiplier));
+  return static_cast<int>(__umulhi(static_cast<uint32_t>(n) + 1, by.multiplier));
 }
 
 // Work for one warp (program.h).
@@ -91,10 +91,10 @@ struct LinearWeights<Tf32, Stage::kPredict, kTiles> {
         odd(even + product.weight_channel),
         step(Tf32::kMmaK * product.weight_channel) {}
   __device__ void load(uint32_t (&a)[4], int tile) const {
-    a[0] = tile::as_bits(even[tile * kMmaM]);
-    a[1] = tile::as_bits(even[tile * kMmaM + 8]);
-    a[2] = tile::as_bits(odd[tile * kMmaM]);
-    a[3] = tile::as_bits(odd[tile * kMmaM + 8]);
+    a[0] = __float_as_uint(even[tile * kMmaM]);
+    a[1] = __float_as_uint(even[tile * kMmaM + 8]);
+    a[2] = __float_as_uint(odd[tile * kMmaM]);
+    a[3] = __float_as_uint(odd[tile * kMmaM + 8]);
   }
   __device__ void advance() {
     even += step;
@@ -114,10 +114,10 @@ struct LinearWeights<Tf32, Stage::kFeedback, kTiles> {
                 (k + lane % 4);
   }
   __device__ void load(uint32_t (&a)[4], int tile) const {
-    a[0] = tile::as_bits(rows[2 * tile][0]);
-    a[1] = tile::as_bits(rows[2 * tile + 1][0]);
-    a[2] = tile::as_bits(rows[2 * tile][4]);
-    a[3] = tile::as_bits(rows[2 * tile + 1][4]);
+    a[0] = __float_as_uint(rows[2 * tile][0]);
+    a[1] = __float_as_uint(rows[2 * tile + 1][0]);
+    a[2] = __float_as_uint(rows[2 * tile][4]);
+    a[3] = __float_as_uint(rows[2 * tile + 1][4]);
   }
   __device__ void advance() {
     PCFAST_UNROLL
@@ -128,11 +128,11 @@ struct LinearWeights<Tf32, Stage::kFeedback, kTiles> {
 // In bfloat16; the lane's address is of eight numbers of one k (prediction) or of one row (feedback).
 template <Stage kStage, int kTiles>
 struct LinearWeights<Bf16, kStage, kTiles> {
-  tile::SharedPointer<const tile::bf16> at[kTiles];
+  tile::SharedPointer<const __nv_bfloat16> at[kTiles];
   int step;
 
   __device__ LinearWeights(const Product& product, const float* memory, int row, int k, int lane) {
-    const auto* first = reinterpret_cast<const tile::bf16*>(memory + product.weights);
+    const auto* first = reinterpret_cast<const __nv_bfloat16*>(memory + product.weights);
     const int half = lane / 8 % 2 * 8, deep = k + lane / 16 * 8, within = lane % 8;
     step = Bf16::kMmaK * (kStage == Stage::kFeedback ? 1 : product.weight_channel);
     PCFAST_UNROLL

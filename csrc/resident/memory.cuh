@@ -1,7 +1,6 @@
 // Between device memory and a block's shared memory, before the forward pass, before the iterations and after them.
 #pragma once
 
-#include "../tile/barrier.cuh"
 #include "output.cuh"
 
 namespace pcfast::resident {
@@ -13,8 +12,8 @@ constexpr int kLoadsAhead = 8;
 template <class Real>
 __device__ Real load_weight(const Layer& layer, const void* from, int i) {
   if constexpr (sizeof(Real) == sizeof(float)) {
-    if (layer.operand == kBf16) return tile::to_float(static_cast<const tile::bf16*>(from)[i]);
-    if (layer.operand == kTf32) return tile::as_float(tile::to_tf32(static_cast<const float*>(from)[i]));
+    if (layer.operand == kBf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(from)[i]);
+    if (layer.operand == kTf32) return __uint_as_float(tile::to_tf32(static_cast<const float*>(from)[i]));
   }
   return static_cast<const Real*>(from)[i];
 }
@@ -24,7 +23,7 @@ __device__ void store_weight(const Layer& layer, Real* memory, int place, Real w
   if (layer.gram) weight = -weight;
   if constexpr (sizeof(Real) == sizeof(float)) {
     if (layer.operand == kBf16 && layer.predict.kind == kLinear) {
-      reinterpret_cast<tile::bf16*>(memory + layer.weights)[place] = tile::to_bf16(weight);
+      reinterpret_cast<__nv_bfloat16*>(memory + layer.weights)[place] = __float2bfloat16_rn(weight);
       return;
     }
   }
@@ -74,7 +73,7 @@ __device__ void load_block_state(const KernelContext<Real>& ctx, int thread, int
   const Program& program = ctx.program;
   Real* memory = ctx.memory;
   for (int i = thread; i < program.elements; i += threads) memory[i] = Real(0);
-  tile::block_barrier();
+  __syncthreads();
   for (int l = 2; l <= program.depth; ++l)
     load_weights(program.layers[l - 1], ctx.tensors.weight[l - 1], memory, thread, threads);
   if (ctx.tensors.uhat_2) {

@@ -1,8 +1,7 @@
 // The output layer: its targets, its loss at the forward pass and the loss's gradient at moving predictions.
 #pragma once
 
-#include "../tile/barrier.cuh"
-#include "../tile/shuffle.cuh"
+#include "../tile/warp_reduce.cuh"
 #include "pointwise.cuh"
 
 namespace pcfast::resident {
@@ -36,10 +35,10 @@ __device__ Real batch_weight(const KernelContext<Real>& ctx, Real* parts, int th
     sum += row.weight;
     wrong = wrong || row.wrong;
   }
-  if (wrong && ctx.first_sample == 0) tile::atomic_min(ctx.tensors.first_bad + ctx.program.depth - 1, 0);
+  if (wrong && ctx.first_sample == 0) atomicMin(ctx.tensors.first_bad + ctx.program.depth - 1, 0);
   sum = tile::warp_sum(sum);
   if (warp.lane == 0) parts[warp.index] = sum;
-  tile::block_barrier();
+  __syncthreads();
   sum = 0;
   for (int i = 0; i < warp.count; ++i) sum += parts[i];
   return sum;
@@ -82,7 +81,7 @@ __device__ void load_targets(const KernelContext<Real>& ctx, int thread, int thr
     }
     ctx.memory[program.target + n * program.classes_stride + c] = target;
   }
-  tile::block_barrier();
+  __syncthreads();
   for (int n = warp.index; n < ctx.samples; n += warp.count) {
     Real target_sum = 0;
     for (int c = warp.lane; c < classes; c += kWarpSize)

@@ -7,7 +7,7 @@
 
 #include "../tile/platform.cuh"
 #include "../tile/shared.cuh"
-#include "../tile/shuffle.cuh"
+#include "../tile/warp_reduce.cuh"
 #include "matrix_products.cuh"
 #include "program.h"
 
@@ -71,7 +71,7 @@ __device__ void linear_prediction(const Product& product, Real* memory, const Un
     PCFAST_UNROLL
     for (int i = 0; i < kVecSize; ++i)
       PCFAST_UNROLL
-      for (int n = 0; n < kSamples; ++n) sum[i][n] += tile::shuffle_xor(sum[i][n], lanes);
+      for (int n = 0; n < kSamples; ++n) sum[i][n] += __shfl_xor_sync(tile::kFullMask, sum[i][n], lanes);
   if (!active || share != 0) return;
   tile::SharedPointer<Real> out =
       memory + product.scratch + unit.split * product.scratch_split + first_sample * product.scratch_sample + row;

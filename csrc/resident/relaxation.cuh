@@ -2,7 +2,6 @@
 // wait for each other.
 #pragma once
 
-#include "../tile/barrier.cuh"
 #include "../tile/platform.cuh"
 #include "memory.cuh"
 #include "output.cuh"
@@ -50,10 +49,10 @@ __device__ void feedback(const KernelContext<Real>& ctx, bool fresh, int t, cons
   // beliefs move from the layer below the active front (fact 3) on; in Gram form (fact 7) layer 1's have moved with S
   const int lowest = max(fresh ? depth - t : 1, ctx.program.first_in_loop);
   products<Stage::kFeedback>(ctx.program, ctx.memory, depth, lowest + 1, ctx.samples, warp);
-  tile::block_barrier();
+  __syncthreads();
   int item = thread;
   for (int l = depth - 1; l >= lowest; --l) update_beliefs(ctx, l, item, threads);
-  tile::block_barrier();
+  __syncthreads();
 }
 
 template <class Real>
@@ -89,21 +88,21 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const int lowest = !forward ? active.lowest_prediction
                        : program.layers[forward_l - 1].gram ? depth + 1 : forward_l;
     products<Stage::kPredict>(program, ctx.memory, highest, lowest, ctx.samples, warp);
-    tile::block_barrier();
+    __syncthreads();
     if (forward) {
       forward_values(ctx, forward_l, thread, threads);
-      tile::block_barrier();
+      __syncthreads();
       if (t < 0) continue;  // the next layer
       init_beliefs(ctx, thread, threads);
     }
     if (!finish) output_error(ctx, forward, !forward && depth >= active.lowest_prediction, warp);
     if (forward) {
-      tile::block_barrier();
+      __syncthreads();
       continue;
     }
     pull_errors(ctx, active, finish, warp, thread, threads);
     if (finish) break;
-    tile::block_barrier();
+    __syncthreads();
     if (ctx.moves) feedback(ctx, fresh, t, warp, thread, threads);
     if (ctx.last && !tensors.local_error[depth - 1]) break;
   }

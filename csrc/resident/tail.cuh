@@ -1,7 +1,6 @@
 // A layer's tail, from its product to its output: activations and the pool, at one number of the output.
 #pragma once
 
-#include "../tile/atomic.cuh"
 #include "activations.cuh"
 #include "products.cuh"
 #include "program.h"
@@ -46,7 +45,7 @@ __device__ Real& velocity(const KernelContext<Real>& ctx, int l, int sample, int
 
 template <class Real>
 __device__ void record_nonfinite(const KernelContext<Real>& ctx, int layer, Real value) {
-  if (!(value - value == Real(0))) tile::atomic_min(ctx.tensors.first_bad + layer - 1, ctx.iteration);
+  if (!(value - value == Real(0))) atomicMin(ctx.tensors.first_bad + layer - 1, ctx.iteration);
 }
 
 // One number of a layer's output.
@@ -150,7 +149,7 @@ struct Tail {
       const Real moved = before(k).act_diff;
       // max_k((v_k - v_highest) + moved_k): the first wins a tie, NaN wins always, as in PyTorch
       // where v_highest is a product, contraction would leave its rounding error
-      const Real relative = tile::subtract(activated(k), base) + moved;
+      const Real relative = tile::subtract_rn(activated(k), base) + moved;
       if (layer.pool == kAvgPool) {
         difference += moved;
       } else if (k == 0 || relative > difference || (relative != relative && difference == difference)) {

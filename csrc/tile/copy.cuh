@@ -1,7 +1,7 @@
 // Asynchronous copies from global to shared memory.
 //
 // Copies belong to the group that the thread's next copy_commit() closes. A copy has arrived for its own thread
-// after a copy_wait() that covers its group, and for the others after a block_barrier() that follows. Until then
+// after a copy_wait() that covers its group, and for the others after a __syncthreads() that follows. Until then
 // the target holds no defined value; on the CPU it is NaN.
 #pragma once
 

@@ -50,7 +50,7 @@ PCFAST_UNSEEN_BY_TSAN void multiply_add(const float (&a)[kMmaM][kDepth], const f
 
 // Of a register, the lower half (0) or the upper one (1).
 PCFAST_UNSEEN_BY_TSAN inline float bf16_half(uint32_t pair, int half) {
-  return as_float(half == 0 ? pair << host::kBfloat16Shift : pair >> host::kBfloat16Shift << host::kBfloat16Shift);
+  return __uint_as_float(half == 0 ? pair << host::kBfloat16Shift : pair >> host::kBfloat16Shift << host::kBfloat16Shift);
 }
 
 PCFAST_UNSEEN_BY_TSAN inline void multiply_bf16(void* const* lanes) {
@@ -72,8 +72,8 @@ PCFAST_UNSEEN_BY_TSAN inline void multiply_tf32(void* const* lanes) {
   for (int lane = 0; lane < kWarpSize; ++lane) {
     const auto* own = static_cast<MmaOperands*>(lanes[lane]);
     const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t + i / 2 * 4] = as_float(own->a[i] & kTf32Bits);
-    for (int i = 0; i < 2; ++i) b[t + i * 4][g] = as_float(own->b[i] & kTf32Bits);
+    for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t + i / 2 * 4] = __uint_as_float(own->a[i] & kTf32Bits);
+    for (int i = 0; i < 2; ++i) b[t + i * 4][g] = __uint_as_float(own->b[i] & kTf32Bits);
   }
   multiply_add(a, b, lanes);
 }
@@ -127,7 +127,7 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
   return bits;
 #else
   constexpr uint32_t kHalfUlp = (~kTf32Bits + 1) / 2;
-  const uint32_t bits = as_bits(value);
+  const uint32_t bits = __float_as_uint(value);
   const bool finite = (bits & host::kFloatSignless) < host::kFloatInfinity;
   return (finite ? bits + kHalfUlp : bits) & kTf32Bits;
 #endif
@@ -140,7 +140,7 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 #else
-  return to_bf16(low).bits | uint32_t{to_bf16(high).bits} << host::kBfloat16Shift;
+  return __float2bfloat16_rn(low).bits | uint32_t{__float2bfloat16_rn(high).bits} << host::kBfloat16Shift;
 #endif
 }
 

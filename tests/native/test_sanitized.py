@@ -272,9 +272,9 @@ BUGS = {
     ),
     "iterations noted without an atomic": (
         "resident/tail.cuh",
-        "tile::atomic_min(ctx.tensors.first_bad + layer - 1, ctx.iteration);",
+        "atomicMin(ctx.tensors.first_bad + layer - 1, ctx.iteration);",
         "{planted} ? ctx.tensors.first_bad[layer - 1] = ctx.iteration\n: "
-        "tile::atomic_min(ctx.tensors.first_bad + layer - 1, ctx.iteration);",
+        "atomicMin(ctx.tensors.first_bad + layer - 1, ctx.iteration);",
     ),
     "halos that are not zeroed": (
         "resident/memory.cuh",
@@ -282,23 +282,24 @@ BUGS = {
         "if (!{planted}) memory[i] = Real(0);",
     ),
 }
-HEADERS = ("cstdlib", "cstring", "string")
 #: Makes them possible, and one more for every barrier, named by its file and line, which stays where it was.
+CHOICE = """#pragma once
+#include <cstdlib>
+#include <cstring>
+#include <string>
+namespace pcfast::tile {
+inline const char* const chosen_bug = std::getenv("PLANTED");
+inline int planted(const char* bug) { return chosen_bug != nullptr && std::strcmp(chosen_bug, bug) == 0; }
+}
+"""
 PREPARED = [
+    ("host/cuda_intrinsics.h", "#pragma once\n", CHOICE),
     (
-        "tile/platform.cuh",
-        "constexpr int kWarpSize = 32;",
-        "inline const char* const chosen_bug = std::getenv(\"PLANTED\");\n"
-        "inline int planted(const char* bug) { return chosen_bug != nullptr && std::strcmp(chosen_bug, bug) == 0; }\n"
-        "constexpr int kWarpSize = 32;",
-    ),
-    ("tile/platform.cuh", "#pragma once\n", "#pragma once\n" + "".join(f"#include <{name}>\n" for name in HEADERS)),
-    (
-        "tile/barrier.cuh",
-        'host::block_barrier({"block_barrier", call_site});',
+        "host/cuda_intrinsics.h",
+        'pcfast::host::block_barrier({"__syncthreads", call_site});',
         "const std::string file = call_site.file_name(), name = file.substr(file.rfind('/') + 1);\n"
-        'if (!planted((name + ":" + std::to_string(call_site.line())).c_str()))\n'
-        'host::block_barrier({"block_barrier", call_site});',
+        'if (!pcfast::tile::planted((name + ":" + std::to_string(call_site.line())).c_str()))\n'
+        'pcfast::host::block_barrier({"__syncthreads", call_site});',
     ),
     # once all of it is zero, what lies between two arrays is nobody's
     (
@@ -308,8 +309,8 @@ PREPARED = [
     ),
     (
         "resident/memory.cuh",
-        "tile::block_barrier();\n  for (int l = 2;",
-        "tile::block_barrier(); if (thread == 0) poison_gaps(memory);\n  for (int l = 2;",
+        "__syncthreads();\n  for (int l = 2;",
+        "__syncthreads(); if (thread == 0) poison_gaps(memory);\n  for (int l = 2;",
     ),
 ]  # fmt: skip
 
@@ -413,7 +414,7 @@ def barriers() -> list[str]:
         f"{file.name}:{number}"
         for file in sorted((CSRC / "resident").iterdir())
         for number, line in enumerate(file.read_text().splitlines(), 1)
-        if "block_barrier(" in line
+        if "__syncthreads(" in line
     ]
 
 

@@ -8,16 +8,14 @@
 #include <vector>
 
 #include "calls.h"
-#include "tile/atomic.cuh"
-#include "tile/barrier.cuh"
 #include "tile/copy.cuh"
 #include "tile/mma.cuh"
-#include "tile/shuffle.cuh"
+#include "tile/warp_reduce.cuh"
 
 namespace {
 
 namespace tile = pcfast::tile;
-using tile::bf16;
+using bf16 = __nv_bfloat16;
 
 enum class Fault {
   kNone,
@@ -99,16 +97,16 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < 4; ++i) {
         const int row = tile::accumulator_row(lane, i);
         const int column = first_column + 8 * n + tile::accumulator_column(lane, i);
-        activities[row * kStride + column] = tile::to_bf16(tanhf(state[n][i]));  // writes activities
+        activities[row * kStride + column] = __float2bfloat16_rn(tanhf(state[n][i]));  // writes activities
       }
     }
-    if (fault == Fault::kPastShared) activities[kRows * kStride + thread] = tile::to_bf16(0.0f);  // past the end
-    if (fault == Fault::kIntoGap) shared_weights[kWidth * kStride + thread % 8] = tile::to_bf16(0.0f);  // in the gap
+    if (fault == Fault::kPastShared) activities[kRows * kStride + thread] = __float2bfloat16_rn(0.0f);  // past the end
+    if (fault == Fault::kIntoGap) shared_weights[kWidth * kStride + thread % 8] = __float2bfloat16_rn(0.0f);  // in the gap
     if (fault != Fault::kNoWait) tile::copy_wait<0>();
     if (fault == Fault::kBranch) {
-      if (tile::warp_index() == 0) tile::block_barrier();  // in a branch
+      if (tile::warp_index() == 0) __syncthreads();  // in a branch
     } else if (fault != Fault::kNoBarrier) {
-      tile::block_barrier();
+      __syncthreads();
     }
     float product[kTiles][4] = {};
     for (int k = 0; k < kWidth; k += kDepth) {
@@ -123,7 +121,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int n = 0; n < kTiles; ++n) {
       for (int i = 0; i < 4; ++i) state[n][i] += rate * (product[n][i] - state[n][i]);
     }
-    if (fault != Fault::kNoLastBarrier) tile::block_barrier();
+    if (fault != Fault::kNoLastBarrier) __syncthreads();
   }
 
   int own = 0;
@@ -138,16 +136,16 @@ __global__ void __launch_bounds__(kThreads)
   }
   shared_handled[thread] = own;  // hands over a count
   if (fault == Fault::kShuffleBarrier) {
-    tile::shuffle_xor(own, 1);
+    __shfl_xor_sync(tile::kFullMask, own, 1);
   } else {
-    tile::warp_barrier();
+    __syncwarp();
   }
   const int sum = tile::warp_sum(shared_handled[thread ^ 1]);  // takes over a count
   if (lane == 0) {
     if (fault == Fault::kNotAtomic) {
       *handled += sum;  // adds up
     } else {
-      tile::atomic_add(handled, sum);
+      atomicAdd(handled, sum);
     }
   }
 }
@@ -159,8 +157,8 @@ void relax_plainly(std::vector<float>& x, const std::vector<bf16>& weights, int 
     for (int iteration = 0; iteration < iterations; ++iteration) {
       double product[kWidth] = {};
       for (int k = 0; k < kWidth; ++k) {
-        const double activity = tile::to_float(tile::to_bf16(tanhf(state[k])));
-        for (int n = 0; n < kWidth; ++n) product[n] += activity * tile::to_float(weights[k * kWidth + n]);
+        const double activity = __bfloat162float(__float2bfloat16_rn(tanhf(state[k])));
+        for (int n = 0; n < kWidth; ++n) product[n] += activity * __bfloat162float(weights[k * kWidth + n]);
       }
       for (int n = 0; n < kWidth; ++n) state[n] += rate * (static_cast<float>(product[n]) - state[n]);
     }
@@ -182,7 +180,7 @@ int main(int count, char** arguments) {
   std::vector<float> start(static_cast<std::size_t>(rows * kWidth));
   std::vector<bf16> weights(kWidth * kWidth + kCopied);
   for (std::size_t i = 0; i < start.size(); ++i) start[i] = sinf(static_cast<float>(i * i % 997));
-  for (std::size_t i = 0; i < weights.size(); ++i) weights[i] = tile::to_bf16(0.3f * cosf(static_cast<float>(i * 7)));
+  for (std::size_t i = 0; i < weights.size(); ++i) weights[i] = __float2bfloat16_rn(0.3f * cosf(static_cast<float>(i * 7)));
 
   std::vector<float> expected = start, x = start;
   relax_plainly(expected, weights, rows, kIterations, kRate);

@@ -1,11 +1,9 @@
 // One kernel for each tile operation: registers in, registers out, lane by lane, in one block of one warp.
 #pragma once
 
-#include "tile/atomic.cuh"
-#include "tile/barrier.cuh"
 #include "tile/copy.cuh"
 #include "tile/mma.cuh"
-#include "tile/shuffle.cuh"
+#include "tile/warp_reduce.cuh"
 
 namespace operations {
 
@@ -40,7 +38,7 @@ __global__ void load_matrix(uint32_t* registers, const uint4* rows, const int* o
   auto* shared_rows = reinterpret_cast<uint4*>(shared);
   const int lane = tile::lane_index();
   shared_rows[lane] = rows[lane];
-  tile::block_barrier();
+  __syncthreads();
   uint32_t own[kCount];
   tile::load_matrix<kCount, kTransposed>(own, shared_rows + order[lane]);
   for (int i = 0; i < kCount; ++i) registers[lane * kCount + i] = own[i];
@@ -55,7 +53,7 @@ template <class T>
 __global__ void shuffle(Shuffled<T>* results, const T* values, const int* lanes, int mask) {
   const int lane = tile::lane_index();
   const T value = values[lane];
-  results[lane] = {tile::shuffle(value, lanes[lane]), tile::shuffle_xor(value, mask), tile::warp_sum(value),
+  results[lane] = {__shfl_sync(tile::kFullMask, value, lanes[lane]), __shfl_xor_sync(tile::kFullMask, value, mask), tile::warp_sum(value),
                    tile::warp_max(value)};
 }
 
@@ -67,9 +65,9 @@ __global__ void copy(unsigned char* seen, const unsigned char* global, const int
   constexpr int kGroupBytes = tile::kWarpSize * kBytes;
   const int lane = tile::lane_index();
   const auto look = [&](int moment) {
-    tile::block_barrier();
+    __syncthreads();
     for (int i = lane; i < 2 * kGroupBytes; i += tile::kWarpSize) seen[moment * 2 * kGroupBytes + i] = shared[i];
-    tile::block_barrier();
+    __syncthreads();
   };
   tile::copy_async<kBytes>(shared + lane * kBytes, global + lane * kBytes);
   tile::copy_commit();
@@ -85,16 +83,16 @@ __global__ void copy(unsigned char* seen, const unsigned char* global, const int
 __global__ void convert(uint16_t* bf16, uint32_t* tf32, uint32_t* packed, const float* values, int count) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= count) return;
-  const tile::bf16 rounded = tile::to_bf16(values[i]);
-  bf16[i] = static_cast<uint16_t>(tile::as_bits(tile::to_float(rounded)) >> 16);
+  const __nv_bfloat16 rounded = __float2bfloat16_rn(values[i]);
+  bf16[i] = static_cast<uint16_t>(__float_as_uint(__bfloat162float(rounded)) >> 16);
   tf32[i] = tile::to_tf32(values[i]);
   packed[i] = tile::pack_bf16(values[i], values[count - 1 - i]);
 }
 
 // Every thread of the grid adds its block's index plus one, and offers its own index less `offset`.
 __global__ void accumulate(int* sum_and_min, int offset) {
-  tile::atomic_add(sum_and_min, static_cast<int>(blockIdx.x) + 1);
-  tile::atomic_min(sum_and_min + 1, static_cast<int>(threadIdx.x) - offset);
+  atomicAdd(sum_and_min, static_cast<int>(blockIdx.x) + 1);
+  atomicMin(sum_and_min + 1, static_cast<int>(threadIdx.x) - offset);
 }
 
 // Where each thread of the grid finds itself: six numbers.
