@@ -15,11 +15,8 @@ namespace pcfast::resident {
 
 using tile::ceil_div;
 
-constexpr int kMmaM = 16;
-constexpr int kMmaN = 8;
-
 struct Tf32 {
-  static constexpr int kMmaK = 8;          // of a step, along k
+  static constexpr int kMmaK = kTf32MmaK;          // of a step, along k
   static constexpr int kPerLane = kMmaK / 4;  // numbers of a step that a lane has of one row
 
   // One row's numbers as its two registers.
@@ -38,7 +35,7 @@ struct Tf32 {
 };
 
 struct Bf16 {
-  static constexpr int kMmaK = 16;
+  static constexpr int kMmaK = kBf16MmaK;
   static constexpr int kPerLane = kMmaK / 4;
 
   __device__ static void round(uint32_t (&row)[2], const float (&x)[kPerLane]) {
@@ -229,7 +226,6 @@ __device__ inline int input_offset(const Product& product, int p) {
 
 // kConv: rows of a tile are positions of the map, of all samples one after another, columns its channels. A unit of more
 // columns has fewer positions: their fragments stay in registers.
-__host__ __device__ constexpr int conv_tiles_m(int column_tiles) { return column_tiles < 4 ? 4 : 2; }
 
 // Where the input and the weight of one term of a sum lie, from the first ones on. Terms past the end have no weight.
 struct Term {

@@ -13,9 +13,6 @@
 
 namespace pcfast::resident {
 
-using tile::kWarpSize;
-constexpr int kVecSize = 4;  // numbers of one vector access
-constexpr int kMaxGroup = 4;  // samples that a lane of a linear product may have
 
 template <class Real>
 struct alignas(kVecSize * sizeof(Real) < 16 ? kVecSize * sizeof(Real) : 16) Vec {
@@ -30,11 +27,6 @@ __device__ Vec<Real> load_vec(const Real* from) {
 struct Warp {
   int index, count, lane;
 };
-
-// kLinear: rows of A that a unit of the feedback covers, so many for each lane.
-constexpr int kFeedbackRowsPerLane = 4;
-// kConv: positions that a lane covers.
-constexpr int kPositionsPerLane = 4;
 
 // kLinear: samples that a last block lacks have zeros for state, and a position in the scratch.
 
@@ -245,14 +237,14 @@ __device__ void run_unit(const Product& product, int operand, Real* memory, cons
       }
     case kConv:
       switch (product.rows_per_thread) {
-        case 8:
-          return run_direct_conv<Real, 8>(product, memory, unit, samples, lane);
-        case 5:  // the paper's MNIST network has five channels
-          return run_direct_conv<Real, 5>(product, memory, unit, samples, lane);
-        case 4:
-          return run_direct_conv<Real, 4>(product, memory, unit, samples, lane);
+        case kConvRows[0]:
+          return run_direct_conv<Real, kConvRows[0]>(product, memory, unit, samples, lane);
+        case kConvRows[1]:
+          return run_direct_conv<Real, kConvRows[1]>(product, memory, unit, samples, lane);
+        case kConvRows[2]:
+          return run_direct_conv<Real, kConvRows[2]>(product, memory, unit, samples, lane);
         default:
-          return run_direct_conv<Real, 1>(product, memory, unit, samples, lane);
+          return run_direct_conv<Real, kConvRows[3]>(product, memory, unit, samples, lane);
       }
     default:
       return;

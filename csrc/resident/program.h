@@ -21,9 +21,9 @@
 
 #include <cstdint>
 
-namespace pcfast::resident {
+#include "geometry.h"
 
-constexpr int kMaxLayers = 16;
+namespace pcfast::resident {
 
 // The two stages of an iteration (fact 5).
 enum class Stage { kPredict, kFeedback };

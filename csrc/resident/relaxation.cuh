@@ -11,9 +11,6 @@
 
 namespace pcfast::resident {
 
-// Bounds the registers of a thread to 128: 512 threads share an SM's 65,536.
-constexpr int kMaxThreads = 512;
-
 // What one pass of the loop of `relaxation` does.
 enum class Phase {
   kForward,  // one layer of the forward pass; the last pass of it also initializes beliefs and loss

@@ -19,9 +19,6 @@ int start(const Program& program, const Tensors& tensors, const Run& run, int th
 }  // namespace
 }  // namespace pcfast::resident
 
-static_assert(pcfast::resident::kMaxGroup == 4 && pcfast::tile::kWarpSize == pcfast::resident::kLanes,
-              "validation.h counts with these");
-
 extern "C" int pcfast_resident(const void* program, const void* tensors, const void* run, int scalar_bytes, int threads,
                                void* stream) {
   using namespace pcfast::resident;

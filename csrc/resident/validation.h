@@ -7,16 +7,13 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <vector>
 
+#include "geometry.h"
 #include "program.h"
 
 namespace pcfast::resident {
-
-// Numbers of a block, and every size and stride in it: the kernel's quotients are exact below it, and so are sums of
-// products of two of them in 64 bits.
-constexpr int64_t kMaxElements = 1 << 16;
-constexpr int kLanes = 32;  // of a warp
 
 inline int64_t padded(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 inline int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
@@ -65,7 +62,7 @@ inline bool has_units(const Product& product, int64_t groups, int64_t tiles) {
 class Validation {
  public:
   Validation(const Program& program, const Tensors& tensors, const Run& run, int scalar_bytes, int threads)
-      : program_(program), tensors_(tensors), run_(run), scalar_bytes_(scalar_bytes), warps_(threads / kLanes) {}
+      : program_(program), tensors_(tensors), run_(run), scalar_bytes_(scalar_bytes), warps_(threads / kWarpSize) {}
 
   bool passes() {
     if (!sizes_are_possible()) return false;
@@ -86,7 +83,7 @@ class Validation {
   bool sizes_are_possible() const {
     const Program& p = program_;
     return 2 <= p.depth && p.depth <= kMaxLayers && is_size(p.elements) && is_size(p.samples) && 1 <= p.group &&
-           p.group <= 4 && p.samples % p.group == 0 && (p.loss == kCrossEntropy || p.loss == kMse) &&
+           p.group <= kMaxGroup && p.samples % p.group == 0 && (p.loss == kCrossEntropy || p.loss == kMse) &&
            (p.first_in_loop == 1 || p.first_in_loop == 2) && 1 <= run_.batch &&
            run_.batch <= INT32_MAX - kMaxElements && 0 <= run_.iterations && run_.iterations < INT32_MAX;
   }
@@ -193,7 +190,7 @@ class Validation {
   }
 
   bool linear_fits(const Layer& one, const Product& product, bool feedback, int64_t splits) const {
-    const int64_t depth = one.operand == kIeee ? 4 : one.operand == kTf32 ? 8 : 16;
+    const int64_t depth = one.operand == kIeee ? kVecSize : one.operand == kTf32 ? kTf32MmaK : kBf16MmaK;
     const int64_t terms = padded(product.channels, depth), stride = feedback ? product.weight_row : product.weight_channel;
     if (product.height != 1 || product.width != 1 || product.term_count != 0) return false;
     if (!covers(product.channels, splits, product.split, depth)) return false;
@@ -202,12 +199,12 @@ class Validation {
       return false;
     if (!inside(samples_of(product.input.first, product.input.samples).along(terms, 1))) return false;
 
-    const bool on_matrix_units = one.operand != kIeee;
-    const int64_t lanes = feedback ? kLanes : lanes_of(product);
-    if (!on_matrix_units && (lanes < 1 || lanes > kLanes || (lanes & (lanes - 1)))) return false;
-    if (on_matrix_units && (product.tiles < 1 || product.tiles > 4)) return false;
-    const int64_t rows = on_matrix_units ? int64_t{product.tiles} * 16 : lanes * 4;
-    const int64_t groups = on_matrix_units ? parts_of(program_.samples, 8) : program_.samples / program_.group;
+    const bool on_tensor_cores = one.operand != kIeee;
+    const int64_t lanes = feedback ? kWarpSize : lanes_of(product);
+    if (!on_tensor_cores && (lanes < 1 || lanes > kWarpSize || (lanes & (lanes - 1)))) return false;
+    if (on_tensor_cores && (product.tiles < 1 || product.tiles > kMaxLinearTilesM)) return false;
+    const int64_t rows = on_tensor_cores ? int64_t{product.tiles} * kMmaM : lanes * (feedback ? kFeedbackRowsPerLane : kVecSize);
+    const int64_t groups = on_tensor_cores ? parts_of(program_.samples, kMmaN) : program_.samples / program_.group;
     if (!has_units(product, groups, parts_of(product.out, rows))) return false;
 
     if (one.operand == kBf16) {
@@ -218,7 +215,7 @@ class Validation {
     }
     const Extent first(product.weights);
     if (feedback) return inside(first.along(product.out, stride).along(terms, 1));
-    return inside(first.along(terms, stride).along(padded(product.out, on_matrix_units ? 16 : 4), 1));
+    return inside(first.along(terms, stride).along(padded(product.out, on_tensor_cores ? kMmaM : kVecSize), 1));
   }
 
   bool pixels_fit(const Layer& one, const Product& product, int64_t splits) {
@@ -242,25 +239,25 @@ class Validation {
 
     if (one.operand == kIeee) {
       const int64_t rows = product.rows_per_thread, tiles = rows < 1 ? 0 : parts_of(product.out, rows);
-      if (rows != 1 && rows != 4 && rows != 5 && rows != 8) return false;
-      if (forward && rows >= 4) {  // read in quads
+      if (std::find(std::begin(kConvRows), std::end(kConvRows), rows) == std::end(kConvRows)) return false;
+      if (forward && rows >= kVecSize) {  // read in quads
         if (product.weights % 4 || product.weight_channel % 4 || product.weight_tap_y % 4 || product.weight_tap_x % 4)
           return false;
-        if (rows % 4 && tiles > 1) return false;
-        if (!inside(weights.along(tiles, rows).along(padded(rows, 4), 1))) return false;
+        if (rows % kVecSize && tiles > 1) return false;
+        if (!inside(weights.along(tiles, rows).along(padded(rows, kVecSize), 1))) return false;
       }
       return product.term_count == 0 && covers(product.channels, splits, product.split, 1) &&
-             has_units(product, parts_of(positions, kLanes * 4), tiles);
+             has_units(product, parts_of(positions, kWarpSize * kPositionsPerLane), tiles);
     }
-    const int64_t depth = one.operand == kTf32 ? 8 : 16;
-    if (product.tiles != 1 && product.tiles != 2 && product.tiles != 4) return false;
+    const int64_t depth = one.operand == kTf32 ? kTf32MmaK : kBf16MmaK;
+    if (product.tiles != 1 && product.tiles != 2 && product.tiles != kMaxConvTilesN) return false;
     if (!is_size(product.term_count) || product.term_count % depth || product.terms % 4) return false;
     if (product.channels * taps > product.term_count) return false;
     const Extent table = Extent(product.terms).along(product.term_count, 2).along(2, 1);
     tables_.push_back(table);
-    const int64_t groups = parts_of(positions, (product.tiles < 4 ? 4 : 2) * 16);
+    const int64_t groups = parts_of(positions, conv_tiles_m(product.tiles) * kMmaM);
     return inside(table) && covers(product.term_count, splits, product.split, depth) &&
-           has_units(product, groups, parts_of(product.out, int64_t{product.tiles} * 8));
+           has_units(product, groups, parts_of(product.out, int64_t{product.tiles} * kMmaN));
   }
 
   bool output_fits() {

@@ -19,10 +19,6 @@ __host__ __device__ constexpr int accumulator_column(int lane, int element) { re
 
 #ifndef __CUDACC__
 
-constexpr int kMmaM = 16;
-constexpr int kMmaN = 8;
-constexpr int kBf16MmaK = 16;
-constexpr int kTf32MmaK = 8;
 constexpr uint32_t kTf32Bits = 0xFFFFE000;  // of a float32's, those that the multiplier looks at
 
 struct MmaOperands {

@@ -1,6 +1,8 @@
 // What kernel source needs from its compiler: nvcc, or a C++20 compiler that builds the same kernels for the CPU.
 #pragma once
 
+#include "shapes.h"
+
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -45,7 +47,6 @@
 
 namespace pcfast::tile {
 
-constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xFFFFFFFFu;  // all lanes of a warp
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -24,7 +24,8 @@ from torch import nn
 import pcfast
 from pcfast.backends.cuda import native
 from pcfast.backends.cuda import shared_memory as placement
-from pcfast.backends.cuda.kernel_params import MOST_LAYERS, OPERANDS, Program, Run, Tensors
+from pcfast.backends.cuda.geometry import MAX_LAYERS
+from pcfast.backends.cuda.kernel_params import OPERANDS, Program, Run, Tensors
 from pcfast.precision import switched
 from pcfast.problem import plan as planning
 
@@ -69,7 +70,7 @@ class Launch:
 
 def sizes(program: Program, run: Run, scalar_bytes: int) -> list[int]:
     """Bytes of every tensor of csrc/resident/program.h, where it is given."""
-    layers = [program.layers[l] for l in range(MOST_LAYERS)]
+    layers = [program.layers[l] for l in range(MAX_LAYERS)]
     inner = [run.batch * layer.channels * layer.height * layer.width * scalar_bytes for layer in layers]
     out = [run.batch * layer.size * scalar_bytes for layer in layers]
     rows, classes = run.batch * scalar_bytes, program.classes * scalar_bytes
@@ -79,7 +80,7 @@ def sizes(program: Program, run: Run, scalar_bytes: int) -> list[int]:
             for layer in layers
         ],
         bias=[layer.channels * scalar_bytes for layer in layers],
-        start=out, vhat_1=out[0], uhat_2=inner[1], labels=8 * run.batch, dense=run.batch * classes,
+        start=out, vhat_1=out[0], uhat_2=inner[1], labels=8 * run.batch, target=run.batch * classes,
         class_weight=classes, step_sizes=run.iterations * scalar_bytes,
         vhat=out, belief=out, error=out, local_error=inner, loss_rows=rows,
         output_gradient=run.batch * classes, gram_sum=inner[1], gram_sum_before=inner[1], first_bad=4 * program.depth,
@@ -454,7 +455,7 @@ def test_shared_memory_that_nobody_wrote_is_nan(program, launches, tmp_path):
     launch = launches("strides")
     found = run(program("address", with_bugs=True), launch, tmp_path, "halos that are not zeroed")
     assert found.status == 0 and found.after != launch.after
-    errors = found.after[4 * MOST_LAYERS : 5 * MOST_LAYERS]
+    errors = found.after[4 * MAX_LAYERS : 5 * MAX_LAYERS]
     held = [
         torch.frombuffer(bytearray(tensor), dtype=torch.float32) for tensor in errors if tensor is not None
     ]

@@ -1,4 +1,4 @@
-"""The resident tier: strict relaxation of small networks in one launch of a CUDA kernel (csrc/, resident/).
+"""Strict relaxation of small networks in one launch of the shared-memory-resident CUDA kernel (csrc/resident/).
 
 exact, fixed_prediction and zero_divergence have no loop: they are a forward and a backward pass through cuBLAS and
 cuDNN, as in eager.
@@ -19,9 +19,9 @@ from . import native
 from .shared_memory import Chip, Placement, place
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
+_MIN_CAPABILITY = (8, 0)  # bfloat16 and TF32 Tensor Cores
 # int32 in the kernel, whose largest value stands for "never"
-_MOST_STEPS = torch.iinfo(torch.int32).max - 1
+_MAX_STEPS = torch.iinfo(torch.int32).max - 1
 
 
 class Cuda(KernelBackend):
@@ -44,8 +44,8 @@ class Cuda(KernelBackend):
             return False, reason
         if request.x_shape is None or request.method != "strict" or network.depth == 1:
             return True, ""
-        if request.num_steps > _MOST_STEPS:
-            return False, f"its kernel counts up to {_MOST_STEPS:,} iterations, not {request.num_steps:,}"
+        if request.num_steps > _MAX_STEPS:
+            return False, f"its kernel counts up to {_MAX_STEPS:,} iterations, not {request.num_steps:,}"
         if request.energies:
             return False, "energies need every iteration's errors, which stay on chip"
         if request.loss not in ("cross_entropy", "mse"):
@@ -57,10 +57,10 @@ class Cuda(KernelBackend):
         )  # fmt: skip
         precision = choose_precision(request.device.type, request.dtype)
         with numerics(request.device, precision):
-            found = _place(
+            placed = _place(
                 network, shapes, gram, request.loss, precision, request.device, request.belief_optimizer
             )
-        return (False, found) if isinstance(found, str) else (True, "")
+        return (False, placed) if isinstance(placed, str) else (True, "")
 
     def relaxation(self, problem, plan):
         return _Run(problem, plan)
@@ -75,7 +75,7 @@ class Cuda(KernelBackend):
 
 
 def _unavailable(device: torch.device) -> str:
-    """Why the kernel cannot run on a device; "" where it can."""
+    """Returns why the kernel cannot run on a device; "" where it can."""
     if device.type not in ("cpu", "cuda"):
         return f"it needs a CUDA device, not {device.type}"
     if device.type == "cpu" and not native.on_host():
@@ -88,7 +88,7 @@ def _unavailable(device: torch.device) -> str:
     if torch.version.hip:
         return "it needs an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
+    if capability < _MIN_CAPABILITY:
         return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
     return ""
 
@@ -96,11 +96,11 @@ def _unavailable(device: torch.device) -> str:
 def _chip(device: torch.device, scalar_bytes: int) -> Chip:
     known = gpu_constants.load()
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
+        properties = torch.cuda.get_device_properties(device)
         return Chip(
-            found.multi_processor_count,
-            found.shared_memory_per_block_optin,
-            found.shared_memory_per_multiprocessor,
+            properties.multi_processor_count,
+            properties.shared_memory_per_block_optin,
+            properties.shared_memory_per_multiprocessor,
         )
     # doubles, which only the CPU's build has, are placed as floats would be
     scale = scalar_bytes // torch.float32.itemsize
@@ -114,7 +114,7 @@ def _place(
 ) -> Placement | str:
     """See :func:`pcfast.backends.cuda.shared_memory.place`; call it inside the relaxation's numerics."""
     scalar_bytes = precision.state.itemsize
-    # doubles, which only the CPU's build has, have no matrix unit
+    # doubles, which only the CPU's build has, have no Tensor Cores
     operands = kernel_operands(device, precision) if scalar_bytes == 4 else Operands("ieee", "ieee")
     chip = _chip(device, scalar_bytes)
     return place(network, shapes, gram, loss, operands, scalar_bytes, chip, optimizer.momentum > 0)
@@ -145,11 +145,11 @@ class _Run(KernelRun):
         self.heads = [None if chain is None else first_product(chain) for chain in self.chains]
         x = self.precision.to_state(problem.x)
         first = self.chains[1].forward(x)
-        self.found = relax(
+        self.outputs = relax(
             *self.arguments(first), problem.num_steps, gradients=problem.wanted.gradients,
             output_gradient=problem.wanted.states or problem.wanted.activations or problem.check,
         )  # fmt: skip
-        return [x, first, *self.found.vhat[2:]]
+        return [x, first, *self.outputs.vhat[2:]]
 
     def arguments(self, first: torch.Tensor):
         """Placement and inputs of :func:`pcfast.backends.cuda.launch.relax`. first: vhat_1."""
@@ -182,25 +182,25 @@ class _Run(KernelRun):
         return inner[0] if head is None else inner[head + 1]
 
     def _prepare_loss(self):
-        self.loss, self.output_gradient = self.found.loss_rows.sum(), self.found.output_gradient
-        self.flaw = self.found.first_bad[-1] == 0
+        self.loss, self.output_gradient = self.outputs.loss_rows.sum(), self.outputs.output_gradient
+        self.flaw = self.outputs.first_bad[-1] == 0
 
     def _strict(self):
         problem, plan, depth, steps = self.problem, self.plan, self.depth, self.problem.num_steps
-        found, out = self.found, self.result
+        outputs, out = self.outputs, self.result
         out.resources = self.step_size  # what the cache may let go
-        beliefs, errors = [self.vhat[0], *found.beliefs[1:depth], self.vhat[depth]], [None] * (depth + 1)
-        # error l is there from iteration L - l + 1 on (fact 3)
+        beliefs, errors = [self.vhat[0], *outputs.beliefs[1:depth], self.vhat[depth]], [None] * (depth + 1)
+        # active front (fact 3): error l is there from iteration L - l + 1 on
         lowest = max(depth - max(steps, 1) + 1, 1) if plan.fresh else 1
         for l in range(lowest, depth + 1):
-            errors[l] = found.errors[l]
+            errors[l] = outputs.errors[l]
         if plan.gram:
             head = self.chains[2].steps[self.heads[2]]
-            beliefs[1] = self.vhat[1] - head.pullback(found.gram_sum)
-            errors[1] = head.pullback(found.gram_sum_before)
+            beliefs[1] = self.vhat[1] - head.pullback(outputs.gram_sum)
+            errors[1] = head.pullback(outputs.gram_sum_before)
         elif lowest == 1 and not steps:
             errors[1] = self.vhat[1] - beliefs[1]  # written in the feedback stage, of which there was none
-        self.first_bad = found.first_bad[:-1]
+        self.first_bad = outputs.first_bad[:-1]
         if self.builder is not None:
             self.builder.observe_first(self.first_bad, steps)
         self.checked = [(l, v) for l, v in enumerate(beliefs) if 0 < l < depth]
@@ -224,4 +224,4 @@ class _Run(KernelRun):
             return []
         step = chain.steps[head]
         step.at_input(Chain(chain.steps[:head]).forward(below))
-        return step.gradients(self.found.local_errors[l])
+        return step.gradients(self.outputs.local_errors[l])
