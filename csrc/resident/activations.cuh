@@ -1,7 +1,8 @@
-// Activations of one number: value, difference and derivative, free of cancellation.
+// Activation functions, their differences and derivatives at one element, free of cancellation: the deviation form
+// (docs/method.md fact 8).
 //
-// For a pre-activation u = uhat + s:  act_diff = act(uhat + s) - act(uhat),  derivative = act'(uhat + s), never by subtracting
-// two nearly equal numbers (docs/method.md fact 8). NaN in uhat or s comes out as NaN.
+// For a pre-activation u = uhat + s:  act_diff = act(uhat + s) - act(uhat),  derivative = act'(uhat + s). No difference is
+// taken of two nearly equal numbers. NaN in uhat or s gives NaN.
 #pragma once
 
 #include "../tile/platform.cuh"
@@ -162,7 +163,8 @@ __device__ ActDiff<Real> act_diff_and_derivative(Real uhat, Real s, int code, do
       Real step = s * kGeluK<Real> * (Real(1) + (Real(3) * uhat * w + s * s) * kGeluC<Real>);
       SigmoidDifference<Real> at_moved = sigmoid_difference(Real(2) * gelu_inner(uhat), Real(2) * step);
       Real inner_derivative = (Real(1) + Real(3) * w * w * kGeluC<Real>) * kGeluK<Real>;
-      return {s * at_moved.p + uhat * at_moved.difference, at_moved.p + Real(2) * w * at_moved.p * at_moved.q * inner_derivative};
+      return {s * at_moved.p + uhat * at_moved.difference,
+              at_moved.p + Real(2) * w * at_moved.p * at_moved.q * inner_derivative};
     }
     default:
       return {s, Real(1)};

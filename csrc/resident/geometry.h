@@ -20,8 +20,8 @@ using tile::kWarpSize;
 constexpr int kMaxLayers = 16;  // that Program has room for
 // Threads of a block. They bound the registers of a thread to 128: 512 threads share an SM's 65,536.
 constexpr int kMaxThreads = 512;
-// Numbers of a block, and every size and stride in it: the kernel's quotients are exact below it, and so are sums of products
-// of two of them in 64 bits.
+// Numbers of a block, and every size and stride in it: the kernel's quotients are exact below it, and so are sums of
+// products of two of them in 64 bits.
 constexpr int kMaxElements = 1 << 16;
 
 constexpr int kVecSize = 4;   // numbers of one vector access
@@ -30,7 +30,8 @@ constexpr int kMaxGroup = 4;  // samples per lane of a linear product, and per t
 // Products in IEEE arithmetic.
 constexpr int kFeedbackRowsPerLane = 4;      // kLinear, feedback: rows of A per lane
 constexpr int kPositionsPerLane = 4;         // kConv: positions of the map per lane
-constexpr int kConvRows[] = {8, 5, 4, 1};    // kConv: rows of A per thread that are compiled; MNIST's network has 5 channels
+// kConv: the rows of A per lane that are compiled. 5: the paper's MNIST network has five channels.
+constexpr int kConvRows[] = {8, 5, 4, 1};
 
 // Products on Tensor Cores: tiles of a unit.
 constexpr int kMaxLinearTilesM = 4;  // kLinear: kMmaM features each
@@ -38,6 +39,8 @@ constexpr int kMaxConvTilesN = 4;    // kConv: kMmaN channels each; 1, 2 or 4
 constexpr int kConvTilesM = 4;       // kConv: kMmaM positions each,
 constexpr int kWideConvTilesM = 2;   // and of a unit of kMaxConvTilesN: fragments stay in registers
 
-__host__ __device__ constexpr int conv_tiles_m(int tiles_n) { return tiles_n < kMaxConvTilesN ? kConvTilesM : kWideConvTilesM; }
+__host__ __device__ constexpr int conv_tiles_m(int tiles_n) {
+  return tiles_n < kMaxConvTilesN ? kConvTilesM : kWideConvTilesM;
+}
 
 }  // namespace pcfast::resident

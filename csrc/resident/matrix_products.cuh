@@ -1,9 +1,9 @@
-// Products of a stage on matrix units: TF32 or bfloat16 operands, sums in float32.
+// Matrix products of a stage on Tensor Cores: TF32 or bfloat16 operands, sums in float32.
 //
-// A unit is a few tiles of 16 x 8 numbers and one part of their sum. State is read as float32 and rounded on its way into
-// a fragment; weights were rounded when they were loaded. Inside a step the order along k is free as long as both
-// operands agree on it, so lanes take what lies well in shared memory: in a picture of mma.cuh "k = t" and so on are
-// positions, not numbers.
+// A unit is a few accumulator tiles of 16 x 8 elements and one split of their sum. State is read as float32 and rounded on
+// its way into a fragment; weights were rounded when they were loaded. Inside a step (one mma.sync along k) the order of k
+// is free as long as both operands agree on it, so lanes take what lies free of bank conflicts in shared memory: "k = t" in
+// the pictures of mma.cuh is a position in the fragment, not an index of the sum.
 #pragma once
 
 #include "../tile/mma.cuh"
@@ -16,15 +16,15 @@ namespace pcfast::resident {
 using tile::ceil_div;
 
 struct Tf32 {
-  static constexpr int kMmaK = kTf32MmaK;          // of a step, along k
-  static constexpr int kPerLane = kMmaK / 4;  // numbers of a step that a lane has of one row
+  static constexpr int kMmaK = kTf32MmaK;  // depth of a step
+  static constexpr int kPerLane = kMmaK / 4;  // elements per lane of one row in a step
 
-  // One row's numbers as its two registers.
+  // Rounds one row's elements into its two registers.
   __device__ static void round(uint32_t (&row)[2], const float (&x)[kPerLane]) {
     row[0] = tile::to_tf32(x[0]);
     row[1] = tile::to_tf32(x[1]);
   }
-  // The same of numbers that need no rounding any more.
+  // Packs elements that were rounded before.
   __device__ static void take(uint32_t (&row)[2], const float (&x)[kPerLane]) {
     row[0] = __float_as_uint(x[0]);
     row[1] = __float_as_uint(x[1]);
@@ -52,7 +52,7 @@ __device__ inline int quotient(int n, const Divisor& by) {
   return static_cast<int>(__umulhi(static_cast<uint32_t>(n) + 1, by.multiplier));
 }
 
-// Work for one warp (program.h).
+// One warp's work (program.h).
 struct Unit {
   int split, tile, group;
 
@@ -64,20 +64,20 @@ struct Unit {
   }
 };
 
-// a of a step from its rows g and g + 8.
+// Makes the fragment a of a step from its rows g and g + 8.
 __device__ inline void join(uint32_t (&a)[4], const uint32_t (&upper)[2], const uint32_t (&lower)[2]) {
   a[0] = upper[0], a[1] = lower[0], a[2] = upper[1], a[3] = lower[1];
 }
 
-// kLinear: rows of a tile are features, columns samples. A unit has up to four tiles, side by side along the features.
+// kLinear: M runs over features, N over samples. A unit has up to kMaxLinearTilesM tiles, side by side along M.
 
-// The weights of a unit's tiles as a, one step after another. What stands in for rows past the end is any numbers: nobody
-// stores their sums.
+// Loads the weights of a unit's tiles as fragments a, step after step. Rows past the end hold arbitrary numbers: their sums
+// are not stored.
 template <class Operand, Stage kStage, int kTiles>
 struct LinearWeights;
 
-// [k][row] in float32, a row of it `weight_channel` long: k = 2t and 2t + 1 hit different banks (placement.py). Tiles reach
-// into the next row, and past the last one.
+// [k][row] in float32, a row of it `weight_channel` long: k = 2t and 2t + 1 hit different banks (shared_memory.py). Tiles
+// reach into the next row, and past the last one.
 template <int kTiles>
 struct LinearWeights<Tf32, Stage::kPredict, kTiles> {
   tile::SharedPointer<const float> even, odd;
@@ -99,7 +99,7 @@ struct LinearWeights<Tf32, Stage::kPredict, kTiles> {
   }
 };
 
-// [row][k]: k = t and t + 4 do.
+// [row][k] in float32: k = t and t + 4 hit different banks.
 template <int kTiles>
 struct LinearWeights<Tf32, Stage::kFeedback, kTiles> {
   tile::SharedPointer<const float> rows[kTiles * 2];  // g and g + 8 of each tile
@@ -122,7 +122,7 @@ struct LinearWeights<Tf32, Stage::kFeedback, kTiles> {
   }
 };
 
-// In bfloat16; the lane's address is of eight numbers of one k (prediction) or of one row (feedback).
+// In bfloat16, by ldmatrix: a lane's address is that of eight numbers of one k (prediction) or of one row (feedback).
 template <Stage kStage, int kTiles>
 struct LinearWeights<Bf16, kStage, kTiles> {
   tile::SharedPointer<const __nv_bfloat16> at[kTiles];
@@ -151,7 +151,8 @@ struct alignas(2 * sizeof(float)) Pair {
 };
 __device__ inline Pair load_pair(const float* from) { return *reinterpret_cast<const Pair*>(from); }
 
-// One sample's numbers of a step as b, in the order of the weights; rows of the state start at multiples of a quad.
+// Loads one sample's elements of a step as the fragment b, in the weights' order of k. Rows of the state start at multiples
+// of a vector.
 template <class Operand, Stage kStage>
 __device__ void load_sample(uint32_t (&b)[2], const tile::SharedPointer<const float>& input, int member) {
   if constexpr (Operand::kPerLane == 4) {
@@ -164,7 +165,7 @@ __device__ void load_sample(uint32_t (&b)[2], const tile::SharedPointer<const fl
   }
 }
 
-// C[row][n] for a unit's kTiles tiles of rows and eight samples from `first_sample` on, of which `samples` exist.
+// Computes C[row][n] for a unit's kTiles tiles of rows and eight samples from `first_sample` on, of which `samples` exist.
 template <class Operand, Stage kStage, int kTiles>
 __device__ void linear_tiles(const Product& product, float* memory, int split, int first_row, int first_sample, int samples,
                              int lane) {
@@ -217,17 +218,17 @@ __device__ void run_linear_tiles(const Product& product, float* memory, const Un
   }
 }
 
-// Where position p of a product's map, all samples' positions one after another, reads its first number.
+// Returns where position p of a product's map, all samples' positions one after another, reads its first element.
 __device__ inline int input_offset(const Product& product, int p) {
   const int sample = quotient(p, product.by_area), inside = p - sample * product.by_area.value;
   const int y = quotient(inside, product.by_width), x = inside - y * product.width;
   return product.input.first + sample * product.input.samples + y * product.input.rows + x * product.input.columns;
 }
 
-// kConv: rows of a tile are positions of the map, of all samples one after another, columns its channels. A unit of more
-// columns has fewer positions: their fragments stay in registers.
+// kConv, an implicit GEMM: M runs over positions of the map, all samples' one after another, N over output channels, K over
+// terms (channel, tap). A unit of more tiles along N has fewer along M (conv_tiles_m): fragments stay in registers.
 
-// Where the input and the weight of one term of a sum lie, from the first ones on. Terms past the end have no weight.
+// Offsets of the input and the weight of one term of a sum from the first ones. Terms past the end have no weight.
 struct Term {
   int32_t input, weight;
 };
@@ -236,8 +237,8 @@ struct alignas(16) TermPair {
 };
 constexpr int kNoWeight = -1;
 
-// Writes the table's entry `slot` of a product. A step's terms are dealt out to the four lanes of a row one by one: what
-// these read at a time lies side by side, mostly in different banks or in the same word.
+// Writes entry `slot` of a product's table of terms. A step's terms are dealt out to the four lanes of a row in turn: what
+// the lanes read in one instruction lies side by side, mostly in different banks or in the same word.
 template <class Operand>
 __device__ void write_term(const Product& product, float* memory, int slot) {
   const int inside = slot % Operand::kMmaK;
@@ -325,7 +326,7 @@ __device__ void implicit_gemm_tiles(const Product& product, float* memory, const
 }
 
 template <class Operand, Stage kStage>
-__device__ void run_matrix_unit(const Product& product, float* memory, const Unit& unit, int samples, int lane) {
+__device__ void run_tensor_core_unit(const Product& product, float* memory, const Unit& unit, int samples, int lane) {
   if (product.kind == kLinear) return run_linear_tiles<Operand, kStage>(product, memory, unit, samples, lane);
   switch (product.tiles) {
     case 1:

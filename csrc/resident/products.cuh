@@ -1,8 +1,9 @@
-// Products of a stage: warps share them out as units, sums stay in registers, partial sums go to the scratch. Those in
-// IEEE arithmetic are here, those on matrix units in matrix_products.cuh.
+// Matrix products of a stage. Warps share them out as units; a unit keeps its sums in registers and stores them in the
+// scratch, as partial sums where the product is split-K. Products in IEEE arithmetic are here, those on Tensor Cores in
+// matrix_products.cuh.
 //
-// A sum runs over its parts, and inside a part over lanes, in an order that depends on the layer alone: neither on the
-// batch nor on how many warps there are.
+// Results are deterministic: the order of a sum, over splits and inside one over lanes, depends on the layer alone, neither
+// on the batch nor on the number of warps.
 #pragma once
 
 #include "../tile/platform.cuh"
@@ -28,10 +29,11 @@ struct Warp {
   int index, count, lane;
 };
 
-// kLinear: samples that a last block lacks have zeros for state, and a position in the scratch.
+// kLinear: samples that the last block lacks have zeros for state, and their elements in the scratch.
 
-// kLinear, prediction: s[n][m] = sum_k W[k][m] d[n][k]. A lane has four rows m and every sample of its group; lanes beyond
-// 2^lanes_log2 take every so many-th quad of k.
+// kLinear, prediction: s[n][m] = sum_k W[k][m] d[n][k]. A lane has four rows m and every sample of its group. 2^lanes_log2
+// lanes cover the rows of a tile; the warp's other lanes share the sum over k, vector by vector, and a butterfly adds it
+// up.
 template <class Real, int kSamples>
 __device__ void linear_prediction(const Product& product, Real* memory, const Unit& unit, int lane) {
   const int lanes_log2 = product.lanes_log2, share = lane >> lanes_log2, sharing = kWarpSize >> lanes_log2;
@@ -75,7 +77,8 @@ __device__ void linear_prediction(const Product& product, Real* memory, const Un
       if (i < rows) out[i] = sum[i][n];
 }
 
-// kLinear, feedback: r[n][m] = sum_k W[m][k] delta[n][k]. A lane has rows m, m + 32, ... and every sample of its group.
+// kLinear, feedback: r[n][m] = sum_k W[m][k] delta[n][k]. A lane has rows m, m + 32, ... and every sample of its
+// group.
 template <class Real, int kSamples>
 __device__ void linear_feedback(const Product& product, Real* memory, const Unit& unit, int lane) {
   const int row = unit.tile * kWarpSize * kFeedbackRowsPerLane + lane;
@@ -119,9 +122,9 @@ __device__ void linear_feedback(const Product& product, Real* memory, const Unit
       if (i * kWarpSize < rows) out[i * kWarpSize] = sum[i][n];
 }
 
-// kConv: lanes run over (sample, y, x); a lane has kRows rows of A at kPositionsPerLane positions. Weights of a term are the
-// same numbers for all lanes. In predictions those of the rows lie side by side, padded to a quad, and
-// taps go to the right of B; in feedback to the left.
+// kConv, a direct convolution: lanes run over (sample, y, x); a lane has kRows rows of A at kPositionsPerLane positions.
+// All lanes read the same weights of a term. In predictions those of the rows lie side by side, padded to a vector, and
+// taps step to the right in B; in feedback to the left.
 template <class Real, int kRows, Stage kStage>
 __device__ void direct_conv(const Product& product, Real* memory, const Unit& unit, int samples, int lane) {
   const int row = unit.tile * kRows;
@@ -136,7 +139,7 @@ __device__ void direct_conv(const Product& product, Real* memory, const Unit& un
     input[j] = memory + input_offset(product, min(position + j * kWarpSize, positions - 1));
   constexpr bool kVectorized = kStage == Stage::kPredict && kRows >= kVecSize;
   constexpr int kPointers = kVectorized ? 1 : kRows;
-  tile::SharedPointer<const Real> weights[kPointers];  // the last row again past the end: read, never written
+  tile::SharedPointer<const Real> weights[kPointers];  // past the end the last row again: read, never stored
   PCFAST_UNROLL
   for (int i = 0; i < kPointers; ++i)
     weights[i] = memory + product.weights + min(row + i, product.out - 1) * product.weight_row;
@@ -146,7 +149,7 @@ __device__ void direct_conv(const Product& product, Real* memory, const Unit& un
     for (int tap_y = 0; tap_y < product.taps_y; ++tap_y) {
       int a_step = channel * product.weight_channel + tap_y * product.weight_tap_y;
       int b_step = channel * product.input.channels + tap_y * product.input_tap_y;
-      PCFAST_UNROLL_TWICE  // rows of taps are short
+      PCFAST_UNROLL_TWICE  // kernels have few taps per row
       for (int tap_x = 0; tap_x < product.taps_x; ++tap_x) {
         Real a[ceil_div(kRows, kVecSize) * kVecSize], b[kPositionsPerLane];
         if constexpr (kVectorized) {
@@ -192,7 +195,7 @@ __device__ void run_direct_conv(const Product& product, Real* memory, const Unit
     direct_conv<Real, kRows, Stage::kFeedback>(product, memory, unit, samples, lane);
 }
 
-// kCopy: one sample.
+// kCopy: copies one sample.
 template <class Real>
 __device__ void copy(const Product& product, Real* memory, int sample, int lane) {
   const int area = product.height * product.width;
@@ -203,7 +206,7 @@ __device__ void copy(const Product& product, Real* memory, int sample, int lane)
                    i % product.width * product.input.columns];
 }
 
-// kSamples: that a lane has.
+// kSamples: samples per lane.
 template <Stage kStage, class Real, int kSamples>
 __device__ void run_linear_unit(const Product& product, Real* memory, const Unit& unit, int lane) {
   if constexpr (kStage == Stage::kFeedback)
@@ -212,13 +215,13 @@ __device__ void run_linear_unit(const Product& product, Real* memory, const Unit
     linear_prediction<Real, kSamples>(product, memory, unit, lane);
 }
 
-// group: samples that a lane of a linear product has.
+// group: samples per lane of a linear product.
 template <Stage kStage, class Real>
 __device__ void run_unit(const Product& product, int operand, Real* memory, const Unit& unit, int group, int samples,
                          int lane) {
   if constexpr (sizeof(Real) == sizeof(float)) {
-    if (operand == kTf32) return run_matrix_unit<Tf32, kStage>(product, memory, unit, samples, lane);
-    if (operand == kBf16) return run_matrix_unit<Bf16, kStage>(product, memory, unit, samples, lane);
+    if (operand == kTf32) return run_tensor_core_unit<Tf32, kStage>(product, memory, unit, samples, lane);
+    if (operand == kBf16) return run_tensor_core_unit<Bf16, kStage>(product, memory, unit, samples, lane);
   }
   switch (product.kind) {
     case kCopy:
@@ -251,7 +254,7 @@ __device__ void run_unit(const Product& product, int operand, Real* memory, cons
   }
 }
 
-// The products of layers `highest` down to `lowest`, counted from 1, shared out among the warps.
+// Computes the products of layers `highest` down to `lowest`, counted from 1, shared out among the warps.
 template <Stage kStage, class Real>
 __device__ void products(const Program& program, Real* memory, int highest, int lowest, int samples, const Warp& warp) {
   int unit = warp.index;
@@ -260,17 +263,17 @@ __device__ void products(const Program& program, Real* memory, int highest, int 
     const Product& product = kStage == Stage::kFeedback ? layer.feedback : layer.predict;
     for (; unit < product.units; unit += warp.count)
       run_unit<kStage>(product, layer.operand, memory, Unit(product, unit), program.group, samples, warp.lane);
-    unit -= product.units;  // the warps after those of this product's last units go on with the next one
+    unit -= product.units;  // the next warps in turn start the next product
   }
 }
 
-// The first part of a number that a product gives.
+// Returns the first partial sum of an element of a product.
 template <class Real>
 __device__ tile::SharedPointer<const Real> first_partial(const Product& product, const Real* memory, int sample, int index) {
   return memory + product.scratch + sample * product.scratch_sample + index;
 }
 
-// The parts that a product gives of every number.
+// The partial sums of each element of a split-K product.
 struct Partials {
   int count, step;
 
@@ -278,19 +281,19 @@ struct Partials {
       : count(tile::in_register(product.by_splits.value)), step(tile::in_register(product.scratch_split)) {}
 };
 
-// Their sum, from the first one on.
+// Returns the sum of an element's partial sums, in order from the first, `partial`, on.
 template <class Real>
-__device__ Real reduce_partials(const Partials& parts, tile::SharedPointer<const Real> part) {
-  Real sum = *part;
-  int left = parts.count - 1;
+__device__ Real reduce_partials(const Partials& partials, tile::SharedPointer<const Real> partial) {
+  Real sum = *partial;
+  int left = partials.count - 1;
   PCFAST_NO_UNROLL
   for (; left > 1; left -= 2) {
-    const tile::SharedPointer<const Real> next = part + parts.step;
-    part = next + parts.step;
+    const tile::SharedPointer<const Real> next = partial + partials.step;
+    partial = next + partials.step;
     sum += *next;
-    sum += *part;
+    sum += *partial;
   }
-  if (left > 0) sum += part[parts.step];
+  if (left > 0) sum += partial[partials.step];
   return sum;
 }
 

@@ -1,5 +1,5 @@
-// A forward pass and n iterations of strict relaxation in one launch: a block has its samples to itself, and blocks never
-// wait for each other.
+// Strict relaxation in one launch: a forward pass, n iterations and the finish. A thread block has its samples to itself,
+// and blocks never wait for each other.
 #pragma once
 
 #include "../tile/platform.cuh"
@@ -18,7 +18,8 @@ enum class Phase {
   kFinish,   // the last errors, pulled back at the last beliefs, go to device memory for the weight gradients
 };
 
-// Layers that are active in a pass. Below the active front (fact 3) beliefs are where they were, and so are their predictions.
+// Layers that are active in a pass. Below the active front (fact 3) beliefs are where they were, and so are their
+// predictions.
 struct ActiveLayers {
   int lowest_error;       // the lowest layer whose error is not zero
   int lowest_prediction;  // the lowest layer whose prediction has moved
@@ -69,8 +70,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int iterations = max(run.iterations, 1);
   const bool fresh = run.fresh != 0;
   // One loop over phases, not three calls `forward(); iterate(); finish();`: these would inline the predict stage's
-  // products, which are most of the kernel's code, three times (nvcc 13.0 then compiles for more than ten minutes instead of
-  // twenty seconds), and as functions that are not inlined they would keep the context on a stack.
+  // products, which are most of the kernel's code, three times (nvcc 13.0 then compiles for more than ten minutes instead
+  // of twenty seconds), and as functions that are not inlined they would keep the context on a stack.
   for (int t = 2 - depth;; ++t) {
     const Phase phase = t <= 0 ? Phase::kForward : t <= iterations ? Phase::kIterate : Phase::kFinish;
     const bool forward = phase == Phase::kForward, finish = phase == Phase::kFinish;

@@ -1,7 +1,7 @@
-// Whether a launch stays inside a block's shared memory and has the tensors that it reads. What arrives at the C interface
-// are bytes, of this release or of another one, whole or not: nothing in them is believed.
+// Checks that a launch stays inside a block's shared memory and has the tensors that it reads. What arrives at the C
+// interface are bytes, of this release or of another one, whole or not: none of them is trusted.
 //
-// What cannot be known here is how long the tensors are: that is the caller's word, as for every pointer in C.
+// How long the tensors are cannot be checked here: the caller answers for it, as for every pointer in C.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ inline int64_t padded(int64_t size, int64_t multiple) { return (size + multiple 
 inline int64_t parts_of(int64_t size, int64_t part) { return (size + part - 1) / part; }
 inline bool is_size(int64_t size) { return 1 <= size && size <= kMaxElements; }
 
-// The places in shared memory that an access reaches: from one number on, so many steps along each of its indices.
+// The elements of shared memory that an access reaches: from one element on, so many steps along each of its indices.
 class Extent {
  public:
   explicit Extent(int64_t first) : low_(first), high_(first) {}
@@ -69,7 +69,7 @@ class Validation {
     for (int l = 1; l <= program_.depth; ++l)
       if (!layer_fits(l)) return false;
     if (!output_fits() || !tensors_are_there()) return false;
-    // The tables are read as places: nothing else may be written there.
+    // Tables hold offsets: nothing else may be written there.
     for (std::size_t i = 0; i < tables_.size(); ++i) {
       for (const Extent& other : written_)
         if (tables_[i].meets(other)) return false;
@@ -97,11 +97,11 @@ class Validation {
   }
 
   Extent samples_of(int64_t first, int64_t a_sample) const { return Extent(first).along(program_.samples, a_sample); }
-  Extent map(const StridedView& place, int64_t channels, int64_t height, int64_t width) const {
-    return samples_of(place.first, place.samples)
-        .along(channels, place.channels)
-        .along(height, place.rows)
-        .along(width, place.columns);
+  Extent map(const StridedView& view, int64_t channels, int64_t height, int64_t width) const {
+    return samples_of(view.first, view.samples)
+        .along(channels, view.channels)
+        .along(height, view.rows)
+        .along(width, view.columns);
   }
   static int64_t inner(const Layer& l) { return int64_t{l.channels} * l.height * l.width; }
 
@@ -132,7 +132,7 @@ class Validation {
     return height * one.window_y <= one.height && width * one.window_x <= one.width;
   }
 
-  // Of layers from the second on.
+  // For layers from the second on.
   bool loop_fits(int l) {
     const Layer& one = layer(l);
     if (one.gram != (gram() && l == 2) || (one.operand != kIeee && one.operand != kTf32 && one.operand != kBf16))
@@ -158,7 +158,7 @@ class Validation {
     return kept.inside(2 * int64_t{program_.elements});
   }
 
-  // `result`: numbers that it gives of a sample.
+  // result: elements of the product's output per sample.
   bool product_fits(const Layer& one, const Product& product, bool feedback, int64_t result) {
     const int64_t splits = splits_of(product);
     for (const int64_t size : {int64_t{product.out}, int64_t{product.height}, int64_t{product.width}, splits})
@@ -175,7 +175,7 @@ class Validation {
     if (int64_t{product.taps_y} * product.taps_x > kMaxElements) return false;
     if (product.channels * (int64_t{product.taps_y} * product.taps_x) > program_.elements) return false;
     if (product.kind == kLinear) return linear_fits(one, product, feedback, splits);
-    return product.kind == kConv && pixels_fit(one, product, splits);
+    return product.kind == kConv && conv_fits(one, product, splits);
   }
 
   bool copy_fits(const Layer& one, const Product& product, int64_t splits) const {
@@ -184,7 +184,7 @@ class Validation {
            inside(map(product.input, product.out, product.height, product.width));
   }
 
-  // Partials of `split` terms, whole steps of `depth`, that have `terms` in all.
+  // Whether splits of `split` terms, each a multiple of `depth`, cover `terms`.
   static bool covers(int64_t terms, int64_t splits, int64_t split, int64_t depth) {
     return is_size(split) && split % depth == 0 && splits * split >= terms && (splits - 1) * split < terms;
   }
@@ -203,7 +203,8 @@ class Validation {
     const int64_t lanes = feedback ? kWarpSize : lanes_of(product);
     if (!on_tensor_cores && (lanes < 1 || lanes > kWarpSize || (lanes & (lanes - 1)))) return false;
     if (on_tensor_cores && (product.tiles < 1 || product.tiles > kMaxLinearTilesM)) return false;
-    const int64_t rows = on_tensor_cores ? int64_t{product.tiles} * kMmaM : lanes * (feedback ? kFeedbackRowsPerLane : kVecSize);
+    const int64_t rows_per_lane = feedback ? kFeedbackRowsPerLane : kVecSize;
+    const int64_t rows = on_tensor_cores ? int64_t{product.tiles} * kMmaM : lanes * rows_per_lane;
     const int64_t groups = on_tensor_cores ? parts_of(program_.samples, kMmaN) : program_.samples / program_.group;
     if (!has_units(product, groups, parts_of(product.out, rows))) return false;
 
@@ -218,7 +219,7 @@ class Validation {
     return inside(first.along(terms, stride).along(padded(product.out, on_tensor_cores ? kMmaM : kVecSize), 1));
   }
 
-  bool pixels_fit(const Layer& one, const Product& product, int64_t splits) {
+  bool conv_fits(const Layer& one, const Product& product, int64_t splits) {
     const int64_t area = int64_t{product.height} * product.width;
     const int64_t taps = int64_t{product.taps_y} * product.taps_x;
     if (!is_exact(product.by_area) || product.by_area.value != area || !is_exact(product.by_width) ||
@@ -240,7 +241,7 @@ class Validation {
     if (one.operand == kIeee) {
       const int64_t rows = product.rows_per_thread, tiles = rows < 1 ? 0 : parts_of(product.out, rows);
       if (std::find(std::begin(kConvRows), std::end(kConvRows), rows) == std::end(kConvRows)) return false;
-      if (forward && rows >= kVecSize) {  // read in quads
+      if (forward && rows >= kVecSize) {  // read as vectors
         if (product.weights % 4 || product.weight_channel % 4 || product.weight_tap_y % 4 || product.weight_tap_x % 4)
           return false;
         if (rows % kVecSize && tiles > 1) return false;
@@ -268,7 +269,7 @@ class Validation {
     return last.pool == kNoPool && last.by_area.value == 1 && program_.classes == last.channels &&
            program_.classes_stride >= program_.classes &&
            written(rows(program_.vhat)) && written(rows(program_.target)) && written(samples_of(program_.target_sum, 1)) &&
-           // a number for every warp at the beginning of the scratch
+           // batch_weight (output.cuh) keeps a number per warp at the beginning of the scratch
            written(Extent(layer(2).predict.scratch).along(std::max(warps_, 1), 1));
   }
 

@@ -51,8 +51,8 @@ constexpr unsigned kFullMask = 0xFFFFFFFFu;  // all lanes of a warp
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// a - b of both as they are in memory: where a is a product, nvcc would fuse it with a subtraction that it can see, and a - a
-// would be a's rounding error.
+// a - b of both as they are in memory: where a is a product, nvcc would fuse it with a subtraction that it can see, and a -
+// a would be a's rounding error.
 __device__ __forceinline__ float subtract_rn(float a, float b) { return __fsub_rn(a, b); }
 __device__ __forceinline__ double subtract_rn(double a, double b) { return __dsub_rn(a, b); }
 

@@ -19,7 +19,7 @@ from types import ModuleType
 from ...errors import BackendError
 
 #: PCFAST_ABI_VERSION of csrc/abi.h.
-ABI_VERSION = 2
+ABI_VERSION = 3
 #: Names a built _native_host, whose kernels run on the CPU, to be loaded instead: for tests.
 ON_HOST = "PCFAST_CUDA_ON_HOST"
 
