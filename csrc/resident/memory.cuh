@@ -87,7 +87,8 @@ __device__ void load_block_state(const KernelContext<Real>& ctx, int thread, int
     int item = thread;
     for_each_element(ctx, layer, item, threads, [&](const Element& element, int first, int end) {
       for (int sample = first; sample < end; ++sample)
-        memory[offset(layer.d, sample, element)] = global_element(ctx, ctx.tensors.vhat_1, sample, layer.size, element.index);
+        memory[offset(layer.d, sample, element)] =
+            global_element(ctx, ctx.tensors.vhat_1, sample, layer.size, element.index);
     });
   }
   load_targets(ctx, thread, threads, warp);

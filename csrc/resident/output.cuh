@@ -52,7 +52,7 @@ __device__ Real batch_weight(const KernelContext<Real>& ctx, Real* partials, int
 template <class Real>
 __device__ void load_targets(const KernelContext<Real>& ctx, int thread, int threads, const Warp& warp) {
   const Program& program = ctx.program;
-  const Run& run = ctx.run;
+  const RunParams& run = ctx.run;
   const int classes = program.classes;
   const Real* given = static_cast<const Real*>(ctx.tensors.target);
   const Real* weights = static_cast<const Real*>(ctx.tensors.class_weight);

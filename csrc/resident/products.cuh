@@ -269,7 +269,8 @@ __device__ void products(const Program& program, Real* memory, int highest, int 
 
 // Returns the first partial sum of an element of a product.
 template <class Real>
-__device__ tile::SharedPointer<const Real> first_partial(const Product& product, const Real* memory, int sample, int index) {
+__device__ tile::SharedPointer<const Real> first_partial(const Product& product, const Real* memory, int sample,
+                                                         int index) {
   return memory + product.scratch + sample * product.scratch_sample + index;
 }
 

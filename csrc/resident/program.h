@@ -145,7 +145,7 @@ struct Tensors {
   int32_t* first_bad;
 };
 
-struct Run {
+struct RunParams {
   int32_t batch, iterations;
   int32_t fresh;                      // beliefs start at the forward pass: the active front (fact 3) holds
   int32_t mean;                       // cross-entropy: over rows, weighed by their classes

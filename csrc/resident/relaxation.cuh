@@ -56,7 +56,7 @@ __device__ void feedback(const KernelContext<Real>& ctx, bool fresh, int t, cons
 template <class Real>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     relaxation(const __grid_constant__ Program program, const __grid_constant__ Tensors tensors,
-               const __grid_constant__ Run run) {
+               const __grid_constant__ RunParams run) {
   PCFAST_SHARED_MEMORY(bytes);
   const int thread = threadIdx.x, threads = blockDim.x;
   const Warp warp{thread / kWarpSize, threads / kWarpSize, thread % kWarpSize};
@@ -69,9 +69,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int depth = program.depth;
   const int iterations = max(run.iterations, 1);
   const bool fresh = run.fresh != 0;
-  // One loop over phases, not three calls `forward(); iterate(); finish();`: these would inline the predict stage's
-  // products, which are most of the kernel's code, three times (nvcc 13.0 then compiles for more than ten minutes instead
-  // of twenty seconds), and as functions that are not inlined they would keep the context on a stack.
+  // One loop over phases, not three calls `forward(); iterate(); finish();`, which all need the predict stage's products:
+  // most of the kernel's code. Inlined three times nvcc 13.0 does not compile them within ten minutes (the loop: twenty
+  // seconds). Out of line, for sm_80, the context takes a stack of 80 bytes, and 1,246 generic loads read the arguments
+  // that the loop reads from the constant bank.
   for (int t = 2 - depth;; ++t) {
     const Phase phase = t <= 0 ? Phase::kForward : t <= iterations ? Phase::kIterate : Phase::kFinish;
     const bool forward = phase == Phase::kForward, finish = phase == Phase::kFinish;

@@ -10,7 +10,7 @@ namespace pcfast::resident {
 namespace {
 
 template <class Real>
-int start(const Program& program, const Tensors& tensors, const Run& run, int threads, void* stream) {
+int start(const Program& program, const Tensors& tensors, const RunParams& run, int threads, void* stream) {
   const unsigned blocks = ceil_div(run.batch, program.samples);
   return tile::launch(relaxation<Real>, dim3(blocks), dim3(threads), program.elements * sizeof(Real), stream, program,
                       tensors, run);
@@ -24,7 +24,7 @@ extern "C" int pcfast_resident(const void* program, const void* tensors, const v
   using namespace pcfast::resident;
   Program program_copy;  // copies: bytes from elsewhere lie at any address
   Tensors tensors_copy;
-  Run run_copy;
+  RunParams run_copy;
   std::memcpy(&program_copy, program, sizeof program_copy);
   std::memcpy(&tensors_copy, tensors, sizeof tensors_copy);
   std::memcpy(&run_copy, run, sizeof run_copy);
@@ -42,5 +42,5 @@ extern "C" int pcfast_resident(const void* program, const void* tensors, const v
 extern "C" void pcfast_resident_sizes(int* program, int* tensors, int* run) {
   *program = sizeof(pcfast::resident::Program);
   *tensors = sizeof(pcfast::resident::Tensors);
-  *run = sizeof(pcfast::resident::Run);
+  *run = sizeof(pcfast::resident::RunParams);
 }

@@ -12,7 +12,7 @@ template <class Real>
 struct KernelContext {
   const Program& program;
   const Tensors& tensors;
-  const Run& run;
+  const RunParams& run;
   Real* memory;
   int first_sample;  // the block's first sample in the batch
   int samples;       // samples that the block has: the last block may have fewer

@@ -61,7 +61,7 @@ inline bool has_units(const Product& product, int64_t groups, int64_t tiles) {
 
 class Validation {
  public:
-  Validation(const Program& program, const Tensors& tensors, const Run& run, int scalar_bytes, int threads)
+  Validation(const Program& program, const Tensors& tensors, const RunParams& run, int scalar_bytes, int threads)
       : program_(program), tensors_(tensors), run_(run), scalar_bytes_(scalar_bytes), warps_(threads / kWarpSize) {}
 
   bool passes() {
@@ -290,7 +290,7 @@ class Validation {
 
   const Program& program_;
   const Tensors& tensors_;
-  const Run& run_;
+  const RunParams& run_;
   const int scalar_bytes_, warps_;
   std::vector<Extent> written_, tables_;
 };

@@ -1,4 +1,4 @@
-"""The cuda backend's resident tier on a CUDA device: within the project's bounds, replayed, and repeatable.
+"""The cuda backend's resident kernel on a CUDA device: within the project's bounds, replayed, and repeatable.
 
 What is judged how: gpu_helpers.py. Every test here also asserts that the resident kernel was launched, or replayed.
 """

@@ -25,7 +25,7 @@ import pcfast
 from pcfast.backends.cuda import native
 from pcfast.backends.cuda import shared_memory as placement
 from pcfast.backends.cuda.geometry import MAX_LAYERS
-from pcfast.backends.cuda.kernel_params import OPERANDS, Program, Run, Tensors
+from pcfast.backends.cuda.kernel_params import OPERANDS, Program, RunParams, Tensors
 from pcfast.precision import switched
 from pcfast.problem import plan as planning
 
@@ -68,7 +68,7 @@ class Launch:
                 file.write(struct.pack("<q", -1 if tensor is None else len(tensor)) + (tensor or b""))
 
 
-def sizes(program: Program, run: Run, scalar_bytes: int) -> list[int]:
+def sizes(program: Program, run: RunParams, scalar_bytes: int) -> list[int]:
     """Bytes of every tensor of csrc/resident/program.h, where it is given."""
     layers = [program.layers[l] for l in range(MAX_LAYERS)]
     inner = [run.batch * layer.channels * layer.height * layer.width * scalar_bytes for layer in layers]
@@ -106,7 +106,7 @@ def recorded(host_module: Path, relax: Callable[[], object]) -> Launch:
 
         def record(program, tensors, run, scalar_bytes, threads, stream):
             what = Program.from_buffer_copy(program)
-            given = sizes(what, Run.from_buffer_copy(run), scalar_bytes)
+            given = sizes(what, RunParams.from_buffer_copy(run), scalar_bytes)
             pointers = (ctypes.c_void_p * len(given)).from_buffer_copy(tensors)
 
             def read() -> list[bytes | None]:
@@ -216,7 +216,7 @@ def launch_of(name: str, host_module: Path) -> Launch:
     planning.plan.cache_clear()
     what = Program.from_buffer_copy(found.program)
     assert bool(what.layers[1].gram) == name.startswith("gram")
-    assert Run.from_buffer_copy(found.run).batch == BATCH and what.samples == SAMPLES
+    assert RunParams.from_buffer_copy(found.run).batch == BATCH and what.samples == SAMPLES
     return found
 
 

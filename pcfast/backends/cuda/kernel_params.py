@@ -127,7 +127,7 @@ class Tensors(Structure):
     ]
 
 
-class Run(Structure):
+class RunParams(Structure):
     _fields_ = [
         *_ints("batch", "iterations", "fresh", "mean", "every_row"),
         ("ignored_label", c_int64),
@@ -136,5 +136,5 @@ class Run(Structure):
 
 
 def sizes() -> tuple[int, int, int]:
-    """Returns the bytes of Program, Tensors and Run."""
-    return tuple(ctypes.sizeof(kind) for kind in (Program, Tensors, Run))
+    """Returns the bytes of Program, Tensors and RunParams."""
+    return tuple(ctypes.sizeof(kind) for kind in (Program, Tensors, RunParams))

@@ -13,7 +13,7 @@ from ...errors import BackendError
 from ...losses import Loss
 from . import native
 from .geometry import NO_POOL, differences
-from .kernel_params import Program, Run, Tensors, sizes
+from .kernel_params import Program, RunParams, Tensors, sizes
 from .shared_memory import Placement
 
 # larger than any number of iterations
@@ -137,7 +137,7 @@ def prepare(
     at_output = torch.empty(inputs.shapes[depth], **like) if output_gradient else None
     first_bad = torch.full((depth,), _NEVER, dtype=torch.int32, device=device)
 
-    tensors, run = Tensors(), Run(batch, num_steps, inputs.starts is None)
+    tensors, run = Tensors(), RunParams(batch, num_steps, inputs.starts is None)
     lists = dict(
         weight=inputs.weights, bias=inputs.biases, start=inputs.starts, vhat=vhat, belief=beliefs, error=errors,
         local_error=local,
@@ -183,7 +183,7 @@ def _check_sources(module: ModuleType) -> None:
         raise BackendError(f"the CUDA kernels were built from other sources: {'; '.join(other)}; {remedy}")
 
 
-def _describe_loss(inputs: Inputs, like: dict, tensors: Tensors, run: Run, pointer) -> None:
+def _describe_loss(inputs: Inputs, like: dict, tensors: Tensors, run: RunParams, pointer) -> None:
     loss, y, batch = inputs.loss, inputs.y, inputs.below.shape[0]
     run.share = loss.share(batch)
     if loss.kind == "mse":

@@ -104,12 +104,12 @@ class _Memory:
         # samples per lane of a linear product, and per thread of pointwise work
         self.group = min(samples, g.MAX_GROUP)
 
-    def padded(self, a_sample: int) -> int:
-        return padded(a_sample, self.multiple)
+    def padded(self, per_sample: int) -> int:
+        return padded(per_sample, self.multiple)
 
-    def add(self, name: str, home: int, a_sample: int = 0, *, once: int = 0) -> int:
+    def add(self, name: str, home: int, per_sample: int = 0, *, per_block: int = 0) -> int:
         """Adds an array of so many elements per sample, or once per block; returns its first element."""
-        first, elements = self.elements, self.padded(a_sample) * self.samples + padded(once)
+        first, elements = self.elements, self.padded(per_sample) * self.samples + padded(per_block)
         self.arrays.append(Array(name, home, first, elements))
         self.elements += elements
         return first
@@ -163,7 +163,7 @@ def _share_conv(memory: _Memory, product: p.Product, l: int, operand: str) -> No
     """Shares out a convolution and, on Tensor Cores, adds the table of its terms."""
     share_conv(product, operand, memory.samples)
     if operand != "ieee":
-        product.terms = memory.add("terms", l, once=2 * product.term_count)
+        product.terms = memory.add("terms", l, per_block=2 * product.term_count)
 
 
 def _copy(memory: _Memory, product: p.Product, shape: tuple[int, int, int], input: p.StridedView) -> None:
@@ -187,9 +187,9 @@ def _place_beliefs(
     channels, height, width = shape
     top, left = (0, 0) if above.convolution is None else above.convolution.padding
     rows, columns = height + 2 * top, width + 2 * left
-    a_sample = channels * rows * columns
-    first = memory.add("d", l, a_sample)
-    view = p.StridedView(first + top * columns + left, memory.padded(a_sample), rows * columns, columns, 1)
+    per_sample = channels * rows * columns
+    first = memory.add("d", l, per_sample)
+    view = p.StridedView(first + top * columns + left, memory.padded(per_sample), rows * columns, columns, 1)
     return view, first, columns
 
 
@@ -204,11 +204,13 @@ def _place_linear_weights(
     if operand == "bf16":
         # rows of an odd number of 16 bytes: eight of them lie in different banks
         layer.weight_stride = 8 * (-(-out // 8) | 1)
-        once = padded(inputs, g.BF16_MMA_K) * layer.weight_stride // 2 + g.BF16_MMA_K // 2
+        per_block = padded(inputs, g.BF16_MMA_K) * layer.weight_stride // 2 + g.BF16_MMA_K // 2
     else:
         layer.weight_stride = _odd_vectors(out)
-        once = padded(inputs, step(operand)) * layer.weight_stride + (g.MMA_M if operand == "tf32" else 0)
-    layer.weights = memory.add("weights", l, once=once)
+        per_block = padded(inputs, step(operand)) * layer.weight_stride + (
+            g.MMA_M if operand == "tf32" else 0
+        )
+    layer.weights = memory.add("weights", l, per_block=per_block)
 
 
 def _place_linear(memory: _Memory, layer: p.Layer, l: int, shape: LayerShape, d_first: int) -> None:
@@ -240,7 +242,7 @@ def _place_convolution(
     (ky, kx), (sy, sx), (py, px) = convolution.kernel, convolution.stride, convolution.padding
     stride, taps = padded(out), ky * kx
     layer.weight_inputs, layer.weight_stride = channels * taps, stride
-    layer.weights = memory.add("weights", l, once=channels * taps * stride)
+    layer.weights = memory.add("weights", l, per_block=channels * taps * stride)
     d_area = (height + 2 * py) * d_columns
     below = p.StridedView(d_first, memory.padded(channels * d_area), d_area, sy * d_columns, sx)
     _conv(
@@ -250,9 +252,9 @@ def _place_convolution(
     top, rows = _dilated(height, out_height, ky, sy, py)
     left, columns = _dilated(width, out_width, kx, sx, px)
     first = memory.add("delta", l, out * rows * columns)
-    a_sample = memory.padded(out * rows * columns)
-    layer.delta = p.StridedView(first + top * columns + left, a_sample, rows * columns, sy * columns, sx)
-    errors = p.StridedView(first + (py + top) * columns + px + left, a_sample, rows * columns, columns, 1)
+    per_sample = memory.padded(out * rows * columns)
+    layer.delta = p.StridedView(first + top * columns + left, per_sample, rows * columns, sy * columns, sx)
+    errors = p.StridedView(first + (py + top) * columns + px + left, per_sample, rows * columns, columns, 1)
     _conv(
         layer.feedback, shape.below, out, (ky, kx), layer.weights, taps * stride, 1, kx * stride, stride,
         errors, (-columns, -1),
@@ -274,14 +276,14 @@ def _place_gram(memory: _Memory, layer: p.Layer, l: int, shape: LayerShape) -> N
     ky, kx = (2 * size - 1 for size in shape.convolution.kernel)
     stride, taps = padded(out), ky * kx
     layer.weight_inputs, layer.weight_stride = out * taps, stride
-    layer.weights = memory.add("weights", l, once=out * taps * stride)
+    layer.weights = memory.add("weights", l, per_block=out * taps * stride)
     rows, columns = height + ky - 1, width + kx - 1
     first = memory.add("sum", l, out * rows * columns)
-    a_sample = memory.padded(out * rows * columns)
-    layer.delta = p.StridedView(first + ky // 2 * columns + kx // 2, a_sample, rows * columns, columns, 1)
+    per_sample = memory.padded(out * rows * columns)
+    layer.delta = p.StridedView(first + ky // 2 * columns + kx // 2, per_sample, rows * columns, columns, 1)
     _conv(
         layer.predict, shape.inner, out, (ky, kx), layer.weights, 1, taps * stride, kx * stride, stride,
-        p.StridedView(first, a_sample, rows * columns, columns, 1), (columns, 1),
+        p.StridedView(first, per_sample, rows * columns, columns, 1), (columns, 1),
     )  # fmt: skip
     _share_conv(memory, layer.predict, l, shape.operand)
 
@@ -327,14 +329,14 @@ def _describe_tail(memory: _Memory, layer: p.Layer, shape: LayerShape) -> None:
     layer.after, layer.after_negative_slope = p.activation_code(form.after)
 
 
-def _place_scratch(memory: _Memory, what: p.Program) -> None:
+def _place_scratch(memory: _Memory, program: p.Program) -> None:
     """Adds the scratch, with which the stages take turns; inside one, every product has its own part."""
     ends = []
     first = memory.elements
     for stage in ("predict", "feedback"):
         end = first
-        for l in range(2, what.depth + 1):
-            product = getattr(what.layers[l - 1], stage)
+        for l in range(2, program.depth + 1):
+            product = getattr(program.layers[l - 1], stage)
             if product.kind == g.NO_PRODUCT:
                 continue
             size = product.out * product.height * product.width
@@ -343,7 +345,7 @@ def _place_scratch(memory: _Memory, what: p.Program) -> None:
             end += product.scratch_split * product.splits
         ends.append(end)
     # batch_weight (output.cuh) keeps a number per warp there
-    memory.add("scratch", 0, once=max(max(ends) - first, WARPS))
+    memory.add("scratch", 0, per_block=max(max(ends) - first, WARPS))
 
 
 def _place_velocity(memory: _Memory, layer: p.Layer, l: int, shape: tuple[int, int, int]) -> None:
@@ -362,17 +364,17 @@ def _program(
 ) -> tuple[p.Program, _Memory]:
     operands = {shape.operand for shape in layers[2:]}
     memory = _Memory(samples, max(map(step, operands)))
-    what = p.Program()
-    what.depth, what.samples, what.group = network.depth, samples, memory.group
-    what.loss, what.first_in_loop = p.LOSSES[loss], 2 if gram else 1
-    _describe_output(memory, what.layers[0], layers[2].below)
+    program = p.Program()
+    program.depth, program.samples, program.group = network.depth, samples, memory.group
+    program.loss, program.first_in_loop = p.LOSSES[loss], 2 if gram else 1
+    _describe_output(memory, program.layers[0], layers[2].below)
     d_first = d_columns = 0
     if not gram:
-        what.layers[0].d, d_first, d_columns = _place_beliefs(memory, 1, layers[2].below, layers[2])
+        program.layers[0].d, d_first, d_columns = _place_beliefs(memory, 1, layers[2].below, layers[2])
     if momentum:
-        _place_velocity(memory, what.layers[0], 1, layers[2].inner if gram else layers[2].below)
+        _place_velocity(memory, program.layers[0], 1, layers[2].inner if gram else layers[2].below)
     for l in range(2, network.depth + 1):
-        layer, shape = what.layers[l - 1], layers[l]
+        layer, shape = program.layers[l - 1], layers[l]
         layer.operand = p.OPERANDS[shape.operand]
         if gram and l == 2:
             _place_gram(memory, layer, l, shape)
@@ -385,14 +387,14 @@ def _program(
             layer.d, d_first, d_columns = _place_beliefs(memory, l, shape.out, layers[l + 1])
             if momentum:
                 _place_velocity(memory, layer, l, shape.out)
-    what.classes = layers[network.depth].out[0]
-    what.classes_stride = memory.padded(what.classes)
-    what.vhat = memory.add("vhat", network.depth, what.classes)
-    what.target = memory.add("target", network.depth, what.classes)
-    what.target_sum = memory.add("target_sum", network.depth, once=samples)
-    _place_scratch(memory, what)
-    what.elements = memory.elements
-    return what, memory
+    program.classes = layers[network.depth].out[0]
+    program.classes_stride = memory.padded(program.classes)
+    program.vhat = memory.add("vhat", network.depth, program.classes)
+    program.target = memory.add("target", network.depth, program.classes)
+    program.target_sum = memory.add("target_sum", network.depth, per_block=samples)
+    _place_scratch(memory, program)
+    program.elements = memory.elements
+    return program, memory
 
 
 @functools.lru_cache(maxsize=256)
@@ -424,7 +426,7 @@ def place(
     batch, chosen = shapes[0][0][0], None
     room = min(chip.block_bytes, g.MAX_ELEMENTS * scalar_bytes)
     for samples in SAMPLES:
-        what, memory = _program(network, shapes, layers, gram, loss, momentum, samples)
+        program, memory = _program(network, shapes, layers, gram, loss, momentum, samples)
         needed = memory.elements * scalar_bytes
         if needed > room:
             if chosen is None:
@@ -440,8 +442,8 @@ def place(
         waves = -(-blocks // (chip.sm_count * per_sm))
         if chosen is None or waves < chosen.waves:
             chosen = Placement(
-                tuple(memory.arrays), memory.elements, scalar_bytes, operands, samples, what.group, blocks, threads,
-                per_sm, waves, gram, bytes(what),
+                tuple(memory.arrays), memory.elements, scalar_bytes, operands, samples, program.group, blocks,
+                threads, per_sm, waves, gram, bytes(program),
             )  # fmt: skip
         if waves == 1:
             break
