@@ -16,7 +16,7 @@ namespace pcfast::resident {
 using tile::ceil_div;
 
 struct Tf32 {
-  static constexpr int kMmaK = kTf32MmaK;  // depth of a step
+  static constexpr int kMmaK = kTf32MmaK;     // depth of a step
   static constexpr int kPerLane = kMmaK / 4;  // elements per lane of one row in a step
 
   // Rounds one row's elements into its two registers.

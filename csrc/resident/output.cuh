@@ -122,15 +122,15 @@ __device__ void output_error(const KernelContext<Real>& ctx, bool forward, bool 
     PCFAST_NO_UNROLL
     for (int pass = first_pass; pass <= kError; ++pass) {
       for (int c = warp.lane; c < classes; c += kWarpSize) {
-        ActDiff<Real> mu = own;
+        ActDiff<Real> diff = own;
         if (pass == first_pass || c != warp.lane) {
           const Product& product = layer.predict;
           const Real s =
               moved ? reduce_partials(Partials(product), first_partial(product, ctx.memory, n, c)) : Real(0);
-          mu = activate_after_pool(layer, ctx.memory[layer.uhat + n * layer.uhat_sample + c], s);
-          if (c == warp.lane) own = mu;
+          diff = activate_after_pool(layer, ctx.memory[layer.uhat + n * layer.uhat_sample + c], s);
+          if (c == warp.lane) own = diff;
         }
-        const Real output = vhat[c] + mu.act_diff;
+        const Real output = vhat[c] + diff.act_diff;
         if (pass == kMaximum) {
           highest = fmax(highest, output);
         } else if (pass == kSum) {
@@ -147,7 +147,7 @@ __device__ void output_error(const KernelContext<Real>& ctx, bool forward, bool 
             loss += difference * difference * (loss_scale / 2);
           }
           if (saved) global_element(ctx, saved, n, classes, c) = error;
-          if (!forward) pull_back(ctx, layer, ctx.memory[offset(layer.delta, n, c, 0, 0)], n, c, error * mu.derivative);
+          if (!forward) pull_back(ctx, layer, ctx.memory[offset(layer.delta, n, c, 0, 0)], n, c, error * diff.derivative);
         }
       }
       if (pass == kMaximum) highest = tile::warp_max(highest);

@@ -99,12 +99,12 @@ __device__ void hidden_errors(const KernelContext<Real>& ctx, int l, bool moved,
       const int partial_step = tile::in_register(layer.predict.scratch_sample);
       PCFAST_NO_UNROLL
       for (int sample = first; sample < end; ++sample) {
-        const ActDiff<Real> mu = activate_after_pool(layer, *uhat, moved ? reduce_partials(partials, partial) : Real(0));
+        const ActDiff<Real> diff = activate_after_pool(layer, *uhat, moved ? reduce_partials(partials, partial) : Real(0));
         if (finish)
-          finished(sample, index, known_error(sample, index) * mu.derivative);
+          finished(sample, index, known_error(sample, index) * diff.derivative);
         else
           pull_back(ctx, layer, *stored, sample, index,
-                    error_of(ctx, l, *d, sample, index, mu.act_diff) * mu.derivative);
+                    error_of(ctx, l, *d, sample, index, diff.act_diff) * diff.derivative);
         d += d_step;
         uhat += uhat_step;
         stored += stored_step;
@@ -116,14 +116,14 @@ __device__ void hidden_errors(const KernelContext<Real>& ctx, int l, bool moved,
     for (int sample = first; sample < end; ++sample) {
       const Tail<Real> tail{layer, ctx.memory, moved, element, sample};
       int winner;
-      const ActDiff<Real> mu = tail.evaluate(winner);
+      const ActDiff<Real> diff = tail.evaluate(winner);
       const Real error = finish ? known_error(sample, element.index)
-                                : error_of(ctx, l, *d, sample, element.index, mu.act_diff);
+                                : error_of(ctx, l, *d, sample, element.index, diff.act_diff);
       d += layer.d.samples;
       PCFAST_NO_UNROLL
       for (int k = 0; k < tail.window(); ++k) {
         const Source source = tail.source(k);
-        const Real value = tail.share(k, error * mu.derivative, winner);
+        const Real value = tail.share(k, error * diff.derivative, winner);
         if (finish) {
           finished(sample, source.index, value);
         } else {

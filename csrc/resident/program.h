@@ -84,10 +84,10 @@ struct Product {
 
 struct Layer {
   Product predict;   // of layer 1 kNoProduct: clamped input (fact 2)
-  Product feedback;  // into the beliefs below
+  Product feedback;  // gives r of the beliefs below; in Gram form (fact 7) layer 2 has none
   int32_t channels, height, width;    // of the product's output
-  int32_t size;                       // of the output, pooled: a sample's numbers
-  Divisor by_area, by_width;          // of it: a channel's, a row's
+  int32_t size;                       // elements of the output, pooled, per sample
+  Divisor by_area, by_width;          // the output's area, and its width
   // An item is one thread's pointwise work: item group * by_items + index is element `index` of a group of samples.
   // by_items is the size, rounded up to whole warps.
   int32_t items;
@@ -97,17 +97,17 @@ struct Layer {
   int32_t before, after;              // activations in front of and behind the pool: enum Activation (activations.cuh)
   double before_negative_slope, after_negative_slope;
   int32_t uhat, uhat_sample;          // (channel, y, x) packed; not of layer 1
-  int32_t velocity, velocity_sample;  // of its beliefs, packed; layer 1's in Gram form: of S. 0 numbers a sample: none
+  int32_t velocity, velocity_sample;  // of its beliefs, packed; in Gram form layer 1's is of S. velocity_sample 0: none
   int32_t operand;                    // of both products
-  // As in shared memory, the stride in numbers of the kind that is kept there; weight_inputs 0: none to load.
+  // The weights in shared memory; the stride counts numbers of the type that is kept there. weight_inputs 0: none to load.
   int32_t weights, weight_inputs, weight_stride;
-  int32_t gram;                       // delta holds S, and weights -G
+  int32_t gram;                       // Gram form (fact 7): delta holds S, and weights -G
   StridedView delta;
   StridedView d;                      // of the layer's own output; the output layer has none
 };
 
-// layers[0] is layer 1, of which only d and the output's sizes count. Its forward pass, and in Gram form layer 2's product,
-// are torch's.
+// layers[0] is layer 1, of which only d, the velocity and the output's sizes count. torch computes its forward pass, and in
+// Gram form (fact 7) layer 2's product.
 struct Program {
   // samples: samples per thread block. group: samples per lane of a linear product and per thread of pointwise work; it
   // divides samples.

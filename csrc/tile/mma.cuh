@@ -1,4 +1,4 @@
-// Matrix products of one warp on tensor cores, and the loads of their operands.
+// Matrix products of one warp on Tensor Cores, and the loads of their operands.
 //
 // d += a b, with a of 16 rows, b of 8 columns and d of 16 x 8 numbers in float32. A lane holds a few elements of
 // each, its fragment. All 32 lanes must take part. In the pictures g = lane / 4 and t = lane % 4.
@@ -13,13 +13,13 @@
 
 namespace pcfast::tile {
 
-// Where d[element] of a lane lies.
+// Row and column at which d[element] of a lane lies.
 __host__ __device__ constexpr int accumulator_row(int lane, int element) { return lane / 4 + element / 2 * 8; }
 __host__ __device__ constexpr int accumulator_column(int lane, int element) { return lane % 4 * 2 + element % 2; }
 
 #ifndef __CUDACC__
 
-constexpr uint32_t kTf32Bits = 0xFFFFE000;  // of a float32's, those that the multiplier looks at
+constexpr uint32_t kTf32Bits = 0xFFFFE000;  // the bits of a float32 that a TF32 multiplier reads
 
 struct MmaOperands {
   float* d;
@@ -27,7 +27,7 @@ struct MmaOperands {
   const uint32_t* b;
 };
 
-// The products are exact in float32; they are added up from first to last, and the sum is added to d. Tensor cores
+// The products are exact in float32; they are added up from first to last, and the sum is added to d. Tensor Cores
 // add in an order of their own and cut off bits, so results agree within rounding, not bit for bit.
 template <int kDepth>
 PCFAST_UNSEEN_BY_TSAN void multiply_add(const float (&a)[kMmaM][kDepth], const float (&b)[kDepth][kMmaN],
@@ -44,7 +44,7 @@ PCFAST_UNSEEN_BY_TSAN void multiply_add(const float (&a)[kMmaM][kDepth], const f
   }
 }
 
-// Of a register, the lower half (0) or the upper one (1).
+// Returns a register's lower half (0) or upper half (1).
 PCFAST_UNSEEN_BY_TSAN inline float bf16_half(uint32_t pair, int half) {
   return __uint_as_float(half == 0 ? pair << host::kBfloat16Shift : pair >> host::kBfloat16Shift << host::kBfloat16Shift);
 }
@@ -114,7 +114,7 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4],
 #endif
 }
 
-// To the nearest number with 10 stored bits of fraction, ties away from zero; the other 13 bits are zero. Infinities
+// Rounds to the nearest number with 10 stored bits of fraction, ties away from zero; the other 13 bits are zero. Infinities
 // and NaNs only lose those bits, and a NaN with no others becomes an infinity.
 __device__ __forceinline__ uint32_t to_tf32(float value) {
 #ifdef __CUDACC__
@@ -129,7 +129,7 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
 #endif
 }
 
-// Two numbers rounded to bfloat16 in one register: to nearest, ties to even.
+// Rounds two numbers to bfloat16 in one register: to nearest, ties to even.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 #ifdef __CUDACC__
   uint32_t pair;
@@ -174,7 +174,7 @@ PCFAST_UNSEEN_BY_TSAN void distribute_rows(void* const* lanes) {
 // of matrix m, with the lower element in the lower half:
 //
 //   as stored:   row g, columns 2t and 2t+1        the layout of a, and of b stored with k along its rows
-//   kTransposed:  rows 2t and 2t+1, column g        of b stored with k down its columns
+//   kTransposed: rows 2t and 2t+1, column g        of b stored with k down its columns
 template <int kCount, bool kTransposed>
 __device__ __forceinline__ void load_matrix(uint32_t (&r)[kCount], const void* shared_row PCFAST_AND_CALL_SITE) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4, "ldmatrix loads 1, 2 or 4 matrices");

@@ -20,15 +20,15 @@ using bf16 = __nv_bfloat16;
 enum class Fault {
   kNone,
   kNoBarrier,        // between the writes of the activities and their reads
-  kNoLastBarrier,   // between the reads of an iteration and the writes of the next
+  kNoLastBarrier,    // between the reads of an iteration and the writes of the next
   kShuffleBarrier,   // a shuffle in place of a warp's barrier
   kNoWait,           // for the copy of the weights
   kNotAtomic,        // the sum over the blocks
-  kNoBoundsCheck,   // on the rows of x
+  kNoBoundsCheck,    // on the rows of x
   kPastShared,       // one row more than the last array has
   kIntoGap,          // one row more than the first array has
-  kBranch,            // a barrier that one warp does not reach
-  kMisaligned,        // copy
+  kBranch,           // a barrier that one warp does not reach
+  kMisaligned,       // copy
 };
 
 struct Name {
