@@ -4,7 +4,7 @@
 #pragma once
 
 // Goes up with every change of this file, or of what a pointer in it points to. pcfast/backends/cuda/native.py expects the same.
-#define PCFAST_ABI_VERSION 2
+#define PCFAST_ABI_VERSION 3
 
 // A status is 0, a CUDA error (positive) or one of these.
 #define PCFAST_SUCCESS 0
@@ -34,6 +34,8 @@ int pcfast_resident(const void* program, const void* tensors, const void* run, i
                     void* stream);
 // Bytes of those structs, for callers in another language.
 void pcfast_resident_sizes(int* program, int* tensors, int* run);
+// The sizes and codes that those structs count with, a line each: "kConvRows 8 5 4 1". The text lives as long as the module.
+const char* pcfast_resident_constants(void);
 
 #ifdef __cplusplus
 }

@@ -54,4 +54,5 @@ PYBIND11_MODULE(PCFAST_MODULE, module) {
   module.def("device_capability", device_capability);
   module.def("resident", resident, without_gil());
   module.def("resident_sizes", resident_sizes);
+  module.def("resident_constants", pcfast_resident_constants);
 }

@@ -1,4 +1,4 @@
-"""The resident tier's floor: the planner's multiply-adds, bytes counted by hand, and its words."""
+"""The resident kernel's floor: the planner's multiply-adds, bytes counted by hand, and its words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pcfast import networks
 from pcfast.backends import gpu_constants
 from pcfast.backends.cuda import kernel_params as p
 from pcfast.backends.cuda.describe import describe as words
-from pcfast.backends.cuda.roofline import MULTIPLY_ADDS_A_CLOCK, floors
+from pcfast.backends.cuda.roofline import MULTIPLY_ADDS_PER_CLOCK, floors
 from pcfast.backends.cuda.shared_memory import Chip, Placement, place
 from pcfast.model.describe import describe
 from pcfast.precision import Operands
@@ -98,7 +98,7 @@ def test_bytes_counted_by_hand():
     assert least[2].clocks == least[2].bytes / 128 and least[2].binding == "shared memory"
 
 
-def test_bytes_on_matrix_units_counted_by_hand():
+def test_bytes_on_tensor_cores_counted_by_hand():
     """A tile has 16 rows: past the end a prediction reads what follows, a feedback the last row again.
 
     The last row counts where it takes an instruction of its own.
@@ -120,7 +120,7 @@ def test_bytes_on_matrix_units_counted_by_hand():
     assert least[3].bytes == predict + feedback + 4 * OUTPUT_BESIDE
 
 
-def test_bytes_of_a_convolution_on_matrix_units_counted_by_hand():
+def test_bytes_of_a_convolution_on_tensor_cores_counted_by_hand():
     """One channel of 3 x 11 to two of 1 x 9, taps 3 x 3: nine terms, padded to a step of 16."""
     model = nn.Sequential(
         nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()),
@@ -163,14 +163,14 @@ def found_feedback_words(found: Placement) -> int:
 
 
 def test_clocks_are_those_of_the_units_that_have_the_most():
-    """float32 units and matrix units work beside each other; shared memory of both."""
+    """float32 units and Tensor Cores work beside each other; shared memory of both."""
     plenty = dataclasses.replace(KNOWN, shared_memory_bytes_per_clk_sm=1e9)
-    assert MULTIPLY_ADDS_A_CLOCK == {"ieee": 128, "tf32": 1024, "bf16": 2048}
+    assert MULTIPLY_ADDS_PER_CLOCK == {"ieee": 128, "tf32": 1024, "bf16": 2048}
     for operands in OPERANDS:
         least = floors(placed("padded_cnn", False, operands)[2], plenty)
         convolutions = least[2].multiply_adds + least[4].multiply_adds
-        by_convolutions = convolutions / MULTIPLY_ADDS_A_CLOCK[operands.convolution]
-        by_linear = least[5].multiply_adds / MULTIPLY_ADDS_A_CLOCK[operands.linear]
+        by_convolutions = convolutions / MULTIPLY_ADDS_PER_CLOCK[operands.convolution]
+        by_linear = least[5].multiply_adds / MULTIPLY_ADDS_PER_CLOCK[operands.linear]
         same = operands.linear == operands.convolution
         assert least[0].binding == "multiply-adds"
         assert least[0].clocks == pytest.approx(

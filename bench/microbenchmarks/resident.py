@@ -73,11 +73,11 @@ def _case(
         products += gram_macs(network, shapes) - 2 * macs[1]
     # nothing moves through device memory but before and after the loop
     ways = partial(_ways, make, shape, steps, precision)
-    why_not = partial(_why_not, network, shape, steps[0])
-    return Case(KERNEL, f"{name}, batch {shape[0]}", precision, products, 0, ways, why_not)
+    ineligible_reason = partial(_ineligible_reason, network, shape, steps[0])
+    return Case(KERNEL, f"{name}, batch {shape[0]}", precision, products, 0, ways, ineligible_reason)
 
 
-def _why_not(network: Network, shape: tuple[int, ...], num_steps: int, device: torch.device) -> str:
+def _ineligible_reason(network: Network, shape: tuple[int, ...], num_steps: int, device: torch.device) -> str:
     precision = choose_precision(device.type, torch.float32)
     planned = plan(network, device, torch.float32, shape, precision, num_steps=num_steps)
     return BACKENDS["cuda"].supports(planned)[1]
@@ -105,15 +105,15 @@ class _Relaxation:
         with numerics(device, planned.precision):
             run = Relaxation(problem, planned, layer_chains(problem, planned))
             run.outcome()
-            self.by_backend, self.first = run.found.beliefs, run.first
+            self.by_backend, self.first = run.outputs.beliefs, run.first
             self.placement, inputs = run.arguments()
-            self.found, self.launch = loop.prepare(
+            self.outputs, self.launch = loop.prepare(
                 self.placement, inputs, num_steps, gradients=True, output_gradient=False
             )
 
     def words(self) -> str:
         placed = self.placement
-        samples = f"{placed.samples} sample{'s' * (placed.samples > 1)} a block"
+        samples = f"{placed.samples} sample{'s' * (placed.samples > 1)} per block"
         return f"{samples}, {placed.blocks} blocks of {placed.threads} threads"
 
     def judge(self, by_the_rules: bool) -> Judgement:
@@ -124,12 +124,12 @@ class _Relaxation:
                 rounding of its kink decides digits, norms are all that can be told.
         """
         self.launch()
-        pairs = list(zip(self.found.beliefs, self.by_backend, strict=True))
+        pairs = list(zip(self.outputs.beliefs, self.by_backend, strict=True))
         if not all(v is None or torch.equal(v, own) for v, own in pairs):
             return Judgement(math.nan, math.nan)
         found = [
             v.double() - vhat.double()
-            for v, vhat in zip(self.found.beliefs, [None, self.first, *self.found.vhat[2:]], strict=True)
+            for v, vhat in zip(self.outputs.beliefs, [None, self.first, *self.outputs.vhat[2:]], strict=True)
             if v is not None
         ]
         wide = copy.deepcopy(self.model).double()

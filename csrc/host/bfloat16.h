@@ -22,9 +22,9 @@ constexpr bool is_nan_bits(std::uint32_t bits) { return (bits & kFloatSignless) 
 constexpr Bfloat16 round_to_bfloat16(float value) {
   const auto bits = std::bit_cast<std::uint32_t>(value);
   if (is_nan_bits(bits)) return {kBfloat16NaN};
-  constexpr std::uint32_t just_under_half = (1u << (kBfloat16Shift - 1)) - 1;
+  constexpr std::uint32_t kJustUnderHalf = (1u << (kBfloat16Shift - 1)) - 1;
   const std::uint32_t odd = bits >> kBfloat16Shift & 1;
-  return {static_cast<std::uint16_t>((bits + just_under_half + odd) >> kBfloat16Shift)};
+  return {static_cast<std::uint16_t>((bits + kJustUnderHalf + odd) >> kBfloat16Shift)};
 }
 
 constexpr float widen_bfloat16(Bfloat16 value) {

@@ -1,4 +1,4 @@
-// The CUDA names that kernel source uses besides the operations of csrc/tile, for a C++20 compiler.
+// The CUDA names that kernel source uses, for a C++20 compiler.
 #pragma once
 
 #include <math.h>
@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "bfloat16.h"
+#include "cuda_intrinsics.h"
 #include "launch.h"
 #include "threads.h"
 #include "vector_types.h"

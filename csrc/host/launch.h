@@ -19,9 +19,9 @@ constexpr int kSuccess = 0;
 constexpr int kInvalidValue = 1;
 constexpr int kInvalidConfiguration = 9;
 
-constexpr unsigned kMostBlockThreads = 1024;
-constexpr std::size_t kMostSharedBytes = 2 * 227 * 1024;  // twice the GPU's: numbers may be doubles here
-constexpr std::size_t kMostTsanThreads = 8000;  // ThreadSanitizer ends the process a little above
+constexpr unsigned kMaxBlockThreads = 1024;
+constexpr std::size_t kMaxSharedBytes = 2 * 227 * 1024;  // twice the GPU's: numbers may be doubles here
+constexpr std::size_t kMaxTsanThreads = 8000;  // ThreadSanitizer ends the process a little above
 
 // Kept from launch to launch: mapping a thousand stacks takes longer than a small grid.
 inline thread_local std::vector<FiberStack> spare_stacks;
@@ -54,17 +54,17 @@ inline LaunchError deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
       if (thread.returned) ++returned;
       if (!thread.waits) continue;
       if (first == nullptr) first = &thread;
-      if (same_place(thread.place, first->place)) ++here;
+      if (same_site(thread.site, first->site)) ++here;
     }
     if (first == nullptr) continue;
     message = describe(*block) + ": deadlock: " + std::to_string(here) + " of " +
-              std::to_string(block->threads.size()) + " threads wait at " + describe(first->place) +
+              std::to_string(block->threads.size()) + " threads wait at " + describe(first->site) +
               ", thread " + std::to_string(first->number) + " first; returned: " + std::to_string(returned);
     const std::size_t elsewhere = block->threads.size() - here - returned;
     if (elsewhere > 0) message += ", waiting elsewhere: " + std::to_string(elsewhere);
     break;
   }
-  return LaunchError(Fault::deadlock, message);
+  return LaunchError(Fault::kDeadlock, message);
 }
 
 class Stacks {
@@ -117,13 +117,13 @@ template <class Body>
 int launch(dim3 shape, dim3 block_shape, std::size_t shared_bytes, const Body& body) {
   const std::size_t block_count = std::size_t{shape.x} * shape.y * shape.z;
   const std::size_t block_threads = std::size_t{block_shape.x} * block_shape.y * block_shape.z;
-  if (block_count == 0 || block_threads == 0 || block_threads > kMostBlockThreads) return kInvalidConfiguration;
-  if (shared_bytes > kMostSharedBytes) return kInvalidValue;
+  if (block_count == 0 || block_threads == 0 || block_threads > kMaxBlockThreads) return kInvalidConfiguration;
+  if (shared_bytes > kMaxSharedBytes) return kInvalidValue;
 
   // Blocks run one after another. Under ThreadSanitizer all are in flight, unordered: races between them show.
   const std::size_t together = kThreadSanitizer ? block_count : 1;
-  if (kThreadSanitizer && together * block_threads > kMostTsanThreads) {
-    throw LaunchError(Fault::too_large, "ThreadSanitizer cannot follow " + std::to_string(together * block_threads) +
+  if (kThreadSanitizer && together * block_threads > kMaxTsanThreads) {
+    throw LaunchError(Fault::kTooLarge, "ThreadSanitizer cannot follow " + std::to_string(together * block_threads) +
                                             " threads; launch fewer blocks");
   }
 

@@ -8,11 +8,11 @@ namespace pcfast::host {
 
 // The values serve as exit status of test programs and as status codes of a C interface; no CUDA error has them.
 enum class Fault : int {
-  deadlock = 66,    // a barrier or warp operation that not all of its threads reach
-  misaligned = 67,  // an address that the operation's width does not divide
-  not_shared = 68,  // an address outside the block's dynamic shared memory
-  early_change = 69,  // the source of an asynchronous copy changed before the wait
-  too_large = 70,   // more threads than ThreadSanitizer can follow
+  kDeadlock = 66,     // a barrier or warp operation that not all of its threads reach
+  kMisaligned = 67,   // an address that the operation's width does not divide
+  kNotShared = 68,    // an address outside the block's dynamic shared memory
+  kEarlyChange = 69,  // the source of an asynchronous copy changed before the wait
+  kTooLarge = 70,     // more threads than ThreadSanitizer can follow
 };
 
 class LaunchError : public std::runtime_error {

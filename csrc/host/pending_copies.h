@@ -14,7 +14,7 @@ constexpr int kNaNByte = 0xFF;  // four of them are a NaN in float32, two in bfl
 
 class PendingCopies {
  public:
-  static constexpr std::size_t kMostBytes = 16;
+  static constexpr std::size_t kMaxBytes = 16;
 
   // A null source means zeros.
   void issue(void* target, const void* source, std::size_t bytes) {
@@ -41,7 +41,7 @@ class PendingCopies {
     const void* source;
     std::size_t bytes;
     unsigned group;
-    unsigned char at_issue[kMostBytes];
+    unsigned char at_issue[kMaxBytes];
   };
 
   static void complete(const Copy& copy) {
@@ -50,7 +50,7 @@ class PendingCopies {
       return;
     }
     if (std::memcmp(copy.source, copy.at_issue, copy.bytes) != 0) {
-      throw LaunchError(Fault::early_change, "the source of an asynchronous copy changed before its copy_wait");
+      throw LaunchError(Fault::kEarlyChange, "the source of an asynchronous copy changed before its copy_wait");
     }
     std::memcpy(copy.target, copy.source, copy.bytes);
   }

@@ -24,7 +24,7 @@ struct Block;
 struct Warp;
 
 // An operation in the kernel's source at which threads meet.
-struct Place {
+struct CallSite {
   const char* operation = nullptr;
   std::source_location where;
 };
@@ -41,7 +41,7 @@ struct Thread {
   Thread* next = nullptr;  // in the list that the thread stands in
   bool waits = false;
   bool returned = false;
-  Place place;  // where it waits
+  CallSite site;  // where it waits
 };
 
 // First in, first out; linked through the threads, so that moving a list costs nothing.
@@ -81,7 +81,7 @@ struct Barrier {
   unsigned expected = 0;
   unsigned arrived = 0;
   unsigned phase = 0;
-  Place place;  // of those that wait
+  CallSite site;  // of those that wait
   ThreadList waiting;
   // By the parity of the phase: a fast thread's next arrival must not order itself before a slow thread's wake-up.
   OrderToken tokens[2];

@@ -1,7 +1,8 @@
-// Activations of one number: value, difference and slope, free of cancellation.
+// Activation functions, their differences and derivatives at one element, free of cancellation: the deviation form
+// (docs/method.md fact 8).
 //
-// For a pre-activation u = uhat + s:  bracket = act(uhat + s) - act(uhat),  slope = act'(uhat + s), never by subtracting
-// two nearly equal numbers (docs/method.md fact 8). NaN in uhat or s comes out as NaN.
+// For a pre-activation u = uhat + s:  act_diff = act(uhat + s) - act(uhat),  derivative = act'(uhat + s). No difference is
+// taken of two nearly equal numbers. NaN in uhat or s gives NaN.
 #pragma once
 
 #include "../tile/platform.cuh"
@@ -9,25 +10,25 @@
 namespace pcfast::resident {
 
 enum Activation : int {
-  IDENTITY = 0,
-  RELU = 1,
-  LEAKY_RELU = 2,
-  TANH = 3,
-  SIGMOID = 4,
-  SILU = 5,
-  GELU = 6,
-  GELU_TANH = 7,
+  kIdentity = 0,
+  kRelu = 1,
+  kLeakyRelu = 2,
+  kTanh = 3,
+  kSigmoid = 4,
+  kSilu = 5,
+  kGelu = 6,
+  kGeluTanh = 7,
 };
 
 template <class Real>
-struct Moved {
-  Real bracket, slope;
+struct ActDiff {
+  Real act_diff, derivative;
 };
 
 namespace detail {
 
 template <class Real>
-__device__ Real relu_bracket(Real uhat, Real s) {
+__device__ Real relu_diff(Real uhat, Real s) {
   // max(s, -uhat) where uhat > 0, max(uhat + s, 0) elsewhere; comparisons are written so that NaN passes
   Real floor = uhat > 0 ? -uhat : Real(0);
   Real moved = uhat > 0 ? s : s + uhat;
@@ -109,19 +110,19 @@ __device__ Real gelu_inner(Real u) {
 template <class Real>
 __device__ Real activate(Real u, int code, double negative_slope) {
   switch (code) {
-    case RELU:
+    case kRelu:
       return u <= 0 ? Real(0) : u;
-    case LEAKY_RELU:
+    case kLeakyRelu:
       return u > 0 ? u : u * Real(negative_slope);
-    case TANH:
+    case kTanh:
       return tanh(u);
-    case SIGMOID:
+    case kSigmoid:
       return detail::sigmoids(u).p;
-    case SILU:
+    case kSilu:
       return u * detail::sigmoids(u).p;
-    case GELU:
+    case kGelu:
       return u * (Real(0.5) * erfc(u * Real(-0.7071067811865475244)));
-    case GELU_TANH:
+    case kGeluTanh:
       return u * detail::sigmoids(Real(2) * detail::gelu_inner(u)).p;
     default:
       return u;
@@ -129,40 +130,41 @@ __device__ Real activate(Real u, int code, double negative_slope) {
 }
 
 template <class Real>
-__device__ Moved<Real> bracket_and_slope(Real uhat, Real s, int code, double negative_slope) {
+__device__ ActDiff<Real> act_diff_and_derivative(Real uhat, Real s, int code, double negative_slope) {
   using namespace detail;
   Real w = uhat + s;
   switch (code) {
-    case RELU:
-      return {relu_bracket(uhat, s), gate(w, Real(0))};
-    case LEAKY_RELU: {
+    case kRelu:
+      return {relu_diff(uhat, s), gate(w, Real(0))};
+    case kLeakyRelu: {
       const Real closed = Real(negative_slope);
-      return {relu_bracket(uhat, s) * (Real(1) - closed) + s * closed, gate(w, closed)};
+      return {relu_diff(uhat, s) * (Real(1) - closed) + s * closed, gate(w, closed)};
     }
-    case TANH: {
+    case kTanh: {
       // tanh(u) = 2 sigmoid(2 u) - 1; 4 p q keeps its digits where 1 - tanh^2 has none left
-      SigmoidDifference<Real> found = sigmoid_difference(Real(2) * uhat, Real(2) * s);
-      return {Real(2) * found.difference, Real(4) * found.p * found.q};
+      SigmoidDifference<Real> at_moved = sigmoid_difference(Real(2) * uhat, Real(2) * s);
+      return {Real(2) * at_moved.difference, Real(4) * at_moved.p * at_moved.q};
     }
-    case SIGMOID: {
-      SigmoidDifference<Real> found = sigmoid_difference(uhat, s);
-      return {found.difference, found.p * found.q};
+    case kSigmoid: {
+      SigmoidDifference<Real> at_moved = sigmoid_difference(uhat, s);
+      return {at_moved.difference, at_moved.p * at_moved.q};
     }
-    case SILU: {
+    case kSilu: {
       // (u + s) p' - u p = s p' + u (p' - p)
-      SigmoidDifference<Real> found = sigmoid_difference(uhat, s);
-      return {s * found.p + uhat * found.difference, found.p * (Real(1) + w * found.q)};
+      SigmoidDifference<Real> at_moved = sigmoid_difference(uhat, s);
+      return {s * at_moved.p + uhat * at_moved.difference, at_moved.p * (Real(1) + w * at_moved.q)};
     }
-    case GELU: {
-      NormalDifference<Real> found = normal_difference(uhat, s);
-      return {s * found.moved + uhat * found.difference, found.moved + w * normal_density(w)};
+    case kGelu: {
+      NormalDifference<Real> at_moved = normal_difference(uhat, s);
+      return {s * at_moved.moved + uhat * at_moved.difference, at_moved.moved + w * normal_density(w)};
     }
-    case GELU_TANH: {
+    case kGeluTanh: {
       // (1 + tanh(x)) / 2 = sigmoid(2 x); the difference of the inner cubic is a polynomial in s
       Real step = s * kGeluK<Real> * (Real(1) + (Real(3) * uhat * w + s * s) * kGeluC<Real>);
-      SigmoidDifference<Real> found = sigmoid_difference(Real(2) * gelu_inner(uhat), Real(2) * step);
-      Real inner_slope = (Real(1) + Real(3) * w * w * kGeluC<Real>) * kGeluK<Real>;
-      return {s * found.p + uhat * found.difference, found.p + Real(2) * w * found.p * found.q * inner_slope};
+      SigmoidDifference<Real> at_moved = sigmoid_difference(Real(2) * gelu_inner(uhat), Real(2) * step);
+      Real inner_derivative = (Real(1) + Real(3) * w * w * kGeluC<Real>) * kGeluK<Real>;
+      return {s * at_moved.p + uhat * at_moved.difference,
+              at_moved.p + Real(2) * w * at_moved.p * at_moved.q * inner_derivative};
     }
     default:
       return {s, Real(1)};

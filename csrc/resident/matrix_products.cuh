@@ -1,9 +1,9 @@
-// Products of a stage on matrix units: TF32 or bfloat16 operands, sums in float32.
+// Matrix products of a stage on Tensor Cores: TF32 or bfloat16 operands, sums in float32.
 //
-// A unit is a few tiles of 16 x 8 numbers and one part of their sum. State is read as float32 and rounded on its way into
-// a fragment; weights were rounded when they were loaded. Inside a step the order along k is free as long as both
-// operands agree on it, so lanes take what lies well in shared memory: in a picture of mma.cuh "k = t" and so on are
-// places, not numbers.
+// A unit is a few accumulator tiles of 16 x 8 elements and one split of their sum. State is read as float32 and rounded on
+// its way into a fragment; weights were rounded when they were loaded. Inside a step (one mma.sync along k) the order of k
+// is free as long as both operands agree on it, so lanes take what lies free of bank conflicts in shared memory: "k = t" in
+// the pictures of mma.cuh is a position in the fragment, not an index of the sum.
 #pragma once
 
 #include "../tile/mma.cuh"
@@ -15,22 +15,19 @@ namespace pcfast::resident {
 
 using tile::ceil_div;
 
-constexpr int kTileRows = 16;
-constexpr int kTileColumns = 8;
-
 struct Tf32 {
-  static constexpr int kDepth = 8;          // of a step, along k
-  static constexpr int kLane = kDepth / 4;  // numbers of a step that a lane has of one row
+  static constexpr int kMmaK = kTf32MmaK;     // depth of a step
+  static constexpr int kPerLane = kMmaK / 4;  // elements per lane of one row in a step
 
-  // One row's numbers as its two registers.
-  __device__ static void round(uint32_t (&row)[2], const float (&x)[kLane]) {
+  // Rounds one row's elements into its two registers.
+  __device__ static void round(uint32_t (&row)[2], const float (&x)[kPerLane]) {
     row[0] = tile::to_tf32(x[0]);
     row[1] = tile::to_tf32(x[1]);
   }
-  // The same of numbers that need no rounding any more.
-  __device__ static void take(uint32_t (&row)[2], const float (&x)[kLane]) {
-    row[0] = tile::as_bits(x[0]);
-    row[1] = tile::as_bits(x[1]);
+  // Packs elements that were rounded before.
+  __device__ static void take(uint32_t (&row)[2], const float (&x)[kPerLane]) {
+    row[0] = __float_as_uint(x[0]);
+    row[1] = __float_as_uint(x[1]);
   }
   __device__ static void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     tile::mma_tf32(sum, a, b);
@@ -38,24 +35,24 @@ struct Tf32 {
 };
 
 struct Bf16 {
-  static constexpr int kDepth = 16;
-  static constexpr int kLane = kDepth / 4;
+  static constexpr int kMmaK = kBf16MmaK;
+  static constexpr int kPerLane = kMmaK / 4;
 
-  __device__ static void round(uint32_t (&row)[2], const float (&x)[kLane]) {
+  __device__ static void round(uint32_t (&row)[2], const float (&x)[kPerLane]) {
     row[0] = tile::pack_bf16(x[0], x[1]);
     row[1] = tile::pack_bf16(x[2], x[3]);
   }
-  __device__ static void take(uint32_t (&row)[2], const float (&x)[kLane]) { round(row, x); }
+  __device__ static void take(uint32_t (&row)[2], const float (&x)[kPerLane]) { round(row, x); }
   __device__ static void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     tile::mma_bf16(sum, a, b);
   }
 };
 
 __device__ inline int quotient(int n, const Divisor& by) {
-  return static_cast<int>(tile::multiply_high(static_cast<uint32_t>(n) + 1, by.multiplier));
+  return static_cast<int>(__umulhi(static_cast<uint32_t>(n) + 1, by.multiplier));
 }
 
-// Work for one warp (program.h).
+// One warp's work (program.h).
 struct Unit {
   int split, tile, group;
 
@@ -67,34 +64,34 @@ struct Unit {
   }
 };
 
-// a of a step from its rows g and g + 8.
+// Makes the fragment a of a step from its rows g and g + 8.
 __device__ inline void join(uint32_t (&a)[4], const uint32_t (&upper)[2], const uint32_t (&lower)[2]) {
   a[0] = upper[0], a[1] = lower[0], a[2] = upper[1], a[3] = lower[1];
 }
 
-// LINEAR: rows of a tile are features, columns samples. A unit has up to four tiles, side by side along the features.
+// kLinear: M runs over features, N over samples. A unit has up to kMaxLinearTilesM tiles, side by side along M.
 
-// The weights of a unit's tiles as a, one step after another. What stands in for rows past the end is any numbers: nobody
-// stores their sums.
-template <class Operand, bool FEEDBACK, int TILES>
+// Loads the weights of a unit's tiles as fragments a, step after step. Rows past the end hold arbitrary numbers: their sums
+// are not stored.
+template <class Operand, Stage kStage, int kTiles>
 struct LinearWeights;
 
-// [k][row] in float32, a row of it `weight_channel` long: k = 2t and 2t + 1 hit different banks (placement.py). Tiles reach
-// into the next row, and past the last one.
-template <int TILES>
-struct LinearWeights<Tf32, false, TILES> {
+// [k][row] in float32, a row of it `weight_channel` long: k = 2t and 2t + 1 hit different banks (shared_memory.py). Tiles
+// reach into the next row, and past the last one.
+template <int kTiles>
+struct LinearWeights<Tf32, Stage::kPredict, kTiles> {
   tile::SharedPointer<const float> even, odd;
   int step;
 
   __device__ LinearWeights(const Product& product, const float* memory, int row, int k, int lane)
       : even(memory + product.weights + (k + lane % 4 * 2) * product.weight_channel + row + lane / 4),
         odd(even + product.weight_channel),
-        step(Tf32::kDepth * product.weight_channel) {}
+        step(Tf32::kMmaK * product.weight_channel) {}
   __device__ void load(uint32_t (&a)[4], int tile) const {
-    a[0] = tile::as_bits(even[tile * kTileRows]);
-    a[1] = tile::as_bits(even[tile * kTileRows + 8]);
-    a[2] = tile::as_bits(odd[tile * kTileRows]);
-    a[3] = tile::as_bits(odd[tile * kTileRows + 8]);
+    a[0] = __float_as_uint(even[tile * kMmaM]);
+    a[1] = __float_as_uint(even[tile * kMmaM + 8]);
+    a[2] = __float_as_uint(odd[tile * kMmaM]);
+    a[3] = __float_as_uint(odd[tile * kMmaM + 8]);
   }
   __device__ void advance() {
     even += step;
@@ -102,47 +99,47 @@ struct LinearWeights<Tf32, false, TILES> {
   }
 };
 
-// [row][k]: k = t and t + 4 do.
-template <int TILES>
-struct LinearWeights<Tf32, true, TILES> {
-  tile::SharedPointer<const float> rows[TILES * 2];  // g and g + 8 of each tile
+// [row][k] in float32: k = t and t + 4 hit different banks.
+template <int kTiles>
+struct LinearWeights<Tf32, Stage::kFeedback, kTiles> {
+  tile::SharedPointer<const float> rows[kTiles * 2];  // g and g + 8 of each tile
 
   __device__ LinearWeights(const Product& product, const float* memory, int row, int k, int lane) {
     PCFAST_UNROLL
-    for (int i = 0; i < TILES * 2; ++i)
+    for (int i = 0; i < kTiles * 2; ++i)
       rows[i] = memory + product.weights + min(row + i * 8 + lane / 4, product.out - 1) * product.weight_row +
                 (k + lane % 4);
   }
   __device__ void load(uint32_t (&a)[4], int tile) const {
-    a[0] = tile::as_bits(rows[2 * tile][0]);
-    a[1] = tile::as_bits(rows[2 * tile + 1][0]);
-    a[2] = tile::as_bits(rows[2 * tile][4]);
-    a[3] = tile::as_bits(rows[2 * tile + 1][4]);
+    a[0] = __float_as_uint(rows[2 * tile][0]);
+    a[1] = __float_as_uint(rows[2 * tile + 1][0]);
+    a[2] = __float_as_uint(rows[2 * tile][4]);
+    a[3] = __float_as_uint(rows[2 * tile + 1][4]);
   }
   __device__ void advance() {
     PCFAST_UNROLL
-    for (auto& row : rows) row += Tf32::kDepth;
+    for (auto& row : rows) row += Tf32::kMmaK;
   }
 };
 
-// In bfloat16; the lane's address is of eight numbers of one k (prediction) or of one row (feedback).
-template <bool FEEDBACK, int TILES>
-struct LinearWeights<Bf16, FEEDBACK, TILES> {
-  tile::SharedPointer<const tile::bf16> at[TILES];
+// In bfloat16, by ldmatrix: a lane's address is that of eight numbers of one k (prediction) or of one row (feedback).
+template <Stage kStage, int kTiles>
+struct LinearWeights<Bf16, kStage, kTiles> {
+  tile::SharedPointer<const __nv_bfloat16> at[kTiles];
   int step;
 
   __device__ LinearWeights(const Product& product, const float* memory, int row, int k, int lane) {
-    const auto* first = reinterpret_cast<const tile::bf16*>(memory + product.weights);
+    const auto* first = reinterpret_cast<const __nv_bfloat16*>(memory + product.weights);
     const int half = lane / 8 % 2 * 8, deep = k + lane / 16 * 8, within = lane % 8;
-    step = Bf16::kDepth * (FEEDBACK ? 1 : product.weight_channel);
+    step = Bf16::kMmaK * (kStage == Stage::kFeedback ? 1 : product.weight_channel);
     PCFAST_UNROLL
-    for (int tile = 0; tile < TILES; ++tile, row += kTileRows)
-      if constexpr (FEEDBACK)
+    for (int tile = 0; tile < kTiles; ++tile, row += kMmaM)
+      if constexpr (kStage == Stage::kFeedback)
         at[tile] = first + min(row + half + within, product.out - 1) * product.weight_row + deep;
       else  // a row of the weights is a multiple of eight long
         at[tile] = first + (deep + within) * product.weight_channel + min(row + half, product.weight_channel - 8);
   }
-  __device__ void load(uint32_t (&a)[4], int tile) const { tile::load_matrix<4, !FEEDBACK>(a, at[tile]); }
+  __device__ void load(uint32_t (&a)[4], int tile) const { tile::load_matrix<4, kStage == Stage::kPredict>(a, at[tile]); }
   __device__ void advance() {
     PCFAST_UNROLL
     for (auto& tile : at) tile += step;
@@ -154,41 +151,42 @@ struct alignas(2 * sizeof(float)) Pair {
 };
 __device__ inline Pair load_pair(const float* from) { return *reinterpret_cast<const Pair*>(from); }
 
-// One sample's numbers of a step as b, in the order of the weights; rows of the state start at multiples of a quad.
-template <class Operand, bool FEEDBACK>
+// Loads one sample's elements of a step as the fragment b, in the weights' order of k. Rows of the state start at multiples
+// of a vector.
+template <class Operand, Stage kStage>
 __device__ void load_sample(uint32_t (&b)[2], const tile::SharedPointer<const float>& input, int member) {
-  if constexpr (Operand::kLane == 4) {
+  if constexpr (Operand::kPerLane == 4) {
     const Pair low = load_pair(input + 2 * member), high = load_pair(input + (2 * member + 8));
     Operand::round(b, {low.x[0], low.x[1], high.x[0], high.x[1]});
-  } else if constexpr (FEEDBACK) {
+  } else if constexpr (kStage == Stage::kFeedback) {
     Operand::round(b, {input[member], input[member + 4]});
   } else {
     Operand::round(b, load_pair(input + 2 * member).x);
   }
 }
 
-// C[row][n] for a unit's TILES tiles of rows and eight samples from `first_sample` on, of which `samples` exist.
-template <class Operand, bool FEEDBACK, int TILES>
+// Computes C[row][n] for a unit's kTiles tiles of rows and eight samples from `first_sample` on, of which `samples` exist.
+template <class Operand, Stage kStage, int kTiles>
 __device__ void linear_tiles(const Product& product, float* memory, int split, int first_row, int first_sample, int samples,
                              int lane) {
   const int begin = split * product.split, end = min(begin + product.split, product.channels);
   // the last sample stands in for those that do not exist
   tile::SharedPointer<const float> input =
       memory + product.input.first + (first_sample + min(lane / 4, samples - 1)) * product.input.samples + begin;
-  LinearWeights<Operand, FEEDBACK, TILES> weights(product, memory, first_row, begin, lane);
+  LinearWeights<Operand, kStage, kTiles> weights(product, memory, first_row, begin, lane);
 
-  float sum[TILES][4] = {};
+  float sum[kTiles][4] = {};
   PCFAST_UNROLL_TWICE
-  for (int k = begin; k < end; k += Operand::kDepth) {
+  for (int k = begin; k < end; k += Operand::kMmaK) {
     uint32_t b[2];
-    load_sample<Operand, FEEDBACK>(b, input, lane % 4);
+    load_sample<Operand, kStage>(b, input, lane % 4);
     PCFAST_UNROLL
-    for (int tile = 0; tile < TILES; ++tile) {
+    for (int tile = 0; tile < kTiles; ++tile) {
       uint32_t a[4];
       weights.load(a, tile);
       Operand::multiply(sum[tile], a, b);
     }
-    input += Operand::kDepth;
+    input += Operand::kMmaK;
     weights.advance();
   }
   const int row = first_row + tile::accumulator_row(lane, 0), rows = product.out - row;
@@ -199,39 +197,38 @@ __device__ void linear_tiles(const Product& product, float* memory, int split, i
     const tile::SharedPointer<float> out = memory + product.scratch + split * product.scratch_split +
                                            (first_sample + n) * product.scratch_sample + row;
     PCFAST_UNROLL
-    for (int i = 0; i < TILES * 2; ++i)
+    for (int i = 0; i < kTiles * 2; ++i)
       if (i * 8 < rows) out[i * 8] = sum[i / 2][i % 2 * 2 + side];
   }
 }
 
-template <class Operand, bool FEEDBACK>
+template <class Operand, Stage kStage>
 __device__ void run_linear_tiles(const Product& product, float* memory, const Unit& unit, int samples, int lane) {
-  const int row = unit.tile * product.tiles * kTileRows, first = unit.group * kTileColumns;
+  const int row = unit.tile * product.tiles * kMmaM, first = unit.group * kMmaN;
   if (first >= samples) return;
-  switch (min(product.tiles, ceil_div(product.out - row, kTileRows))) {
+  switch (min(product.tiles, ceil_div(product.out - row, kMmaM))) {
     case 1:
-      return linear_tiles<Operand, FEEDBACK, 1>(product, memory, unit.split, row, first, samples - first, lane);
+      return linear_tiles<Operand, kStage, 1>(product, memory, unit.split, row, first, samples - first, lane);
     case 2:
-      return linear_tiles<Operand, FEEDBACK, 2>(product, memory, unit.split, row, first, samples - first, lane);
+      return linear_tiles<Operand, kStage, 2>(product, memory, unit.split, row, first, samples - first, lane);
     case 3:
-      return linear_tiles<Operand, FEEDBACK, 3>(product, memory, unit.split, row, first, samples - first, lane);
+      return linear_tiles<Operand, kStage, 3>(product, memory, unit.split, row, first, samples - first, lane);
     default:
-      return linear_tiles<Operand, FEEDBACK, 4>(product, memory, unit.split, row, first, samples - first, lane);
+      return linear_tiles<Operand, kStage, 4>(product, memory, unit.split, row, first, samples - first, lane);
   }
 }
 
-// Where place p of a product's map, all samples' places one after another, reads its first number.
-__device__ inline int input_place(const Product& product, int p) {
+// Returns where position p of a product's map, all samples' positions one after another, reads its first element.
+__device__ inline int input_offset(const Product& product, int p) {
   const int sample = quotient(p, product.by_area), inside = p - sample * product.by_area.value;
   const int y = quotient(inside, product.by_width), x = inside - y * product.width;
   return product.input.first + sample * product.input.samples + y * product.input.rows + x * product.input.columns;
 }
 
-// PIXELS: rows of a tile are places of the map, of all samples one after another, columns its channels. A unit of more
-// columns has fewer places: their fragments stay in registers.
-__host__ __device__ constexpr int place_tiles(int column_tiles) { return column_tiles < 4 ? 4 : 2; }
+// kConv, an implicit GEMM: M runs over positions of the map, all samples' one after another, N over output channels, K over
+// terms (channel, tap). A unit of more tiles along N has fewer along M (conv_tiles_m): fragments stay in registers.
 
-// Where the input and the weight of one term of a sum lie, from the first ones on. Terms past the end have no weight.
+// Offsets of the input and the weight of one term of a sum from the first ones. Terms past the end have no weight.
 struct Term {
   int32_t input, weight;
 };
@@ -240,12 +237,12 @@ struct alignas(16) TermPair {
 };
 constexpr int kNoWeight = -1;
 
-// Writes the table's entry `slot` of a product. A step's terms are dealt out to the four lanes of a row one by one: what
-// these read at a time lies side by side, mostly in different banks or in the same word.
+// Writes entry `slot` of a product's table of terms. A step's terms are dealt out to the four lanes of a row in turn: what
+// the lanes read in one instruction lies side by side, mostly in different banks or in the same word.
 template <class Operand>
 __device__ void write_term(const Product& product, float* memory, int slot) {
-  const int inside = slot % Operand::kDepth;
-  const int k = slot - inside + inside % Operand::kLane * 4 + inside / Operand::kLane;
+  const int inside = slot % Operand::kMmaK;
+  const int k = slot - inside + inside % Operand::kPerLane * 4 + inside / Operand::kPerLane;
   const int taps = product.taps_y * product.taps_x, channel = k / taps;
   const int tap_y = k % taps / product.taps_x, tap_x = k % product.taps_x;
   Term term{0, kNoWeight};
@@ -256,88 +253,88 @@ __device__ void write_term(const Product& product, float* memory, int slot) {
   reinterpret_cast<Term*>(memory + product.terms)[slot] = term;
 }
 
-template <class Operand, int COLUMNS>
-__device__ void pixel_tiles(const Product& product, float* memory, const Unit& unit, int samples, int lane) {
-  constexpr int PLACES = place_tiles(COLUMNS);
-  const int first_column = unit.tile * COLUMNS * kTileColumns;
-  const int first_place = unit.group * PLACES * kTileRows;
-  const int area = product.by_area.value, places = samples * area;
+template <class Operand, int kTilesN>
+__device__ void implicit_gemm_tiles(const Product& product, float* memory, const Unit& unit, int samples, int lane) {
+  constexpr int kTilesM = conv_tiles_m(kTilesN);
+  const int first_column = unit.tile * kTilesN * kMmaN;
+  const int first_position = unit.group * kTilesM * kMmaM;
+  const int area = product.by_area.value, positions = samples * area;
   const int begin = unit.split * product.split, end = min(begin + product.split, product.term_count);
 
-  tile::SharedPointer<const float> input[PLACES][2];  // rows g and g + 8
+  tile::SharedPointer<const float> input[kTilesM][2];  // rows g and g + 8
   PCFAST_UNROLL
-  for (int i = 0; i < PLACES * 2; ++i) {
-    const int p = min(first_place + i / 2 * kTileRows + i % 2 * 8 + lane / 4, places - 1);
-    input[i / 2][i % 2] = memory + input_place(product, p);
+  for (int i = 0; i < kTilesM * 2; ++i) {
+    const int p = min(first_position + i / 2 * kMmaM + i % 2 * 8 + lane / 4, positions - 1);
+    input[i / 2][i % 2] = memory + input_offset(product, p);
   }
-  tile::SharedPointer<const float> weights[COLUMNS];
+  tile::SharedPointer<const float> weights[kTilesN];
   PCFAST_UNROLL
-  for (int c = 0; c < COLUMNS; ++c)
+  for (int c = 0; c < kTilesN; ++c)
     weights[c] = memory + product.weights +
-                 min(first_column + c * kTileColumns + lane / 4, product.out - 1) * product.weight_row;
+                 min(first_column + c * kMmaN + lane / 4, product.out - 1) * product.weight_row;
 
-  float sum[PLACES][COLUMNS][4] = {};
-  for (int k = begin; k < end; k += Operand::kDepth) {
-    constexpr int kLane = Operand::kLane;
-    Term term[kLane];
-    const auto* pairs = reinterpret_cast<const TermPair*>(memory + product.terms) + (k + lane % 4 * kLane) / 2;
+  float sum[kTilesM][kTilesN][4] = {};
+  for (int k = begin; k < end; k += Operand::kMmaK) {
+    constexpr int kPerLane = Operand::kPerLane;
+    Term term[kPerLane];
+    const auto* pairs = reinterpret_cast<const TermPair*>(memory + product.terms) + (k + lane % 4 * kPerLane) / 2;
     PCFAST_UNROLL
-    for (int i = 0; i < kLane / 2; ++i) {
+    for (int i = 0; i < kPerLane / 2; ++i) {
       const TermPair pair = pairs[i];
       term[2 * i] = pair.term[0];
       term[2 * i + 1] = pair.term[1];
     }
-    uint32_t b[COLUMNS][2];
+    uint32_t b[kTilesN][2];
     PCFAST_UNROLL
-    for (int c = 0; c < COLUMNS; ++c) {
-      float x[kLane];
+    for (int c = 0; c < kTilesN; ++c) {
+      float x[kPerLane];
       PCFAST_UNROLL
-      for (int i = 0; i < kLane; ++i) x[i] = term[i].weight == kNoWeight ? 0.0f : weights[c][term[i].weight];
+      for (int i = 0; i < kPerLane; ++i) x[i] = term[i].weight == kNoWeight ? 0.0f : weights[c][term[i].weight];
       Operand::take(b[c], x);
     }
     PCFAST_UNROLL
-    for (int j = 0; j < PLACES; ++j) {
+    for (int j = 0; j < kTilesM; ++j) {
       uint32_t rows[2][2], a[4];
       PCFAST_UNROLL
       for (int half = 0; half < 2; ++half) {
-        float x[kLane];
+        float x[kPerLane];
         PCFAST_UNROLL
-        for (int i = 0; i < kLane; ++i) x[i] = input[j][half][term[i].input];
+        for (int i = 0; i < kPerLane; ++i) x[i] = input[j][half][term[i].input];
         Operand::round(rows[half], x);
       }
       join(a, rows[0], rows[1]);
       PCFAST_UNROLL
-      for (int c = 0; c < COLUMNS; ++c) Operand::multiply(sum[j][c], a, b[c]);
+      for (int c = 0; c < kTilesN; ++c) Operand::multiply(sum[j][c], a, b[c]);
     }
   }
   const int column = first_column + tile::accumulator_column(lane, 0), columns = product.out - column;
   float* out = memory + product.scratch + unit.split * product.scratch_split + column * area;
   PCFAST_UNROLL
-  for (int j = 0; j < PLACES; ++j)
+  for (int j = 0; j < kTilesM; ++j)
     PCFAST_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int p = first_place + j * kTileRows + half * 8 + lane / 4;
-      if (p >= places) continue;
+      const int p = first_position + j * kMmaM + half * 8 + lane / 4;
+      if (p >= positions) continue;
       const int sample = quotient(p, product.by_area);
       const tile::SharedPointer<float> at = out + sample * product.scratch_sample + (p - sample * area);
       PCFAST_UNROLL
-      for (int i = 0; i < COLUMNS * 2; ++i) {
-        const int next = i / 2 * kTileColumns + i % 2;
+      for (int i = 0; i < kTilesN * 2; ++i) {
+        const int next = i / 2 * kMmaN + i % 2;
         if (next < columns) at[next * area] = sum[j][i / 2][half * 2 + i % 2];
       }
     }
 }
 
-template <class Operand, bool FEEDBACK>
-__device__ void run_matrix_unit(const Product& product, float* memory, const Unit& unit, int samples, int lane) {
-  if (product.kind == LINEAR) return run_linear_tiles<Operand, FEEDBACK>(product, memory, unit, samples, lane);
+template <class Operand, Stage kStage>
+__device__ void run_tensor_core_unit(const Product& product, float* memory, const Unit& unit, int samples, int lane) {
+  if (product.kind == kLinear) return run_linear_tiles<Operand, kStage>(product, memory, unit, samples, lane);
   switch (product.tiles) {
     case 1:
-      return pixel_tiles<Operand, 1>(product, memory, unit, samples, lane);
+      return implicit_gemm_tiles<Operand, 1>(product, memory, unit, samples, lane);
     case 2:
-      return pixel_tiles<Operand, 2>(product, memory, unit, samples, lane);
+      return implicit_gemm_tiles<Operand, 2>(product, memory, unit, samples, lane);
     default:
-      return pixel_tiles<Operand, 4>(product, memory, unit, samples, lane);
+      return implicit_gemm_tiles<Operand, 4>(product, memory, unit, samples, lane);
   }
 }
 

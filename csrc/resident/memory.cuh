@@ -1,50 +1,49 @@
-// Between device memory and a block's shared memory, before the forward pass, before the iterations and after them.
+// Copies between device memory and a block's shared memory: before the forward pass, before the iterations and after them.
 #pragma once
 
-#include "../tile/barrier.cuh"
 #include "output.cuh"
 
 namespace pcfast::resident {
 
-// Loads that a thread has in flight: device memory is far, and a block has few warps to hide that.
+// Loads per thread in flight: a block has few warps to hide the latency of device memory.
 constexpr int kLoadsAhead = 8;
 
-// Weight i in device memory, rounded as the layer's products read it.
+// Returns weight i in device memory, rounded as the layer's products read it.
 template <class Real>
 __device__ Real load_weight(const Layer& layer, const void* from, int i) {
   if constexpr (sizeof(Real) == sizeof(float)) {
-    if (layer.operand == BF16) return tile::to_float(static_cast<const tile::bf16*>(from)[i]);
-    if (layer.operand == TF32) return tile::as_float(tile::to_tf32(static_cast<const float*>(from)[i]));
+    if (layer.operand == kBf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(from)[i]);
+    if (layer.operand == kTf32) return __uint_as_float(tile::to_tf32(static_cast<const float*>(from)[i]));
   }
   return static_cast<const Real*>(from)[i];
 }
 
 template <class Real>
-__device__ void store_weight(const Layer& layer, Real* memory, int place, Real weight) {
+__device__ void store_weight(const Layer& layer, Real* memory, int index, Real weight) {
   if (layer.gram) weight = -weight;
   if constexpr (sizeof(Real) == sizeof(float)) {
-    if (layer.operand == BF16 && layer.predict.kind == LINEAR) {
-      reinterpret_cast<tile::bf16*>(memory + layer.weights)[place] = tile::to_bf16(weight);
+    if (layer.operand == kBf16 && layer.predict.kind == kLinear) {
+      reinterpret_cast<__nv_bfloat16*>(memory + layer.weights)[index] = __float2bfloat16_rn(weight);
       return;
     }
   }
-  memory[layer.weights + place] = weight;
+  memory[layer.weights + index] = weight;
 }
 
 __device__ inline void write_terms(const Layer& layer, const Product& product, float* memory, int thread, int threads) {
   for (int slot = thread; slot < product.term_count; slot += threads)
-    if (layer.operand == BF16)
+    if (layer.operand == kBf16)
       write_term<Bf16>(product, memory, slot);
     else
       write_term<Tf32>(product, memory, slot);
 }
 
-// One layer's weights, from [output][input] to [input][padded output], and the tables of its products.
+// Copies one layer's weights, from [output][input] to [input][padded output], and writes the tables of its products.
 template <class Real>
-__device__ void fill_weights(const Layer& layer, const void* from, Real* memory, int thread, int threads) {
+__device__ void load_weights(const Layer& layer, const void* from, Real* memory, int thread, int threads) {
   const int inputs = layer.weight_inputs, count = inputs * layer.channels;
   if (count) {
-    // of weight i = output * inputs + input, without dividing for each
+    // weight i = output * inputs + input: indices advance by addition, without a division per weight
     int input = thread % inputs, output = thread / inputs;
     const int input_step = threads % inputs, output_step = threads / inputs;
     for (int i = thread; i < count; i += kLoadsAhead * threads) {
@@ -67,69 +66,72 @@ __device__ void fill_weights(const Layer& layer, const void* from, Real* memory,
   }
 }
 
-// Everything that stays for the whole relaxation, there for the block but for the masses, which are after one more barrier;
-// vhat_1 goes where layer 2 reads d_1, or in Gram form uhat_2 to its place.
+// Loads what stays in shared memory for the whole relaxation. The block sees it on return, but the target sums only after
+// one more barrier. vhat_1 goes where layer 2 reads d_1; in Gram form (fact 7) uhat_2 is loaded instead.
 template <class Real>
-__device__ void fill(const Moment<Real>& now, int thread, int threads, const Warp& warp) {
-  const Program& program = now.program;
-  Real* memory = now.memory;
+__device__ void load_block_state(const KernelContext<Real>& ctx, int thread, int threads, const Warp& warp) {
+  const Program& program = ctx.program;
+  Real* memory = ctx.memory;
   for (int i = thread; i < program.elements; i += threads) memory[i] = Real(0);
-  tile::block_barrier();
+  __syncthreads();
   for (int l = 2; l <= program.depth; ++l)
-    fill_weights(program.layers[l - 1], now.tensors.weight[l - 1], memory, thread, threads);
-  if (now.tensors.uhat_2) {
+    load_weights(program.layers[l - 1], ctx.tensors.weight[l - 1], memory, thread, threads);
+  if (ctx.tensors.uhat_2) {
     const Layer& layer = program.layers[1];
     const int inner = layer.channels * layer.height * layer.width;
-    for (int i = thread; i < now.samples * inner; i += threads)
-      memory[layer.uhat + i / inner * layer.uhat_sample + i % inner] = number_of(now, now.tensors.uhat_2, 0, inner, i);
+    for (int i = thread; i < ctx.samples * inner; i += threads)
+      memory[layer.uhat + i / inner * layer.uhat_sample + i % inner] = global_element(ctx, ctx.tensors.uhat_2, 0, inner, i);
   }
-  if (now.tensors.vhat_1) {
+  if (ctx.tensors.vhat_1) {
     const Layer& layer = program.layers[0];
     int item = thread;
-    each_number(now, layer, item, threads, [&](const Element& where, int first, int end) {
+    for_each_element(ctx, layer, item, threads, [&](const Element& element, int first, int end) {
       for (int sample = first; sample < end; ++sample)
-        memory[at(layer.d, sample, where)] = number_of(now, now.tensors.vhat_1, sample, layer.size, where.index);
+        memory[offset(layer.d, sample, element)] =
+            global_element(ctx, ctx.tensors.vhat_1, sample, layer.size, element.index);
     });
   }
-  fill_targets(now, thread, threads, warp);
+  load_targets(ctx, thread, threads, warp);
 }
 
-// From vhat, which the forward pass left in its place, to d: zero, or what the caller's beliefs are off it.
+// Replaces vhat, which the forward pass left in d's place, with d: zero, or the caller's beliefs minus vhat.
 template <class Real>
-__device__ void begin_beliefs(const Moment<Real>& now, int thread, int threads) {
-  const Program& program = now.program;
+__device__ void init_beliefs(const KernelContext<Real>& ctx, int thread, int threads) {
+  const Program& program = ctx.program;
   int item = thread;
   for (int l = program.first_in_loop; l < program.depth; ++l) {
     const Layer& layer = program.layers[l - 1];
-    const void* start = now.tensors.start[l - 1];
-    each_number(now, layer, item, threads, [&](const Element& where, int first, int end) {
+    const void* start = ctx.tensors.start[l - 1];
+    for_each_element(ctx, layer, item, threads, [&](const Element& element, int first, int end) {
       for (int sample = first; sample < end; ++sample) {
-        Real& d = now.memory[at(layer.d, sample, where)];
-        d = start ? number_of(now, start, sample, layer.size, where.index) - d : Real(0);
+        Real& d = ctx.memory[offset(layer.d, sample, element)];
+        d = start ? global_element(ctx, start, sample, layer.size, element.index) - d : Real(0);
       }
     });
   }
 }
 
-// What the loop leaves.
+// Stores what the loop leaves: beliefs, and S of the Gram form (fact 7).
 template <class Real>
-__device__ void store(const Moment<Real>& now, int thread, int threads) {
-  const Program& program = now.program;
+__device__ void store_results(const KernelContext<Real>& ctx, int thread, int threads) {
+  const Program& program = ctx.program;
   int item = thread;
   for (int l = program.first_in_loop; l < program.depth; ++l) {
     const Layer& layer = program.layers[l - 1];
-    const void* vhat = l == 1 ? now.tensors.vhat_1 : now.tensors.vhat[l - 1];
-    each_number(now, layer, item, threads, [&](const Element& where, int first, int end) {
+    const void* vhat = l == 1 ? ctx.tensors.vhat_1 : ctx.tensors.vhat[l - 1];
+    for_each_element(ctx, layer, item, threads, [&](const Element& element, int first, int end) {
       for (int sample = first; sample < end; ++sample)
-        number_of(now, now.tensors.belief[l - 1], sample, layer.size, where.index) =
-            number_of(now, vhat, sample, layer.size, where.index) + now.memory[at(layer.d, sample, where)];
+        global_element(ctx, ctx.tensors.belief[l - 1], sample, layer.size, element.index) =
+            global_element(ctx, vhat, sample, layer.size, element.index) + ctx.memory[offset(layer.d, sample, element)];
     });
   }
   const Layer& gram = program.layers[1];
   if (!gram.gram) return;
   const int area = gram.height * gram.width, inner = gram.channels * area;
-  for (int i = thread; i < now.samples * inner; i += threads)
-    number_of(now, now.tensors.gram_sum, 0, inner, i) = now.memory[at(gram.delta, i / inner, i % inner / area, i % area / gram.width, i % gram.width)];
+  for (int i = thread; i < ctx.samples * inner; i += threads) {
+    const int at = offset(gram.delta, i / inner, i % inner / area, i % area / gram.width, i % gram.width);
+    global_element(ctx, ctx.tensors.gram_sum, 0, inner, i) = ctx.memory[at];
+  }
 }
 
 }  // namespace pcfast::resident

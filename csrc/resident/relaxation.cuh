@@ -1,8 +1,7 @@
-// A forward pass and n iterations of strict relaxation in one launch: a block has its samples to itself, and blocks never
-// wait for each other.
+// Strict relaxation in one launch: a forward pass, n iterations and the finish. A thread block has its samples to itself,
+// and blocks never wait for each other.
 #pragma once
 
-#include "../tile/barrier.cuh"
 #include "../tile/platform.cuh"
 #include "memory.cuh"
 #include "output.cuh"
@@ -12,71 +11,76 @@
 
 namespace pcfast::resident {
 
-// Most threads of a block; fewer are possible.
-constexpr int kMostThreads = 512;
-
 template <class Real>
-__global__ void __launch_bounds__(kMostThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     relaxation(const __grid_constant__ Program program, const __grid_constant__ Tensors tensors,
-               const __grid_constant__ Run run) {
+               const __grid_constant__ RunParams run) {
   PCFAST_SHARED_MEMORY(bytes);
   const int thread = threadIdx.x, threads = blockDim.x;
   const Warp warp{thread / kWarpSize, threads / kWarpSize, thread % kWarpSize};
   const int first_sample = blockIdx.x * program.samples;
-  Moment<Real> now{program, tensors, run, tile::SharedPointer<Real>(reinterpret_cast<Real*>(bytes)), first_sample,
-                   min(program.samples, run.batch - first_sample), Real(run.eta), Real(run.momentum), 0, false,
-                   run.iterations > 0};
-  fill(now, thread, threads, warp);
+  KernelContext<Real> ctx{program, tensors, run, tile::SharedPointer<Real>(reinterpret_cast<Real*>(bytes)), first_sample,
+                          min(program.samples, run.batch - first_sample), Real(run.eta), Real(run.momentum), 0, false,
+                          run.iterations > 0};
+  load_block_state(ctx, thread, threads, warp);
 
   const int depth = program.depth;
   const int iterations = max(run.iterations, 1);
   const bool fresh = run.fresh != 0;
-  // Rounds: the forward pass layer by layer, the iterations, and one to finish. What they share stands once, since each
-  // stage is much code.
+  // One loop over phases, not three calls `forward(); iterate(); finish();`, which all need the predict stage's products:
+  // most of the kernel's code. Inlined three times nvcc 13.0 does not compile them within ten minutes (the loop: twenty
+  // seconds). Out of line, for sm_80, the context takes a stack of 80 bytes, and 1,246 generic loads read the arguments
+  // that the loop reads from the constant bank. An enum of the phases and functions for parts of the loop cost a small
+  // network up to 0.7 % of an iteration's instructions, so phases are two named conditions.
   for (int t = 2 - depth;; ++t) {
-    const bool forward = t <= 0, finish = t > iterations;
-    const int layer = depth + t;  // of the forward pass
-    now.iteration = t;
-    now.last = t == iterations;
-    if (tensors.step_sizes && t > 0 && t <= run.iterations) now.eta = static_cast<const Real*>(tensors.step_sizes)[t - 1];
-    // The lowest layer with an error, and the lowest whose prediction has moved (fact 3). Below it beliefs are where they
-    // were, and so is the prediction.
-    const int front = fresh ? max(depth - t + 1 + finish, 2) : 2;
-    const int moved = fresh ? max(depth - t + 2, 2) : 2;
-    const int highest = forward ? layer : depth;
-    const int lowest = !forward ? moved : program.layers[layer - 1].gram ? depth + 1 : layer;
-    products<false>(program, now.memory, highest, lowest, now.samples, warp);
-    tile::block_barrier();
+    const bool forward = t <= 0;         // one layer of the forward pass; its last pass initializes beliefs and loss too
+    const bool finish = t > iterations;  // after the iterations: pulls the last errors back at the last beliefs
+    const int forward_l = depth + t;     // the layer of a pass of the forward pass
+    ctx.iteration = t;
+    ctx.last = t == iterations;
+    if (tensors.step_sizes && t > 0 && t <= run.iterations) ctx.eta = static_cast<const Real*>(tensors.step_sizes)[t - 1];
+    // Active front (fact 3): the lowest layer with an error, and the lowest whose prediction has moved. Below it beliefs,
+    // and so predictions, are where they were.
+    const int lowest_error = fresh ? max(depth - t + 1 + finish, 2) : 2;
+    const int lowest_moved = fresh ? max(depth - t + 2, 2) : 2;
+
+    // Predict stage: products s = W d, then errors and deltas.
+    const int highest = forward ? forward_l : depth;
+    // in Gram form (fact 7) layer 2's product comes from torch: depth + 1 leaves it out
+    const int lowest = !forward ? lowest_moved : program.layers[forward_l - 1].gram ? depth + 1 : forward_l;
+    products<Stage::kPredict>(program, ctx.memory, highest, lowest, ctx.samples, warp);
+    __syncthreads();
     if (forward) {
-      forward_values(now, layer, thread, threads);
-      tile::block_barrier();
-      if (t < 0) continue;
-      begin_beliefs(now, thread, threads);
+      forward_values(ctx, forward_l, thread, threads);
+      __syncthreads();
+      if (t < 0) continue;  // the next layer
+      init_beliefs(ctx, thread, threads);
     }
-    if (!finish) output_error(now, forward, !forward && depth >= moved, warp);
+    if (!finish) output_error(ctx, forward, !forward && depth >= lowest_moved, warp);
     if (forward) {
-      tile::block_barrier();
+      __syncthreads();
       continue;
     }
-    // the output layer's warps are busy with it
+    // the output layer's warps compute its error meanwhile
     const int free = finish || warp.count == 1 ? threads : threads - output_warps(program) * kWarpSize;
     int item = thread;
-    for (int l = depth - !finish; l >= front && thread < free; --l)
-      pull_errors(now, l, l >= moved, finish, item, free);
+    for (int l = depth - !finish; l >= lowest_error && thread < free; --l)
+      hidden_errors(ctx, l, l >= lowest_moved, finish, item, free);
     if (finish) break;
-    tile::block_barrier();
-    if (now.moves) {
-      // beliefs from front - 1 on move; in Gram form layer 1's have done so with S
+    __syncthreads();
+    // Feedback stage: products r = W^T delta, then d -= eta r.
+    if (ctx.moves) {
+      // beliefs move from the layer below the active front on; in Gram form (fact 7) layer 1's have moved with S
       const int moving = max(fresh ? depth - t : 1, program.first_in_loop);
-      products<true>(program, now.memory, depth, moving + 1, now.samples, warp);
-      tile::block_barrier();
+      products<Stage::kFeedback>(program, ctx.memory, depth, moving + 1, ctx.samples, warp);
+      __syncthreads();
       item = thread;
-      for (int l = depth - 1; l >= moving; --l) update(now, l, item, threads);
-      tile::block_barrier();
+      for (int l = depth - 1; l >= moving; --l) update_beliefs(ctx, l, item, threads);
+      __syncthreads();
     }
-    if (now.last && !tensors.local_error[depth - 1]) break;
+    if (ctx.last && !tensors.local_error[depth - 1]) break;
   }
-  store(now, thread, threads);
+  store_results(ctx, thread, threads);
 }
 
 }  // namespace pcfast::resident

@@ -10,7 +10,7 @@ namespace pcfast::resident {
 namespace {
 
 template <class Real>
-int start(const Program& program, const Tensors& tensors, const Run& run, int threads, void* stream) {
+int start(const Program& program, const Tensors& tensors, const RunParams& run, int threads, void* stream) {
   const unsigned blocks = ceil_div(run.batch, program.samples);
   return tile::launch(relaxation<Real>, dim3(blocks), dim3(threads), program.elements * sizeof(Real), stream, program,
                       tensors, run);
@@ -19,25 +19,22 @@ int start(const Program& program, const Tensors& tensors, const Run& run, int th
 }  // namespace
 }  // namespace pcfast::resident
 
-static_assert(pcfast::resident::kMostGroup == 4 && pcfast::tile::kWarpSize == pcfast::resident::kLanes,
-              "validation.h counts with these");
-
 extern "C" int pcfast_resident(const void* program, const void* tensors, const void* run, int scalar_bytes, int threads,
                                void* stream) {
   using namespace pcfast::resident;
-  Program what;  // copies: bytes from elsewhere lie at any address
-  Tensors where;
-  Run how;
-  std::memcpy(&what, program, sizeof what);
-  std::memcpy(&where, tensors, sizeof where);
-  std::memcpy(&how, run, sizeof how);
-  if (threads < kWarpSize || threads > kMostThreads || threads % kWarpSize) return PCFAST_INVALID_ARGUMENT;
+  Program program_copy;  // copies: bytes from elsewhere lie at any address
+  Tensors tensors_copy;
+  RunParams run_copy;
+  std::memcpy(&program_copy, program, sizeof program_copy);
+  std::memcpy(&tensors_copy, tensors, sizeof tensors_copy);
+  std::memcpy(&run_copy, run, sizeof run_copy);
+  if (threads < kWarpSize || threads > kMaxThreads || threads % kWarpSize) return PCFAST_INVALID_ARGUMENT;
   if (scalar_bytes != sizeof(float) && scalar_bytes != sizeof(double)) return PCFAST_INVALID_ARGUMENT;
-  if (!Validation(what, where, how, scalar_bytes, threads).passes()) return PCFAST_INVALID_ARGUMENT;
-  if (scalar_bytes == sizeof(float)) return start<float>(what, where, how, threads, stream);
+  if (!Validation(program_copy, tensors_copy, run_copy, scalar_bytes, threads).passes()) return PCFAST_INVALID_ARGUMENT;
+  if (scalar_bytes == sizeof(float)) return start<float>(program_copy, tensors_copy, run_copy, threads, stream);
 #ifndef __CUDACC__
   // golden vectors are met in double, on the CPU
-  if (scalar_bytes == sizeof(double)) return start<double>(what, where, how, threads, stream);
+  if (scalar_bytes == sizeof(double)) return start<double>(program_copy, tensors_copy, run_copy, threads, stream);
 #endif
   return PCFAST_INVALID_ARGUMENT;
 }
@@ -45,5 +42,5 @@ extern "C" int pcfast_resident(const void* program, const void* tensors, const v
 extern "C" void pcfast_resident_sizes(int* program, int* tensors, int* run) {
   *program = sizeof(pcfast::resident::Program);
   *tensors = sizeof(pcfast::resident::Tensors);
-  *run = sizeof(pcfast::resident::Run);
+  *run = sizeof(pcfast::resident::RunParams);
 }

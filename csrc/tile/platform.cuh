@@ -1,6 +1,8 @@
 // What kernel source needs from its compiler: nvcc, or a C++20 compiler that builds the same kernels for the CPU.
 #pragma once
 
+#include "shapes.h"
+
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -45,32 +47,20 @@
 
 namespace pcfast::tile {
 
-constexpr int kWarpSize = 32;
+constexpr unsigned kFullMask = 0xFFFFFFFFu;  // all lanes of a warp
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// a - b of both as they are in memory: where a is a product, nvcc would fuse it with a subtraction that it can see, and a -
+// a would be a's rounding error.
+__device__ __forceinline__ float subtract_rn(float a, float b) { return __fsub_rn(a, b); }
+__device__ __forceinline__ double subtract_rn(double a, double b) { return __dsub_rn(a, b); }
 
 // For blocks along x.
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 
 #ifdef __CUDACC__
-
-using bf16 = __nv_bfloat16;
-
-// To nearest, ties to even.
-__host__ __device__ __forceinline__ bf16 to_bf16(float value) { return __float2bfloat16_rn(value); }
-__host__ __device__ __forceinline__ float to_float(bf16 value) { return __bfloat162float(value); }
-
-__device__ __forceinline__ uint32_t as_bits(float value) { return __float_as_uint(value); }
-__device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
-
-// a - b of both as they are in memory: where a is a product, nvcc would fuse it with a subtraction that it can see, and a - a
-// would be a's rounding error.
-__device__ __forceinline__ float subtract(float a, float b) { return __fsub_rn(a, b); }
-__device__ __forceinline__ double subtract(double a, double b) { return __dsub_rn(a, b); }
-
-// The upper half of a product's 64 bits.
-__device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 // Address and size of an array in shared memory that no thread may touch, such as a gap between two others.
 // Only AddressSanitizer heeds it; it works in steps of 8 bytes.
@@ -100,23 +90,6 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, voi
 }
 
 #else
-
-using bf16 = host::Bfloat16;
-
-inline bf16 to_bf16(float value) { return host::round_to_bfloat16(value); }
-inline float to_float(bf16 value) { return host::widen_bfloat16(value); }
-
-inline uint32_t as_bits(float value) { return std::bit_cast<uint32_t>(value); }
-inline float as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
-
-// Other compilers fuse too, where the processor can.
-template <class Real>
-Real subtract(Real a, Real b) {
-  const volatile Real rounded_a = a, rounded_b = b;
-  return rounded_a - rounded_b;
-}
-
-inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 
 inline void poison_shared(const void* memory, size_t bytes) { host::poison(memory, bytes); }
 

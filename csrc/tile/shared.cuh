@@ -8,9 +8,9 @@ namespace pcfast::tile {
 
 #ifdef __CUDACC__
 
-// As the 32 bits that an access takes. nvcc gives a generic pointer's accesses two additions each, of the
-// index and then of the memory's own address, which it reads from a slow register wherever it has forgotten it; here
-// the sum is opaque to it and stays in a register.
+// A pointer as the 32-bit address that an access of shared memory takes. nvcc adds twice for each access by a generic
+// pointer: the index, and the base of shared memory, which it rereads from a slow special register. Here the sum is opaque
+// to nvcc and stays in a register.
 template <class T>
 class SharedPointer {
  public:
@@ -19,9 +19,9 @@ class SharedPointer {
 
   __device__ __forceinline__ operator T*() const { return static_cast<T*>(__cvta_shared_to_generic(address_)); }
   __device__ __forceinline__ SharedPointer operator+(int step) const {
-    SharedPointer found;
-    found.address_ = address_ + step * static_cast<uint32_t>(sizeof(T));
-    return found;
+    SharedPointer moved;
+    moved.address_ = address_ + step * static_cast<uint32_t>(sizeof(T));
+    return moved;
   }
   __device__ __forceinline__ SharedPointer& operator+=(int step) { return *this = *this + step; }
   __device__ __forceinline__ T& operator[](int step) const { return *static_cast<T*>(*this + step); }
@@ -30,7 +30,7 @@ class SharedPointer {
   uint32_t address_;
 };
 
-// The same number, opaque too: nvcc reads a kernel's argument again wherever it is used.
+// Returns the same number, opaque to nvcc, which would read a kernel's argument from memory again at each use.
 __device__ __forceinline__ int in_register(int value) {
   asm("" : "+r"(value));
   return value;

@@ -1,4 +1,4 @@
-"""The cuda backend's resident tier on a CUDA device: within the project's bounds, replayed, and repeatable.
+"""The cuda backend's resident kernel on a CUDA device: within the project's bounds, replayed, and repeatable.
 
 What is judged how: gpu_helpers.py. Every test here also asserts that the resident kernel was launched, or replayed.
 """
@@ -165,7 +165,7 @@ def test_networks_are_within_the_projects_bounds(name, precision, launches):
     shape = (case.batch, *case.sample)
     with use_precision(precision, DEVICE):
         text = str(pcfast.explain(model, shape, DEVICE, num_steps=case.num_steps, backend="cuda"))
-    assert "tier resident" in text and case.says in text
+    assert "shared-memory-resident" in text and case.says in text
     report = checking.check(
         model, shape, loss=case.loss, num_steps=case.num_steps, backends=["cuda"], precisions=[precision],
         device=DEVICE, draws=3 if case.batch > 1000 else 5,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pcfast.backends.cuda.kernel_params import Program, Run, Tensors
+from pcfast.backends.cuda.kernel_params import Program, RunParams, Tensors
 from pcfast.backends.cuda.native import _load_file
 
 # Numbers that were wrong before, the edges of 32 bits, and sizes like real ones.
@@ -72,9 +72,9 @@ def main(path: str, launches: str, seconds: float, seed: int) -> None:
             scalar_bytes = generator.choice((scalar_bytes, 2, 0, -1, 8))
             threads = generator.choice((threads, 0, 33, -32))
         if len(arguments[2]) == ctypes.sizeof(
-            Run
+            RunParams
         ):  # how long tensors are is the caller's word, and time is short
-            how = Run.from_buffer_copy(arguments[2])
+            how = RunParams.from_buffer_copy(arguments[2])
             how.batch, how.iterations = min(how.batch, 3), min(how.iterations, 3)
             arguments[2] = bytes(how)
         print(seed, flush=True)

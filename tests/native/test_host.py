@@ -363,15 +363,15 @@ def arrays():
 
 
 FAULTS = [
-    ("barrier_in_a_branch", DEADLOCK, r"^block \(0, 0, 0\): deadlock: 40 of 64 threads wait at block_barrier "
+    ("barrier_in_a_branch", DEADLOCK, r"^block \(0, 0, 0\): deadlock: 40 of 64 threads wait at __syncthreads "
      r"\(.*faults\.cpp:\d+\), thread 0 first; returned: 24$"),
-    ("two_barriers", DEADLOCK, r"thread 32: block_barrier \(.*\): deadlock: thread 0 waits at another, block_bar"),
-    ("returned_early", DEADLOCK, "63 of 64 threads wait at block_barrier .*, thread 0 first; returned: 1$"),
+    ("two_barriers", DEADLOCK, r"thread 32: __syncthreads \(.*\): deadlock: thread 0 waits at another, __syncthr"),
+    ("returned_early", DEADLOCK, "63 of 64 threads wait at __syncthreads .*, thread 0 first; returned: 1$"),
     ("more_barriers_in_one_warp", DEADLOCK, "32 of 64 threads wait at .*, thread 32 first; returned: 32$"),
-    ("shuffle_in_a_branch", DEADLOCK, r"32 of 64 threads wait at shuffle_xor "
+    ("shuffle_in_a_branch", DEADLOCK, r"32 of 64 threads wait at __shfl_xor_sync "
      r"\(.*faults\.cpp:\d+\), thread 0 first; returned: 32$"),
-    ("shuffle_in_a_broken_warp", DEADLOCK, "thread 32: shuffle_xor .*: the warp has fewer than 32 threads"),
-    ("wait_for_different_things", DEADLOCK, "32 of 64 .* block_barrier .*; returned: 31, waiting elsewhere: 1$"),
+    ("shuffle_in_a_broken_warp", DEADLOCK, "thread 32: __shfl_xor_sync .*: the warp has fewer than 32 threads"),
+    ("wait_for_different_things", DEADLOCK, "32 of 64 .* __syncthreads .*; returned: 31, waiting elsewhere: 1$"),
     ("misaligned_source", MISALIGNED, "thread 0: copy_async .* not a multiple of 16 bytes"),
     ("misaligned_target", MISALIGNED, "copy_async .* not a multiple of 8 bytes"),
     ("misaligned_row", MISALIGNED, "load_matrix .* not a multiple of 16 bytes"),

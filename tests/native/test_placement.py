@@ -1,4 +1,4 @@
-"""The resident tier's planner: arrays in a block's shared memory, samples a block, waves; or why not."""
+"""The resident kernel's planner: arrays in a block's shared memory, samples per block, waves; or why not."""
 
 from __future__ import annotations
 
@@ -16,17 +16,8 @@ from pcfast import networks
 from pcfast.backends import gpu_constants
 from pcfast.backends.cuda import shared_memory as placement
 from pcfast.backends.cuda.describe import describe as in_words
-from pcfast.backends.cuda.kernel_params import (
-    COPY,
-    LINEAR,
-    MOST_LAYERS,
-    NO_PRODUCT,
-    OPERANDS,
-    PIXELS,
-    Layer,
-    Program,
-    divisor,
-)
+from pcfast.backends.cuda.geometry import CONV, COPY, LINEAR, MAX_LAYERS, NO_PRODUCT
+from pcfast.backends.cuda.kernel_params import OPERANDS, Layer, Program, divisor
 from pcfast.backends.cuda.shared_memory import Chip, Placement, place
 from pcfast.model.describe import describe
 from pcfast.model.spec import Network
@@ -92,17 +83,17 @@ def assert_sound(
     expected = [("d", 1)] if not gram else []
     for l in range(2, network.depth + 1):
         product = what.layers[l - 1].predict.kind
-        assert product in (COPY, LINEAR, PIXELS)
+        assert product in (COPY, LINEAR, CONV)
         if product != COPY:
             expected.append(("weights", l))
-        if product == PIXELS and operands.convolution != "ieee":
+        if product == CONV and operands.convolution != "ieee":
             expected += [("terms", l)] * (1 if gram and l == 2 else 2)
         expected += [("sum" if gram and l == 2 else "delta", l), ("uhat", l)]
         if l < network.depth:
             expected.append(("d", l))
     if momentum:
         expected += [("velocity", l) for l in range(1, network.depth)]
-    expected += [(name, network.depth) for name in ("vhat", "target", "mass")] + [("scratch", 0)]
+    expected += [(name, network.depth) for name in ("vhat", "target", "target_sum")] + [("scratch", 0)]
     assert sorted((array.name, array.home) for array in placed.arrays) == sorted(expected)
     terms = {array.first: array for array in placed.arrays if array.name == "terms"}
     first = {(array.name, array.home): array.first for array in placed.arrays}
@@ -115,7 +106,7 @@ def assert_sound(
     for l in range(2, network.depth + 1):
         layer = what.layers[l - 1]
         inner = layer.channels * layer.height * layer.width
-        used = {COPY: "ieee", LINEAR: operands.linear, PIXELS: operands.convolution}[layer.predict.kind]
+        used = {COPY: "ieee", LINEAR: operands.linear, CONV: operands.convolution}[layer.predict.kind]
         assert layer.operand == OPERANDS[used]
         if layer.weight_inputs:
             assert layer.weights == first["weights", l]
@@ -146,10 +137,10 @@ def assert_sound(
                 continue
             # parts of the sum cover it, each of them has a place in the scratch
             if product.kind != COPY:
-                on_units = product.kind == PIXELS and used != "ieee"
+                on_units = product.kind == CONV and used != "ieee"
                 summed = product.term_count if on_units else product.channels
                 assert (product.splits - 1) * product.split < summed <= product.splits * product.split
-            if product.kind == PIXELS and used != "ieee":
+            if product.kind == CONV and used != "ieee":
                 table = terms.pop(product.terms)
                 assert table.home == l and table.elements == 2 * product.term_count
                 assert product.term_count % DEPTHS[used] == product.split % DEPTHS[used] == 0
@@ -214,7 +205,7 @@ def test_any_network_is_placed_or_refused(
     gram = gram and "in Gram form" in choose_gram(network, shapes, "strict", 20, True, False)[1]
     if network.depth == 1:
         return
-    if scalar_bytes == 8:  # matrix units have float32
+    if scalar_bytes == 8:  # Tensor Cores have float32
         operands = IEEE
     chip = Chip(sm_count, block_bytes, block_bytes + 1024)
     placed = placing(network, shapes, gram, loss, operands, scalar_bytes, chip, momentum)
@@ -273,7 +264,7 @@ def test_the_last_byte_is_used():
 
 @pytest.mark.parametrize("extra", [0, 1])
 def test_as_many_layers_as_the_argument_holds(extra):
-    network = mlp(*[4] * (MOST_LAYERS + 1 + extra))
+    network = mlp(*[4] * (MAX_LAYERS + 1 + extra))
     placed = placing(network, network.shapes((2, 4)), False)
     if extra:
         assert placed == "it has 17 layers; the kernel's argument has room for 16"
@@ -301,8 +292,8 @@ def test_a_placement_in_words():
     network = describe(networks.mnist_cnn())
     placed = placing(network, network.shapes((300, 1, 28, 28)), True)
     text = "\n".join(in_words(network, placed, gpu_constants.load()))
-    assert "3 samples a block, 100 blocks of 512 threads, 1 a multiprocessor, 1 wave\n" in text
-    assert f"{placed.bytes:,} bytes of shared memory a block" in text
+    assert "3 samples per block, 100 blocks of 512 threads, 1 per SM, 1 wave\n" in text
+    assert f"{placed.bytes:,} bytes of shared memory per block" in text
     numbers = {array.name: f"{array.name} {4 * array.elements:,}" for array in placed.arrays}
     assert all(words in text for words in numbers.values())
 

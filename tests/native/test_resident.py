@@ -1,4 +1,4 @@
-"""Backend "cuda" with its kernels compiled for the CPU: the resident tier against float64, and what it refuses."""
+"""Backend "cuda" with its kernels compiled for the CPU: the resident kernel against float64, and what it refuses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from torch import nn
 
 import pcfast
 from pcfast.backends import BACKENDS, choose_backend
-from pcfast.backends.cuda import backend, native
+from pcfast.backends.cuda import backend, geometry, native
 from pcfast.backends.cuda import kernel_params as program
 from pcfast.backends.cuda import launch as loop
 from pcfast.backends.cuda import shared_memory as placement
@@ -390,7 +390,7 @@ def test_one_layer_has_no_loop(launches):
     assert not launches
 
 
-# matrix units ---------------------------------------------------------------------------------------------------
+# Tensor Cores ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("num_steps", "a_block"), [(0, 1), (3, 4), (7, 8), (5, 16)])
@@ -439,7 +439,7 @@ def test_parameters_in_16_bits(dtype, launches):
 @pytest.mark.parametrize("mode", ["tf32", "bf16"])
 @pytest.mark.parametrize("num_steps", [3, 4, 9])
 @pytest.mark.parametrize("name", ["mlp", "conv"])
-def test_the_gram_form_on_matrix_units(name, num_steps, mode, monkeypatch, samples, launches):
+def test_the_gram_form_on_tensor_cores(name, num_steps, mode, monkeypatch, samples, launches):
     samples(4)
     wherever_possible(monkeypatch, True)
     model, x, y = clamped(name)
@@ -466,7 +466,7 @@ class Loop:
     inputs: loop.Inputs
     num_steps: int
 
-    def run(self, rows=slice(None), **changed) -> loop.Found:
+    def run(self, rows=slice(None), **changed) -> loop.ResidentOutputs:
         """The kernel alone for some of the batch."""
         inputs, placed = self.inputs, dataclasses.replace(self.placement, **changed)
         below = inputs.below[rows]
@@ -495,7 +495,7 @@ def captured(monkeypatch, model, x, y, **arguments) -> Loop:
     return one
 
 
-def results(found: loop.Found, rows=slice(None)) -> list[torch.Tensor]:
+def results(found: loop.ResidentOutputs, rows=slice(None)) -> list[torch.Tensor]:
     """Everything by samples that the loop gives."""
     tensors = [*found.vhat, *found.beliefs, *found.errors, *found.local_errors, found.output_gradient]
     tensors += [found.gram_sum, found.gram_sum_before]
@@ -749,6 +749,14 @@ def test_the_module_answers_what_it_cannot_launch(monkeypatch):
 def test_the_structs_are_those_of_the_kernel(monkeypatch):
     module = native.load()
     assert module.resident_sizes() == program.sizes()
+    constants = module.resident_constants()
+    assert geometry.differences(constants) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "resident_constants", lambda: constants.replace("kMmaN 8", "kMmaN 7"))
+        with pytest.raises(
+            pcfast.BackendError, match=r"kMmaN: \(7,\) in the module, \(8,\) here.*make native"
+        ):
+            pcfast.pc_loss(*drawn("mlp"), backend="cuda")
     monkeypatch.setattr(module, "resident_sizes", lambda: (1, 2, 3))
     model, x, y = drawn("mlp")
     with pytest.raises(
@@ -765,8 +773,8 @@ def test_explain_shows_the_placement():
     text = str(pcfast.explain(model, tuple(x.shape), backend="cuda"))
     found = pcfast.relax(model, x, y, backend="cuda")
     assert found.run.plan.backend == "cuda"
-    assert "tier resident: weights and state in one block's shared memory" in text
-    assert "1 sample a block, 9 blocks of 512 threads" in text and "1 wave\n" in text
+    assert "shared-memory-resident kernel: weights and state in one block's shared memory" in text
+    assert "1 sample per block, 9 blocks of 512 threads" in text and "1 wave\n" in text
     for words in (
         "layer 2 (Conv2d - Tanh - MaxPool2d): weights ",
         "layer 4 (Linear): weights ",

@@ -24,7 +24,8 @@ from torch import nn
 import pcfast
 from pcfast.backends.cuda import native
 from pcfast.backends.cuda import shared_memory as placement
-from pcfast.backends.cuda.kernel_params import MOST_LAYERS, OPERANDS, Program, Run, Tensors
+from pcfast.backends.cuda.geometry import MAX_LAYERS
+from pcfast.backends.cuda.kernel_params import OPERANDS, Program, RunParams, Tensors
 from pcfast.precision import switched
 from pcfast.problem import plan as planning
 
@@ -67,9 +68,9 @@ class Launch:
                 file.write(struct.pack("<q", -1 if tensor is None else len(tensor)) + (tensor or b""))
 
 
-def sizes(program: Program, run: Run, scalar_bytes: int) -> list[int]:
+def sizes(program: Program, run: RunParams, scalar_bytes: int) -> list[int]:
     """Bytes of every tensor of csrc/resident/program.h, where it is given."""
-    layers = [program.layers[l] for l in range(MOST_LAYERS)]
+    layers = [program.layers[l] for l in range(MAX_LAYERS)]
     inner = [run.batch * layer.channels * layer.height * layer.width * scalar_bytes for layer in layers]
     out = [run.batch * layer.size * scalar_bytes for layer in layers]
     rows, classes = run.batch * scalar_bytes, program.classes * scalar_bytes
@@ -79,7 +80,7 @@ def sizes(program: Program, run: Run, scalar_bytes: int) -> list[int]:
             for layer in layers
         ],
         bias=[layer.channels * scalar_bytes for layer in layers],
-        start=out, vhat_1=out[0], uhat_2=inner[1], labels=8 * run.batch, dense=run.batch * classes,
+        start=out, vhat_1=out[0], uhat_2=inner[1], labels=8 * run.batch, target=run.batch * classes,
         class_weight=classes, step_sizes=run.iterations * scalar_bytes,
         vhat=out, belief=out, error=out, local_error=inner, loss_rows=rows,
         output_gradient=run.batch * classes, gram_sum=inner[1], gram_sum_before=inner[1], first_bad=4 * program.depth,
@@ -105,7 +106,7 @@ def recorded(host_module: Path, relax: Callable[[], object]) -> Launch:
 
         def record(program, tensors, run, scalar_bytes, threads, stream):
             what = Program.from_buffer_copy(program)
-            given = sizes(what, Run.from_buffer_copy(run), scalar_bytes)
+            given = sizes(what, RunParams.from_buffer_copy(run), scalar_bytes)
             pointers = (ctypes.c_void_p * len(given)).from_buffer_copy(tensors)
 
             def read() -> list[bytes | None]:
@@ -215,7 +216,7 @@ def launch_of(name: str, host_module: Path) -> Launch:
     planning.plan.cache_clear()
     what = Program.from_buffer_copy(found.program)
     assert bool(what.layers[1].gram) == name.startswith("gram")
-    assert Run.from_buffer_copy(found.run).batch == BATCH and what.samples == SAMPLES
+    assert RunParams.from_buffer_copy(found.run).batch == BATCH and what.samples == SAMPLES
     return found
 
 
@@ -242,8 +243,8 @@ BUGS = {
     ),
     "a sum written past its end": (
         "resident/memory.cuh",
-        "now.tensors.gram_sum, 0, inner, i)",
-        "now.tensors.gram_sum, 0, inner, i + {planted})",
+        "ctx.tensors.gram_sum, 0, inner, i)",
+        "ctx.tensors.gram_sum, 0, inner, i + {planted})",
     ),
     "zeros past the end of shared memory": (
         "resident/memory.cuh",
@@ -260,10 +261,10 @@ BUGS = {
         "if (i < rows) out[i]",
         "if (i < rows + {planted}) out[i]",
     ),
-    "a place of the map too many": (
+    "a position of the map too many": (
         "resident/products.cuh",
-        "if (p >= places) continue;",
-        "if (p >= places + {planted}) continue;",
+        "if (p >= positions) continue;",
+        "if (p >= positions + {planted}) continue;",
     ),
     "a sample too many": (
         "resident/matrix_products.cuh",
@@ -272,9 +273,9 @@ BUGS = {
     ),
     "iterations noted without an atomic": (
         "resident/tail.cuh",
-        "tile::atomic_min(now.tensors.first_bad + layer - 1, now.iteration);",
-        "{planted} ? now.tensors.first_bad[layer - 1] = now.iteration\n: "
-        "tile::atomic_min(now.tensors.first_bad + layer - 1, now.iteration);",
+        "atomicMin(ctx.tensors.first_bad + layer - 1, ctx.iteration);",
+        "{planted} ? ctx.tensors.first_bad[layer - 1] = ctx.iteration\n: "
+        "atomicMin(ctx.tensors.first_bad + layer - 1, ctx.iteration);",
     ),
     "halos that are not zeroed": (
         "resident/memory.cuh",
@@ -282,23 +283,24 @@ BUGS = {
         "if (!{planted}) memory[i] = Real(0);",
     ),
 }
-HEADERS = ("cstdlib", "cstring", "string")
 #: Makes them possible, and one more for every barrier, named by its file and line, which stays where it was.
+CHOICE = """#pragma once
+#include <cstdlib>
+#include <cstring>
+#include <string>
+namespace pcfast::tile {
+inline const char* const chosen_bug = std::getenv("PLANTED");
+inline int planted(const char* bug) { return chosen_bug != nullptr && std::strcmp(chosen_bug, bug) == 0; }
+}
+"""
 PREPARED = [
+    ("host/cuda_intrinsics.h", "#pragma once\n", CHOICE),
     (
-        "tile/platform.cuh",
-        "constexpr int kWarpSize = 32;",
-        "inline const char* const chosen_bug = std::getenv(\"PLANTED\");\n"
-        "inline int planted(const char* bug) { return chosen_bug != nullptr && std::strcmp(chosen_bug, bug) == 0; }\n"
-        "constexpr int kWarpSize = 32;",
-    ),
-    ("tile/platform.cuh", "#pragma once\n", "#pragma once\n" + "".join(f"#include <{name}>\n" for name in HEADERS)),
-    (
-        "tile/barrier.cuh",
-        'host::block_barrier({"block_barrier", call_site});',
+        "host/cuda_intrinsics.h",
+        'pcfast::host::block_barrier({"__syncthreads", call_site});',
         "const std::string file = call_site.file_name(), name = file.substr(file.rfind('/') + 1);\n"
-        'if (!planted((name + ":" + std::to_string(call_site.line())).c_str()))\n'
-        'host::block_barrier({"block_barrier", call_site});',
+        'if (!pcfast::tile::planted((name + ":" + std::to_string(call_site.line())).c_str()))\n'
+        'pcfast::host::block_barrier({"__syncthreads", call_site});',
     ),
     # once all of it is zero, what lies between two arrays is nobody's
     (
@@ -308,8 +310,8 @@ PREPARED = [
     ),
     (
         "resident/memory.cuh",
-        "tile::block_barrier();\n  for (int l = 2;",
-        "tile::block_barrier(); if (thread == 0) poison_gaps(memory);\n  for (int l = 2;",
+        "__syncthreads();\n  for (int l = 2;",
+        "__syncthreads(); if (thread == 0) poison_gaps(memory);\n  for (int l = 2;",
     ),
 ]  # fmt: skip
 
@@ -413,7 +415,7 @@ def barriers() -> list[str]:
         f"{file.name}:{number}"
         for file in sorted((CSRC / "resident").iterdir())
         for number, line in enumerate(file.read_text().splitlines(), 1)
-        if "block_barrier(" in line
+        if "__syncthreads(" in line
     ]
 
 
@@ -438,7 +440,7 @@ def test_a_missing_barrier_is_a_race(barrier, program, launches, tmp_path):
         ("zeros past the end of shared memory", "strides", "address", "heap-buffer-overflow"),
         ("a row of weights too many", "gram conv", "address", "use-after-poison"),
         ("a row of the prediction too many", "mlp from starts", "thread", "data race"),
-        ("a place of the map too many", "strides", "thread", "data race"),
+        ("a position of the map too many", "strides", "thread", "data race"),
         ("a sample too many", "mlp in bf16", "thread", "data race"),
         ("iterations noted without an atomic", "diverging", "thread", "data race"),
     ],
@@ -453,7 +455,7 @@ def test_shared_memory_that_nobody_wrote_is_nan(program, launches, tmp_path):
     launch = launches("strides")
     found = run(program("address", with_bugs=True), launch, tmp_path, "halos that are not zeroed")
     assert found.status == 0 and found.after != launch.after
-    errors = found.after[4 * MOST_LAYERS : 5 * MOST_LAYERS]
+    errors = found.after[4 * MAX_LAYERS : 5 * MAX_LAYERS]
     held = [
         torch.frombuffer(bytearray(tensor), dtype=torch.float32) for tensor in errors if tensor is not None
     ]

@@ -1,6 +1,6 @@
 """The cuda backend: one thread block keeps a network's weights and its samples' state for the whole relaxation.
 
-Planning (shared_memory.py, kernel_params.py) is pure Python; the kernel is csrc/resident/.
+Planning (layer_shapes.py, tiling.py, shared_memory.py) is pure Python; the kernel is csrc/resident/.
 """
 
 from ..._moved import names_of

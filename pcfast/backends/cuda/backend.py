@@ -1,4 +1,4 @@
-"""The resident tier: strict relaxation of small networks in one launch of a CUDA kernel (csrc/, resident/).
+"""Strict relaxation of small networks in one launch of the shared-memory-resident CUDA kernel (csrc/resident/).
 
 exact, fixed_prediction and zero_divergence have no loop: they are a forward and a backward pass through cuBLAS and
 cuDNN, as in eager.
@@ -15,9 +15,9 @@ from . import native
 from .placements import placement_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
+_MIN_CAPABILITY = (8, 0)  # bfloat16 and TF32 Tensor Cores
 # int32 in the kernel, whose largest value stands for "never"
-_MOST_STEPS = torch.iinfo(torch.int32).max - 1
+_MAX_STEPS = torch.iinfo(torch.int32).max - 1
 
 
 class Cuda(KernelBackend):
@@ -39,8 +39,8 @@ class Cuda(KernelBackend):
             return False, reason
         if plan.method != "strict" or plan.depth == 1:
             return True, ""
-        if plan.num_steps > _MOST_STEPS:
-            return False, f"its kernel counts up to {_MOST_STEPS:,} iterations, not {plan.num_steps:,}"
+        if plan.num_steps > _MAX_STEPS:
+            return False, f"its kernel counts up to {_MAX_STEPS:,} iterations, not {plan.num_steps:,}"
         if plan.wanted.energies:
             return False, "energies need every iteration's errors, which stay on chip"
         if plan.loss not in ("cross_entropy", "mse"):
@@ -61,7 +61,7 @@ class Cuda(KernelBackend):
 
 
 def _unavailable(device: torch.device) -> str:
-    """Why the kernel cannot run on a device; "" where it can."""
+    """Returns why the kernel cannot run on a device; "" where it can."""
     if device.type not in ("cpu", "cuda"):
         return f"it needs a CUDA device, not {device.type}"
     if device.type == "cpu" and not native.on_host():
@@ -74,6 +74,6 @@ def _unavailable(device: torch.device) -> str:
     if torch.version.hip:
         return "it needs an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
+    if capability < _MIN_CAPABILITY:
         return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
     return ""

@@ -1,4 +1,4 @@
-"""A placement in words, for pcfast.explain."""
+"""Describes a placement in words, for pcfast.explain."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from itertools import groupby
 from ...model import spec as specs
 from ...precision import Operands
 from ..gpu_constants import Constants
-from .roofline import MULTIPLY_ADDS_A_CLOCK, Floor, floors
+from .roofline import MULTIPLY_ADDS_PER_CLOCK, Floor, floors
 from .shared_memory import Placement
 
 _OPERANDS = {"ieee": "float32", "tf32": "TF32", "bf16": "bfloat16"}
 
 
 def describe(network: specs.Network, placed: Placement, constants: Constants) -> list[str]:
-    """The tier, the launch, and per layer the bytes of shared memory of its arrays and its floor."""
+    """Describes the kernel, its launch, and per layer the floor and the bytes of its arrays in shared memory."""
     lines = [
-        "tier resident: weights and state in one block's shared memory, forward pass and iterations in one launch",
-        f"{placed.samples} sample{'s' * (placed.samples > 1)} a block, {placed.blocks} blocks of {placed.threads} "
-        f"threads, {placed.blocks_per_sm} a multiprocessor, {placed.waves} wave{'s' * (placed.waves > 1)}",
-        f"{placed.bytes:,} bytes of shared memory a block",
+        "shared-memory-resident kernel: weights and state in one block's shared memory, forward pass and iterations "
+        "in one launch",
+        f"{placed.samples} sample{'s' * (placed.samples > 1)} per block, {placed.blocks} blocks of {placed.threads} "
+        f"threads, {placed.blocks_per_sm} per SM, {placed.waves} wave{'s' * (placed.waves > 1)}",
+        f"{placed.bytes:,} bytes of shared memory per block",
         f"products read {_read(placed.operands)}",
     ]
     least = floors(placed, constants)
@@ -46,7 +47,7 @@ def _clocks(floor: Floor) -> str:
 
 def _rates(operands: Operands) -> str:
     used = dict.fromkeys((operands.linear, operands.convolution))
-    return " and ".join(f"{MULTIPLY_ADDS_A_CLOCK[word]:,} {_OPERANDS[word]}" for word in used)
+    return " and ".join(f"{MULTIPLY_ADDS_PER_CLOCK[word]:,} {_OPERANDS[word]}" for word in used)
 
 
 def _read(operands: Operands) -> str:

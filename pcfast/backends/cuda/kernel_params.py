@@ -1,4 +1,4 @@
-"""The resident kernel's arguments as it reads them: a mirror of csrc/resident/program.h, held to it by its sizes."""
+"""The resident kernel's arguments as it reads them: a mirror of csrc/resident/program.h, compared with it by size."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import ctypes
 from ctypes import Structure, c_double, c_int32, c_int64, c_uint32, c_void_p
 
 from ...model.activations import Activation, Gelu, GeluTanh, LeakyRelu, Relu, Sigmoid, Silu, Tanh
+from . import geometry
 
-MOST_LAYERS = 16
-
-# kinds of products
-NO_PRODUCT, COPY, PIXELS, LINEAR = range(4)
-# what products read, by the words of pcfast.precision.Operands
-OPERANDS = {"ieee": 0, "tf32": 1, "bf16": 2}
-NO_POOL, MAX_POOL, AVG_POOL = range(3)
-LOSSES = {"cross_entropy": 0, "mse": 1}
-_ACTIVATIONS = {type(None): 0, Relu: 1, LeakyRelu: 2, Tanh: 3, Sigmoid: 4, Silu: 5, Gelu: 6, GeluTanh: 7}
+#: Codes of what products read, by the words of pcfast.precision.Operands.
+OPERANDS = {"ieee": geometry.IEEE, "tf32": geometry.TF32, "bf16": geometry.BF16}
+LOSSES = {"cross_entropy": geometry.CROSS_ENTROPY, "mse": geometry.MSE}
+_ACTIVATIONS = {
+    type(None): geometry.IDENTITY,
+    Relu: geometry.RELU,
+    LeakyRelu: geometry.LEAKY_RELU,
+    Tanh: geometry.TANH,
+    Sigmoid: geometry.SIGMOID,
+    Silu: geometry.SILU,
+    Gelu: geometry.GELU,
+    GeluTanh: geometry.GELU_TANH,
+}
 
 
 def activation_code(activation: Activation | None) -> tuple[int, float]:
-    """Code of csrc/resident/activations.cuh, and the negative slope."""
+    """Returns the code of csrc/resident/activations.cuh, and the negative slope."""
     return _ACTIVATIONS[type(activation)], float(getattr(activation, "negative_slope", 0.0))
 
 
@@ -27,7 +32,7 @@ def _ints(*names: str) -> list:
     return [(name, c_int32) for name in names]
 
 
-class Place(Structure):
+class StridedView(Structure):
     _fields_ = _ints("first", "samples", "channels", "rows", "columns")
 
 
@@ -36,7 +41,10 @@ class Divisor(Structure):
 
 
 def divisor(value: int) -> Divisor:
-    """The multiplier is at most 1 below 2^32 / value: a quotient of n is exact up to (n + 1) value = 2^32."""
+    """Returns a divisor by which quotients of n are exact up to (n + 1) value = 2^32.
+
+    Its multiplier is at most 1 below 2^32 / value.
+    """
     return Divisor(value, (2**32 - 1) // value)
 
 
@@ -47,12 +55,12 @@ class Product(Structure):
         ("by_width", Divisor),
         *_ints("channels", "taps_y", "taps_x"),
         *_ints("weights", "weight_row", "weight_channel", "weight_tap_y", "weight_tap_x"),
-        ("input", Place),
+        ("input", StridedView),
         *_ints("input_tap_y", "input_tap_x", "scratch", "scratch_sample", "scratch_split"),
         *_ints("units"),
         ("by_splits", Divisor),
         ("by_tiles", Divisor),
-        *_ints("split", "lanes_log2", "rows_a_thread", "tiles", "terms", "term_count"),
+        *_ints("split", "lanes_log2", "rows_per_thread", "tiles", "terms", "term_count"),
     ]
 
     @property
@@ -90,33 +98,36 @@ class Layer(Structure):
             "weight_stride",
             "gram",
         ),
-        ("delta", Place),
-        ("d", Place),
+        ("delta", StridedView),
+        ("d", StridedView),
     ]
 
 
 class Program(Structure):
     _fields_ = [
         *_ints("depth", "samples", "group", "elements", "loss", "classes"),
-        *_ints("vhat", "dense", "mass", "classes_stride", "first_in_loop"),
-        ("layers", Layer * MOST_LAYERS),
+        *_ints("vhat", "target", "target_sum", "classes_stride", "first_in_loop"),
+        ("layers", Layer * geometry.MAX_LAYERS),
     ]
 
 
-_PerLayer = c_void_p * MOST_LAYERS
+_PerLayer = c_void_p * geometry.MAX_LAYERS
 
 
 class Tensors(Structure):
     _fields_ = [
         *((name, _PerLayer) for name in ("weight", "bias", "start")),
-        *((name, c_void_p) for name in ("vhat_1", "uhat_2", "labels", "dense", "class_weight", "step_sizes")),
+        *(
+            (name, c_void_p)
+            for name in ("vhat_1", "uhat_2", "labels", "target", "class_weight", "step_sizes")
+        ),
         *((name, _PerLayer) for name in ("vhat", "belief", "error", "local_error")),
         *((name, c_void_p) for name in ("loss_rows", "output_gradient", "gram_sum", "gram_sum_before")),
         ("first_bad", c_void_p),
     ]
 
 
-class Run(Structure):
+class RunParams(Structure):
     _fields_ = [
         *_ints("batch", "iterations", "fresh", "mean", "every_row"),
         ("ignored_label", c_int64),
@@ -125,5 +136,5 @@ class Run(Structure):
 
 
 def sizes() -> tuple[int, int, int]:
-    """Bytes of Program, Tensors and Run."""
-    return tuple(ctypes.sizeof(kind) for kind in (Program, Tensors, Run))
+    """Returns the bytes of Program, Tensors and RunParams."""
+    return tuple(ctypes.sizeof(kind) for kind in (Program, Tensors, RunParams))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from ...errors import BackendError
 from ...losses import Loss
 from . import native
-from .kernel_params import NO_POOL, Program, Run, Tensors, sizes
+from .geometry import NO_POOL, differences
+from .kernel_params import Program, RunParams, Tensors, sizes
 from .shared_memory import Placement
 
 # larger than any number of iterations
@@ -27,8 +29,10 @@ class Inputs:
         below: vhat_1, or in Gram form layer 2's pre-activations.
         starts: beliefs to start from; None from the forward pass.
         loss, y: a known loss, and its target.
-        step_size: eta of all iterations; or of each, (num_steps,). momentum: of the beliefs, in [0, 1).
-        shapes: of vhat_l. inner_shapes: of what layer l's product gives, or what a layer without one reads.
+        step_size: eta of all iterations; or of each, (num_steps,).
+        momentum: the beliefs' momentum, in [0, 1).
+        shapes: the shapes of vhat_l.
+        inner_shapes: the shapes of what layer l's product gives, or what a layer without one reads.
     """
 
     weights: Sequence[Tensor | None]
@@ -44,16 +48,17 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the kernel found. Lists run over l = 0..L.
+class ResidentOutputs:
+    """What the kernel writes. Lists run over l = 0..L.
 
     Attributes:
         vhat: of the forward pass, from layer 2 on.
-        loss_rows: (B,), every sample's share of the loss at vhat_L. output_gradient: of the loss there, or None.
+        loss_rows: (B,), every sample's share of the loss at vhat_L.
+        output_gradient: the loss's gradient there, or None.
         beliefs: after the last iteration; None where they are not in the loop.
         errors: eps_l of the last iteration; entries of layers that it has not reached say nothing.
         local_errors: eps_l pulled back to the layer's product at the last beliefs, for l >= 2; None unless asked for.
-        gram_sum, gram_sum_before: S after and before the last iteration (docs/method.md fact 7), or None.
+        gram_sum, gram_sum_before: S after and before the last iteration, or None: Gram form (docs/method.md fact 7).
         first_bad: (L,) int32, the iteration whose update left a layer's state NaN or infinite; for the output layer
             0 where a label was out of range.
     """
@@ -76,7 +81,7 @@ def relax(
     *,
     gradients: bool,
     output_gradient: bool,
-) -> Found:
+) -> ResidentOutputs:
     """Forward pass and relaxation on the current stream of the inputs' device.
 
     Args:
@@ -85,11 +90,11 @@ def relax(
     Raises:
         BackendError: the launch failed; CUDA's reason is in it. Or the module reads other structs.
     """
-    found, launch = prepare(
+    outputs, launch = prepare(
         placement, inputs, num_steps, gradients=gradients, output_gradient=output_gradient
     )
     launch()
-    return found
+    return outputs
 
 
 def prepare(
@@ -99,14 +104,10 @@ def prepare(
     *,
     gradients: bool,
     output_gradient: bool,
-) -> tuple[Found, Callable[[], None]]:
-    """What :func:`relax` will have found, and the launch that fills it; each launch relaxes anew, to the same."""
+) -> tuple[ResidentOutputs, Callable[[], None]]:
+    """Returns what :func:`relax` returns, and the launch that fills it; each launch relaxes anew, to the same."""
     module = native.load()
-    if module.resident_sizes() != sizes():
-        raise BackendError(
-            f"the CUDA kernels were built from other sources: they read {module.resident_sizes()} bytes, this pcfast "
-            f"gives {sizes()}; install pcfast again, from the same sources (in a checkout: make native)"
-        )
+    _check_sources(module)
     program = Program.from_buffer_copy(placement.program)
     depth, device, batch = program.depth, inputs.below.device, inputs.below.shape[0]
     like = dict(dtype=inputs.below.dtype, device=device)
@@ -136,7 +137,7 @@ def prepare(
     at_output = torch.empty(inputs.shapes[depth], **like) if output_gradient else None
     first_bad = torch.full((depth,), _NEVER, dtype=torch.int32, device=device)
 
-    tensors, run = Tensors(), Run(batch, num_steps, inputs.starts is None)
+    tensors, run = Tensors(), RunParams(batch, num_steps, inputs.starts is None)
     lists = dict(
         weight=inputs.weights, bias=inputs.biases, start=inputs.starts, vhat=vhat, belief=beliefs, error=errors,
         local_error=local,
@@ -167,20 +168,32 @@ def prepare(
             )
 
     local = local if gradients else None
-    return Found(vhat, rows, at_output, beliefs, errors, local, *sums, first_bad), launch
+    return ResidentOutputs(vhat, rows, at_output, beliefs, errors, local, *sums, first_bad), launch
 
 
-def _describe_loss(inputs: Inputs, like: dict, tensors: Tensors, run: Run, pointer) -> None:
+def _check_sources(module: ModuleType) -> None:
+    """Raises where the module reads other structs, or counts with other sizes and codes, than Python writes."""
+    remedy = "install pcfast again, from the same sources (in a checkout: make native)"
+    if module.resident_sizes() != sizes():
+        raise BackendError(
+            f"the CUDA kernels were built from other sources: they read {module.resident_sizes()} bytes, this pcfast "
+            f"gives {sizes()}; {remedy}"
+        )
+    if other := differences(module.resident_constants()):
+        raise BackendError(f"the CUDA kernels were built from other sources: {'; '.join(other)}; {remedy}")
+
+
+def _describe_loss(inputs: Inputs, like: dict, tensors: Tensors, run: RunParams, pointer) -> None:
     loss, y, batch = inputs.loss, inputs.y, inputs.below.shape[0]
     run.share = loss.share(batch)
     if loss.kind == "mse":
-        tensors.dense = pointer(y.to(**like))
+        tensors.target = pointer(y.to(**like))
         run.loss_scale = loss.mse_scale(y)
         return
     reduction, run.ignored_label, run.smoothing = loss.settings
     run.mean, run.every_row = reduction == "mean", loss.normalizer is not None
     if y.is_floating_point():
-        tensors.dense = pointer(y.to(**like))
+        tensors.target = pointer(y.to(**like))
     else:
         tensors.labels = pointer(y.long())
     tensors.class_weight = None if loss.weight is None else pointer(loss.weight.to(**like))

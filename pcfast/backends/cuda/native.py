@@ -1,6 +1,6 @@
 """The one place that loads the CUDA kernels: pcfast._native, compiled from csrc/ where there is nvcc.
 
-Nothing is loaded before it is asked for. What was found holds for the life of the process.
+Nothing is loaded before it is asked for. The answer, a module or why there is none, holds for the process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import ModuleType
 from ...errors import BackendError
 
 #: PCFAST_ABI_VERSION of csrc/abi.h.
-ABI_VERSION = 2
+ABI_VERSION = 3
 #: Names a built _native_host, whose kernels run on the CPU, to be loaded instead: for tests.
 ON_HOST = "PCFAST_CUDA_ON_HOST"
 
@@ -49,7 +49,7 @@ class Probe:
 
 
 def load() -> ModuleType:
-    """The native module.
+    """Loads the native module.
 
     Raises:
         BackendError: it is missing or unusable; the message says why, and what to do.
@@ -61,17 +61,17 @@ def load() -> ModuleType:
 
 
 def why_missing() -> str:
-    """Why `load` would raise; "" where it would not."""
+    """Returns why `load` would raise; "" where it would not."""
     return _find(os.environ.get(ON_HOST, ""))[1]
 
 
 def on_host() -> bool:
-    """Whether a build for the CPU was asked for."""
+    """Returns whether a build for the CPU was asked for."""
     return bool(os.environ.get(ON_HOST))
 
 
 def probe() -> Probe:
-    """Driver, runtime, GPUs, and why none can be used. Creates no context on a GPU.
+    """Asks for driver, runtime and GPUs, and why none can be used. Creates no context on a GPU.
 
     Raises:
         BackendError: see `load`.
@@ -86,14 +86,18 @@ def probe() -> Probe:
     if status:
         reason = _explain(status, module.error_text(status), driver, runtime)
     else:
-        found = [module.device_capability(device) for device in range(count)]
-        reason = _no_code(architectures, [(major, minor) for failed, major, minor in found if not failed])
+        answers = [module.device_capability(device) for device in range(count)]
+        reason = _no_code(architectures, [(major, minor) for failed, major, minor in answers if not failed])
     return Probe(_version(driver), _version(runtime), count, architectures, reason)
 
 
 @functools.lru_cache(maxsize=8)
 def _find(host: str) -> tuple[ModuleType | None, str]:
-    """The module, or None and why not. host: path of a build for the CPU, or ""."""
+    """Returns the module, or None and why not.
+
+    Args:
+        host: the path of a build for the CPU, or "".
+    """
     try:
         module = _load_file(host) if host else importlib.import_module(_MODULE)
     except ModuleNotFoundError as error:
@@ -133,7 +137,7 @@ def _version(number: int) -> str | None:
 
 
 def _explain(status: int, text: str, driver: int, runtime: int) -> str:
-    """A failed count of devices, and what to do."""
+    """Returns why the count of devices failed, and what to do."""
     if status == _INSUFFICIENT_DRIVER and not driver:
         return "no NVIDIA driver was found: install it; in a container, make the host's visible (docker: --gpus all)"
     if status == _INSUFFICIENT_DRIVER:
@@ -148,7 +152,7 @@ def _explain(status: int, text: str, driver: int, runtime: int) -> str:
 
 
 def _no_code(architectures: Sequence[str], capabilities: Sequence[tuple[int, int]]) -> str:
-    """Why none of the GPUs can run what is compiled in; "" where one can."""
+    """Returns why none of the GPUs can run what is compiled in; "" where one can."""
     if any(_runs_on(name, capability) for name in architectures for capability in capabilities):
         return ""
     here = ", ".join(f"{major}.{minor}" for major, minor in sorted(set(capabilities))) or "unknown"

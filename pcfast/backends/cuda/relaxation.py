@@ -13,7 +13,7 @@ from ..divergence import Checks
 from ..forward import Chains, ForwardPass
 from ..kernel_backend import first_product, raise_first_bad
 from . import launch
-from .launch import Found, Inputs
+from .launch import Inputs, ResidentOutputs
 from .placements import placement_of
 from .shared_memory import Placement
 
@@ -23,12 +23,12 @@ class Relaxation:
 
     Attributes:
         first: vhat_1, which torch computes.
-        found: what the kernel found.
+        outputs: what the kernel wrote.
         results: (layer, tensor) of the last beliefs and of the output's error.
     """
 
     first: Tensor
-    found: Found
+    outputs: ResidentOutputs
 
     def __init__(self, problem: Problem, plan: Plan, chains: Chains) -> None:
         self.problem, self.plan, self.chains = problem, plan, chains
@@ -47,13 +47,13 @@ class Relaxation:
         self.first = self.chains[1].forward(x)
         wanted = plan.wanted
         placement, inputs = self.arguments()
-        found = self.found = launch.relax(
+        outputs = self.outputs = launch.relax(
             placement, inputs, plan.num_steps, gradients=wanted.gradients,
             output_gradient=wanted.states or wanted.activations or problem.check,
         )  # fmt: skip
         forward = ForwardPass(
-            self.chains, [x, self.first, *found.vhat[2:]], found.loss_rows.sum(), found.output_gradient,
-            invalid_labels=found.first_bad[-1] == 0,
+            self.chains, [x, self.first, *outputs.vhat[2:]], outputs.loss_rows.sum(), outputs.output_gradient,
+            invalid_labels=outputs.first_bad[-1] == 0,
         )  # fmt: skip
         return self._finish(forward, Checks(problem, forward))
 
@@ -93,19 +93,19 @@ class Relaxation:
         return inner[0] if head is None else inner[head + 1]
 
     def _finish(self, forward: ForwardPass, checks: Checks) -> Outcome:
-        """Updates, and what else is wanted, from what the kernel found."""
-        problem, plan, found, depth = self.problem, self.plan, self.found, self.plan.depth
+        """Updates, and what else is wanted, from what the kernel outputs."""
+        problem, plan, outputs, depth = self.problem, self.plan, self.outputs, self.plan.depth
         steps, vhat, out = plan.num_steps, forward.vhat, forward.outcome(plan)
         out.resources = self.step_size  # what the cache may let go
-        beliefs, errors = [vhat[0], *found.beliefs[1:depth], vhat[depth]], [None] * (depth + 1)
+        beliefs, errors = [vhat[0], *outputs.beliefs[1:depth], vhat[depth]], [None] * (depth + 1)
         # error l is there from iteration L - l + 1 on (active front, docs/method.md fact 3)
         lowest = max(depth - max(steps, 1) + 1, 1) if plan.fresh else 1
         for l in range(lowest, depth + 1):
-            errors[l] = found.errors[l]
+            errors[l] = outputs.errors[l]
         if plan.gram:
             head = self.chains[2].steps[self.heads[2]]
-            beliefs[1] = vhat[1] - head.pullback(found.gram_sum)
-            errors[1] = head.pullback(found.gram_sum_before)
+            beliefs[1] = vhat[1] - head.pullback(outputs.gram_sum)
+            errors[1] = head.pullback(outputs.gram_sum_before)
         elif lowest == 1 and not steps:
             errors[1] = vhat[1] - beliefs[1]  # written in the feedback stage, of which there was none
         self.results = [(l, v) for l, v in enumerate(beliefs) if 0 < l < depth]
@@ -117,7 +117,7 @@ class Relaxation:
             top = None if self.starts is None else self.starts[depth]
             out.beliefs = [beliefs[0].clone(), *beliefs[1:-1], (beliefs[-1] if top is None else top).clone()]
             out.errors = forward.filled(errors)
-        first_bad = found.first_bad[:-1]
+        first_bad = outputs.first_bad[:-1]
         checks.observe_first(first_bad, steps)
         checks.finish(out, self.results, lambda: raise_first_bad(first_bad, steps, problem.step_size))
         forward.settle(problem, out)
@@ -134,4 +134,4 @@ class Relaxation:
             return []
         step = chain.steps[head]
         step.at_input(Chain(chain.steps[:head]).forward(below))
-        return step.gradients(self.found.local_errors[l])
+        return step.gradients(self.outputs.local_errors[l])

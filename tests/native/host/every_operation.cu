@@ -18,7 +18,7 @@ template __global__ void copy<16>(unsigned char*, const unsigned char*, const in
 
 __global__ void ordered(int* values) {
   values[threadIdx.x] += 1;
-  pcfast::tile::warp_barrier();
+  __syncwarp();
   values[threadIdx.x ^ 1] += 1;
 }
 

@@ -8,29 +8,27 @@
 #include <vector>
 
 #include "calls.h"
-#include "tile/atomic.cuh"
-#include "tile/barrier.cuh"
 #include "tile/copy.cuh"
 #include "tile/mma.cuh"
-#include "tile/shuffle.cuh"
+#include "tile/warp_reduce.cuh"
 
 namespace {
 
 namespace tile = pcfast::tile;
-using tile::bf16;
+using bf16 = __nv_bfloat16;
 
 enum class Fault {
-  none,
-  no_barrier,        // between the writes of the activities and their reads
-  no_last_barrier,   // between the reads of an iteration and the writes of the next
-  shuffle_barrier,   // a shuffle in place of a warp's barrier
-  no_wait,           // for the copy of the weights
-  not_atomic,        // the sum over the blocks
-  no_bounds_check,   // on the rows of x
-  past_shared,       // one row more than the last array has
-  into_gap,          // one row more than the first array has
-  branch,            // a barrier that one warp does not reach
-  misaligned,        // copy
+  kNone,
+  kNoBarrier,        // between the writes of the activities and their reads
+  kNoLastBarrier,    // between the reads of an iteration and the writes of the next
+  kShuffleBarrier,   // a shuffle in place of a warp's barrier
+  kNoWait,           // for the copy of the weights
+  kNotAtomic,        // the sum over the blocks
+  kNoBoundsCheck,    // on the rows of x
+  kPastShared,       // one row more than the last array has
+  kIntoGap,          // one row more than the first array has
+  kBranch,           // a barrier that one warp does not reach
+  kMisaligned,       // copy
 };
 
 struct Name {
@@ -39,17 +37,17 @@ struct Name {
 };
 
 const Name kNames[] = {
-    {"none", Fault::none},
-    {"no_barrier", Fault::no_barrier},
-    {"no_last_barrier", Fault::no_last_barrier},
-    {"shuffle_barrier", Fault::shuffle_barrier},
-    {"no_wait", Fault::no_wait},
-    {"not_atomic", Fault::not_atomic},
-    {"no_bounds_check", Fault::no_bounds_check},
-    {"past_shared", Fault::past_shared},
-    {"into_gap", Fault::into_gap},
-    {"branch", Fault::branch},
-    {"misaligned", Fault::misaligned},
+    {"none", Fault::kNone},
+    {"no_barrier", Fault::kNoBarrier},
+    {"no_last_barrier", Fault::kNoLastBarrier},
+    {"shuffle_barrier", Fault::kShuffleBarrier},
+    {"no_wait", Fault::kNoWait},
+    {"not_atomic", Fault::kNotAtomic},
+    {"no_bounds_check", Fault::kNoBoundsCheck},
+    {"past_shared", Fault::kPastShared},
+    {"into_gap", Fault::kIntoGap},
+    {"branch", Fault::kBranch},
+    {"misaligned", Fault::kMisaligned},
 };
 
 constexpr int kWidth = 32;
@@ -90,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int iteration = 0; iteration < iterations; ++iteration) {
     for (int i = thread; i < kWidth * kWidth / kCopied; i += kThreads) {
       const int row = i * kCopied / kWidth, column = i * kCopied % kWidth;
-      const int shift = fault == Fault::misaligned ? 1 : 0;
+      const int shift = fault == Fault::kMisaligned ? 1 : 0;
       tile::copy_async<16>(shared_weights + row * kStride + column,  // copies the weights
                            weights + row * kWidth + column + shift);
     }
@@ -99,16 +97,16 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = 0; i < 4; ++i) {
         const int row = tile::accumulator_row(lane, i);
         const int column = first_column + 8 * n + tile::accumulator_column(lane, i);
-        activities[row * kStride + column] = tile::to_bf16(tanhf(state[n][i]));  // writes activities
+        activities[row * kStride + column] = __float2bfloat16_rn(tanhf(state[n][i]));  // writes activities
       }
     }
-    if (fault == Fault::past_shared) activities[kRows * kStride + thread] = tile::to_bf16(0.0f);  // past the end
-    if (fault == Fault::into_gap) shared_weights[kWidth * kStride + thread % 8] = tile::to_bf16(0.0f);  // in the gap
-    if (fault != Fault::no_wait) tile::copy_wait<0>();
-    if (fault == Fault::branch) {
-      if (tile::warp_index() == 0) tile::block_barrier();  // in a branch
-    } else if (fault != Fault::no_barrier) {
-      tile::block_barrier();
+    if (fault == Fault::kPastShared) activities[kRows * kStride + thread] = __float2bfloat16_rn(0.0f);  // past the end
+    if (fault == Fault::kIntoGap) shared_weights[kWidth * kStride + thread % 8] = __float2bfloat16_rn(0.0f);  // in the gap
+    if (fault != Fault::kNoWait) tile::copy_wait<0>();
+    if (fault == Fault::kBranch) {
+      if (tile::warp_index() == 0) __syncthreads();  // in a branch
+    } else if (fault != Fault::kNoBarrier) {
+      __syncthreads();
     }
     float product[kTiles][4] = {};
     for (int k = 0; k < kWidth; k += kDepth) {
@@ -123,7 +121,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int n = 0; n < kTiles; ++n) {
       for (int i = 0; i < 4; ++i) state[n][i] += rate * (product[n][i] - state[n][i]);
     }
-    if (fault != Fault::no_last_barrier) tile::block_barrier();
+    if (fault != Fault::kNoLastBarrier) __syncthreads();
   }
 
   int own = 0;
@@ -131,23 +129,23 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < 4; ++i) {
       const int row = first_row + tile::accumulator_row(lane, i);
       const int column = first_column + 8 * n + tile::accumulator_column(lane, i);
-      if (row >= rows && fault != Fault::no_bounds_check) continue;
+      if (row >= rows && fault != Fault::kNoBoundsCheck) continue;
       x[row * kWidth + column] = state[n][i];  // writes x
       ++own;
     }
   }
   shared_handled[thread] = own;  // hands over a count
-  if (fault == Fault::shuffle_barrier) {
-    tile::shuffle_xor(own, 1);
+  if (fault == Fault::kShuffleBarrier) {
+    __shfl_xor_sync(tile::kFullMask, own, 1);
   } else {
-    tile::warp_barrier();
+    __syncwarp();
   }
   const int sum = tile::warp_sum(shared_handled[thread ^ 1]);  // takes over a count
   if (lane == 0) {
-    if (fault == Fault::not_atomic) {
+    if (fault == Fault::kNotAtomic) {
       *handled += sum;  // adds up
     } else {
-      tile::atomic_add(handled, sum);
+      atomicAdd(handled, sum);
     }
   }
 }
@@ -159,8 +157,8 @@ void relax_plainly(std::vector<float>& x, const std::vector<bf16>& weights, int 
     for (int iteration = 0; iteration < iterations; ++iteration) {
       double product[kWidth] = {};
       for (int k = 0; k < kWidth; ++k) {
-        const double activity = tile::to_float(tile::to_bf16(tanhf(state[k])));
-        for (int n = 0; n < kWidth; ++n) product[n] += activity * tile::to_float(weights[k * kWidth + n]);
+        const double activity = __bfloat162float(__float2bfloat16_rn(tanhf(state[k])));
+        for (int n = 0; n < kWidth; ++n) product[n] += activity * __bfloat162float(weights[k * kWidth + n]);
       }
       for (int n = 0; n < kWidth; ++n) state[n] += rate * (static_cast<float>(product[n]) - state[n]);
     }
@@ -170,26 +168,26 @@ void relax_plainly(std::vector<float>& x, const std::vector<bf16>& weights, int 
 }  // namespace
 
 int main(int count, char** arguments) {
-  Fault fault = Fault::none;
+  Fault fault = Fault::kNone;
   for (const Name& one : kNames) {
     if (count > 1 && std::strcmp(arguments[1], one.name) == 0) fault = one.fault;
   }
   const bool many_blocks = count > 1 && std::strcmp(arguments[1], "many_blocks") == 0;
   const int rows = (many_blocks ? 130 : 2) * kRows + 5;
-  constexpr int iterations = 6;
-  constexpr float rate = 0.25f, tolerance = 5e-3f;
+  constexpr int kIterations = 6;
+  constexpr float kRate = 0.25f, kTolerance = 5e-3f;
 
   std::vector<float> start(static_cast<std::size_t>(rows * kWidth));
   std::vector<bf16> weights(kWidth * kWidth + kCopied);
   for (std::size_t i = 0; i < start.size(); ++i) start[i] = sinf(static_cast<float>(i * i % 997));
-  for (std::size_t i = 0; i < weights.size(); ++i) weights[i] = tile::to_bf16(0.3f * cosf(static_cast<float>(i * 7)));
+  for (std::size_t i = 0; i < weights.size(); ++i) weights[i] = __float2bfloat16_rn(0.3f * cosf(static_cast<float>(i * 7)));
 
   std::vector<float> expected = start, x = start;
-  relax_plainly(expected, weights, rows, iterations, rate);
+  relax_plainly(expected, weights, rows, kIterations, kRate);
   int handled = 0;
   const int status = status_of([&] {
     return tile::launch(relax, dim3(static_cast<unsigned>((rows + kRows - 1) / kRows)), dim3(kThreads), kSharedBytes, nullptr, x.data(),
-                        weights.data(), &handled, rows, iterations, rate, fault);
+                        weights.data(), &handled, rows, kIterations, kRate, fault);
   });
   if (status != 0) {
     std::fprintf(stderr, "%s\n", message());
@@ -201,5 +199,5 @@ int main(int count, char** arguments) {
     if (!(difference <= error)) error = difference;
   }
   std::printf("error %g, handled %d\n", static_cast<double>(error), handled);
-  return error <= tolerance && handled == rows * kWidth ? 0 : 1;
+  return error <= kTolerance && handled == rows * kWidth ? 0 : 1;
 }

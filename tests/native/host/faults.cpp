@@ -1,9 +1,8 @@
 // Kernels with one mistake each, of the kinds that a launch on the host reports without a sanitizer.
 #include "calls.h"
-#include "tile/barrier.cuh"
 #include "tile/copy.cuh"
 #include "tile/mma.cuh"
-#include "tile/shuffle.cuh"
+#include "tile/warp_reduce.cuh"
 
 namespace {
 
@@ -16,29 +15,29 @@ __global__ void none(float* out, const float*) {
   PCFAST_SHARED_MEMORY(shared);
   auto* values = reinterpret_cast<float*>(shared);
   values[threadIdx.x] = static_cast<float>(threadIdx.x);
-  tile::block_barrier();
+  __syncthreads();
   out[threadIdx.x] = values[kThreads - 1 - threadIdx.x];
 }
 
 __global__ void barrier_in_a_branch(float*, const float*) {
-  if (threadIdx.x < 40) tile::block_barrier();
+  if (threadIdx.x < 40) __syncthreads();
 }
 
 __global__ void two_barriers(float*, const float*) {
   if (threadIdx.x < 32) {
-    tile::block_barrier();
+    __syncthreads();
   } else {
-    tile::block_barrier();
+    __syncthreads();
   }
 }
 
 __global__ void returned_early(float*, const float*) {
   if (threadIdx.x == 7) return;
-  tile::block_barrier();
+  __syncthreads();
 }
 
 __global__ void more_barriers_in_one_warp(float*, const float*) {
-  for (int i = 0; i <= tile::warp_index(); ++i) tile::block_barrier();
+  for (int i = 0; i <= tile::warp_index(); ++i) __syncthreads();
 }
 
 __global__ void shuffle_in_a_branch(float* out, const float*) {
@@ -47,9 +46,9 @@ __global__ void shuffle_in_a_branch(float* out, const float*) {
 
 __global__ void wait_for_different_things(float* out, const float*) {
   if (tile::warp_index() == 0) {
-    tile::block_barrier();
+    __syncthreads();
   } else if (tile::lane_index() == 0) {
-    tile::warp_barrier();
+    __syncwarp();
   } else {
     out[threadIdx.x] = 0.0f;
   }
@@ -87,7 +86,7 @@ __global__ void no_wait(float* out, const float* in) {
   values[threadIdx.x] = 1.0f;
   tile::copy_async<4>(values + threadIdx.x, in + threadIdx.x);
   tile::copy_commit();
-  tile::block_barrier();
+  __syncthreads();
   out[threadIdx.x] = values[threadIdx.x];
 }
 
@@ -96,7 +95,7 @@ __global__ void no_commit(float* out, const float* in) {
   auto* values = reinterpret_cast<float*>(shared);
   tile::copy_async<4>(values + threadIdx.x, in + threadIdx.x);
   tile::copy_wait<0>();
-  tile::block_barrier();
+  __syncthreads();
   out[threadIdx.x] = values[threadIdx.x];
 }
 

@@ -14,21 +14,21 @@ int run(Kernel kernel, std::size_t shared_bytes, A... args) {
   });
 }
 
-template <bool TRANSPOSED>
+template <bool kTransposed>
 int run_load(int count, uint32_t* registers, const uint4* rows, const int* order) {
   switch (count) {
     case 1:
-      return run(operations::load_matrix<1, TRANSPOSED>, kRowsBytes, registers, rows, order);
+      return run(operations::load_matrix<1, kTransposed>, kRowsBytes, registers, rows, order);
     case 2:
-      return run(operations::load_matrix<2, TRANSPOSED>, kRowsBytes, registers, rows, order);
+      return run(operations::load_matrix<2, kTransposed>, kRowsBytes, registers, rows, order);
     default:
-      return run(operations::load_matrix<4, TRANSPOSED>, kRowsBytes, registers, rows, order);
+      return run(operations::load_matrix<4, kTransposed>, kRowsBytes, registers, rows, order);
   }
 }
 
-template <int BYTES>
+template <int kBytes>
 int run_copy(unsigned char* seen, const unsigned char* global, const int* valid) {
-  return run(operations::copy<BYTES>, 2 * pcfast::tile::kWarpSize * BYTES, seen, global, valid);
+  return run(operations::copy<kBytes>, 2 * pcfast::tile::kWarpSize * kBytes, seen, global, valid);
 }
 
 }  // namespace
@@ -67,10 +67,10 @@ int copy(int bytes, unsigned char* seen, const unsigned char* global, const int*
 }
 
 int convert(uint16_t* bf16, uint32_t* tf32, uint32_t* packed, const float* values, int count) {
-  constexpr unsigned block = 64;
-  const unsigned blocks = (static_cast<unsigned>(count) + block - 1) / block;
+  constexpr unsigned kBlock = 64;
+  const unsigned blocks = (static_cast<unsigned>(count) + kBlock - 1) / kBlock;
   return status_of([&] {
-    return pcfast::tile::launch(operations::convert, dim3(blocks), dim3(block), 0, nullptr, bf16, tf32, packed, values,
+    return pcfast::tile::launch(operations::convert, dim3(blocks), dim3(kBlock), 0, nullptr, bf16, tf32, packed, values,
                                 count);
   });
 }

@@ -1,11 +1,9 @@
 // One kernel for each tile operation: registers in, registers out, lane by lane, in one block of one warp.
 #pragma once
 
-#include "tile/atomic.cuh"
-#include "tile/barrier.cuh"
 #include "tile/copy.cuh"
 #include "tile/mma.cuh"
-#include "tile/shuffle.cuh"
+#include "tile/warp_reduce.cuh"
 
 namespace operations {
 
@@ -34,16 +32,16 @@ __global__ void multiply_tf32(float* d, const uint32_t* a, const uint32_t* b) {
 }
 
 // `rows` holds 32 rows of 16 bytes; lane l loads from row order[l].
-template <int COUNT, bool TRANSPOSED>
+template <int kCount, bool kTransposed>
 __global__ void load_matrix(uint32_t* registers, const uint4* rows, const int* order) {
   PCFAST_SHARED_MEMORY(shared);
   auto* shared_rows = reinterpret_cast<uint4*>(shared);
   const int lane = tile::lane_index();
   shared_rows[lane] = rows[lane];
-  tile::block_barrier();
-  uint32_t own[COUNT];
-  tile::load_matrix<COUNT, TRANSPOSED>(own, shared_rows + order[lane]);
-  for (int i = 0; i < COUNT; ++i) registers[lane * COUNT + i] = own[i];
+  __syncthreads();
+  uint32_t own[kCount];
+  tile::load_matrix<kCount, kTransposed>(own, shared_rows + order[lane]);
+  for (int i = 0; i < kCount; ++i) registers[lane * kCount + i] = own[i];
 }
 
 template <class T>
@@ -55,25 +53,25 @@ template <class T>
 __global__ void shuffle(Shuffled<T>* results, const T* values, const int* lanes, int mask) {
   const int lane = tile::lane_index();
   const T value = values[lane];
-  results[lane] = {tile::shuffle(value, lanes[lane]), tile::shuffle_xor(value, mask), tile::warp_sum(value),
+  results[lane] = {__shfl_sync(tile::kFullMask, value, lanes[lane]), __shfl_xor_sync(tile::kFullMask, value, mask), tile::warp_sum(value),
                    tile::warp_max(value)};
 }
 
 // Two groups of one copy a lane, the second only where valid; `seen` is the shared memory before any wait, after
 // the wait for the first group, and after the wait for both.
-template <int BYTES>
+template <int kBytes>
 __global__ void copy(unsigned char* seen, const unsigned char* global, const int* valid) {
   PCFAST_SHARED_MEMORY(shared);
-  constexpr int group_bytes = tile::kWarpSize * BYTES;
+  constexpr int kGroupBytes = tile::kWarpSize * kBytes;
   const int lane = tile::lane_index();
   const auto look = [&](int moment) {
-    tile::block_barrier();
-    for (int i = lane; i < 2 * group_bytes; i += tile::kWarpSize) seen[moment * 2 * group_bytes + i] = shared[i];
-    tile::block_barrier();
+    __syncthreads();
+    for (int i = lane; i < 2 * kGroupBytes; i += tile::kWarpSize) seen[moment * 2 * kGroupBytes + i] = shared[i];
+    __syncthreads();
   };
-  tile::copy_async<BYTES>(shared + lane * BYTES, global + lane * BYTES);
+  tile::copy_async<kBytes>(shared + lane * kBytes, global + lane * kBytes);
   tile::copy_commit();
-  tile::copy_async<BYTES>(shared + group_bytes + lane * BYTES, global + group_bytes + lane * BYTES, valid[lane] != 0);
+  tile::copy_async<kBytes>(shared + kGroupBytes + lane * kBytes, global + kGroupBytes + lane * kBytes, valid[lane] != 0);
   tile::copy_commit();
   look(0);
   tile::copy_wait<1>();
@@ -85,16 +83,16 @@ __global__ void copy(unsigned char* seen, const unsigned char* global, const int
 __global__ void convert(uint16_t* bf16, uint32_t* tf32, uint32_t* packed, const float* values, int count) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= count) return;
-  const tile::bf16 rounded = tile::to_bf16(values[i]);
-  bf16[i] = static_cast<uint16_t>(tile::as_bits(tile::to_float(rounded)) >> 16);
+  const __nv_bfloat16 rounded = __float2bfloat16_rn(values[i]);
+  bf16[i] = static_cast<uint16_t>(__float_as_uint(__bfloat162float(rounded)) >> 16);
   tf32[i] = tile::to_tf32(values[i]);
   packed[i] = tile::pack_bf16(values[i], values[count - 1 - i]);
 }
 
 // Every thread of the grid adds its block's index plus one, and offers its own index less `offset`.
 __global__ void accumulate(int* sum_and_min, int offset) {
-  tile::atomic_add(sum_and_min, static_cast<int>(blockIdx.x) + 1);
-  tile::atomic_min(sum_and_min + 1, static_cast<int>(threadIdx.x) - offset);
+  atomicAdd(sum_and_min, static_cast<int>(blockIdx.x) + 1);
+  atomicMin(sum_and_min + 1, static_cast<int>(threadIdx.x) - offset);
 }
 
 // Where each thread of the grid finds itself: six numbers.

@@ -62,7 +62,7 @@ int main(int, char** arguments) {
   gaps.resize(static_cast<std::size_t>(in.read<int32_t>()));
   for (Gap& gap : gaps) gap = in.read<Gap>();
   const auto program = in.read<Program>();
-  const auto run = in.read<Run>();
+  const auto run = in.read<RunParams>();
   std::vector<std::unique_ptr<unsigned char[]>> tensors(kTensors);
   std::vector<int64_t> bytes(kTensors);
   void* pointers[kTensors];

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pcfast.backends.cuda import launch as loop
 from pcfast.backends.cuda import native
-from pcfast.backends.cuda.kernel_params import Program, Run
+from pcfast.backends.cuda.kernel_params import Program, RunParams
 
 from .launching import Recorded, Storages, launch_packed, packed, translated
 from .machine import Launch
@@ -59,7 +59,7 @@ class ResidentDevice:
     ) -> int:
         """As the native module's."""
         assert scalar_bytes == 4, "float32 is what nvcc compiles"
-        what, how = Program.from_buffer_copy(program), Run.from_buffer_copy(run)
+        what, how = Program.from_buffer_copy(program), RunParams.from_buffer_copy(run)
         storages = Storages()
         for tensor in self.tensors:
             storages.pointer(tensor, f"a tensor {tuple(tensor.shape)}")
