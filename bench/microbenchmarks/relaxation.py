@@ -141,12 +141,12 @@ def _ways(
     relaxations = _Relaxations(batch, widths, precision, steps, device)
     sm_count = 3 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count
     ways = []
-    for name, close_bytes in (("one launch", _EVERYTHING), ("two stages", _NOTHING)):
-        target = Target(precision, sm_count, close_bytes, interpreted)
+    for name, l1_bytes_per_sm in (("one launch", _EVERYTHING), ("two stages", _NOTHING)):
+        target = Target(precision, sm_count, l1_bytes_per_sm, interpreted)
         # not fresh: all layers take part in every iteration
         planned = design(relaxations.network, relaxations.shapes, False, "cross_entropy", False, target)
         loop = relaxations.loop(planned)
-        launches = [*planned.predicts, *([] if planned.whole else [planned.feedback])]
+        launches = [*planned.predicts, *([] if planned.fuse_loop else [planned.feedback])]
         tiles = "; ".join(dict.fromkeys(described(launch.tiles, launch.programs) for launch in launches))
         ways.append(Way(name, tiles, partial(loop.run, steps), partial(_judge, relaxations, planned), steps))
     return ways

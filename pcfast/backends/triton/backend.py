@@ -1,4 +1,4 @@
-"""The streamed tier: strict relaxation by fused Triton kernels (kernels/, streamed/), the rest as in eager.
+"""Strict relaxation by fused Triton kernels (kernels/), state in global memory; the rest as in eager.
 
 exact, fixed_prediction and zero_divergence have no loop: they are a forward and a backward pass through cuBLAS and
 cuDNN, as in eager.
@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 from ...errors import BackendError
+from ...kernels.limits import POINTWISE_MAX_BLOCK_N
 from ...model.spec import Network
 from ...precision import kernel_operands
 from ...problem.types import energy_row, filled_start
@@ -25,7 +26,7 @@ from ..eager.run import Eager, Run
 from ..kernel_backend import KernelBackend, KernelRun, first_product, unknown_to_kernels, without_kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
+_MIN_CAPABILITY = (8, 0)  # bfloat16 and TF32 Tensor Cores
 
 
 class Triton(KernelBackend):
@@ -77,7 +78,7 @@ def _unavailable(device_type: str, index: int | None) -> str:
         if torch.version.hip:
             return "it needs an NVIDIA GPU"
         capability = torch.cuda.get_device_capability(index)
-        if capability < _LEAST_CAPABILITY:
+        if capability < _MIN_CAPABILITY:
             return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
     try:
         importlib.import_module("pcfast.backends.triton.loop")
@@ -86,8 +87,8 @@ def _unavailable(device_type: str, index: int | None) -> str:
     return ""
 
 
-# What the matrix unit reads, by operand: three TF32 products make one of float32's accuracy.
-_UNITS = {"ieee": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
+# What Tensor Cores read, by operand: three TF32 products make one of float32's accuracy.
+_OPERANDS = {"ieee": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
 
 
 def _target(device: torch.device, precision):
@@ -99,12 +100,12 @@ def _target(device: torch.device, precision):
     if device.type == "cuda":
         sm_count = torch.cuda.get_device_properties(device).multi_processor_count
     return Target(
-        _UNITS[operands.linear],
+        _OPERANDS[operands.linear],
         sm_count,
         known.shared_memory_per_sm_bytes,
         interpreted=device.type == "cpu",
         choices=active(device),
-        convolution_precision=_UNITS[operands.convolution],
+        convolution_precision=_OPERANDS[operands.convolution],
     )
 
 
@@ -127,10 +128,10 @@ def design_of(problem, plan):
 
 
 # Elements between samples that 32-bit offsets inside a tile of a linear layer reach; likewise samples times pixels.
-_LONGEST_ROW = 2**24
-_MOST_PIXELS = 2**31
+_MAX_ROW = 2**24
+_MAX_PIXELS = 2**31
 # Programs that CUDA starts along a grid's second axis, times the channels of each (pointwise_error.tile).
-_MOST_CHANNELS = 65535 * 128
+_MAX_CHANNELS = 65535 * POINTWISE_MAX_BLOCK_N
 
 
 @functools.lru_cache(maxsize=256)
@@ -149,15 +150,15 @@ def _too_large(network, x_shape: tuple[int, ...]) -> str:
         kinds = linear[layer.index : layer.index + 2]
         channels, height, width = bound.map or (bound.size, 1, 1)
         pixels = batch * height * width
-        limits = [(pixels, _MOST_PIXELS, "samples times pixels")]
+        limits = [(pixels, _MAX_PIXELS, "samples times pixels")]
         if True in kinds:
-            limits.append((bound.stride, _LONGEST_ROW, "outputs a sample"))
+            limits.append((bound.stride, _MAX_ROW, "outputs a sample"))
         if False in kinds:
-            limits.append((channels, _MOST_CHANNELS, "channels"))
-        for found, limit, what in limits:
-            if found >= limit:
+            limits.append((channels, _MAX_CHANNELS, "channels"))
+        for count, limit, what in limits:
+            if count >= limit:
                 return (
-                    f"{layer.label} has {found:,} {what}, of which its kernels take fewer than {limit:,}: use "
+                    f"{layer.label} has {count:,} {what}, of which its kernels take fewer than {limit:,}: use "
                     f"{'smaller batches' if what.startswith('samples') else 'smaller layers'} or eager"
                 )
     return ""
@@ -230,8 +231,8 @@ class _Run(KernelRun):
         """Beliefs to start from, as deviations; None from the forward pass."""
         if self.problem.start is None:
             return None
-        found = filled_start(self.problem.start, self.vhat)
-        return [self.precision.to_state(v) - vhat for v, vhat in zip(found, self.vhat, strict=True)]
+        start = filled_start(self.problem.start, self.vhat)
+        return [self.precision.to_state(v) - vhat for v, vhat in zip(start, self.vhat, strict=True)]
 
     def _placed(self, l: int, uhat: torch.Tensor) -> torch.Tensor:
         """uhat where the loop reads it, so that no second copy lives."""
@@ -259,8 +260,8 @@ class _Run(KernelRun):
 
         def record(t: int) -> None:
             lowest = loop.front(t)
-            found = [None if l < max(lowest, 1) else self._error(loop, l) for l in range(depth + 1)]
-            self.energies.append(energy_row(found, self.loss_at(loop.output)))
+            errors_now = [None if l < max(lowest, 1) else self._error(loop, l) for l in range(depth + 1)]
+            self.energies.append(energy_row(errors_now, self.loss_at(loop.output)))
 
         try:
             with _compiling(
