@@ -25,7 +25,7 @@ from pcfast.precision import Precision, choose_precision, numerics, use_precisio
 from .case import PRODUCTS, Case, Way, described, normal, operand_bytes, torch_precision
 from .rounding import TF32, Judgement
 
-#: (batch, widths), what matters most first: loop weights below and above what one multiprocessor has close by.
+#: (batch, widths), what matters most first: loop weights below and above what one SM has of L1.
 NETWORKS = (
     (32, (64, 128, 128, 10)),
     (300, (784, 256, 256, 10)),

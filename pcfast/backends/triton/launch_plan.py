@@ -490,4 +490,8 @@ def _can_fuse_loop(linear, depth, forms, matrices, target, gram_rows) -> tuple[b
     chosen = target.choices.get(key)
     if chosen is not None:
         return chosen == FUSED, REASON, key
-    return fits, f"{weights:,} bytes of loop weights, {target.l1_bytes_per_sm:,} of L1 an SM", key
+    return (
+        fits,
+        f"{weights:,} bytes of loop weights, {target.l1_bytes_per_sm:,} of L1 and shared memory per SM",
+        key,
+    )
