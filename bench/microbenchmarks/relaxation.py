@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import pcfast
 from pcfast import networks
-from pcfast.backends.triton.launch_plan import Design, Target, design
-from pcfast.backends.triton.loop import Inputs, Loop, arena_of
+from pcfast.backends.triton.launch_plan import CompileTarget, Design, design
+from pcfast.backends.triton.loop import ForwardState, Loop, arena_of
 from pcfast.checking.bounds import FACTOR, relative_error
 from pcfast.deviation import layer_chain
 from pcfast.deviation.affine import LinearStep
@@ -104,7 +104,9 @@ class _Relaxations:
                 products.append(product)
             loss = describe_loss(_LOSS)
             target = loss.prepare(vhat[-1], self.y, raise_now=True)
-            inputs = Inputs(chains, vhat, products, None, target, lambda mu: loss.gradient(target, mu), None)
+            inputs = ForwardState(
+                chains, vhat, products, None, target, lambda mu: loss.gradient(target, mu), None
+            )
             return Loop(planned, arena, inputs, STEP_SIZE)
 
     @cached_property
@@ -142,7 +144,7 @@ def _ways(
     sm_count = 3 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count
     ways = []
     for name, l1_bytes_per_sm in (("one launch", _EVERYTHING), ("two stages", _NOTHING)):
-        target = Target(precision, sm_count, l1_bytes_per_sm, interpreted)
+        target = CompileTarget(precision, sm_count, l1_bytes_per_sm, interpreted)
         # not fresh: all layers take part in every iteration
         planned = design(relaxations.network, relaxations.shapes, False, "cross_entropy", False, target)
         loop = relaxations.loop(planned)

@@ -503,7 +503,7 @@ def test_the_design_gives_every_matrix_its_own_place(momentum):
     network = pcfast.model.spec.describe(model)
     shapes = network.shapes(tuple(x.shape))
     for precision, gram in itertools.product(("bf16", "tf32"), (False, True)):
-        target = designs.Target(precision, 132, 0, False)
+        target = designs.CompileTarget(precision, 132, 0, False)
         made = designs.design(network, shapes, gram, "cross_entropy", True, target, momentum)
         assert bool(velocities(made)) == momentum
         assert all(not m.operand for name, m in made.layout.matrices if "velocity" in name)
@@ -869,7 +869,7 @@ def floors_of(
 ) -> dict:
     network = pcfast.model.spec.describe(model)
     shapes = network.shapes((BATCH, *sample))
-    target = designs.Target(
+    target = designs.CompileTarget(
         **{"precision": "bf16", "sm_count": 132, "l1_bytes_per_sm": 0, "interpreted": False, **settings}
     )
     made = designs.design(network, shapes, gram, "cross_entropy", True, target, momentum)
@@ -997,7 +997,7 @@ def test_designs_for_a_gpu_hold_together(precision, batch, close):
             model = mlp(*widths, activation=activation)
         network = pcfast.model.spec.describe(model)
         shapes = network.shapes((batch, widths[0]))
-        target = designs.Target(precision, 132, close, False)
+        target = designs.CompileTarget(precision, 132, close, False)
         made = designs.design(network, shapes, False, "cross_entropy", True, target)
         assert len(made.predicts) == 1 or not made.fuse_loop
         assert sorted(l for launch in made.predicts for l in launch.layers) == list(range(2, made.depth + 1))

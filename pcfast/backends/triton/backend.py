@@ -93,13 +93,13 @@ _OPERANDS = {"ieee": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
 
 def _target(device: torch.device, precision):
     from .config_cache import active
-    from .launch_plan import Target
+    from .launch_plan import CompileTarget
 
     known, operands = gpu_constants.load(), kernel_operands(device, precision)
     sm_count = known.sm_count
     if device.type == "cuda":
         sm_count = torch.cuda.get_device_properties(device).multi_processor_count
-    return Target(
+    return CompileTarget(
         _OPERANDS[operands.linear],
         sm_count,
         known.shared_memory_per_sm_bytes,
@@ -242,7 +242,7 @@ class _Run(KernelRun):
         return uhat.contiguous(memory_format=torch.channels_last) if uhat.dim() == 4 else uhat
 
     def _relax(self, observe):
-        from .loop import Inputs, Loop
+        from .loop import ForwardState, Loop
 
         if self.result.fell_back:
             return super()._relax(observe)
@@ -250,7 +250,7 @@ class _Run(KernelRun):
         steps = problem.num_steps
         planned = self.planned
         fused = _fuses_loss(problem, plan)
-        inputs = Inputs(
+        inputs = ForwardState(
             self.chains, self.vhat, self.pre_activations, self._starts(), self.target if fused else None,
             self.gradient_at, self.links[1] if plan.gram else None,
         )  # fmt: skip

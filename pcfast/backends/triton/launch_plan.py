@@ -31,7 +31,7 @@ from .tiles import LinearTiles, Product, fused_loop_tiles, linear_tiles
 
 
 @dataclass(frozen=True)
-class Target:
+class CompileTarget:
     """What the design depends on beside the network.
 
     Attributes:
@@ -139,7 +139,7 @@ class Design:
     loop: LoopKey | None
     fresh: bool
     momentum: bool
-    target: Target = field(repr=False)
+    target: CompileTarget = field(repr=False)
 
     @property
     def depth(self) -> int:
@@ -158,7 +158,7 @@ def design(
     gram: bool,
     loss: str | None,
     fresh: bool,
-    target: Target,
+    target: CompileTarget,
     momentum: bool = False,
 ) -> Design:
     """Design one problem of at least two layers.
@@ -214,7 +214,7 @@ def design(
     )
 
 
-def implicit(geometry: ConvGeometry, target: Target) -> bool:
+def implicit(geometry: ConvGeometry, target: CompileTarget) -> bool:
     """Whether conv_predict and conv_feedback run a convolution that they can run.
 
     Unless the target's choices say so, cuDNN's convolution and an elementwise launch do: nothing has been measured.
@@ -229,7 +229,7 @@ def _forms(
     bounds: tuple[Boundary, ...],
     gram: bool,
     loss: str | None,
-    target: Target,
+    target: CompileTarget,
 ):
     """Per layer from index 2 on, what runs it."""
     forms: list[Form | None] = [None, None]
@@ -273,7 +273,7 @@ def _gram_state(in_gram_form: bool, momentum: bool) -> tuple[str, ...]:
 
 
 def _place_pointwise(
-    builder, l, batch, bounds, form: PointwiseForm, in_gram_form: bool, target: Target, momentum
+    builder, l, batch, bounds, form: PointwiseForm, in_gram_form: bool, target: CompileTarget, momentum
 ) -> None:
     height, width, channels = form.inner
     size = height * width * channels
@@ -285,14 +285,22 @@ def _place_pointwise(
         builder.add(f"delta{l}", batch, size, operand=target.copies(form))
 
 
-def _place_convolution(builder, l, batch, bound: Boundary, form: ConvForm, target: Target) -> None:
+def _place_convolution(builder, l, batch, bound: Boundary, form: ConvForm, target: CompileTarget) -> None:
     geometry, copies = form.geometry, target.copies(form)
     builder.add(f"delta{l}", batch, bound.size, operand=copies)  # pooled
     builder.add(f"weight{l}", geometry.out_channels, geometry.taps * geometry.channels, operand=copies)
 
 
 def _place_linear(
-    builder, l, batch, bound: Boundary, form: LinearForm, depth, in_gram_form: bool, target: Target, momentum
+    builder,
+    l,
+    batch,
+    bound: Boundary,
+    form: LinearForm,
+    depth,
+    in_gram_form: bool,
+    target: CompileTarget,
+    momentum,
 ) -> None:
     names = ["uhat", *_gram_state(in_gram_form, momentum)]
     if l == depth:
@@ -310,12 +318,12 @@ def _place_linear(
 
 
 def _tiles(
-    products: list[Product], target: Target, activation: Activation | None = None, loss: bool = False
+    products: list[Product], target: CompileTarget, activation: Activation | None = None, loss: bool = False
 ) -> LinearTiles:
     return linear_tiles(products, target.precision, target.sm_count, target.interpreted, activation, loss)
 
 
-def _tuned(key: LaunchKey, by_rule: LinearTiles, target: Target) -> LinearTiles:
+def _tuned(key: LaunchKey, by_rule: LinearTiles, target: CompileTarget) -> LinearTiles:
     """The tiles that tuning chose for a launch, else those that the rules give.
 
     BLOCK_K stays theirs: it is the order of sums, on which a row's bits depend. So does BLOCK_N of a launch with the
@@ -326,17 +334,17 @@ def _tuned(key: LaunchKey, by_rule: LinearTiles, target: Target) -> LinearTiles:
     return chosen if same_sums and (not key.loss or chosen.block_n == by_rule.block_n) else by_rule
 
 
-def _key(kernel: str, products: list[Product], target: Target, loss: bool = False) -> LaunchKey:
+def _key(kernel: str, products: list[Product], target: CompileTarget, loss: bool = False) -> LaunchKey:
     batch = products[0][0]
     return LaunchKey(kernel, target.precision, loss, batch, tuple((n, k) for _, n, k in products))
 
 
-def _loss_columns(target: Target) -> int:
+def _loss_columns(target: CompileTarget) -> int:
     """The widest output whose loss a tile can do."""
     return min(LOSS_COLUMNS, fused_loop_tiles(target.precision, target.interpreted).block_n)
 
 
-def _programs(tiles: LinearTiles, products: list[Product], target: Target) -> int:
+def _programs(tiles: LinearTiles, products: list[Product], target: CompileTarget) -> int:
     """One program an SM, at most one a tile; the interpreter gets few, to see that they share the tiles."""
     return min(tiles.count(products), 3 if target.interpreted else target.sm_count)
 

@@ -57,7 +57,7 @@ def table(problems: tuple, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ForwardState:
     """What the forward pass left for the loop. Lists run over l = 0..L.
 
     Attributes:
@@ -95,7 +95,7 @@ class Loop:
     """One relaxation under way."""
 
     def __init__(
-        self, design: Design, arena: Arena, inputs: Inputs, step_size: StepSize, momentum: float = 0.0
+        self, design: Design, arena: Arena, inputs: ForwardState, step_size: StepSize, momentum: float = 0.0
     ) -> None:
         self.design, self.inputs = design, inputs
         self.step_size, self.momentum = step_size, momentum

@@ -10,7 +10,7 @@ from ...problem.plan import gram_macs
 from ..gpu_constants import Constants
 from ..kernel_forms import PointwiseForm
 from .conv_form import ConvForm
-from .launch_plan import Design, Target
+from .launch_plan import CompileTarget, Design
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ def floors(network: specs.Network, shapes: tuple, design: Design, constants: Con
     return by_layer
 
 
-def _precisions(target: Target) -> dict[type, str]:
+def _precisions(target: CompileTarget) -> dict[type, str]:
     """Precision of products by the operation that they belong to: torch has a switch for each."""
     return {specs.Linear: target.precision, specs.Conv2d: target.convolutions}
 
 
-def rate_names(network: specs.Network, target: Target, constants: Constants) -> set[str]:
+def rate_names(network: specs.Network, target: CompileTarget, constants: Constants) -> set[str]:
     """Fields of the constants that the floors of a network rest on."""
     kinds = {type(op) for layer in network.layers[1:] for op in layer.ops}
     return {
