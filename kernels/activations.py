@@ -1,8 +1,8 @@
-"""Activations of a register tile: value, difference and slope, fp32 in and out, free of cancellation.
+"""Activations of a register tile: value, difference and derivative, fp32 in and out, free of cancellation.
 
 For a pre-activation u = uhat + s
 
-    bracket = act(uhat + s) - act(uhat)      slope = act'(uhat + s)
+    act_diff = act(uhat + s) - act(uhat)      derivative = act'(uhat + s)
 
 never by subtracting two nearly equal numbers (docs/method.md fact 8). pcfast/model/activations.py has the same
 identities for whole tensors; here they are chosen for fp32, and for few special functions an element.
@@ -20,26 +20,17 @@ from triton.language.extra import libdevice
 
 from pcfast.model import activations
 
-# The constexpr argument ACT.
-IDENTITY = tl.constexpr(0)
-RELU = tl.constexpr(1)
-LEAKY_RELU = tl.constexpr(2)
-TANH = tl.constexpr(3)
-SIGMOID = tl.constexpr(4)
-SILU = tl.constexpr(5)
-GELU = tl.constexpr(6)
-GELU_TANH = tl.constexpr(7)
+from .codes import ACTIVATIONS
 
-_CODES = {
-    type(None): IDENTITY.value,
-    activations.Relu: RELU.value,
-    activations.LeakyRelu: LEAKY_RELU.value,
-    activations.Tanh: TANH.value,
-    activations.Sigmoid: SIGMOID.value,
-    activations.Silu: SILU.value,
-    activations.Gelu: GELU.value,
-    activations.GeluTanh: GELU_TANH.value,
-}
+# The constexpr argument ACT.
+IDENTITY = tl.constexpr(ACTIVATIONS[type(None)])
+RELU = tl.constexpr(ACTIVATIONS[activations.Relu])
+LEAKY_RELU = tl.constexpr(ACTIVATIONS[activations.LeakyRelu])
+TANH = tl.constexpr(ACTIVATIONS[activations.Tanh])
+SIGMOID = tl.constexpr(ACTIVATIONS[activations.Sigmoid])
+SILU = tl.constexpr(ACTIVATIONS[activations.Silu])
+GELU = tl.constexpr(ACTIVATIONS[activations.Gelu])
+GELU_TANH = tl.constexpr(ACTIVATIONS[activations.GeluTanh])
 
 # In products the tensor stands first: constexpr * tensor is a constexpr in the interpreter.
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -58,15 +49,6 @@ _GELU_C = tl.constexpr(0.044715)
 _ALL_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
-def code(activation: activations.Activation | None) -> tuple[int, float]:
-    """``(ACT, NEGATIVE_SLOPE)`` of an activation; None is the identity.
-
-    Raises:
-        KeyError: the activation has no device code.
-    """
-    return _CODES[type(activation)], float(getattr(activation, "negative_slope", 0.0))
-
-
 @triton.jit
 def exact_difference(x, y):
     """x - y of two numbers that nearly cancel, one of which may be a product.
@@ -79,7 +61,7 @@ def exact_difference(x, y):
 
 
 @triton.jit
-def _relu_bracket(uhat, s):
+def _relu_diff(uhat, s):
     # max(s, -uhat) where uhat > 0 and max(uhat + s, 0) elsewhere, in one form for both
     negative_part = tl.minimum(uhat, 0.0, propagate_nan=_ALL_NAN)
     floor = -tl.maximum(uhat, 0.0, propagate_nan=_ALL_NAN)
@@ -145,9 +127,7 @@ def _gelu_inner(u):
 @triton.jit
 def act(u, ACT: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr):
     """act(u)"""
-    tl.static_assert(
-        ACT >= IDENTITY and ACT <= GELU_TANH, "ACT is none of the codes of kernels/activations.py"
-    )
+    tl.static_assert(ACT >= IDENTITY and ACT <= GELU_TANH, "ACT is none of the codes of kernels/codes.py")
     if ACT == IDENTITY:
         value = u
     elif ACT == RELU:
@@ -170,44 +150,42 @@ def act(u, ACT: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr):
 
 
 @triton.jit
-def bracket_and_slope(uhat, s, ACT: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr):
+def act_diff_and_derivative(uhat, s, ACT: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr):
     """``act(uhat + s) - act(uhat), act'(uhat + s)``"""
-    tl.static_assert(
-        ACT >= IDENTITY and ACT <= GELU_TANH, "ACT is none of the codes of kernels/activations.py"
-    )
+    tl.static_assert(ACT >= IDENTITY and ACT <= GELU_TANH, "ACT is none of the codes of kernels/codes.py")
     w = uhat + s
     if ACT == IDENTITY:
-        bracket = s
-        slope = tl.full(s.shape, 1.0, tl.float32)
+        act_diff = s
+        derivative = tl.full(s.shape, 1.0, tl.float32)
     elif ACT == RELU:
-        bracket = _relu_bracket(uhat, s)
-        slope = _gate(w, 0.0)
+        act_diff = _relu_diff(uhat, s)
+        derivative = _gate(w, 0.0)
     elif ACT == LEAKY_RELU:
-        bracket = _relu_bracket(uhat, s) * (1.0 - NEGATIVE_SLOPE) + s * NEGATIVE_SLOPE
-        slope = _gate(w, NEGATIVE_SLOPE)
+        act_diff = _relu_diff(uhat, s) * (1.0 - NEGATIVE_SLOPE) + s * NEGATIVE_SLOPE
+        derivative = _gate(w, NEGATIVE_SLOPE)
     elif ACT == TANH:
         # tanh(u) = 2 sigmoid(2 u) - 1, and tanh' = 4 p q keeps its digits where 1 - tanh^2 has none left
         difference, p, q = _sigmoid_difference(2.0 * uhat, 2.0 * s)
-        bracket = 2.0 * difference
-        slope = 4.0 * p * q
+        act_diff = 2.0 * difference
+        derivative = 4.0 * p * q
     elif ACT == SIGMOID:
-        bracket, p, q = _sigmoid_difference(uhat, s)
-        slope = p * q
+        act_diff, p, q = _sigmoid_difference(uhat, s)
+        derivative = p * q
     elif ACT == SILU:
         # (u + s) p' - u p = s p' + u (p' - p)
         difference, p, q = _sigmoid_difference(uhat, s)
-        bracket = s * p + uhat * difference
-        slope = p * (1.0 + w * q)
+        act_diff = s * p + uhat * difference
+        derivative = p * (1.0 + w * q)
     elif ACT == GELU:
         # (u + s) Phi(u + s) - u Phi(u) = s Phi(u + s) + u (Phi(u + s) - Phi(u))
         difference, cdf = _normal_difference(uhat, s)
-        bracket = s * cdf + uhat * difference
-        slope = cdf + w * _normal_pdf(w)
+        act_diff = s * cdf + uhat * difference
+        derivative = cdf + w * _normal_pdf(w)
     else:
         # (1 + tanh(x)) / 2 = sigmoid(2 x); the difference of the inner cubic is a polynomial in s
         inner_step = s * _GELU_K * (1.0 + (3.0 * uhat * w + s * s) * _GELU_C)
         difference, p, q = _sigmoid_difference(2.0 * _gelu_inner(uhat), 2.0 * inner_step)
-        bracket = s * p + uhat * difference
-        inner_slope = (1.0 + 3.0 * w * w * _GELU_C) * _GELU_K
-        slope = p + 2.0 * w * p * q * inner_slope
-    return bracket, slope
+        act_diff = s * p + uhat * difference
+        inner_derivative = (1.0 + 3.0 * w * w * _GELU_C) * _GELU_K
+        derivative = p + 2.0 * w * p * q * inner_derivative
+    return act_diff, derivative

@@ -1,4 +1,4 @@
-"""What a kernel's PTX owes the asynchronous matrix units of Hopper and Blackwell, and triton 3.6 leaves out of it.
+"""Fences that the asynchronous Tensor Cores of Hopper and Blackwell need in PTX, and triton 3.6 leaves out of it.
 
 wgmma and tcgen05.mma read shared memory through the async proxy, cp.async and st.shared write it through the generic
 one: a fence.proxy.async belongs in between. wgmma may also read its left operand from registers, which nobody may
@@ -83,17 +83,17 @@ def _unordered_products(code: _Code) -> list[int]:
 
     One fence in front of the first orders those that follow it, too.
     """
-    found, fresh = [], set()
+    unfenced, fresh = [], set()
     for at, line in enumerate(code.instructions):
         if _ENDS_A_STRETCH.match(line):
             fresh.clear()
         elif _WGMMA.match(line):
             if fresh & set(_REGISTER.findall(" ".join(_LISTS.findall(line)))):
-                found.append(at)
+                unfenced.append(at)
                 fresh.clear()
         elif written := _WRITTEN.match(line):
             fresh.update(_REGISTER.findall(written.group(1)))
-    return found
+    return unfenced
 
 
 def with_fences(ptx: str) -> str:
@@ -114,23 +114,23 @@ def with_fences(ptx: str) -> str:
 
 
 def hazards(ptx: str) -> list[str]:
-    """What in a kernel's PTX may let a matrix unit read something else than was written, one line each."""
+    """What in a kernel's PTX may let a Tensor Core read something else than was written, one line each."""
     if not _MATRIX.search(ptx):
         return []
-    code, found = _Code(ptx), []
+    code, problems = _Code(ptx), []
     if _unfenced_arrivals(code):
-        found.append("no fence.proxy.async between the wait for cp.async and a matrix instruction")
+        problems.append("no fence.proxy.async between the wait for cp.async and a matrix instruction")
     if code.unfenced(code.where(_STORE)):
-        found.append("no fence.proxy.async between a store to shared memory and a matrix instruction")
+        problems.append("no fence.proxy.async between a store to shared memory and a matrix instruction")
     if _unordered_products(code):
-        found.append("no wgmma.fence between a write to a register and the wgmma that uses it")
+        problems.append("no wgmma.fence between a write to a register and the wgmma that uses it")
     pending = _PENDING.search(ptx)
     if _LEFT_IN_REGISTERS.search(ptx) and pending:
-        found.append(
+        problems.append(
             f"wgmma reads registers and is waited for with wgmma.wait_group {pending.group(1)}: they may be written "
             "anew before it has read them"
         )
-    return found
+    return problems
 
 
 # what triton calls while it prepares a compilation

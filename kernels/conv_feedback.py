@@ -1,4 +1,4 @@
-"""Feedback stage of a convolutional layer: the beliefs below it move, in one launch, as an implicit matrix product.
+"""Feedback stage of a convolutional layer: the beliefs below it move, in one launch, as an implicit GEMM.
 
     r = conv_transpose(delta_{l+1}, W_{l+1})     the error above, pulled back to v_l
     d_l <- d_l + eta (eps_l - r)                 with momentum along a velocity (momentum.py), whose step is eps_l - r
@@ -9,13 +9,17 @@ read pooled (fact 6): (oh, ow) lies in window (oh // window_h, ow // window_w) a
 
     max:  all where winner == k, else nothing          avg:  1 / window's size of it          no pool: all
 
-Strict predictive coding in deviation form: Rosenbaum, PLOS ONE 17(3) e0266102 (2022); docs/method.md facts 6 and 8.
+Strict predictive coding in deviation form: Rosenbaum, PLOS ONE 17(3) e0266102 (2022); docs/method.md facts 6 (pooled
+delta) and 8 (no cancellation).
 
-    delta (batch, PH, PW, Cout), winner                       +-------------------+
-      gathered: ROWS x REDUCTION, row = an input position --> | accumulator r     | --epilogue--> d, copy of d
-    W (Cout, KH, KW, Cin)                                     | ROWS x COLUMNS    |     ^
-      REDUCTION x COLUMNS, index = (kh, kw, cout)         --> | fp32              |     d, error, velocity (read once)
-                                                              +-------------------+
+Implicit GEMM: M = B*H*W, N = C_in, K = KH*KW*C_out. A is the im2col matrix of the un-pooled delta, of which only the
+tile at hand is ever gathered.
+
+    delta (B, PH, PW, C_out), winner                               +--------------------+
+      im2col tile, BLOCK_M x BLOCK_K, row = an input position  --> | accumulator r      | --epilogue--> d, copy of d
+    W (C_out, KH, KW, C_in)                                        | BLOCK_M x BLOCK_N  |     ^
+      tile of BLOCK_K x BLOCK_N, k = (kh, kw, c_out)           --> | fp32               |     d, error, velocity
+                                                                   +--------------------+     (one read each)
 
 Where winners are read the product is transposed: weights on the left.
 
@@ -34,8 +38,8 @@ Arguments of the kernel:
     eta         fp32                                   step size of this iteration
     momentum    fp32                                   None without
 
-Sums run over the flat reduction index in steps of REDUCTION, which depends on layer and precision alone: a sample's
-result does not depend on its batch.
+Sums run over the flat K index in steps of BLOCK_K, which depends on layer and precision alone: a sample's result does
+not depend on its batch.
 """
 
 from __future__ import annotations
@@ -49,7 +53,6 @@ from .conv_geometry import (
     AVG_POOL,
     MAX_POOL,
     ConvGeometry,
-    Tiles,
     check_tensors,
     choose_tiles,
     tap_and_channel,
@@ -58,17 +61,85 @@ from .first_bad import note_bad
 from .launching import launch
 from .momentum import check_velocity, with_momentum
 from .tf32 import input_precision, store_operand
+from .tiles import Tiles
 
 
-def feedback_tiles(geometry: ConvGeometry, precision: str) -> Tiles:
-    """The tiles for a layer: a function of its sizes and precision, never of the batch."""
-    # The epilogue has d, error and r of each number in flight, tf32x3 the operands' low halves before. Where winners
-    # are read, a gathered row takes twice the addresses.
-    numbers = 16 if precision == "tf32x3" else 32
-    most_rows = 64 if geometry.pool == "max" else 128
-    return choose_tiles(
-        geometry.channels, geometry.out_channels, geometry.taps, precision, numbers, most_rows=most_rows
-    )
+@triton.jit
+def _im2col_product(
+    delta,
+    winner,
+    weight,
+    pixel,
+    mask_m,
+    offs_n,
+    mask_n,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    POOL: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    POOLED_H: tl.constexpr,
+    POOLED_W: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """The main loop: r (BLOCK_M, BLOCK_N) at some pixels of the input map and the input channels offs_n."""
+    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    sample = pixel // (HEIGHT * WIDTH)
+    place = (pixel % (HEIGHT * WIDTH)).to(tl.int32)
+    # stride times the output position that meets the pixel by the kernel's first tap
+    bottom, right = place // WIDTH + PADDING_H, place % WIDTH + PADDING_W
+    map_base = sample * (POOLED_H * POOLED_W * OUT_CHANNELS)
+
+    # What winners choose is made in registers. wgmma would read a left operand there, and they may be written anew
+    # before it has (docs/kernels.md, Releases of triton); a right one goes through shared memory.
+    r = tl.zeros((BLOCK_N, BLOCK_M) if POOL == MAX_POOL else (BLOCK_M, BLOCK_N), tl.float32)
+    for step in range((TAPS * OUT_CHANNELS + BLOCK_K - 1) // BLOCK_K):
+        tap, channel = tap_and_channel(step, OUT_CHANNELS, BLOCK_K)  # [BLOCK_K] each
+        mask_k = tap < TAPS
+        y, x = bottom[:, None] - (tap // KERNEL_W)[None, :], right[:, None] - (tap % KERNEL_W)[None, :]
+        mask = mask_m[:, None] & mask_k[None, :] & (y >= 0) & (x >= 0)
+        if STRIDE_H > 1:
+            mask = mask & (y % STRIDE_H == 0)
+        if STRIDE_W > 1:
+            mask = mask & (x % STRIDE_W == 0)
+        # output position, then window; rows and columns that fill no window lie past the last one
+        oh, ow = y // STRIDE_H, x // STRIDE_W
+        ph, pw = oh // WINDOW_H, ow // WINDOW_W
+        mask = mask & (ph < POOLED_H) & (pw < POOLED_W)
+        offs = map_base[:, None] + (ph * POOLED_W + pw) * OUT_CHANNELS + channel[None, :]
+        im2col_tile = tl.load(delta + offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        offs_k = channel * (TAPS * CHANNELS) + tap * CHANNELS
+        if POOL == MAX_POOL:
+            element = (oh % WINDOW_H) * WINDOW_W + ow % WINDOW_W
+            won = tl.load(winner + offs, mask=mask, other=0) == element  # [BLOCK_M, BLOCK_K]
+            im2col_tile = tl.where(won, im2col_tile, 0.0)
+            weight_ptrs = weight + offs_k[None, :] + offs_n[:, None]
+            weight_tile = tl.load(
+                weight_ptrs, mask=mask_k[None, :] & mask_n[:, None], other=0.0
+            )  # [BLOCK_N, BLOCK_K]
+            r = tl.dot(weight_tile, tl.trans(im2col_tile), r, input_precision=INPUT_PRECISION)
+        else:
+            weight_ptrs = weight + offs_k[:, None] + offs_n[None, :]
+            weight_tile = tl.load(
+                weight_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0
+            )  # [BLOCK_K, BLOCK_N]
+            r = tl.dot(im2col_tile, weight_tile, r, input_precision=INPUT_PRECISION)
+    if POOL == MAX_POOL:
+        r = tl.trans(r)
+    if POOL == AVG_POOL:
+        r *= 1.0 / (WINDOW_H * WINDOW_W)
+    return r
 
 
 @triton.jit(do_not_specialize=["batch", "layer", "iteration"])
@@ -102,90 +173,63 @@ def conv_feedback(
     POOLED_H: tl.constexpr,
     POOLED_W: tl.constexpr,
     CLAMPED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    REDUCTION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
-
-    # Neighbouring programs share rows, whose gathered operand is the larger one.
-    program = tl.program_id(0)
-    column_tiles: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
-    tile_row = program // column_tiles
+    # Neighbouring programs share pid_m, whose im2col tiles are the larger operand.
+    pid = tl.program_id(0)
+    num_pid_n: tl.constexpr = (CHANNELS + BLOCK_N - 1) // BLOCK_N
+    pid_m = pid // num_pid_n
     if WIDE:
-        tile_row = tile_row.to(tl.int64)
+        pid_m = pid_m.to(tl.int64)
         pixels = batch.to(tl.int64) * (HEIGHT * WIDTH)
     else:
         pixels = batch * (HEIGHT * WIDTH)
-    columns = (program % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    in_columns = columns < CHANNELS
+    offs_n = (pid % num_pid_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < CHANNELS
+    pixel = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = pixel < pixels
 
-    pixel = tile_row * ROWS + tl.arange(0, ROWS)
-    in_rows = pixel < pixels
-    sample = pixel // (HEIGHT * WIDTH)
-    place = (pixel % (HEIGHT * WIDTH)).to(tl.int32)
-    bottom, right = place // WIDTH + PADDING_H, place % WIDTH + PADDING_W
-    map_start = sample * (POOLED_H * POOLED_W * OUT_CHANNELS)
+    r = _im2col_product(
+        delta, winner, weight, pixel, mask_m, offs_n, mask_n, HEIGHT, WIDTH, CHANNELS, OUT_CHANNELS, KERNEL_H,
+        KERNEL_W, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W, POOL, WINDOW_H, WINDOW_W, POOLED_H, POOLED_W, BLOCK_M,
+        BLOCK_N, BLOCK_K, INPUT_PRECISION,
+    )  # fmt: skip
 
-    # What winners choose is made in registers. wgmma would read a left operand there, and they may be written anew
-    # before it has (docs/kernels.md, Releases of triton); a right one goes through shared memory.
-    r = tl.zeros((COLUMNS, ROWS) if POOL == MAX_POOL else (ROWS, COLUMNS), tl.float32)
-    for step in range((TAPS * OUT_CHANNELS + REDUCTION - 1) // REDUCTION):
-        tap, channel = tap_and_channel(step, OUT_CHANNELS, REDUCTION)
-        in_terms = tap < TAPS
-        y, x = bottom[:, None] - (tap // KERNEL_W)[None, :], right[:, None] - (tap % KERNEL_W)[None, :]
-        inside = in_rows[:, None] & in_terms[None, :] & (y >= 0) & (x >= 0)
-        if STRIDE_H > 1:
-            inside = inside & (y % STRIDE_H == 0)
-        if STRIDE_W > 1:
-            inside = inside & (x % STRIDE_W == 0)
-        # output position, then window; rows and columns that fill no window lie past the last one
-        oh, ow = y // STRIDE_H, x // STRIDE_W
-        ph, pw = oh // WINDOW_H, ow // WINDOW_W
-        inside = inside & (ph < POOLED_H) & (pw < POOLED_W)
-        source = map_start[:, None] + (ph * POOLED_W + pw) * OUT_CHANNELS + channel[None, :]
-        gathered = tl.load(delta + source, mask=inside, other=0.0)
-        terms = channel * (TAPS * CHANNELS) + tap * CHANNELS
-        if POOL == MAX_POOL:
-            element = (oh % WINDOW_H) * WINDOW_W + ow % WINDOW_W
-            won = tl.load(winner + source, mask=inside, other=0) == element
-            gathered = tl.where(won, gathered, 0.0)
-            taps = tl.load(
-                weight + terms[None, :] + columns[:, None],
-                mask=in_terms[None, :] & in_columns[:, None],
-                other=0.0,
-            )
-            r = tl.dot(taps, tl.trans(gathered), r, input_precision=INPUT_PRECISION)
-        else:
-            taps = tl.load(
-                weight + terms[:, None] + columns[None, :],
-                mask=in_terms[:, None] & in_columns[None, :],
-                other=0.0,
-            )
-            r = tl.dot(gathered, taps, r, input_precision=INPUT_PRECISION)
-    if POOL == MAX_POOL:
-        r = tl.trans(r)
-    if POOL == AVG_POOL:
-        r *= 1.0 / (WINDOW_H * WINDOW_W)
-
-    where = pixel[:, None] * CHANNELS + columns[None, :]
-    inside = in_rows[:, None] & in_columns[None, :]
-    old = tl.load(d + where, mask=inside, other=0.0)
+    # the epilogue: beliefs move
+    offs = pixel[:, None] * CHANNELS + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    old = tl.load(d + offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
     if CLAMPED:
-        difference = -old
-        tl.store(error + where, difference, mask=inside)
+        eps = -old
+        tl.store(error + offs, eps, mask=mask)
     else:
-        difference = tl.load(error + where, mask=inside, other=0.0)
-    step = difference - r
+        eps = tl.load(error + offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
+    step = eps - r
     if momentum is not None:
-        step = with_momentum(step, velocity + where, momentum, inside)
+        step = with_momentum(step, velocity + offs, momentum, mask)
     moved = old + eta * step
-    tl.store(d + where, moved, mask=inside)
+    tl.store(d + offs, moved, mask=mask)
     if copy is not None:
-        store_operand(copy + where, moved, inside, INPUT_PRECISION)
-    note_bad(first_bad, layer, iteration, moved, inside)
+        store_operand(copy + offs, moved, mask, INPUT_PRECISION)
+    note_bad(first_bad, layer, iteration, moved, mask)
+
+
+# On the host
+
+
+def feedback_tiles(geometry: ConvGeometry, precision: str) -> Tiles:
+    """The tiles for a layer: a function of its sizes and precision, never of the batch."""
+    # The epilogue has d, error and r of each number in flight, tf32x3 the operands' low halves before. Where winners
+    # are read, a gathered row takes twice the addresses.
+    numbers = 16 if precision == "tf32x3" else 32
+    max_block_m = 64 if geometry.pool == "max" else 128
+    return choose_tiles(
+        geometry.channels, geometry.out_channels, geometry.taps, precision, numbers, max_block_m=max_block_m
+    )
 
 
 def feedback_constants(
@@ -195,9 +239,7 @@ def feedback_constants(
     return dict(
         **geometry.constants(),
         CLAMPED=clamped,
-        ROWS=tiles.rows,
-        COLUMNS=tiles.columns,
-        REDUCTION=tiles.reduction,
+        **tiles.constants(),
         INPUT_PRECISION=input_precision(precision, operand),
         WIDE=wide,
     )
@@ -265,7 +307,7 @@ def launch_conv_feedback(
         wide=geometry.wide(batch),
     )
     pixels = batch * geometry.height * geometry.width
-    grid = triton.cdiv(pixels, tiles.rows) * triton.cdiv(geometry.channels, tiles.columns)
+    grid = triton.cdiv(pixels, tiles.block_m) * triton.cdiv(geometry.channels, tiles.block_n)
     launch(
         conv_feedback, (grid,),
         delta, winner, weight, d, error, copy, velocity, first_bad, batch, layer, iteration, eta, momentum or None,

@@ -1,10 +1,10 @@
-"""Sizes of a convolutional layer, and what its two kernels share.
+"""Sizes of a convolutional layer, and what its two implicit GEMMs share.
 
 The kernels take a layer  convolution -> `before` -> pool -> `after`: channels-last, groups = 1, dilation = 1, pooling
-windows that tile the map. Their matrix products run over one flat reduction index, so that three input channels cost
-three terms a tap and not a whole block:
+windows that tile the map. The K of their products is one flat index, so that three input channels cost three terms a
+tap and not a whole block:
 
-    index = tap * channels + channel        tap = kh * kernel_w + kw
+    k = tap * channels + channel        tap = kh * kernel_w + kw
 """
 
 from __future__ import annotations
@@ -19,32 +19,17 @@ from torch import Tensor
 
 from pcfast.model.activations import Activation
 
+from . import codes
+from .tiles import Tiles
+
 # The constexpr argument POOL.
-NO_POOL = tl.constexpr(0)
-MAX_POOL = tl.constexpr(1)
-AVG_POOL = tl.constexpr(2)
+NO_POOL = tl.constexpr(codes.NO_POOL)
+MAX_POOL = tl.constexpr(codes.MAX_POOL)
+AVG_POOL = tl.constexpr(codes.AVG_POOL)
 
-_POOLS = {None: NO_POOL.value, "max": MAX_POOL.value, "avg": AVG_POOL.value}
-_FEWEST_ROWS = 64  # of a tile: what wgmma and tcgen05 take
+_POOLS = {None: codes.NO_POOL, "max": codes.MAX_POOL, "avg": codes.AVG_POOL}
+_MIN_BLOCK_M = 64  # what wgmma and tcgen05 take
 _INT32_MAX = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a kernel cuts its matrix product.
-
-    Attributes:
-        rows, columns: of the accumulator.
-        reduction: terms multiplied in one step.
-        warps: of one program.
-        stages: steps whose operands are in flight at once.
-    """
-
-    rows: int
-    columns: int
-    reduction: int
-    warps: int
-    stages: int
 
 
 @dataclass(frozen=True)
@@ -86,7 +71,7 @@ class ConvGeometry:
 
     @property
     def slots(self) -> int:
-        """Rows of the predict kernel's product for one window: its elements, padded to a power of 2."""
+        """Rows of conv_predict's product for one window: its elements, padded to a power of 2."""
         return triton.next_power_of_2(math.prod(self.window))
 
     @property
@@ -107,9 +92,9 @@ class ConvGeometry:
         if self.pool is None and before is not None:
             return "without a pool the activation is the one behind it"
         if self.pool == "avg" and before is not None:
-            return "slopes differ within a window that is averaged behind an activation"
-        if math.prod(self.window) > _FEWEST_ROWS:
-            return f"pooling windows of more than {_FEWEST_ROWS} elements, which a tile may not hold"
+            return "derivatives differ within a window that is averaged behind an activation"
+        if math.prod(self.window) > _MIN_BLOCK_M:
+            return f"pooling windows of more than {_MIN_BLOCK_M} elements, which a tile may not hold"
         if min(self.pooled) < 1:
             return "the map is smaller than the kernel or the pooling window"
         if max(self._numbers_per_sample, self.taps * self.channels * self.out_channels) > _INT32_MAX:
@@ -146,67 +131,61 @@ def check_tensors(**expected: tuple[Tensor, tuple[int, ...], torch.dtype]) -> No
     """Raise ValueError unless every ``name=(tensor, shape, dtype)`` is so, contiguous and on one device."""
     device = next(iter(expected.values()))[0].device
     for name, (tensor, shape, dtype) in expected.items():
-        found = tuple(tensor.shape), tensor.dtype, tensor.device
-        if found != (shape, dtype, device) or not tensor.is_contiguous():
+        given = tuple(tensor.shape), tensor.dtype, tensor.device
+        if given != (shape, dtype, device) or not tensor.is_contiguous():
             layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
             raise ValueError(
-                f"{name} is {found[0]} {found[1]} on {found[2]}, {layout}; "
+                f"{name} is {given[0]} {given[1]} on {given[2]}, {layout}; "
                 f"needed is {shape} {dtype} on {device}, contiguous"
             )
 
 
 def choose_tiles(
-    columns: int, channels: int, taps: int, precision: str, numbers_per_thread: int, most_rows: int = 128
+    n: int, channels: int, taps: int, precision: str, numbers_per_thread: int, max_block_m: int = 128
 ) -> Tiles:
-    """Tiles for a product with so many columns that runs over ``taps`` times ``channels`` terms.
+    """Tiles for a product of N = ``n`` columns whose sums run over K = ``taps`` times ``channels`` terms.
 
     Args:
         numbers_per_thread: of the accumulator, at most; a power of 2. What the epilogue keeps beside each of them
             decides how many fit into 255 registers.
-        most_rows: a power of 2.
+        max_block_m: a power of 2.
     """
     # 8 warps. A tile that needs more fills an SM alone, and nothing runs beside its epilogue.
     numbers = 256 * numbers_per_thread
     # 16 columns are the fewest that tl.dot takes; from 64 x 128 on tiles read L2 at less than its rate on sm_90:
     # 24 KB for 512 cycles of wgmma.
-    columns = max(16, min(triton.next_power_of_2(columns), 128, numbers // _FEWEST_ROWS))
+    block_n = max(16, min(triton.next_power_of_2(n), 128, numbers // _MIN_BLOCK_M))
     # 128 rows where the columns leave room: weights are read half as often.
-    rows = max(_FEWEST_ROWS, min(most_rows, numbers // columns))
-    warps = max(4, rows * columns // (32 * numbers_per_thread))  # 4 are the warp group that wgmma needs
+    block_m = max(_MIN_BLOCK_M, min(max_block_m, numbers // block_n))
+    warps = max(4, block_m * block_n // (32 * numbers_per_thread))  # 4 are the warp group that wgmma needs
     # Channels of a row and step: 128 bytes, a cache line. Half a line with one tap a step is cheaper than index
     # arithmetic for every term, of which 8 warps have half as much each.
     line = 64 if precision == "bf16" else 32
     if channels % line == 0:
-        reduction = line
+        block_k = line
     elif channels % (line // 2) == 0:
-        reduction = line // 2
+        block_k = line // 2
     else:
-        reduction = max(16, min(line, triton.next_power_of_2(taps * channels)))
+        block_k = max(16, min(line, triton.next_power_of_2(taps * channels)))
         warps = 8
-    return Tiles(
-        rows=rows,
-        columns=columns,
-        reduction=reduction,
-        warps=warps,
-        # Two steps in flight while one is multiplied, at most 82 KB: room for two programs an SM on sm_80, 90 and
-        # 100, and for one where there are 99 KB (sm_86, sm_89, sm_120).
-        stages=3,
-    )
+    # Two steps in flight while one is multiplied, at most 82 KB: room for two programs an SM on sm_80, 90 and 100,
+    # and for one where there are 99 KB (sm_86, sm_89, sm_120).
+    return Tiles(block_m, block_n, block_k, warps, stages=3)
 
 
 @triton.jit
-def tap_and_channel(step, CHANNELS: tl.constexpr, REDUCTION: tl.constexpr):
-    """Tap and channel of the ``REDUCTION`` flat indices of a step."""
-    if CHANNELS % REDUCTION == 0:
-        # One tap for the whole step. Written as a multiple of REDUCTION, from which the compiler sees that the step's
-        # addresses are aligned; it does not see it in `index % CHANNELS`.
-        steps_of_tap: tl.constexpr = CHANNELS // REDUCTION
-        tap = step // steps_of_tap + tl.zeros((REDUCTION,), tl.int32)
-        channel = (step % steps_of_tap) * REDUCTION + tl.arange(0, REDUCTION)
+def tap_and_channel(step, CHANNELS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Tap and channel of the ``BLOCK_K`` flat indices of a step."""
+    if CHANNELS % BLOCK_K == 0:
+        # One tap for the whole step. Written as a multiple of BLOCK_K, from which the compiler sees that the step's
+        # addresses are aligned; it does not see it in `k % CHANNELS`.
+        steps_of_tap: tl.constexpr = CHANNELS // BLOCK_K
+        tap = step // steps_of_tap + tl.zeros((BLOCK_K,), tl.int32)
+        channel = (step % steps_of_tap) * BLOCK_K + tl.arange(0, BLOCK_K)
     else:
-        index = step * REDUCTION + tl.arange(0, REDUCTION)
-        tap = index // CHANNELS
+        offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        tap = offs_k // CHANNELS
         # Likewise: so many channels, a power of 2, lie side by side.
         together: tl.constexpr = CHANNELS & -CHANNELS
-        channel = tl.max_contiguous(tl.multiple_of(index % CHANNELS, together), together)
+        channel = tl.max_contiguous(tl.multiple_of(offs_k % CHANNELS, together), together)
     return tap, channel

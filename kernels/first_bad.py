@@ -7,8 +7,8 @@ import triton.language as tl
 
 
 @triton.jit
-def note_bad(first_bad, layer, iteration, value, inside):
+def note_bad(first_bad, layer, iteration, value, mask):
     """Lower first_bad[layer] to ``iteration`` where a value of the tile is NaN or infinite."""
     # written so that NaN counts as bad: it compares false
-    bad = tl.where(tl.abs(value) < float("inf"), 0, 1) & inside.to(tl.int32)
+    bad = tl.where(tl.abs(value) < float("inf"), 0, 1) & mask.to(tl.int32)
     tl.atomic_min(first_bad + layer, iteration, mask=tl.max(bad) > 0, sem="relaxed")

@@ -6,7 +6,7 @@ import triton
 
 from . import async_proxy
 
-_ASYNCHRONOUS = 90  # from this compute capability on matrix units work on their own
+_MIN_ASYNCHRONOUS = 90  # from this compute capability on Tensor Cores run asynchronously
 _safe: set[str] = set()  # hashes of compiled kernels
 
 
@@ -30,16 +30,17 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **keywords) -> None:
 
 
 def _check(compiled) -> None:
-    if compiled.metadata.target.arch < _ASYNCHRONOUS:
+    if compiled.metadata.target.arch < _MIN_ASYNCHRONOUS:
         return
     with_ptx = "ptx" in compiled.asm
-    found = async_proxy.hazards(compiled.asm["ptx"]) if with_ptx else ["its PTX was not kept"]
-    if not found:
+    hazards = async_proxy.hazards(compiled.asm["ptx"]) if with_ptx else ["its PTX was not kept"]
+    if not hazards:
         return
     kept = "" if with_ptx else "Unset TRITON_STORE_BINARY_ONLY. "
     raise UnsafeKernel(
         f"{compiled.metadata.name}, compiled by triton {triton.__version__} for compute capability "
-        f"{compiled.metadata.target.arch / 10}, is not safe: {'; '.join(found)}. Needed is a kernel whose PTX shows "
-        f"none of this. {kept}Delete triton's cache (TRITON_CACHE_DIR, or ~/.triton/cache), which may hold what was "
-        "compiled without pcfast, or install another release of triton (docs/kernels.md, Releases of triton)."
+        f"{compiled.metadata.target.arch / 10}, is not safe: {'; '.join(hazards)}. Needed is a kernel whose PTX "
+        f"shows none of this. {kept}Delete triton's cache (TRITON_CACHE_DIR, or ~/.triton/cache), which may hold "
+        "what was compiled without pcfast, or install another release of triton (docs/kernels.md, Releases of "
+        "triton)."
     )

@@ -1,4 +1,4 @@
-"""Feedback stage of linear layers: beliefs of many layers move in one launch.
+"""Feedback stage of linear layers: beliefs of many layers move in one launch, as a grouped GEMM.
 
     r = delta_{l+1} W_{l+1}                                      the error above, pulled back to v_l
     d_l <- d_l + eta (eps_l - r)
@@ -13,10 +13,10 @@ delta_2 - sum.
 
 Strict predictive coding in deviation form: Rosenbaum, PLOS ONE 17(3) e0266102 (2022).
 
-    delta_{l+1} (batch, K)  --tiles of ROWS x REDUCTION-->  +--------------------+
-                                                            | accumulator r      | --epilogue--> d, copy of d
-    W_{l+1} (K, N)       --tiles of REDUCTION x COLUMNS-->  | ROWS x COLUMNS     |     ^
-                                                            +--------------------+     d, error, velocity (read once)
+    delta_{l+1} (M, K)  --tiles of BLOCK_M x BLOCK_K-->  +--------------------+
+                                                         | accumulator r      | --epilogue--> d, copy of d
+    W_{l+1} (K, N)      --tiles of BLOCK_K x BLOCK_N-->  | BLOCK_M x BLOCK_N  |     ^
+                                                         +--------------------+     d, error, velocity (read once)
 
 Arguments of the kernel:
 
@@ -24,14 +24,14 @@ Arguments of the kernel:
                                             error of layer 1 written
     operand     arena, fp32 or bf16         delta and W read; d is copied into it, rounded, unless products are
                                             tf32x3: these read float32, and ``operand`` is ``state``
-    table       (rows, WIDTH) int64         rows as linear_rows.FeedbackRow, highest layer first
+    table       (problems, DESCRIPTOR_SIZE) int64: linear_problems.FeedbackProblem, highest layer first
     first_bad   (layers,) int32             lowered to ``iteration`` where a new state is NaN or infinite
-    count       int32                       the first so many rows take part (docs/method.md fact 3)
+    count       int32                       the first so many problems take part (docs/method.md fact 3)
     iteration   int32                       for first_bad
     eta         fp32                        step size of this iteration
     momentum    fp32, or None for none
 
-Programs are persistent and no tile is split along the reduction, as in linear_predict.
+Scheduler and main loop are grouped_gemm.py's: a sample's result does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -41,160 +41,116 @@ import triton.language as tl
 from torch import Tensor
 
 from .first_bad import note_bad
+from .grouped_gemm import MATRIX_MULTIPLE, MAX_REGISTERS, accumulate, epilogue_in_subtiles, grouped_gemm
 from .launching import launch
-from .linear_predict import MAX_REGISTERS, PART, halves, tile_position
-from .linear_rows import CLAMPED, GRAM_UPDATE, WIDTH
+from .linear_problems import CLAMPED, FEEDBACK, GRAM_UPDATE
 from .momentum import with_momentum
 from .tf32 import store_operand
 
 
 @triton.jit
-def _finish(
+def _epilogue(
     accumulator,
-    first_row,
-    first_column,
+    start_m,
+    start_n,
     state,
     operand,
     first_bad,
-    row,
+    problem,
     iteration,
     eta,
     momentum,
     INPUT_PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """What follows the product, for a tile whose corner is at (first_row, first_column)."""
-    kind = tl.load(row + 0)
-    batch = tl.load(row + 1).to(tl.int32)
-    stride = tl.multiple_of(tl.load(row + 8), ALIGNED)
-    corner = stride * first_row + first_column
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    where = rows[:, None] * stride.to(tl.int32) + columns[None, :]
-    inside = (rows < batch - first_row)[:, None] & (columns < stride.to(tl.int32) - first_column)[None, :]
+    """From r to the moved beliefs, for a tile whose first element is (start_m, start_n)."""
+    kind = tl.load(problem + FEEDBACK.KIND)
+    M = tl.load(problem + FEEDBACK.M).to(tl.int32)
+    ldc = tl.multiple_of(tl.load(problem + FEEDBACK.LDC), ALIGNED)
+    base = ldc * start_m + start_n
+    offs_m, offs_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    offs = offs_m[:, None] * ldc.to(tl.int32) + offs_n[None, :]
+    # over the padding up to ldc, where everything is zero and stays zero
+    mask = (offs_m < M - start_m)[:, None] & (offs_n < ldc.to(tl.int32) - start_n)[None, :]
     if kind == GRAM_UPDATE:
-        s = state + tl.multiple_of(tl.load(row + 12), 16) + corner
-        total = state + tl.multiple_of(tl.load(row + 13), 16) + corner
-        old = tl.load(s + where, mask=inside, other=0.0)
+        s = state + tl.multiple_of(tl.load(problem + FEEDBACK.S), MATRIX_MULTIPLE) + base
+        total = state + tl.multiple_of(tl.load(problem + FEEDBACK.SUM), MATRIX_MULTIPLE) + base
+        old = tl.load(s + offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
         if momentum is None:
             moved = (1 - eta) * old - eta * accumulator
         else:
-            velocity = state + tl.multiple_of(tl.load(row + 15), 16) + corner
-            moved = old + eta * with_momentum(-old - accumulator, velocity + where, momentum, inside)
-        tl.store(s + where, moved, mask=inside)
-        # delta's own tile: G is square, so delta lies as s does
-        delta = operand + tl.multiple_of(tl.load(row + 4), 16) + corner
-        own = tl.load(delta + where, mask=inside, other=0.0).to(tl.float32)
-        before = tl.load(total + where, mask=inside, other=0.0)
+            velocity = state + tl.multiple_of(tl.load(problem + FEEDBACK.VELOCITY), MATRIX_MULTIPLE) + base
+            moved = old + eta * with_momentum(-old - accumulator, velocity + offs, momentum, mask)
+        tl.store(s + offs, moved, mask=mask)
+        # delta's tile at the same place: G is square, so delta lies as s does
+        delta = operand + tl.multiple_of(tl.load(problem + FEEDBACK.A), MATRIX_MULTIPLE) + base
+        delta_tile = tl.load(delta + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        total_old = tl.load(total + offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
         if momentum is None:
-            grown = (1 - eta) * before + eta * own
+            total_new = (1 - eta) * total_old + eta * delta_tile
         else:
-            velocity = state + tl.multiple_of(tl.load(row + 16), 16) + corner
-            grown = before + eta * with_momentum(own - before, velocity + where, momentum, inside)
-        tl.store(total + where, grown, mask=inside)
+            velocity = (
+                state + tl.multiple_of(tl.load(problem + FEEDBACK.SUM_VELOCITY), MATRIX_MULTIPLE) + base
+            )
+            step = with_momentum(delta_tile - total_old, velocity + offs, momentum, mask)
+            total_new = total_old + eta * step
+        tl.store(total + offs, total_new, mask=mask)
     else:
-        d = state + tl.multiple_of(tl.load(row + 9), 16) + corner
-        error = state + tl.multiple_of(tl.load(row + 11), 16) + corner
-        old = tl.load(d + where, mask=inside, other=0.0)
+        d = state + tl.multiple_of(tl.load(problem + FEEDBACK.D), MATRIX_MULTIPLE) + base
+        error = state + tl.multiple_of(tl.load(problem + FEEDBACK.ERROR), MATRIX_MULTIPLE) + base
+        old = tl.load(d + offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
         if kind == CLAMPED:
-            difference = -old
-            tl.store(error + where, difference, mask=inside)
+            eps = -old  # at the old belief: its prediction is where it started
+            tl.store(error + offs, eps, mask=mask)
         else:
-            difference = tl.load(error + where, mask=inside, other=0.0)
-        step = difference - accumulator
+            eps = tl.load(error + offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
+        step = eps - accumulator
         if momentum is not None:
-            velocity = state + tl.multiple_of(tl.load(row + 15), 16) + corner
-            step = with_momentum(step, velocity + where, momentum, inside)
+            velocity = state + tl.multiple_of(tl.load(problem + FEEDBACK.VELOCITY), MATRIX_MULTIPLE) + base
+            step = with_momentum(step, velocity + offs, momentum, mask)
         moved = old + eta * step
-        tl.store(d + where, moved, mask=inside)
+        tl.store(d + offs, moved, mask=mask)
         if INPUT_PRECISION != "tf32x3":
-            copy = operand + tl.multiple_of(tl.load(row + 10), 16) + corner
-            store_operand(copy + where, moved, inside, INPUT_PRECISION)
-    note_bad(first_bad, tl.load(row + 14), iteration, moved, inside)
-
-
-@triton.jit
-def _finish_in_parts(
-    accumulator,
-    first_row,
-    first_column,
-    arguments,
-    INPUT_PRECISION: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """As linear_predict's. arguments: a tuple, of _finish from ``state`` on."""
-    if ROWS * COLUMNS > PART:
-        left, right = halves(accumulator, ROWS, COLUMNS)
-        HALF: tl.constexpr = COLUMNS // 2
-        _finish_in_parts(left, first_row, first_column, arguments, INPUT_PRECISION, ALIGNED, ROWS, HALF)
-        _finish_in_parts(
-            right, first_row, first_column + HALF, arguments, INPUT_PRECISION, ALIGNED, ROWS, HALF
-        )
-    else:
-        _finish(accumulator, first_row, first_column, *arguments, INPUT_PRECISION, ALIGNED, ROWS, COLUMNS)
+            copy = operand + tl.multiple_of(tl.load(problem + FEEDBACK.D_OPERAND), MATRIX_MULTIPLE) + base
+            store_operand(copy + offs, moved, mask, INPUT_PRECISION)
+    note_bad(first_bad, tl.load(problem + FEEDBACK.LAYER), iteration, moved, mask)
 
 
 @triton.jit
 def feedback_tile(
+    problem,
+    pid_m,
+    pid_n,
     state,
     operand,
     first_bad,
-    row,
-    tile_row,
-    tile_column,
     iteration,
     eta,
     momentum,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    REDUCTION: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """One tile of one row of the table."""
-    # fields in the order of linear_rows.FeedbackRow
-    batch = tl.load(row + 1).to(tl.int32)
-    reduction = tl.multiple_of(tl.load(row + 3).to(tl.int32), 16)
-    delta = operand + tl.multiple_of(tl.load(row + 4), 16)
-    delta_stride = tl.multiple_of(tl.load(row + 5), 16)
-    weight = operand + tl.multiple_of(tl.load(row + 6), 16)
-    weight_stride = tl.multiple_of(tl.load(row + 7), 16)
-
-    # as in predict_tile: 32 bits inside a tile, columns over the padding of the weights
-    first_row, first_column = tile_row * ROWS, tile_column * COLUMNS
-    delta += delta_stride * first_row
-    delta_stride_32, weight_stride_32 = delta_stride.to(tl.int32), weight_stride.to(tl.int32)
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    in_batch, in_weight = rows < batch - first_row, columns < weight_stride_32 - first_column
-    accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, reduction, REDUCTION):
-        k = tl.arange(0, REDUCTION)
-        in_reduction = k < reduction - start
-        left = tl.load(
-            delta + start + (rows[:, None] * delta_stride_32 + k[None, :]),
-            mask=in_batch[:, None] & in_reduction[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            weight
-            + (weight_stride * start + first_column)
-            + (k[:, None] * weight_stride_32 + columns[None, :]),
-            mask=in_reduction[:, None] & in_weight[None, :],
-            other=0.0,
-        )
-        accumulator = tl.dot(left, right, accumulator, input_precision=INPUT_PRECISION)
-    _finish_in_parts(
+    """One tile of one problem."""
+    start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+    # rows of delta and of weights are padded, whatever those of the beliefs are
+    accumulator = accumulate(
+        operand, problem, start_m, start_n, BLOCK_M, BLOCK_N, BLOCK_K, INPUT_PRECISION,
+        MULTIPLE=MATRIX_MULTIPLE, B_TRANSPOSED=False,
+    )  # fmt: skip
+    epilogue_in_subtiles(
         accumulator,
-        first_row,
-        first_column,
-        (state, operand, first_bad, row, iteration, eta, momentum),
-        INPUT_PRECISION,
-        ALIGNED,
-        ROWS,
-        COLUMNS,
+        start_m,
+        start_n,
+        _epilogue,
+        (state, operand, first_bad, problem, iteration, eta, momentum),
+        (INPUT_PRECISION, ALIGNED),
+        BLOCK_M,
+        BLOCK_N,
     )
 
 
@@ -208,41 +164,23 @@ def linear_feedback(
     iteration,
     eta,
     momentum,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    REDUCTION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    earlier = 0  # tiles of the rows before
-    for index in range(count):
-        row = table + index * WIDTH
-        tile_rows = tl.cdiv(tl.load(row + 1).to(tl.int32), ROWS)
-        tile_columns = tl.cdiv(tl.load(row + 2).to(tl.int32), COLUMNS)
-        tiles = tile_rows * tile_columns
-        # tile number i of the launch belongs to program i % programs
-        tile = (program + programs - earlier % programs) % programs
-        while tile < tiles:
-            tile_row, tile_column = tile_position(tile, tile_rows, tile_columns)
-            feedback_tile(
-                state,
-                operand,
-                first_bad,
-                row,
-                tile_row,
-                tile_column,
-                iteration,
-                eta,
-                momentum,
-                ROWS,
-                COLUMNS,
-                REDUCTION,
-                INPUT_PRECISION,
-                ALIGNED,
-            )
-            tile += programs
-        earlier += tiles
+    grouped_gemm(
+        table,
+        count,
+        -1,
+        feedback_tile,
+        (state, operand, first_bad, iteration, eta, momentum),
+        (INPUT_PRECISION, ALIGNED),
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
 
 
 def launch_linear_feedback(
@@ -260,7 +198,7 @@ def launch_linear_feedback(
     warps: int,
     stages: int,
 ) -> None:
-    """Launch on the current stream: the first ``count`` rows of ``table``, on a grid of ``programs``."""
+    """Launch on the current stream: the first ``count`` problems of ``table``, on a grid of ``programs``."""
     launch(
         linear_feedback,
         (programs,),

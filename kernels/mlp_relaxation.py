@@ -1,18 +1,19 @@
-"""A whole relaxation of linear layers in one launch: each program relaxes its own samples, all iterations long.
+"""A relaxation of linear layers in one launch, its loop fused: each program relaxes its own samples, all iterations.
 
 For t = first..last: the predict stage of every live layer, then the feedback stage (linear_predict.py and
-linear_feedback.py have the equations and do the tiles). Samples never interact (docs/method.md fact 4), so programs
-never wait for each other; within a program a barrier separates the stages. Worth it where one program streams the
-weights through its multiprocessor faster than the stages of all programs start and end.
+linear_feedback.py have the equations and compute the tiles). Samples never interact (docs/method.md fact 4), so
+programs never wait for each other; within a program a barrier separates the stages. Worth it where one program
+streams the weights through its SM faster than the stages of all programs start and end.
 
-    program p:   [ samples p*ROWS ... p*ROWS+ROWS-1 ]  x  all layers  x  all iterations
-    weights, state:  global memory, close by in L1 and L2
+    program p:   [ samples p*BLOCK_M ... p*BLOCK_M+BLOCK_M-1 ]  x  all layers  x  all iterations
+    weights, state:  global memory, cached in L1 and L2
 
 Arguments of the kernel, beside those of the two stages:
 
-    predict_table   (2 * layers, WIDTH) int64   rows with a product, highest layer first, then the same layers without
-    feedback_table  (layers, WIDTH) int64       highest layer first
-    layers          int32                       rows of one kind
+    predict_table   (2 * layers, DESCRIPTOR_SIZE) int64   problems with a product, highest layer first, then the same
+                                                          layers without
+    feedback_table  (layers, DESCRIPTOR_SIZE) int64       highest layer first
+    layers          int32                       problems of one kind
     first, last     int32                       iterations to run, 1-based
     fresh           int32                       1: from the forward pass, so that only the active front works
     eta             fp32                        step size of all iterations; None where there is a schedule
@@ -25,10 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .grouped_gemm import MAX_REGISTERS, num_pid
 from .launching import launch
 from .linear_feedback import feedback_tile
-from .linear_predict import MAX_REGISTERS, predict_tile
-from .linear_rows import WIDTH
+from .linear_predict import predict_tile
+from .linear_problems import DESCRIPTOR_SIZE
 
 
 @triton.jit(do_not_specialize=["layers", "first", "last", "fresh"])
@@ -51,25 +53,27 @@ def mlp_relaxation(
     TOP_ACT: tl.constexpr,
     TOP_NEGATIVE_SLOPE: tl.constexpr,
     LOSS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    REDUCTION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    tile_row = tl.program_id(0)
+    pid_m = tl.program_id(0)  # its samples, in every product
     for iteration in range(first, last + 1):
         # the active front (docs/method.md fact 3): iteration t multiplies through t-1 layers, and one more has an
         # error whose prediction has not moved yet
         products = tl.where(fresh != 0, tl.minimum(iteration - 1, layers), layers)
         front = tl.where(fresh != 0, tl.where(iteration <= layers, 1, 0), 0)
         for index in range(products + front):
-            row = predict_table + tl.where(index < products, index, layers + iteration - 1) * WIDTH
-            tile_columns = tl.cdiv(tl.load(row + 2).to(tl.int32), COLUMNS)
-            for tile_column in range(tile_columns):
+            problem = (
+                predict_table + tl.where(index < products, index, layers + iteration - 1) * DESCRIPTOR_SIZE
+            )
+            _, num_pid_n = num_pid(problem, BLOCK_M, BLOCK_N)
+            for pid_n in range(num_pid_n):
                 predict_tile(
-                    state, operand, row, tile_row, tile_column, loss_scale, ACT, NEGATIVE_SLOPE, TOP_ACT,
-                    TOP_NEGATIVE_SLOPE, LOSS, ROWS, COLUMNS, REDUCTION, INPUT_PRECISION, ALIGNED,
+                    problem, pid_m, pid_n, state, operand, loss_scale, ACT, NEGATIVE_SLOPE, TOP_ACT,
+                    TOP_NEGATIVE_SLOPE, LOSS, INPUT_PRECISION, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
         tl.debug_barrier()  # errors and deltas are written before other threads of the program read them
         if schedule is None:
@@ -78,12 +82,12 @@ def mlp_relaxation(
             step_size = tl.load(schedule + iteration - 1)
         moving = tl.where(fresh != 0, tl.minimum(iteration, layers), layers)
         for index in range(moving):
-            row = feedback_table + index * WIDTH
-            tile_columns = tl.cdiv(tl.load(row + 2).to(tl.int32), COLUMNS)
-            for tile_column in range(tile_columns):
+            problem = feedback_table + index * DESCRIPTOR_SIZE
+            _, num_pid_n = num_pid(problem, BLOCK_M, BLOCK_N)
+            for pid_n in range(num_pid_n):
                 feedback_tile(
-                    state, operand, first_bad, row, tile_row, tile_column, iteration, step_size, momentum, ROWS,
-                    COLUMNS, REDUCTION, INPUT_PRECISION, ALIGNED,
+                    problem, pid_m, pid_n, state, operand, first_bad, iteration, step_size, momentum,
+                    INPUT_PRECISION, ALIGNED, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
         tl.debug_barrier()  # beliefs are written before the next iteration reads them
 
@@ -107,7 +111,7 @@ def launch_mlp_relaxation(
     warps: int,
     stages: int,
 ) -> None:
-    """Launch on the current stream: iterations ``first`` to ``last``; ``programs`` = batch / ROWS, rounded up.
+    """Launch on the current stream: iterations ``first`` to ``last``; ``programs`` = batch / BLOCK_M, rounded up.
 
     Args:
         eta: of all iterations, or a tensor of one for each from the first of all on.

@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 @triton.jit
-def with_momentum(step, velocity, momentum, inside):
+def with_momentum(step, velocity, momentum, mask):
     """The new m of a tile, ``velocity`` its pointers; it takes the old one's place."""
-    moved = momentum * tl.load(velocity, mask=inside, other=0.0) + step
-    tl.store(velocity, moved, mask=inside)
+    moved = momentum * tl.load(velocity, mask=mask, other=0.0) + step
+    tl.store(velocity, moved, mask=mask)
     return moved
 
 

@@ -5,23 +5,23 @@ map, ``after`` (activation); any of the three may be missing. In deviation form 
 elements k of a window:
 
     a_k = before(uhat_k)               b_k = before(uhat_k + s_k) - a_k
-    max pool:      m_k = (a_k - max_k a_k) + b_k, bracket m_k* of the winner k*, anchor max_k a_k
-    average pool:  bracket mean_k b_k, anchor mean_k a_k
-    bracket, slope = after's at the anchor, moved by the pool's bracket
-    eps = bracket - d
-    delta_k = eps * slope * before'(uhat_k + s_k), for k* alone or for every k / (size of the window)
+    max pool:      pooled = max_k a_k, pooled_diff = m_k* of the winner k*, where m_k = (a_k - max_k a_k) + b_k
+    average pool:  pooled = mean_k a_k, pooled_diff = mean_k b_k
+    act_diff, derivative = after's at pooled, moved by pooled_diff
+    eps = act_diff - d
+    delta_k = eps * derivative * before'(uhat_k + s_k), for k* alone or for every k / (size of the window)
 
 k* is torch's: the first maximum in row-major order, and NaN wins. No pool is the average over windows of 1 x 1.
 
-What lives where: a program holds a tile of pooled elements, BLOCK_POSITIONS places (sample, row, column) by
-BLOCK_CHANNELS channels, in registers, and walks their windows in a static loop. uhat is read for all of a window
-before s is judged (the maximum of a_k has to be known); nothing but the results is written.
+What lives where: a program holds a tile of pooled elements, BLOCK_M positions (sample, row, column) by BLOCK_N
+channels, in registers, and walks their windows in a static loop. uhat is read for all of a window before s is judged
+(the maximum of a_k has to be known); nothing but the results is written.
 
 Arguments of the kernel, channels-last views whose last stride is 1; the three other strides follow each other in the
 argument list as NAME_batch, NAME_row, NAME_column. (B, H, W, C) is the map, (B, P, Q, C) the pooled map,
 P = H // WINDOW_ROWS, Q = W // WINDOW_COLUMNS; features are (B, 1, 1, N).
 
-    product     (B, H, W, C)  fp32, bf16    s; None is zero: the prediction has not moved
+    product     (B, H, W, C)  fp32, bf16    s; None is zero: the prediction has not pooled_diff
     uhat        (B, H, W, C)  fp32
     deviation   (B, P, Q, C)  fp32          d; None is zero
     error       (B, P, Q, C)  float         eps; read where ERROR_GIVEN, else written
@@ -40,13 +40,14 @@ from torch import Tensor
 
 from pcfast.model.activations import Activation
 
-from .activations import act, bracket_and_slope, code, exact_difference
+from . import codes
+from .activations import act, act_diff_and_derivative, exact_difference
 from .launching import launch
-from .limits import LARGEST_WINDOW
+from .limits import LARGEST_WINDOW, POINTWISE_MAX_BLOCK_N
 
 # The constexpr argument POOL.
-MAX_POOL = tl.constexpr(0)
-AVERAGE_POOL = tl.constexpr(1)
+MAX_POOL = tl.constexpr(codes.MAX_POOL)
+AVG_POOL = tl.constexpr(codes.AVG_POOL)
 
 # Pooled elements a program: 4 for each of its 128 threads. A thread then reads 4 neighbours, 16 bytes of fp32, and
 # bf16 in the same places; with 8 the compiler reads bf16 by eights and moves it through shared memory.
@@ -54,32 +55,30 @@ _TILE = 512
 # Elements of the map a program. A larger window leaves fewer pooled elements to a thread, one at least, so that what
 # it holds stays in registers.
 _MAP_TILE = 4 * _TILE
-_SMALLEST_TILE = 128
-# A warp reads 512 bytes of a row of fp32: wider tiles only waste more of the last one.
-_WIDEST_BLOCK = 128
+_MIN_TILE = 128
 
 
 @triton.jit
-def places(positions, rows, columns, channels, BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """``sample, row, column`` (BLOCK_POSITIONS, 1), ``channel`` (1, BLOCK_CHANNELS) and ``inside`` of this program.
+def tile_indices(positions, rows, columns, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """``sample, row, column`` (BLOCK_M, 1), ``channel`` (1, BLOCK_N) and ``mask`` of this program.
 
     int64, as an offset in elements may be: they are few, a pointer has 64 bits anyway.
     """
-    position = tl.program_id(0) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)[:, None]
-    channel = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[None, :]
-    inside = (position < positions) & (channel < channels)
+    position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    mask = (position < positions) & (channel < channels)
     column = position % columns
     row = position // columns % rows
     sample = position // columns // rows
-    return sample.to(tl.int64), row.to(tl.int64), column.to(tl.int64), channel, inside
+    return sample.to(tl.int64), row.to(tl.int64), column.to(tl.int64), channel, mask
 
 
 @triton.jit
-def _load_or_zero(pointer, offset, inside):
+def _load_or_zero(pointer, offs, mask):
     if pointer is None:
-        value = tl.zeros(inside.shape, tl.float32)
+        value = tl.zeros(mask.shape, tl.float32)
     else:
-        value = tl.load(pointer + offset, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(pointer + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
     return value
 
 
@@ -117,77 +116,77 @@ def pointwise_error_kernel(
     WINDOW_COLUMNS: tl.constexpr,
     AFTER: tl.constexpr,
     AFTER_NEGATIVE_SLOPE: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    sample, row, column, channel, inside = places(
-        positions, pooled_rows, pooled_columns, channels, BLOCK_POSITIONS, BLOCK_CHANNELS
+    sample, row, column, channel, mask = tile_indices(
+        positions, pooled_rows, pooled_columns, channels, BLOCK_M, BLOCK_N
     )
-    product_corner = sample * product_batch + channel
-    uhat_corner = sample * uhat_batch + channel
+    product_base = sample * product_batch + channel
+    uhat_base = sample * uhat_batch + channel
     first_row, first_column = row * WINDOW_ROWS, column * WINDOW_COLUMNS
     share = 1.0 / (WINDOW_ROWS * WINDOW_COLUMNS)
 
-    # The pool's anchor and bracket. Loads that the loops repeat are one in the compiled kernel: nothing is stored
-    # between them.
+    # pooled and pooled_diff, [BLOCK_M, BLOCK_N]. Loads that the loops repeat are one in the compiled kernel: nothing
+    # is stored between them.
     if POOL == MAX_POOL:
-        anchor = tl.full(inside.shape, float("-inf"), tl.float32)
+        pooled = tl.full(mask.shape, float("-inf"), tl.float32)
         for i in tl.static_range(WINDOW_ROWS):
             for j in tl.static_range(WINDOW_COLUMNS):
-                u_at = uhat_corner + (first_row + i) * uhat_row + (first_column + j) * uhat_column
-                a = act(tl.load(uhat + u_at, mask=inside, other=0.0), BEFORE, BEFORE_NEGATIVE_SLOPE)
-                anchor = tl.maximum(anchor, a)  # passes over NaN, which is then in m_k alone
-        moved = tl.full(inside.shape, float("-inf"), tl.float32)
-        winner = tl.zeros(inside.shape, tl.int32)
-        winner_slope = tl.zeros(inside.shape, tl.float32)
+                u_offs = uhat_base + (first_row + i) * uhat_row + (first_column + j) * uhat_column
+                a = act(tl.load(uhat + u_offs, mask=mask, other=0.0), BEFORE, BEFORE_NEGATIVE_SLOPE)
+                pooled = tl.maximum(pooled, a)  # passes over NaN, which is then in m_k alone
+        pooled_diff = tl.full(mask.shape, float("-inf"), tl.float32)
+        winner = tl.zeros(mask.shape, tl.int32)
+        winner_derivative = tl.zeros(mask.shape, tl.float32)
     else:
-        anchor = tl.zeros(inside.shape, tl.float32)
-        moved = tl.zeros(inside.shape, tl.float32)
+        pooled = tl.zeros(mask.shape, tl.float32)
+        pooled_diff = tl.zeros(mask.shape, tl.float32)
     for i in tl.static_range(WINDOW_ROWS):
         for j in tl.static_range(WINDOW_COLUMNS):
-            u_at = uhat_corner + (first_row + i) * uhat_row + (first_column + j) * uhat_column
-            s_at = product_corner + (first_row + i) * product_row + (first_column + j) * product_column
-            u = tl.load(uhat + u_at, mask=inside, other=0.0)
-            s = _load_or_zero(product, s_at, inside)
+            u_offs = uhat_base + (first_row + i) * uhat_row + (first_column + j) * uhat_column
+            s_offs = product_base + (first_row + i) * product_row + (first_column + j) * product_column
+            u = tl.load(uhat + u_offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
+            s = _load_or_zero(product, s_offs, mask)
             a = act(u, BEFORE, BEFORE_NEGATIVE_SLOPE)
-            b, slope = bracket_and_slope(u, s, BEFORE, BEFORE_NEGATIVE_SLOPE)
+            b, derivative = act_diff_and_derivative(u, s, BEFORE, BEFORE_NEGATIVE_SLOPE)
             if POOL == MAX_POOL:
-                m = exact_difference(a, anchor) + b
-                wins = (m > moved) | (m != m)
-                moved = tl.where(wins, m, moved)
+                m = exact_difference(a, pooled) + b
+                wins = (m > pooled_diff) | (m != m)
+                pooled_diff = tl.where(wins, m, pooled_diff)
                 winner = tl.where(wins, i * WINDOW_COLUMNS + j, winner)
-                winner_slope = tl.where(wins, slope, winner_slope)
+                winner_derivative = tl.where(wins, derivative, winner_derivative)
             else:
-                anchor += a * share
-                moved += b * share
+                pooled += a * share
+                pooled_diff += b * share
 
-    bracket, slope_after = bracket_and_slope(anchor, moved, AFTER, AFTER_NEGATIVE_SLOPE)
-    error_at = sample * error_batch + row * error_row + column * error_column + channel
+    act_diff, derivative_after = act_diff_and_derivative(pooled, pooled_diff, AFTER, AFTER_NEGATIVE_SLOPE)
+    error_offs = sample * error_batch + row * error_row + column * error_column + channel
     if ERROR_GIVEN:
-        e = tl.load(error + error_at, mask=inside, other=0.0).to(tl.float32)
+        e = tl.load(error + error_offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
     else:
-        d_at = sample * deviation_batch + row * deviation_row + column * deviation_column + channel
-        e = bracket - _load_or_zero(deviation, d_at, inside)
-        tl.store(error + error_at, e.to(error.dtype.element_ty), mask=inside)
+        d_offs = sample * deviation_batch + row * deviation_row + column * deviation_column + channel
+        e = act_diff - _load_or_zero(deviation, d_offs, mask)
+        tl.store(error + error_offs, e.to(error.dtype.element_ty), mask=mask)
 
     if delta is not None:
-        pooled = e * slope_after
-        delta_corner = sample * delta_batch + channel
+        pooled_delta = e * derivative_after
+        delta_base = sample * delta_batch + channel
         for i in tl.static_range(WINDOW_ROWS):
             for j in tl.static_range(WINDOW_COLUMNS):
                 if POOL == MAX_POOL:
-                    value = tl.where(winner == i * WINDOW_COLUMNS + j, pooled * winner_slope, 0.0)
+                    value = tl.where(winner == i * WINDOW_COLUMNS + j, pooled_delta * winner_derivative, 0.0)
                 else:
-                    u_at = uhat_corner + (first_row + i) * uhat_row + (first_column + j) * uhat_column
-                    s_at = (
-                        product_corner + (first_row + i) * product_row + (first_column + j) * product_column
+                    u_offs = uhat_base + (first_row + i) * uhat_row + (first_column + j) * uhat_column
+                    s_offs = (
+                        product_base + (first_row + i) * product_row + (first_column + j) * product_column
                     )
-                    u = tl.load(uhat + u_at, mask=inside, other=0.0)
-                    s = _load_or_zero(product, s_at, inside)
-                    _, slope = bracket_and_slope(u, s, BEFORE, BEFORE_NEGATIVE_SLOPE)
-                    value = pooled * share * slope
-                delta_at = delta_corner + (first_row + i) * delta_row + (first_column + j) * delta_column
-                tl.store(delta + delta_at, value.to(delta.dtype.element_ty), mask=inside)
+                    u = tl.load(uhat + u_offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
+                    s = _load_or_zero(product, s_offs, mask)
+                    _, derivative = act_diff_and_derivative(u, s, BEFORE, BEFORE_NEGATIVE_SLOPE)
+                    value = pooled_delta * share * derivative
+                delta_offs = delta_base + (first_row + i) * delta_row + (first_column + j) * delta_column
+                tl.store(delta + delta_offs, value.to(delta.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -217,10 +216,10 @@ class Tail:
 
 
 def tile(positions: int, channels: int, window: int = 1) -> tuple[int, int]:
-    """``BLOCK_POSITIONS, BLOCK_CHANNELS`` for so many pooled places, channels and elements a window."""
-    elements = max(_SMALLEST_TILE, min(_TILE, _MAP_TILE // triton.next_power_of_2(window)))
-    block_channels = min(triton.next_power_of_2(channels), _WIDEST_BLOCK)
-    return min(triton.next_power_of_2(positions), elements // block_channels), block_channels
+    """``BLOCK_M, BLOCK_N`` for so many pooled positions, channels and elements a window."""
+    elements = max(_MIN_TILE, min(_TILE, _MAP_TILE // triton.next_power_of_2(window)))
+    block_n = min(triton.next_power_of_2(channels), POINTWISE_MAX_BLOCK_N)
+    return min(triton.next_power_of_2(positions), elements // block_n), block_n
 
 
 def strides(view: Tensor | None) -> tuple[int, int, int]:
@@ -243,12 +242,12 @@ def strides(view: Tensor | None) -> tuple[int, int, int]:
 def error_and_delta(
     *, product: Tensor | None, uhat: Tensor, deviation: Tensor, error: Tensor, delta: Tensor, tail: Tail
 ) -> None:
-    """Write ``error`` = bracket - ``deviation``, and ``delta``, it pulled back to the product."""
+    """Write ``error`` = act_diff - ``deviation``, and ``delta``, it pulled back to the product."""
     _launch(product, uhat, deviation, error, delta, tail, error_given=False)
 
 
 def deviate(*, product: Tensor | None, uhat: Tensor, out: Tensor, tail: Tail) -> None:
-    """Write how far the layer's output moves from the forward pass, the bracket, into ``out``."""
+    """Write how far the layer's output moves from the forward pass, act_diff, into ``out``."""
     _launch(product, uhat, None, out, None, tail, error_given=False)
 
 
@@ -263,10 +262,10 @@ def _launch(product, uhat, deviation, error, delta, tail: Tail, *, error_given: 
     positions = batch * rows * columns
     if positions == 0 or channels == 0:
         return
-    block_positions, block_channels = tile(positions, channels, window_rows * window_columns)
-    before, before_negative_slope = code(tail.before)
-    after, after_negative_slope = code(tail.after)
-    grid = (triton.cdiv(positions, block_positions), triton.cdiv(channels, block_channels))
+    block_m, block_n = tile(positions, channels, window_rows * window_columns)
+    before, before_negative_slope = codes.activation_code(tail.before)
+    after, after_negative_slope = codes.activation_code(tail.after)
+    grid = (triton.cdiv(positions, block_m), triton.cdiv(channels, block_n))
     launch(
         pointwise_error_kernel,
         grid,
@@ -287,11 +286,11 @@ def _launch(product, uhat, deviation, error, delta, tail: Tail, *, error_given: 
         ERROR_GIVEN=error_given,
         BEFORE=before,
         BEFORE_NEGATIVE_SLOPE=before_negative_slope,
-        POOL=MAX_POOL.value if tail.pool == "max" else AVERAGE_POOL.value,
+        POOL=codes.MAX_POOL if tail.pool == "max" else codes.AVG_POOL,
         WINDOW_ROWS=window_rows,
         WINDOW_COLUMNS=window_columns,
         AFTER=after,
         AFTER_NEGATIVE_SLOPE=after_negative_slope,
-        BLOCK_POSITIONS=block_positions,
-        BLOCK_CHANNELS=block_channels,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
     )

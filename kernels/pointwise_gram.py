@@ -53,23 +53,25 @@ def pointwise_gram_kernel(
     momentum,
     BLOCK: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < elements
-    r = tl.load(pulled + at, mask=inside, other=0.0).to(tl.float32)
-    own = tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
-    old = tl.load(s + at, mask=inside, other=0.0)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < elements
+    r = tl.load(pulled + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    delta_tile = tl.load(delta + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK]
+    old = tl.load(s + offs, mask=mask, other=0.0)  # [BLOCK]
     if momentum is None:
         moved = (1 - step_size) * old - step_size * r
     else:
-        moved = old + step_size * with_momentum(-old - r, velocity + at, momentum, inside)
-    tl.store(s + at, moved, mask=inside)
-    before = tl.load(total + at, mask=inside, other=0.0)
+        moved = old + step_size * with_momentum(-old - r, velocity + offs, momentum, mask)
+    tl.store(s + offs, moved, mask=mask)
+    total_old = tl.load(total + offs, mask=mask, other=0.0)  # [BLOCK]
     if momentum is None:
-        grown = (1 - step_size) * before + step_size * own
+        total_new = (1 - step_size) * total_old + step_size * delta_tile
     else:
-        grown = before + step_size * with_momentum(own - before, total_velocity + at, momentum, inside)
-    tl.store(total + at, grown, mask=inside)
-    note_bad(first_bad, layer, iteration, moved, inside)
+        total_new = total_old + step_size * with_momentum(
+            delta_tile - total_old, total_velocity + offs, momentum, mask
+        )
+    tl.store(total + offs, total_new, mask=mask)
+    note_bad(first_bad, layer, iteration, moved, mask)
 
 
 def gram_update(

@@ -6,8 +6,8 @@ With d = v - vhat, eps of this layer and r, the error above pulled back to this 
 
 CLAMPED is layer 1, whose prediction never moves (fact 2): eps = -d at the d before the update, written here.
 
-What lives where: a program holds one tile of d, BLOCK_POSITIONS places (sample, row, column) by BLOCK_CHANNELS
-channels, in registers, and writes it in place; besides, rounded, as the operand of the next product.
+What lives where: a program holds one tile of d, BLOCK_M positions (sample, row, column) by BLOCK_N channels, in
+registers, and writes it in place; besides, rounded, as the operand of the next product.
 
 Arguments of the kernel, channels-last views (B, H, W, C) whose last stride is 1; the three other strides follow each
 other in the argument list as NAME_batch, NAME_row, NAME_column; features are (B, 1, 1, N).
@@ -33,7 +33,7 @@ from torch import Tensor
 from .first_bad import note_bad
 from .launching import launch
 from .momentum import check_velocity, with_momentum
-from .pointwise_error import places, strides, tile
+from .pointwise_error import strides, tile, tile_indices
 
 
 @triton.jit(do_not_specialize=["positions", "rows", "columns", "layer", "iteration"])
@@ -65,31 +65,29 @@ def pointwise_update_kernel(
     step_size,
     momentum,
     CLAMPED: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    sample, row, column, channel, inside = places(
-        positions, rows, columns, channels, BLOCK_POSITIONS, BLOCK_CHANNELS
-    )
-    d_at = sample * deviation_batch + row * deviation_row + column * deviation_column + channel
-    e_at = sample * error_batch + row * error_row + column * error_column + channel
-    r_at = sample * pulled_batch + row * pulled_row + column * pulled_column + channel
-    d = tl.load(deviation + d_at, mask=inside, other=0.0)
-    r = tl.load(pulled + r_at, mask=inside, other=0.0).to(tl.float32)
+    sample, row, column, channel, mask = tile_indices(positions, rows, columns, channels, BLOCK_M, BLOCK_N)
+    d_offs = sample * deviation_batch + row * deviation_row + column * deviation_column + channel
+    e_offs = sample * error_batch + row * error_row + column * error_column + channel
+    r_offs = sample * pulled_batch + row * pulled_row + column * pulled_column + channel
+    d = tl.load(deviation + d_offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
+    r = tl.load(pulled + r_offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
     if CLAMPED:
         e = -d
-        tl.store(error + e_at, e, mask=inside)
+        tl.store(error + e_offs, e, mask=mask)
     else:
-        e = tl.load(error + e_at, mask=inside, other=0.0)
+        e = tl.load(error + e_offs, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
     step = e - r
     if momentum is not None:
-        step = with_momentum(step, velocity + d_at, momentum, inside)
+        step = with_momentum(step, velocity + d_offs, momentum, mask)
     d += step_size * step
-    tl.store(deviation + d_at, d, mask=inside)
+    tl.store(deviation + d_offs, d, mask=mask)
     if operand is not None:
-        operand_at = sample * operand_batch + row * operand_row + column * operand_column + channel
-        tl.store(operand + operand_at, d.to(operand.dtype.element_ty), mask=inside)
-    note_bad(first_bad, layer, iteration, d, inside)
+        operand_offs = sample * operand_batch + row * operand_row + column * operand_column + channel
+        tl.store(operand + operand_offs, d.to(operand.dtype.element_ty), mask=mask)
+    note_bad(first_bad, layer, iteration, d, mask)
 
 
 def update(
@@ -122,8 +120,8 @@ def update(
     positions = batch * rows * columns
     if positions == 0 or channels == 0:
         return
-    block_positions, block_channels = tile(positions, channels)
-    grid = (triton.cdiv(positions, block_positions), triton.cdiv(channels, block_channels))
+    block_m, block_n = tile(positions, channels)
+    grid = (triton.cdiv(positions, block_m), triton.cdiv(channels, block_n))
     launch(
         pointwise_update_kernel,
         grid,
@@ -146,6 +144,6 @@ def update(
         float(step_size),
         momentum or None,
         CLAMPED=clamped,
-        BLOCK_POSITIONS=block_positions,
-        BLOCK_CHANNELS=block_channels,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
     )

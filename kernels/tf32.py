@@ -1,6 +1,6 @@
 """Operands of products, rounded where they are stored.
 
-A matrix unit ignores the low 13 bits of a float32 operand of TF32: unrounded operands are all truncated towards zero,
+A Tensor Core ignores the low 13 bits of a float32 operand of TF32: unrounded operands are all truncated towards zero,
 and the bias adds up over layers and iterations. They are rounded once, by the kernel that writes them. Loops of
 products then only load, straight into shared memory, where Hopper's wgmma reads its left operand; one that is made in
 registers may be overwritten while a wgmma still reads it (docs/kernels.md, Releases of triton).

@@ -91,6 +91,6 @@ def ends(batch: int, rows: int = 8) -> Tensor:
 
 
 def described(tiles, programs: int | None = None) -> str:
-    """A configuration of rows, columns, reduction, warps and stages in words."""
+    """A configuration in words."""
     grid = "" if programs is None else f", {programs} programs"
-    return f"{tiles.rows} x {tiles.columns} x {tiles.reduction}, {tiles.warps} warps, {tiles.stages} stages{grid}"
+    return f"{tiles}, {tiles.warps} warps, {tiles.stages} stages{grid}"

@@ -11,10 +11,10 @@ from pcfast.backends.triton.arena import Arena, Layout, LayoutBuilder
 from pcfast.backends.triton.loop import table
 from pcfast.backends.triton.tensor_layout import padded
 from pcfast.backends.triton.tiles import LinearTiles, linear_tiles
-from pcfast.kernels.activations import code
+from pcfast.kernels.codes import activation_code
 from pcfast.kernels.linear_feedback import launch_linear_feedback
 from pcfast.kernels.linear_predict import NO_TOP, launch_linear_predict
-from pcfast.kernels.linear_rows import HIDDEN, UPDATE, FeedbackRow, PredictRow
+from pcfast.kernels.linear_problems import HIDDEN, UPDATE, FeedbackProblem, PredictProblem
 from pcfast.kernels.pointwise_error import Tail, error_and_delta
 from pcfast.kernels.pointwise_update import update
 from pcfast.kernels.tf32 import as_read
@@ -106,9 +106,7 @@ class _Launch:
         self.tiles: LinearTiles = linear_tiles(all_products, precision, sm_count, interpreted)
         self.programs = min(self.tiles.count(all_products), sm_count)
         self.constants = dict(
-            ROWS=self.tiles.rows,
-            COLUMNS=self.tiles.columns,
-            REDUCTION=self.tiles.reduction,
+            **self.tiles.constants(),
             # bf16 operands have one way to be multiplied
             INPUT_PRECISION="ieee" if precision == "bf16" else precision,
             ALIGNED=16,
@@ -171,18 +169,18 @@ def _predict_ways(
         weight = launch.matrix("weight", layer)
         numbers = normal((fan_out, fan_in), device, fan_in**-0.5, seed=layer)
         weight[:fan_out].copy_(as_read(numbers, precision))
-    rows = tuple(
-        PredictRow(
-            kind=HIDDEN.value, batch=batch, width=fan_out, reduction=padded(fan_in),
-            d_below=launch.first("below", layer), d_below_stride=padded(fan_in),
-            weight=launch.first("weight", layer), weight_stride=padded(fan_in), stride=padded(fan_out),
+    problems = tuple(
+        PredictProblem(
+            kind=HIDDEN.value, m=batch, n=fan_out, k=padded(fan_in),
+            a=launch.first("below", layer), lda=padded(fan_in),
+            b=launch.first("weight", layer), ldb=padded(fan_in), ldc=padded(fan_out),
             uhat=launch.first("uhat", layer), d=launch.first("d", layer), error=launch.first("error", layer),
-            delta=launch.first("delta", layer), s=0, vhat=0, dense=0, mass=0, s_given=0,
+            delta=launch.first("delta", layer), s=0, vhat=0, target=0, target_sum=0, s_given=0,
         )
         for layer in range(layers)
     )  # fmt: skip
-    uploaded = table(rows, device)
-    act, negative_slope = code(Relu())
+    uploaded = table(problems, device)
+    act, negative_slope = activation_code(Relu())
     constants = dict(ACT=act, NEGATIVE_SLOPE=negative_slope, **NO_TOP, **launch.constants)
 
     def fused() -> None:
@@ -246,17 +244,17 @@ def _feedback_ways(
         weight = launch.matrix("weight", layer)
         numbers = normal((fan_out, fan_in), device, fan_in**-0.5, seed=layer)
         weight[:fan_out].copy_(as_read(numbers, precision))
-    rows = tuple(
-        FeedbackRow(
-            kind=UPDATE.value, batch=batch, width=fan_in, reduction=padded(fan_out),
-            delta=launch.first("delta", layer), delta_stride=padded(fan_out), weight=launch.first("weight", layer),
-            weight_stride=padded(fan_in), stride=padded(fan_in), d=launch.first("d", layer),
+    problems = tuple(
+        FeedbackProblem(
+            kind=UPDATE.value, m=batch, n=fan_in, k=padded(fan_out),
+            a=launch.first("delta", layer), lda=padded(fan_out), b=launch.first("weight", layer),
+            ldb=padded(fan_in), ldc=padded(fan_in), d=launch.first("d", layer),
             d_operand=launch.first(copy, layer), error=launch.first("error", layer), s=0, sum=0, layer=layer,
             velocity=0, sum_velocity=0,
         )
         for layer in range(layers)
     )  # fmt: skip
-    uploaded = table(rows, device)
+    uploaded = table(problems, device)
     first_bad = torch.full((layers,), 2**31 - 1, dtype=torch.int32, device=device)
 
     def fused() -> None:

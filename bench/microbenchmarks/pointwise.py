@@ -199,11 +199,11 @@ def _output_ways(batch, classes, loss, precision, device) -> list[Way]:
     product = normal((batch, classes), device, 0.1, seed=1)
     uhat = normal((batch, classes), device)
     if loss == "cross_entropy":
-        dense, scale = torch.zeros(batch, classes, device=device), 1.0
-        dense[torch.arange(batch), torch.arange(batch) % classes] = 1.0
-        mass = torch.ones(batch, 1, device=device)
+        target, scale = torch.zeros(batch, classes, device=device), 1.0
+        target[torch.arange(batch), torch.arange(batch) % classes] = 1.0
+        target_sum = torch.ones(batch, 1, device=device)
     else:
-        dense, mass, scale = normal((batch, classes), device, seed=2), None, 0.5
+        target, target_sum, scale = normal((batch, classes), device, seed=2), None, 0.5
     error = torch.empty_like(uhat)
     delta = torch.empty(batch, classes, dtype=operand_dtype(precision), device=device)
 
@@ -213,10 +213,10 @@ def _output_ways(batch, classes, loss, precision, device) -> list[Way]:
             product=product,
             uhat=uhat,
             vhat=uhat,
-            dense=dense,
+            target=target,
             error=error,
             delta=delta,
-            mass=mass,
+            target_sum=target_sum,
             scale=scale,
             precision="bf16" if precision == "bf16" else "tf32x3",
         )
@@ -224,10 +224,10 @@ def _output_ways(batch, classes, loss, precision, device) -> list[Way]:
     def judge() -> Judgement:
         launch()
         rows = ends(batch).to(device)
-        base, s, y = (t[rows].double() for t in (uhat, product, dense))
+        base, s, y = (t[rows].double() for t in (uhat, product, target))
         mu = base + s
         mu_bound = 2 * EPS * (base.abs() + s.abs())
-        if mass is None:
+        if target_sum is None:
             truth = (mu - y) * scale
             bound = scale * mu_bound + 4 * EPS * truth.abs()
         else:

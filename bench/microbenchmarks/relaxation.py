@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import pcfast
 from pcfast import networks
-from pcfast.backends.triton.launch_plan import Design, Target, design
-from pcfast.backends.triton.loop import Inputs, Loop, arena_of
+from pcfast.backends.triton.launch_plan import CompileTarget, Design, design
+from pcfast.backends.triton.loop import ForwardState, Loop, arena_of
 from pcfast.checking.bounds import FACTOR, relative_error
 from pcfast.deviation import layer_chain
 from pcfast.deviation.affine import LinearStep
@@ -25,7 +25,7 @@ from pcfast.precision import Precision, choose_precision, numerics, use_precisio
 from .case import PRODUCTS, Case, Way, described, normal, operand_bytes, torch_precision
 from .rounding import TF32, Judgement
 
-#: (batch, widths), what matters most first: loop weights below and above what one multiprocessor has close by.
+#: (batch, widths), what matters most first: loop weights below and above what one SM has of L1.
 NETWORKS = (
     (32, (64, 128, 128, 10)),
     (300, (784, 256, 256, 10)),
@@ -104,7 +104,9 @@ class _Relaxations:
                 products.append(product)
             loss = describe_loss(_LOSS)
             target = loss.prepare(vhat[-1], self.y, raise_now=True)
-            inputs = Inputs(chains, vhat, products, None, target, lambda mu: loss.gradient(target, mu), None)
+            inputs = ForwardState(
+                chains, vhat, products, None, target, lambda mu: loss.gradient(target, mu), None
+            )
             return Loop(planned, arena, inputs, STEP_SIZE)
 
     @cached_property
@@ -141,12 +143,12 @@ def _ways(
     relaxations = _Relaxations(batch, widths, precision, steps, device)
     sm_count = 3 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count
     ways = []
-    for name, close_bytes in (("one launch", _EVERYTHING), ("two stages", _NOTHING)):
-        target = Target(precision, sm_count, close_bytes, interpreted)
+    for name, l1_bytes_per_sm in (("one launch", _EVERYTHING), ("two stages", _NOTHING)):
+        target = CompileTarget(precision, sm_count, l1_bytes_per_sm, interpreted)
         # not fresh: all layers take part in every iteration
         planned = design(relaxations.network, relaxations.shapes, False, "cross_entropy", False, target)
         loop = relaxations.loop(planned)
-        launches = [*planned.predicts, *([] if planned.whole else [planned.feedback])]
+        launches = [*planned.predicts, *([] if planned.fuse_loop else [planned.feedback])]
         tiles = "; ".join(dict.fromkeys(described(launch.tiles, launch.programs) for launch in launches))
         ways.append(Way(name, tiles, partial(loop.run, steps), partial(_judge, relaxations, planned), steps))
     return ways

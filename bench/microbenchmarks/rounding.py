@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 2.0**-23  # of fp32: one rounding, or one truncation in a matrix unit's sum
-TF32 = 2.0**-10  # matrix units cut the 13 lowest bits of fp32 operands off
+EPS = 2.0**-23  # of fp32: one rounding, or one truncation in a Tensor Core's sum
+TF32 = 2.0**-10  # Tensor Cores cut the 13 lowest bits of fp32 operands off
 STORED = {torch.bfloat16: 2.0**-8, torch.float32: 0.0}  # rounding of what is stored in a dtype
 # the same of operands that a kernel stores, by the precision of the product that reads them
 OPERAND = {"bf16": STORED[torch.bfloat16], "tf32": 2.0**-11, "tf32x3": 0.0}

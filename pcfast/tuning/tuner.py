@@ -20,10 +20,10 @@ from ..backends import BACKENDS
 from ..backends.triton import config_cache
 from ..backends.triton.configs import (
     COMPOSED,
+    FUSED,
     IMPLICIT,
     NONE,
     STAGED,
-    WHOLE,
     Choices,
     ConvolutionKey,
     Key,
@@ -47,11 +47,11 @@ Progress = Callable[[int, int, str], None]
 
 ROUNDS = 7
 #: A candidate that takes so many times as long as the best is not measured again, nor is what belongs to it tuned.
-HOPELESS = 2.0
+PRUNE_RATIO = 2.0
 # How many times the untuned configuration's distance from float64 a candidate's may be. It tells faults from
 # rounding; the winner is held to pcfast check's bounds.
-_COARSE = 10.0
-_SHORTEST_SAMPLE = 2e-3  # seconds
+_TOLERANCE_FACTOR = 10.0
+_MIN_SAMPLE = 2e-3  # seconds
 _DRAWS = 5
 _CHECKED_AS = {"bf16": "bf16", "tf32": "tf32", "tf32x3": "ieee"}
 
@@ -147,7 +147,7 @@ class _Events:
 
     def __call__(self, run: Callable[[], object]) -> float:
         once = self._time(run, 1)
-        return self._time(run, max(1, round(_SHORTEST_SAMPLE / max(once, 1e-7))))
+        return self._time(run, max(1, round(_MIN_SAMPLE / max(once, 1e-7))))
 
     def _time(self, run: Callable[[], object], calls: int) -> float:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -159,11 +159,11 @@ class _Events:
         return first.elapsed_time(last) / 1e3 / calls  # it tells milliseconds
 
 
-class _Wrong(Exception):
+class IncorrectResult(Exception):
     """A candidate that computes something else."""
 
 
-class _Sieve:
+class _CorrectnessCheck:
     """Tells whether a candidate computes what it should: errors and updates against the reference in float64."""
 
     def __init__(self, problem: Problem, num_steps: int, loss: LossLike) -> None:
@@ -185,8 +185,8 @@ class _Sieve:
         return errors | {name: update for name, update in named.items() if update is not None}
 
     def _distances(self, problem: Problem, outcome: Outcome) -> dict[str, float]:
-        found = self._quantities(problem.model, outcome)
-        return {name: float((found[name].double() - true).norm()) for name, true in self._truth.items()}
+        quantities = self._quantities(problem.model, outcome)
+        return {name: float((quantities[name].double() - true).norm()) for name, true in self._truth.items()}
 
     def calibrate(self, problem: Problem, outcome: Outcome) -> None:
         """Take the untuned configuration's outcome as what rounding costs."""
@@ -195,13 +195,15 @@ class _Sieve:
         relative = max(
             (distances[n] / sizes[n] for n in sizes if n.startswith("error") and sizes[n]), default=0.0
         )
-        self._allowed = {name: _COARSE * (distances[name] + relative * sizes[name]) for name in sizes}
+        self._allowed = {
+            name: _TOLERANCE_FACTOR * (distances[name] + relative * sizes[name]) for name in sizes
+        }
 
     def check(self, problem: Problem, outcome: Outcome) -> None:
-        """Raise _Wrong for an outcome that is further off than rounding explains."""
+        """Raise IncorrectResult for an outcome that is further off than rounding explains."""
         for name, distance in self._distances(problem, outcome).items():
             if not distance <= self._allowed[name]:
-                raise _Wrong(
+                raise IncorrectResult(
                     f"wrong: {name} is {distance:.1e} from float64, allowed {self._allowed[name]:.1e}"
                 )
 
@@ -220,7 +222,7 @@ class _Tuner:
         self.progress = progress or (lambda done, total, what: None)
         self.start = self.current = config_cache.active(self.device)
         self.decisions: list[Decision] = []
-        self.sieve = _Sieve(self.problem, self.plan.num_steps, loss)
+        self.correctness = _CorrectnessCheck(self.problem, self.plan.num_steps, loss)
         self.recordable = False
 
     def run(self, save: bool) -> TuningReport:
@@ -263,22 +265,22 @@ class _Tuner:
         if design.loop is None:
             yield "tiles", self._decide_tiles
         else:
-            yield str(design.loop), lambda: self._decide_loop(design.loop, design.whole)
+            yield str(design.loop), lambda: self._decide_loop(design.loop, design.fuse_loop)
 
-    def _decide_loop(self, key: LoopKey, whole: bool) -> None:
+    def _decide_loop(self, key: LoopKey, fuse_loop: bool) -> None:
         """One launch or stages, each with its best tiles."""
-        now, other = (WHOLE, STAGED) if whole else (STAGED, WHOLE)
+        now, other = (FUSED, STAGED) if fuse_loop else (STAGED, FUSED)
         decision = self._decide(key, now, [other])
         best = self.current.get(key)
         seconds = {trial.choice: trial.seconds for trial in decision.trials}
         loser = other if best == now else now
-        hopeless = seconds[loser] is None or seconds[loser] > HOPELESS * seconds[best]
-        if not hopeless:
+        pruned = seconds[loser] is None or seconds[loser] > PRUNE_RATIO * seconds[best]
+        if not pruned:
             self.current = self.current.with_entries({key: loser})
             self._decide_tiles()
             self.current = self.current.with_entries({key: best})
         self._decide_tiles()
-        if not hopeless:
+        if not pruned:
             self._decide(key, best, [loser])
 
     def _decide_tiles(self) -> None:
@@ -331,14 +333,14 @@ class _Tuner:
         """What runs with ``choices``, whatever the reason."""
         design = self._design(choices)
         tiles = {launch.key: _words(launch.tiles) for launch in _launches(design)}
-        return design.whole, tiles, self._convolutions(design)
+        return design.fuse_loop, tiles, self._convolutions(design)
 
     def _convolutions(self, design) -> list[tuple[ConvolutionKey, str]]:
         """Convolutions that our kernels can run, each with what runs it in ``design``."""
         from ..backends.kernel_forms import PointwiseForm
         from ..backends.triton.conv_form import ConvForm, conv_form
 
-        found = {}
+        in_use = {}
         for layer in self.plan.network.layers[1:]:
             form, below = design.forms[layer.index], design.boundaries[layer.index - 1]
             now = COMPOSED
@@ -349,8 +351,8 @@ class _Tuner:
             elif isinstance(form, PointwiseForm):
                 form = conv_form(form, layer, below)
             if isinstance(form, ConvForm):
-                found[ConvolutionKey(design.target.convolutions, astuple(form.geometry))] = now
-        return list(found.items())
+                in_use[ConvolutionKey(design.target.convolutions, astuple(form.geometry))] = now
+        return list(in_use.items())
 
     # runs
 
@@ -361,7 +363,7 @@ class _Tuner:
 
     def _calibrate(self) -> None:
         """The untuned configuration: what rounding costs, and whether a CUDA graph can hold it."""
-        self.sieve.calibrate(self.problem, self._run(NONE, Wanted(states=True)))
+        self.correctness.calibrate(self.problem, self._run(NONE, Wanted(states=True)))
         if cuda_graphs.why_not(self.backend, self.problem, self.plan):
             return
         self._run(NONE)
@@ -377,7 +379,7 @@ class _Tuner:
 
     def _prepared(self, choices: Choices) -> Callable[[], object]:
         """A relaxation as training runs it, compiled, checked and recorded. Raises whatever goes wrong."""
-        self.sieve.check(self.problem, self._run(choices, Wanted(states=True)))
+        self.correctness.check(self.problem, self._run(choices, Wanted(states=True)))
         self._run(choices)
         return self._recorded(choices) if self.recordable else lambda: self._run(choices)
 
@@ -397,7 +399,7 @@ class _Tuner:
             for place in order:
                 samples[place].append(self.clock(ready[place]))
             best = min((median(samples[place]) for place in order), default=0.0)
-            order = [place for place in order if median(samples[place]) <= HOPELESS * best]
+            order = [place for place in order if median(samples[place]) <= PRUNE_RATIO * best]
         return [
             Trial(words, median(samples[place]) if place in samples else None, reasons.get(place, ""))
             for place, (words, _) in enumerate(contenders)
@@ -436,14 +438,12 @@ def _launches(design) -> list:
 
 def _words(value: Value) -> str:
     if isinstance(value, LinearTiles):
-        return (
-            f"{value.rows} x {value.columns} x {value.reduction}, {value.warps} warps, {value.stages} stages"
-        )
+        return f"{value}, {value.warps} warps, {value.stages} stages"
     return value
 
 
 def _reason(failure: Exception) -> str:
-    if isinstance(failure, _Wrong):
+    if isinstance(failure, IncorrectResult):
         return str(failure)
     lines = str(failure).strip().splitlines()
     return f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__

@@ -91,7 +91,7 @@ def smooth_mlp() -> nn.Sequential:
 
 
 def smooth_staged() -> nn.Sequential:
-    """Its loop weights, 1.1 MB in bfloat16, are more than one multiprocessor has close by."""
+    """Its loop weights, 1.1 MB in bfloat16, are more than one SM has of L1."""
     return networks.mlp([64, 600, 600, 600, CLASSES], nn.Tanh)
 
 

@@ -21,25 +21,25 @@ def product(
     right,
     out,
     K,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    REDUCTION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
 ):
-    """One tile of left (., K) right (K, COLUMNS). IN_REGISTERS: the loop changes what it loaded, then multiplies."""
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    columns = tl.arange(0, COLUMNS)[None, :]
-    steps = tl.arange(0, REDUCTION)
-    accumulator = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, K, REDUCTION):
+    """One tile of left (., K) right (K, BLOCK_N). IN_REGISTERS: the loop changes what it loaded, then multiplies."""
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    steps = tl.arange(0, BLOCK_K)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
         k = start + steps
         a = tl.load(left + rows * K + k[None, :])
-        b = tl.load(right + k[:, None] * COLUMNS + columns)
+        b = tl.load(right + k[:, None] * BLOCK_N + columns)
         if IN_REGISTERS:
             a = tl.where(a > 0, a, 0.0)
         accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
-    tl.store(out + rows * COLUMNS + columns, accumulator)
+    tl.store(out + rows * BLOCK_N + columns, accumulator)
 
 
 @triton.jit

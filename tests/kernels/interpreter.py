@@ -135,7 +135,7 @@ def _values(handle: TensorHandle) -> np.ndarray:
 
 
 def _matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """In float32. Every number is summed in the same order wherever it stands, as on a matrix unit; BLAS does not."""
+    """In float32. Every number is summed in the same order wherever it stands, as on a Tensor Core; BLAS does not."""
     return np.einsum("...ik,...kj->...ij", a, b)
 
 

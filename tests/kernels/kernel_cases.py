@@ -12,11 +12,13 @@ import torch
 from compilation import Case, matrix_instruction
 
 from pcfast.backends.triton.configs import LaunchKey
-from pcfast.backends.triton.tiles import LinearTiles, linear_tiles, whole_tiles
+from pcfast.backends.triton.tiles import LinearTiles, fused_loop_tiles, linear_tiles
 from pcfast.kernels import conv_feedback, conv_predict, pointwise_error, pointwise_gram
-from pcfast.kernels.activations import code
+from pcfast.kernels.codes import activation_code
 from pcfast.kernels.conv_geometry import ConvGeometry
-from pcfast.kernels.linear_predict import MAX_REGISTERS, NO_TOP
+from pcfast.kernels.grouped_gemm import MAX_REGISTERS
+from pcfast.kernels.limits import LOSS_COLUMNS
+from pcfast.kernels.linear_predict import NO_TOP
 from pcfast.kernels.output_error import CROSS_ENTROPY, output_tile
 from pcfast.model import activations
 from pcfast.tuning.search_space import candidates
@@ -39,18 +41,20 @@ def _dtype(precision: str) -> torch.dtype:
 
 def _tile_constants(tiles: LinearTiles, precision: str, aligned: bool = True) -> dict:
     return {
-        "ROWS": tiles.rows,
-        "COLUMNS": tiles.columns,
-        "REDUCTION": tiles.reduction,
+        **tiles.constants(),
         "INPUT_PRECISION": "ieee" if precision == "bf16" else precision,
         "ALIGNED": 16 if aligned else 1,
     }
 
 
 def _predict_constants(tiles: LinearTiles, precision: str, activation, aligned: bool = True) -> dict:
-    act, negative_slope = code(activation)
+    act, negative_slope = activation_code(activation)
     # the loss is in launches of small tiles only
-    top = dict(TOP_ACT=0, TOP_NEGATIVE_SLOPE=0.0, LOSS=CROSS_ENTROPY.value) if tiles.columns <= 64 else NO_TOP
+    top = (
+        dict(TOP_ACT=0, TOP_NEGATIVE_SLOPE=0.0, LOSS=CROSS_ENTROPY.value)
+        if tiles.block_n <= LOSS_COLUMNS
+        else NO_TOP
+    )
     return dict(ACT=act, NEGATIVE_SLOPE=negative_slope, **top, **_tile_constants(tiles, precision, aligned))
 
 
@@ -78,7 +82,7 @@ def _linear(
         warps=tiles.warps,
         stages=tiles.stages,
         max_registers=MAX_REGISTERS,
-        instruction=matrix_instruction(capability, tiles.rows, tiles.warps),
+        instruction=matrix_instruction(capability, tiles.block_m, tiles.warps),
     )
 
 
@@ -95,7 +99,7 @@ def linear_cases(chips, sizes, acts) -> list[Case]:
         name = f"linear_feedback, {size}, {precision}"
         cases.append(_linear("linear_feedback", name, tiles, precision, capability, constexprs))
     for capability, precision, act in itertools.product(chips, PRECISIONS, acts):
-        tiles = whole_tiles(precision)
+        tiles = fused_loop_tiles(precision)
         constexprs = _predict_constants(tiles, precision, act)
         name = f"mlp_relaxation, {precision}, {type(act).__name__}"
         cases.append(_linear("mlp_relaxation", name, tiles, precision, capability, constexprs))
@@ -109,14 +113,16 @@ def candidate_cases(chips) -> list[Case]:
         chips, PRECISIONS, ("linear_predict", "linear_feedback", "mlp_relaxation")
     ):
         whole = kernel == "mlp_relaxation"
-        by_rule = whole_tiles(precision) if whole else linear_tiles([SIZES["small"]], precision, SM_COUNT)
+        by_rule = (
+            fused_loop_tiles(precision) if whole else linear_tiles([SIZES["small"]], precision, SM_COUNT)
+        )
         for tiles in candidates(LaunchKey(kernel, precision, whole, 128, ((128, 128),)), by_rule, False):
             constexprs = _tile_constants(tiles, precision)
             if kernel != "linear_feedback":
                 constexprs = _predict_constants(tiles, precision, _GELU)
             if kernel == "linear_predict":
                 constexprs |= NO_TOP
-            shape = f"{tiles.rows} x {tiles.columns}, {tiles.warps} warps, {tiles.stages} stages"
+            shape = f"{tiles.block_m} x {tiles.block_n}, {tiles.warps} warps, {tiles.stages} stages"
             name = f"{kernel}, {precision}, {shape}"
             cases.append(_linear(kernel, name, tiles, precision, capability, constexprs))
     return cases
@@ -190,7 +196,9 @@ def _conv(
         divisible=tuple(argument for argument, kind in types.items() if kind.startswith("*")),
         warps=tiles.warps,
         stages=tiles.stages,
-        instruction=matrix_instruction(capability, tiles.columns if transposed else tiles.rows, tiles.warps),
+        instruction=matrix_instruction(
+            capability, tiles.block_n if transposed else tiles.block_m, tiles.warps
+        ),
     )
 
 
@@ -214,15 +222,15 @@ def before_max_pools(capability: int) -> list[tuple[Case, int]]:
     """(kernel with an activation in front of a max pool, elements of windows a thread), for every activation."""
     found = []
     (pooled,) = (c for c in pointwise_cases((capability,)) if c.name == "pointwise_error, max 2x2")
-    elements = 4 * pooled.constexprs["BLOCK_POSITIONS"] * pooled.constexprs["BLOCK_CHANNELS"]
+    elements = 4 * pooled.constexprs["BLOCK_M"] * pooled.constexprs["BLOCK_N"]
     for activation in _ALL_ACTIVATIONS:
-        before, negative_slope = code(activation)
+        before, negative_slope = activation_code(activation)
         constants = dict(BEFORE=before, BEFORE_NEGATIVE_SLOPE=negative_slope)
         case = replace(pooled, constexprs={**pooled.constexprs, **constants})
         found.append((case, elements // (32 * case.warps)))
         tiles = conv_predict.predict_tiles(SMALL_MAX_POOLED, "bf16", activation, None)
         case = _conv_predict("small", SMALL_MAX_POOLED, "bf16", capability, activation, None)
-        found.append((case, tiles.rows * tiles.columns // (32 * case.warps)))
+        found.append((case, tiles.block_m * tiles.block_n // (32 * case.warps)))
     return found
 
 
@@ -239,8 +247,8 @@ def pointwise_cases(chips) -> list[Case]:
         strides = {f"{view}_{axis}": "i32" for view in views for axis in _PLACE}
         kinds = {"product": "*bf16", "delta": "*bf16"}
         sizes = dict.fromkeys(("positions", "pooled_rows", "pooled_columns", "channels"), "i32")
-        act, negative_slope = code(activations.Relu())
-        pools = {"max": pointwise_error.MAX_POOL, "average": pointwise_error.AVERAGE_POOL}
+        act, negative_slope = activation_code(activations.Relu())
+        pools = {"max": pointwise_error.MAX_POOL, "average": pointwise_error.AVG_POOL}
         cases.append(
             Case(
                 name=f"pointwise_error, {name}",
@@ -249,7 +257,7 @@ def pointwise_cases(chips) -> list[Case]:
                 constexprs=dict(
                     ERROR_GIVEN=False, BEFORE=0, BEFORE_NEGATIVE_SLOPE=0.0, POOL=pools[pool].value,
                     WINDOW_ROWS=window[0], WINDOW_COLUMNS=window[1], AFTER=act, AFTER_NEGATIVE_SLOPE=negative_slope,
-                    BLOCK_POSITIONS=block[0], BLOCK_CHANNELS=block[1],
+                    BLOCK_M=block[0], BLOCK_N=block[1],
                 ),
                 capability=capability,
                 divisible=(*views, *strides, "channels"),
@@ -270,7 +278,7 @@ def pointwise_cases(chips) -> list[Case]:
                     "step_size": "fp32",
                 },
                 constexprs=dict(
-                    CLAMPED=False, BLOCK_POSITIONS=block[0], BLOCK_CHANNELS=block[1], velocity=None, momentum=None
+                    CLAMPED=False, BLOCK_M=block[0], BLOCK_N=block[1], velocity=None, momentum=None
                 ),
                 capability=capability,
                 divisible=(*views, *strides, "channels"),
@@ -296,14 +304,14 @@ def pointwise_cases(chips) -> list[Case]:
 
 def output_cases(chips) -> list[Case]:
     cases = []
-    matrices = ("product", "uhat", "vhat", "dense", "error", "delta", "mass")
+    matrices = ("product", "uhat", "vhat", "target", "error", "delta", "target_sum")
     types = {
         argument: kind
         for matrix in matrices
         for argument, kind in ((matrix, "*fp32"), (f"{matrix}_row", "i32"))
     }
     for capability in chips:
-        block_rows, block_columns, warps = output_tile(256, 1000)
+        block_m, block_n, warps = output_tile(256, 1000)
         act = dict(ACT=0, NEGATIVE_SLOPE=0.0)
         cases.append(
             Case(
@@ -314,21 +322,21 @@ def output_cases(chips) -> list[Case]:
                     LOSS=CROSS_ENTROPY.value,
                     **act,
                     INPUT_PRECISION="tf32",
-                    BLOCK_ROWS=block_rows,
-                    BLOCK_COLUMNS=block_columns,
+                    BLOCK_M=block_m,
+                    BLOCK_N=block_n,
                 ),
                 capability=capability,
                 divisible=matrices,
                 warps=warps,
             )
         )
-        _, block_columns, warps = output_tile(256, 4096)
+        _, block_n, warps = output_tile(256, 4096)
         cases.append(
             Case(
                 name="wide_cross_entropy",
                 kernel="pcfast.kernels.output_error:wide_cross_entropy_kernel",
                 signature={**types, "columns": "i32"},
-                constexprs=dict(**act, INPUT_PRECISION="tf32", BLOCK_COLUMNS=block_columns),
+                constexprs=dict(**act, INPUT_PRECISION="tf32", BLOCK_N=block_n),
                 capability=capability,
                 divisible=matrices,
                 warps=warps,

@@ -1,4 +1,4 @@
-"""Fences for asynchronous matrix units, what is unsafe in PTX and in machine code, and that launches look for it."""
+"""Fences for asynchronous Tensor Cores, what is unsafe in PTX and in machine code, and that launches look for it."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def product(
         kernel="compilation_kernels:product",
         signature={"left": f"*{dtype}", "right": f"*{dtype}", "out": "*fp32", "K": "i32"},
         constexprs=dict(
-            ROWS=rows, COLUMNS=columns, REDUCTION=reduction, PRECISION=precision, IN_REGISTERS=made
+            BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=reduction, PRECISION=precision, IN_REGISTERS=made
         ),
         capability=capability,
         divisible=("left", "right", "out", "K"),

@@ -1,7 +1,7 @@
 """The convolution kernels in triton's interpreter against torch in float64.
 
 The truth is never the kernels' own form: F.conv2d, F.conv_transpose2d, F.max_pool2d, plain differences of activations
-and autograd, all in float64, on the operands as the matrix unit reads them. What is left is rounding in fp32, and the
+and autograd, all in float64, on the operands as Tensor Cores read them. What is left is rounding in fp32, and the
 bounds count it element by element, in units of 2^-23 of the sum of the absolute products.
 """
 
@@ -17,14 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from pcfast.kernels.conv_feedback import feedback_tiles, launch_conv_feedback
-from pcfast.kernels.conv_geometry import ConvGeometry, Tiles
+from pcfast.kernels.conv_geometry import ConvGeometry
 from pcfast.kernels.conv_predict import _window_maximum, launch_conv_predict, predict_tiles
 from pcfast.kernels.tf32 import input_precision
+from pcfast.kernels.tiles import Tiles
 from pcfast.model import activations
 from pcfast.model.activations import Gelu, GeluTanh, LeakyRelu, Relu, Silu, Tanh
 
 EPS = 2.0**-23
-SMALL = Tiles(rows=16, columns=16, reduction=16, warps=4, stages=1)  # many tiles of a small problem
+SMALL = Tiles(block_m=16, block_n=16, block_k=16, warps=4, stages=1)  # many tiles of a small problem
 PRECISIONS = ("tf32x3", "tf32", "bf16")
 GUARD, UNTOUCHED = 24, 77
 
@@ -557,17 +558,17 @@ def test_tiles_fit_every_chip(geometry, precision):
     chosen = [feedback_tiles(geometry, precision)]
     chosen += [predict_tiles(geometry, precision, None, after) for after in (None, Relu(), Tanh(), Gelu())]
     for tiles in chosen:
-        assert tiles.rows >= 64 and tiles.rows % geometry.slots == 0  # wgmma; windows in one tile
-        assert 16 <= tiles.columns <= 128 and 16 <= tiles.reduction <= 64
+        assert tiles.block_m >= 64 and tiles.block_m % geometry.slots == 0  # wgmma; windows in one tile
+        assert 16 <= tiles.block_n <= 128 and 16 <= tiles.block_k <= 64
         assert tiles.warps in (4, 8)
         operands = (
-            (tiles.rows + tiles.columns) * tiles.reduction * operand_dtype(precision).itemsize * tiles.stages
+            (tiles.block_m + tiles.block_n) * tiles.block_k * operand_dtype(precision).itemsize * tiles.stages
         )
         assert operands <= 101_376  # shared memory of sm_86, sm_89 and sm_120, the smallest
 
 
 REFUSED = {
-    "slopes differ": (conv(6, 6, 3, 5, 3, pool="avg", window=2), Gelu()),
+    "derivatives differ": (conv(6, 6, 3, 5, 3, pool="avg", window=2), Gelu()),
     "the one behind it": (conv(6, 6, 3, 5, 3), Relu()),
     "more than 64": (conv(20, 20, 3, 5, 3, pool="max", window=9), None),
     "smaller than": (conv(3, 3, 3, 5, 3, pool="max", window=2), None),

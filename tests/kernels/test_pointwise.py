@@ -17,6 +17,7 @@ import triton.language as tl
 from pcfast import losses
 from pcfast.kernels import activations as device_activations
 from pcfast.kernels import output_error, pointwise_error, pointwise_gram, pointwise_update
+from pcfast.kernels.codes import activation_code
 from pcfast.kernels.pointwise_error import Tail
 from pcfast.model import activations
 
@@ -57,7 +58,7 @@ def activation_kernel(
     u = tl.load(uhat + at, mask=at < n, other=0.0)
     moved = tl.load(s + at, mask=at < n, other=0.0)
     tl.store(a + at, device_activations.act(u, ACT, NEGATIVE_SLOPE), mask=at < n)
-    difference, gate = device_activations.bracket_and_slope(u, moved, ACT, NEGATIVE_SLOPE)
+    difference, gate = device_activations.act_diff_and_derivative(u, moved, ACT, NEGATIVE_SLOPE)
     tl.store(bracket + at, difference, mask=at < n)
     tl.store(slope + at, gate, mask=at < n)
 
@@ -65,7 +66,7 @@ def activation_kernel(
 def on_device(name, uhat, s):
     """act(uhat), bracket and slope by the kernel."""
     out = [torch.full_like(uhat, math.nan) for _ in range(3)]
-    act, negative_slope = device_activations.code(ACTIVATIONS[name][0])
+    act, negative_slope = activation_code(ACTIVATIONS[name][0])
     activation_kernel[(1,)](
         uhat, s, *out, uhat.numel(), act, negative_slope, BLOCK=triton.next_power_of_2(uhat.numel())
     )
@@ -132,9 +133,9 @@ def test_nan_is_never_lost(name):
 
 def test_every_activation_has_a_code():
     classes = [kind for kind in activations.Activation.__subclasses__() if kind.in_kernels]
-    codes = {device_activations.code(cls())[0] for cls in classes} | {device_activations.code(None)[0]}
+    codes = {activation_code(cls())[0] for cls in classes} | {activation_code(None)[0]}
     assert len(codes) == len(classes) + 1
-    assert device_activations.code(activations.LeakyRelu(0.2)) == (device_activations.LEAKY_RELU.value, 0.2)
+    assert activation_code(activations.LeakyRelu(0.2)) == (device_activations.LEAKY_RELU.value, 0.2)
 
 
 # views ------------------------------------------------------------------------------------------------------
@@ -629,10 +630,10 @@ def check_output_error(kind, name, rows, columns, *, moved=True, precision="tf32
         product=None if s is None else s.view,
         uhat=uhat.view,
         vhat=vhat.view,
-        dense=dense.view,
+        target=dense.view,
         error=error.view,
         delta=delta.view,
-        mass=target.mass,
+        target_sum=target.mass,
         scale=target.scale,
         activation=activation,
         precision=precision,
@@ -692,10 +693,10 @@ def test_output_error_of_large_logits(columns):
         product=None,
         uhat=torch.zeros_like(uhat),
         vhat=uhat,
-        dense=target.dense,
+        target=target.dense,
         error=error,
         delta=delta,
-        mass=target.mass,
+        target_sum=target.mass,
         precision="tf32x3",
     )
     expected = torch.softmax(uhat[:2].double(), 1) / 3 - target.dense[:2]

@@ -1,4 +1,4 @@
-"""Backend "triton", interpreted: the launch code, tables and kernels of the streamed tier against float64."""
+"""Backend "triton", interpreted: the launch code, tables and kernels against float64."""
 
 from __future__ import annotations
 
@@ -39,11 +39,19 @@ from pcfast.backends.triton import roofline as floor
 from pcfast.backends.triton.arena import Arena, LayoutBuilder
 from pcfast.backends.triton.loop import Loop
 from pcfast.backends.triton.tensor_layout import padded
-from pcfast.backends.triton.tiles import LOSS_COLUMNS
 from pcfast.checking.bounds import relative_error
 from pcfast.checking.checker import check
 from pcfast.cli import main
-from pcfast.kernels.linear_predict import PART
+from pcfast.kernels.grouped_gemm import EPILOGUE_SUBTILE
+from pcfast.kernels.limits import LOSS_COLUMNS
+from pcfast.kernels.linear_problems import (
+    FEEDBACK,
+    GEMM,
+    PREDICT,
+    FeedbackProblem,
+    PredictProblem,
+    as_numbers,
+)
 from pcfast.kernels.tf32 import round_to_tf32, rounded_to_tf32
 from pcfast.precision import switched, use_precision
 from pcfast.problem import plan as planning
@@ -79,7 +87,7 @@ def _gaps_between_matrices_are_out_of_bounds(monkeypatch):
 def staged(monkeypatch):
     """No weights are close to a program: the loop runs stage by stage."""
     find = designs.target_of
-    monkeypatch.setattr(designs, "target_of", lambda *a: dataclasses.replace(find(*a), close_bytes=0))
+    monkeypatch.setattr(designs, "target_of", lambda *a: dataclasses.replace(find(*a), l1_bytes_per_sm=0))
 
 
 _LETTERS = {LinearForm: "l", PointwiseForm: "p", TorchForm: "t"}
@@ -238,7 +246,9 @@ def test_any_mlp(widths, activation, batch, num_steps, step_size, momentum, wani
     with pytest.MonkeyPatch.context() as patch:
         find = designs.target_of
         patch.setattr(
-            designs, "target_of", lambda *a: dataclasses.replace(find(*a), close_bytes=10**6 if close else 0)
+            designs,
+            "target_of",
+            lambda *a: dataclasses.replace(find(*a), l1_bytes_per_sm=10**6 if close else 0),
         )
         assert_close_to_float64(
             model, x, y, bound=1e-5, num_steps=num_steps, step_size=step_size,
@@ -362,7 +372,7 @@ def test_momentum_and_schedules_in_gram_form(num_steps, whole, way, made, reques
         made.clear()
         x, y = torch.randn(BATCH, 12), torch.randint(0, 4, (BATCH,))
         assert_close_to_float64(model, x, y, num_steps=num_steps, **MOVING[way](num_steps))
-        assert made[0].gram and made[0].whole == whole
+        assert made[0].gram and made[0].fuse_loop == whole
         assert velocities(made[0]) == (expected_velocities(made[0]) if way != "schedule" else set())
 
 
@@ -493,7 +503,7 @@ def test_the_design_gives_every_matrix_its_own_place(momentum):
     network = pcfast.model.describe.describe(model)
     shapes = network.shapes(tuple(x.shape))
     for precision, gram in itertools.product(("bf16", "tf32"), (False, True)):
-        target = launch_plan.Target(precision, 132, 0, False)
+        target = launch_plan.CompileTarget(precision, 132, 0, False)
         made = designs.design(network, shapes, gram, "cross_entropy", True, target, momentum)
         assert bool(velocities(made)) == momentum
         assert all(not m.operand for name, m in made.layout.matrices if "velocity" in name)
@@ -673,6 +683,18 @@ def test_a_kernel_that_does_not_compile_is_an_error_of_the_backend(name, launch,
             pcfast.relax(model, x, y, backend="triton")
 
 
+@pytest.mark.parametrize(("kind", "offsets"), [(PredictProblem, PREDICT), (FeedbackProblem, FEEDBACK)])
+def test_kernels_read_a_descriptor_where_the_host_writes_it(kind, offsets):
+    names = [field.name for field in dataclasses.fields(kind)]
+    numbers = as_numbers(kind(**{name: 100 + place for place, name in enumerate(names)}))
+    for place, name in enumerate(names):
+        # as the interpreter reads it, as the compiler does, and as the main loop of both kinds does
+        read = [getattr(owner, name.upper()) for owner in (offsets, offsets.value)]
+        read += [getattr(GEMM, name.upper())] if hasattr(GEMM, name.upper()) else []
+        assert {numbers[at] for at in read} == {100 + place}
+    assert str(offsets.value) in repr(offsets)  # what triton's cache key holds
+
+
 def test_a_whole_relaxation_that_does_not_compile_names_its_layers(monkeypatch):
     monkeypatch.setattr(loops, "launch_mlp_relaxation", in_triton)
     with pytest.raises(
@@ -805,7 +827,7 @@ def test_auto_does_not_choose_it():
 def test_explain_names_tier_kernels_and_tiles(staged):
     model, x, _ = drawn("conv")
     text = str(pcfast.explain(model, tuple(x.shape), backend="triton"))
-    assert "tier streamed" in text and "tiles of 16 x 16 x 16" in text
+    assert "state in global memory" in text and "tiles of 16 x 16 x 16" in text
     assert (
         "layer 2 (Conv2d - Tanh - MaxPool2d - Flatten): cuDNN's convolution, pointwise_error in tiles" in text
     )
@@ -841,8 +863,8 @@ def floors_of(
 ) -> dict:
     network = pcfast.model.describe.describe(model)
     shapes = network.shapes((BATCH, *sample))
-    target = launch_plan.Target(
-        **{"precision": "bf16", "sm_count": 132, "close_bytes": 0, "interpreted": False, **settings}
+    target = launch_plan.CompileTarget(
+        **{"precision": "bf16", "sm_count": 132, "l1_bytes_per_sm": 0, "interpreted": False, **settings}
     )
     made = designs.design(network, shapes, gram, "cross_entropy", True, target, momentum)
     return floor.floors(network, shapes, made, dataclasses.replace(gpu_constants.load(), l2_bytes=0))
@@ -969,15 +991,15 @@ def test_designs_for_a_gpu_hold_together(precision, batch, close):
             model = mlp(*widths, activation=activation)
         network = pcfast.model.describe.describe(model)
         shapes = network.shapes((batch, widths[0]))
-        target = launch_plan.Target(precision, 132, close, False)
+        target = launch_plan.CompileTarget(precision, 132, close, False)
         made = designs.design(network, shapes, False, "cross_entropy", True, target)
-        assert len(made.predicts) == 1 or not made.whole
+        assert len(made.predicts) == 1 or not made.fuse_loop
         assert sorted(l for launch in made.predicts for l in launch.layers) == list(range(2, made.depth + 1))
         for launch in made.predicts:
             if launch.loss is not None:
-                rows = launch.tiles.rows * launch.tiles.columns
-                assert launch.tiles.columns <= LOSS_COLUMNS and rows <= PART.value
-                assert widths[-1] <= launch.tiles.columns
+                rows = launch.tiles.block_m * launch.tiles.block_n
+                assert launch.tiles.block_n <= LOSS_COLUMNS and rows <= EPILOGUE_SUBTILE.value
+                assert widths[-1] <= launch.tiles.block_n
         assert made.wide_top == (widths[-1] > LOSS_COLUMNS)
 
 

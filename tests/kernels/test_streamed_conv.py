@@ -71,7 +71,7 @@ def test_none_is_implicit_by_default(name, made):
 def designed(name: str, precision: str, choices: Choices, gram: bool = False) -> designs.Design:
     model, x, _ = drawn(name)
     network = pcfast.model.describe.describe(model)
-    target = designs.Target(precision, 132, 0, False, choices=choices)
+    target = designs.CompileTarget(precision, 132, 0, False, choices=choices)
     return designs.design(network, network.shapes(tuple(x.shape)), gram, "cross_entropy", True, target)
 
 

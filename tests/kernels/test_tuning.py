@@ -22,10 +22,10 @@ from pcfast.backends.triton import config_cache, designs
 from pcfast.backends.triton import loop as loops
 from pcfast.backends.triton.configs import (  # fmt: skip
     COMPOSED,
+    FUSED,
     IMPLICIT,
     NONE,
     STAGED,
-    WHOLE,
     Choices,
     ConvolutionKey,
     LaunchKey,
@@ -33,7 +33,7 @@ from pcfast.backends.triton.configs import (  # fmt: skip
     from_json,
     to_json,
 )
-from pcfast.backends.triton.tiles import LinearTiles, linear_tiles, whole_tiles
+from pcfast.backends.triton.tiles import LinearTiles, fused_loop_tiles, linear_tiles
 from pcfast.checking import checker as checking
 from pcfast.cli import main
 from pcfast.support import log as logs
@@ -65,7 +65,7 @@ def launched(monkeypatch):
 
         def record(*arguments, _name=name, _run=run, **keywords):
             constants = keywords["constants"]
-            seen.append((_name.removeprefix("launch_"), constants["ROWS"], constants["COLUMNS"]))
+            seen.append((_name.removeprefix("launch_"), constants["BLOCK_M"], constants["BLOCK_N"]))
             return _run(*arguments, **keywords)
 
         monkeypatch.setattr(loops, name, record)
@@ -111,7 +111,7 @@ def ran(model, launched, data=None) -> set:
     return set(launched)
 
 
-WHOLE_32 = ("mlp_relaxation", 32, 16)
+FUSED_32 = ("mlp_relaxation", 32, 16)
 STAGED_TILES = {("linear_predict", 16, 32): 1.0, ("linear_feedback", 32, 16): 2.0}
 
 
@@ -121,10 +121,10 @@ STAGED_TILES = {("linear_predict", 16, 32): 1.0, ("linear_feedback", 32, 16): 2.
 def test_the_cheapest_tiles_win_and_run_from_then_on(launched, priced, folder):
     model = network()
     assert ran(model, launched) == {("mlp_relaxation", 16, 16)}
-    report = tune(model, priced({WHOLE_32: 1.0}))
+    report = tune(model, priced({FUSED_32: 1.0}))
     assert report.after < report.before and report.check.ok and report.path.parent == folder
     assert {row.backend for row in report.check.rows} == {"triton"}
-    assert ran(model, launched) == {WHOLE_32}
+    assert ran(model, launched) == {FUSED_32}
     key = next(key for key in report.choices if isinstance(key, LaunchKey))
     assert key.kernel == "mlp_relaxation" and key.batch is None
 
@@ -152,7 +152,7 @@ def test_the_loser_of_a_close_race_is_tuned_too(priced):
     report = tune(
         network(), priced({**prices, ("mlp_relaxation", 16, 16): 10.0, ("linear_feedback", 32, 16): 1.0})
     )
-    assert [d.chosen for d in report.decisions if d.what.startswith("the loop")] == [WHOLE, STAGED]
+    assert [d.chosen for d in report.decisions if d.what.startswith("the loop")] == [FUSED, STAGED]
 
 
 def test_convolutions(launched, monkeypatch):
@@ -195,7 +195,7 @@ def test_what_runs_now_stays_where_nothing_is_faster(priced, folder):
 
 
 def test_a_dry_run_writes_nothing(launched, priced, folder):
-    report = tune(network(), priced({WHOLE_32: 1.0}), save=False)
+    report = tune(network(), priced({FUSED_32: 1.0}), save=False)
     assert len(report.choices) and report.path is None
     assert not folder.exists()
     assert ran(network(), launched) == {("mlp_relaxation", 16, 16)}
@@ -208,7 +208,7 @@ def test_the_model_and_the_random_state_stay(priced):
     parameters = [p.clone() for p in model.parameters()]
     gradients = [p.grad.clone() for p in model.parameters()]
     before = torch.get_rng_state()
-    tune(model, priced({WHOLE_32: 1.0}))
+    tune(model, priced({FUSED_32: 1.0}))
     assert torch.equal(before, torch.get_rng_state())
     for p, value, gradient in zip(model.parameters(), parameters, gradients, strict=True):
         assert torch.equal(p, value) and torch.equal(p.grad, gradient)
@@ -216,7 +216,7 @@ def test_the_model_and_the_random_state_stay(priced):
 
 def test_progress_ends_where_it_said(priced):
     seen = []
-    tune(network(), priced({WHOLE_32: 1.0}), progress=lambda *told: seen.append(told))
+    tune(network(), priced({FUSED_32: 1.0}), progress=lambda *told: seen.append(told))
     assert seen[-1][0] == seen[-1][1] and [done for done, *_ in seen] == sorted(done for done, *_ in seen)
 
 
@@ -229,7 +229,7 @@ def planted(monkeypatch, fault) -> None:
 
     def faulty(state, *arguments, **keywords):
         run(state, *arguments, **keywords)
-        if keywords["constants"]["ROWS"] == 32:
+        if keywords["constants"]["BLOCK_M"] == 32:
             fault(state)
 
     monkeypatch.setattr(loops, "launch_mlp_relaxation", faulty)
@@ -237,7 +237,7 @@ def planted(monkeypatch, fault) -> None:
 
 def test_a_candidate_that_computes_something_wrong_is_out(priced, folder, monkeypatch):
     planted(monkeypatch, lambda state: state.mul_(1.01))
-    report = tune(network(), priced({WHOLE_32: 1.0}))
+    report = tune(network(), priced({FUSED_32: 1.0}))
     trials = [t for d in report.decisions for t in d.trials if t.choice.startswith("32 x 16")]
     assert [t.seconds for t in trials] == [None] and trials[0].reason.startswith("wrong: ")
     assert not len(report.choices) and not list(folder.glob("*.json"))
@@ -248,7 +248,7 @@ def test_a_candidate_that_does_not_launch_is_out(priced, monkeypatch):
         raise RuntimeError("out of resource: shared memory")
 
     planted(monkeypatch, fail)
-    report = tune(network(), priced({WHOLE_32: 1.0}))
+    report = tune(network(), priced({FUSED_32: 1.0}))
     reasons = [t.reason for d in report.decisions for t in d.trials if t.seconds is None]
     assert reasons == ["RuntimeError: out of resource: shared memory"]
 
@@ -256,9 +256,9 @@ def test_a_candidate_that_does_not_launch_is_out(priced, monkeypatch):
 def test_a_wrong_winner_is_never_written(launched, priced, folder, monkeypatch):
     """What slips through the sieve is held to pcfast check's bounds."""
     planted(monkeypatch, lambda state: state.mul_(1.01))
-    monkeypatch.setattr(tuning._Sieve, "check", lambda *_: None)
+    monkeypatch.setattr(tuning._CorrectnessCheck, "check", lambda *_: None)
     with pytest.raises(pcfast.BackendError, match=r"out of its bounds.*nothing was written"):
-        tune(network(), priced({WHOLE_32: 1.0}))
+        tune(network(), priced({FUSED_32: 1.0}))
     assert not list(folder.glob("*.json"))
     assert ran(network(), launched) == {("mlp_relaxation", 16, 16)}
 
@@ -278,13 +278,13 @@ def test_graphs_are_timed_where_training_replays_them(works, priced, monkeypatch
         why_not=lambda *_: "", record_cuda=record, CACHE=tuning.cuda_graphs.CACHE
     )
     monkeypatch.setattr(tuning, "cuda_graphs", stand_in)
-    assert len(tune(network(), priced({WHOLE_32: 1.0})).choices)
+    assert len(tune(network(), priced({FUSED_32: 1.0})).choices)
     assert bool(recorded) == works
 
 
 def test_only_what_was_verified_is_written(priced):
     """Tiles of stages that lost against one launch are not in the file."""
-    prices = {("mlp_relaxation", 16, 16): 9.0, WHOLE_32: 1.0, ("linear_feedback", 32, 16): 1.0}
+    prices = {("mlp_relaxation", 16, 16): 9.0, FUSED_32: 1.0, ("linear_feedback", 32, 16): 1.0}
     prices |= {("linear_predict", 16, 16): 2.0, ("linear_feedback", 16, 16): 2.0}
     report = tune(network(), priced(prices))
     assert any("linear_feedback" in d.what for d in report.decisions)
@@ -314,14 +314,14 @@ def loop_design(model, count: int = 9):
 def test_choices_are_part_of_the_design(launched):
     model = network()
     by_rule = loop_design(model)
-    chosen = replace(by_rule.feedback.tiles, rows=32)
+    chosen = replace(by_rule.feedback.tiles, block_m=32)
     with config_cache.using(Choices({by_rule.feedback.key: chosen})):
         tuned = loop_design(model)
-        assert ran(model, launched) == {WHOLE_32}
+        assert ran(model, launched) == {FUSED_32}
     assert tuned.feedback.tiles == chosen and tuned.feedback.programs == 1
     assert loop_design(model) is by_rule  # designs stay cached by value
     with config_cache.using(Choices({by_rule.loop: STAGED})):
-        assert not loop_design(model).whole
+        assert not loop_design(model).fuse_loop
         assert {name for name, *_ in ran(model, launched)} == {"linear_predict", "linear_feedback"}
 
 
@@ -335,7 +335,7 @@ def test_what_decides_on_bits_does_not_depend_on_the_batch():
 
 def test_another_order_of_sums_is_not_taken():
     by_rule = loop_design(network())
-    other = replace(by_rule.feedback.tiles, reduction=2 * by_rule.feedback.tiles.reduction)
+    other = replace(by_rule.feedback.tiles, block_k=2 * by_rule.feedback.tiles.block_k)
     with config_cache.using(Choices({by_rule.feedback.key: other})):
         assert loop_design(network()).feedback.tiles == by_rule.feedback.tiles
 
@@ -347,13 +347,13 @@ def test_candidates_keep_the_reduction_and_hold_the_loss(precision):
     for loss in (False, True):
         found = candidates(LaunchKey("linear_predict", precision, loss, 64, sizes), by_rule, False)
         assert found and len(set(found)) == len(found)
-        assert {tiles.reduction for tiles in found} == {by_rule.reduction}
+        assert {tiles.block_k for tiles in found} == {by_rule.block_k}
         if loss:
-            assert {(tiles.rows, tiles.columns) for tiles in found} == {(by_rule.rows, by_rule.columns)}
+            assert {(tiles.block_m, tiles.block_n) for tiles in found} == {(by_rule.block_m, by_rule.block_n)}
     found = candidates(
-        LaunchKey("mlp_relaxation", precision, True, None, sizes), whole_tiles(precision), False
+        LaunchKey("mlp_relaxation", precision, True, None, sizes), fused_loop_tiles(precision), False
     )
-    assert {tiles.columns for tiles in found} == {whole_tiles(precision).columns}
+    assert {tiles.block_n for tiles in found} == {fused_loop_tiles(precision).block_n}
 
 
 # the file ------------------------------------------------------------------------------------------------------
@@ -368,7 +368,7 @@ def entry(batch_size: int) -> dict:
 EVERY_KIND = Choices({
     **entry(5),
     LaunchKey("mlp_relaxation", "bf16", True, None, ((10, 30),)): TILES,
-    LoopKey("tf32", ((10, 30), (30, 40)), True): WHOLE,
+    LoopKey("tf32", ((10, 30), (30, 40)), True): FUSED,
     ConvolutionKey("bf16", (8, 8, 2, 3, (3, 3), (1, 1), (0, 0), None, (1, 1))): COMPOSED,
 })  # fmt: skip
 
@@ -412,8 +412,8 @@ def environment() -> dict:
 
 
 def test_another_process_reads_what_was_written(priced):
-    tune(network(), priced({WHOLE_32: 1.0}))
-    code = "import test_tuning as t; print(t.loop_design(t.network()).feedback.tiles.rows)"
+    tune(network(), priced({FUSED_32: 1.0}))
+    code = "import test_tuning as t; print(t.loop_design(t.network()).feedback.tiles.block_m)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=os.path.dirname(__file__), env=environment(), capture_output=True,
         text=True, timeout=120,
@@ -441,7 +441,7 @@ def test_a_file_under_another_ones_name_is_not_taken(caplog, monkeypatch):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"\xff", b"[]", b'{"format": 99}', "no list", "no kind", "no tiles", "no power of 2"],
+    [b"", b"{", b"\xff", b"[]", b'{"format": 99}', "no list", "no kind", "no tiles", "no power of 2", "other names"],
 )  # fmt: skip
 def test_a_broken_file_is_named_with_the_remedy(content, caplog, launched):
     path = config_cache.save(CPU, Choices(entry(1)))
@@ -453,8 +453,11 @@ def test_a_broken_file_is_named_with_the_remedy(content, caplog, launched):
             record["choices"][0]["kind"] = "other"
         elif content == "no tiles":
             record["choices"][0]["choice"] = "wide"
+        elif content == "no power of 2":
+            record["choices"][0]["choice"]["block_m"] = 48
         else:
-            record["choices"][0]["choice"]["rows"] = 48
+            tiles = record["choices"][0]["choice"]
+            tiles["rows"] = tiles.pop("block_m")
         content = json.dumps(record).encode()
     path.write_bytes(content)
     config_cache.invalidate()
@@ -527,7 +530,7 @@ SMALL = [
 @pytest.fixture
 def timed(priced, monkeypatch):
     """The command with a clock by which tiles of 32 rows are the fastest."""
-    clock = priced({WHOLE_32: 1.0})
+    clock = priced({FUSED_32: 1.0})
     monkeypatch.setattr(
         sys.modules["pcfast.cli.tune"], "tune_model", functools.partial(pcfast.tune, clock=clock)
     )

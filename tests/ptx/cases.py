@@ -306,7 +306,7 @@ def streamed_device(scenario: Scenario, chip: int, **settings):
     def target(device, precision):
         changes = dict(interpreted=False, sm_count=scenario.sm_count)
         if not scenario.close:
-            changes["close_bytes"] = 0
+            changes["l1_bytes_per_sm"] = 0
         if scenario.implicit:
             changes["choices"] = EveryConvolution()
         return dataclasses.replace(find_target(device, precision), **changes)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Matrices start at multiples of so many elements, more than any vector access needs.
-_MATRIX_MULTIPLE = 64
+from ...kernels.limits import ROW_MULTIPLE
+
+# Matrices start at multiples of so many elements: of more than any vector access needs.
+_MATRIX_MULTIPLE = 4 * ROW_MULTIPLE
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The streamed tier: strict relaxation by fused Triton kernels (kernels/, streamed/), the rest as in eager.
+"""Strict relaxation by fused Triton kernels (kernels/), state in global memory; the rest as in eager.
 
 exact, fixed_prediction and zero_divergence have no loop: they are a forward and a backward pass through cuBLAS and
 cuDNN, as in eager.
@@ -13,12 +13,13 @@ import os
 
 import torch
 
+from ...kernels.limits import POINTWISE_MAX_BLOCK_N
 from .. import gpu_constants
 from ..kernel_backend import KernelBackend, unknown_to_kernels, without_kernels
 from . import failures
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEAST_CAPABILITY = (8, 0)  # bfloat16 and TF32 matrix units
+_MIN_CAPABILITY = (8, 0)  # bfloat16 and TF32 Tensor Cores
 
 
 class Triton(KernelBackend):
@@ -72,7 +73,7 @@ def _unavailable(device_type: str, index: int | None) -> str:
         if torch.version.hip:
             return "it needs an NVIDIA GPU"
         capability = torch.cuda.get_device_capability(index)
-        if capability < _LEAST_CAPABILITY:
+        if capability < _MIN_CAPABILITY:
             return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
     try:
         importlib.import_module("pcfast.backends.triton.loop")
@@ -82,10 +83,10 @@ def _unavailable(device_type: str, index: int | None) -> str:
 
 
 # Elements between samples that 32-bit offsets inside a tile of a linear layer reach; likewise samples times pixels.
-_LONGEST_ROW = 2**24
-_MOST_PIXELS = 2**31
+_MAX_ROW = 2**24
+_MAX_PIXELS = 2**31
 # Programs that CUDA starts along a grid's second axis, times the channels of each (pointwise_error.tile).
-_MOST_CHANNELS = 65535 * 128
+_MAX_CHANNELS = 65535 * POINTWISE_MAX_BLOCK_N
 
 
 @functools.lru_cache(maxsize=256)
@@ -104,15 +105,15 @@ def _too_large(network, x_shape: tuple[int, ...]) -> str:
         kinds = linear[layer.index : layer.index + 2]
         channels, height, width = bound.map or (bound.size, 1, 1)
         pixels = batch * height * width
-        limits = [(pixels, _MOST_PIXELS, "samples times pixels")]
+        limits = [(pixels, _MAX_PIXELS, "samples times pixels")]
         if True in kinds:
-            limits.append((bound.stride, _LONGEST_ROW, "outputs a sample"))
+            limits.append((bound.stride, _MAX_ROW, "outputs a sample"))
         if False in kinds:
-            limits.append((channels, _MOST_CHANNELS, "channels"))
-        for found, limit, what in limits:
-            if found >= limit:
+            limits.append((channels, _MAX_CHANNELS, "channels"))
+        for count, limit, what in limits:
+            if count >= limit:
                 return (
-                    f"{layer.label} has {found:,} {what}, of which its kernels take fewer than {limit:,}: use "
+                    f"{layer.label} has {count:,} {what}, of which its kernels take fewer than {limit:,}: use "
                     f"{'smaller batches' if what.startswith('samples') else 'smaller layers'} or eager"
                 )
     return ""

@@ -30,7 +30,7 @@ from .configs import NONE, Choices
 
 FOLDER_VARIABLE = "PCFAST_CACHE"
 #: Of the file; another is not read.
-FORMAT = 1
+FORMAT = 2
 
 _loaded: dict[tuple[str, int | None], Choices] = {}
 _overridden: ContextVar[Choices | None] = ContextVar("pcfast_choices", default=None)

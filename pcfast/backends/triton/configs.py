@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 
 from .tiles import LinearTiles
 
-WHOLE, STAGED = "whole", "staged"
+FUSED, STAGED = "fused", "staged"  # one launch for all iterations, or two stages an iteration
 COMPOSED, IMPLICIT = "composed", "implicit"
 #: Why a launch has the tiles that it has, where tuning chose them.
 REASON = "tuned on this GPU"
@@ -25,8 +25,8 @@ class LaunchKey:
         kernel: "linear_predict", "linear_feedback" or "mlp_relaxation".
         precision: of products: "bf16", "tf32" or "tf32x3".
         loss: the output layer's loss is evaluated in its tile.
-        batch: samples; None for mlp_relaxation, whose rows of a tile decide on the matrix instruction.
-        sizes: (columns, reduction) of each product.
+        batch: samples; None for mlp_relaxation, whose BLOCK_M decides on the matrix instruction.
+        sizes: (N, K) of each product.
     """
 
     kernel: str
@@ -42,7 +42,7 @@ class LaunchKey:
 
 @dataclass(frozen=True)
 class LoopKey:
-    """The whole loop of a network of linear layers.
+    """The loop of a network of linear layers.
 
     Attributes:
         precision: of products. sizes: (out, in) of each layer of the loop, highest first.
@@ -79,7 +79,7 @@ class ConvolutionKey:
 Key = LaunchKey | LoopKey | ConvolutionKey
 Value = LinearTiles | str
 _KINDS = {"launch": LaunchKey, "loop": LoopKey, "convolution": ConvolutionKey}
-_WORDS = {LoopKey: (WHOLE, STAGED), ConvolutionKey: (COMPOSED, IMPLICIT)}
+_WORDS = {LoopKey: (FUSED, STAGED), ConvolutionKey: (COMPOSED, IMPLICIT)}
 
 
 def _sizes(sizes: tuple[tuple[int, int], ...]) -> str:
@@ -150,30 +150,30 @@ def from_json(entries: list) -> Choices:
     Raises:
         ValueError: anything else.
     """
-    found: dict[Key, Value] = {}
+    choices: dict[Key, Value] = {}
     try:
         for entry in entries:
             kind = _KINDS[entry["kind"]]
             key = kind(**{name: _frozen(value) for name, value in entry["key"].items()})
             choice = entry["choice"]
             if kind is LaunchKey:
-                found[key] = LinearTiles(**choice)
-                _check_tiles(found[key])
+                choices[key] = LinearTiles(**choice)
+                _check_tiles(choices[key])
             elif choice in _WORDS[kind]:
-                found[key] = choice
+                choices[key] = choice
             else:
                 raise ValueError(f"{choice!r} is none of {_WORDS[kind]}")
-        return Choices(found)
+        return Choices(choices)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"an entry that is no choice ({type(error).__name__}: {error})") from error
 
 
 def _check_tiles(tiles: LinearTiles) -> None:
     """Raise ValueError for what no kernel could be compiled with."""
-    sizes = (tiles.rows, tiles.columns, tiles.reduction, tiles.warps)
+    sizes = (tiles.block_m, tiles.block_n, tiles.block_k, tiles.warps)
     usable = all(isinstance(size, int) and size > 0 and size & (size - 1) == 0 for size in sizes)
     if not usable or not isinstance(tiles.stages, int) or tiles.stages < 1:
-        raise ValueError(f"tiles that are none: {tiles}")
+        raise ValueError(f"tiles that are none: {tiles!r}")
 
 
 def _frozen(value):

@@ -14,7 +14,7 @@ from .tensor_layout import Boundary
 
 @dataclass(frozen=True)
 class ConvForm:
-    """A convolution and its tail as implicit matrix products: conv_predict and conv_feedback.
+    """A convolution and its tail as implicit GEMMs: conv_predict and conv_feedback.
 
     Attributes:
         convolution: index of the layer's Conv2d among its steps.
@@ -32,7 +32,7 @@ Form = LinearForm | PointwiseForm | ConvForm | TorchForm
 
 
 def conv_form(form: Form, layer: specs.LayerSpec, below: Boundary) -> ConvForm | None:
-    """``form`` of a layer as one implicit product a stage; None where the kernels cannot do that."""
+    """``form`` of a layer as one implicit GEMM a stage; None where the kernels cannot do that."""
     if not isinstance(form, PointwiseForm) or form.convolution is None:
         return None
     convolution = pool_first(layer.ops)[form.convolution]

@@ -5,28 +5,27 @@ from __future__ import annotations
 import math
 
 from ...kernels import conv_feedback, conv_predict, output_error, pointwise_error
-from ...kernels.conv_geometry import Tiles
+from ...kernels.tiles import Tiles
 from ...model import spec as specs
 from ..gpu_constants import Constants
 from ..kernel_forms import LinearForm, PointwiseForm
 from .conv_form import ConvForm
 from .launch_plan import Design
 from .roofline import floors, rate_names
-from .tiles import LinearTiles
 
 
 def describe(network: specs.Network, shapes: tuple, design: Design, constants: Constants) -> list[str]:
-    """The tier, how the loop runs, and per layer its kernels and its floor."""
+    """Where state lies, how the loop runs, and per layer its kernels and its floor."""
     depth, precision = design.depth, design.target.precision
-    lines = [f"tier streamed: weights and state in device memory, products of linear layers in {precision}"]
-    if design.whole:
+    lines = [f"multi-kernel, state in global memory: products of linear layers in {precision}"]
+    if design.fuse_loop:
         tiles = design.predicts[0].tiles
         lines.append(
-            f"one launch for all iterations, mlp_relaxation, {tiles.rows} samples a program, {_tiles(tiles)} "
-            f"({design.whole_reason})"
+            f"one launch for all iterations, mlp_relaxation, {tiles.block_m} samples a program, {_tiles(tiles)} "
+            f"({design.fuse_loop_reason})"
         )
     else:
-        lines.append(f"two stages an iteration, no single launch for all of them: {design.whole_reason}")
+        lines.append(f"two stages an iteration, no single launch for all of them: {design.fuse_loop_reason}")
         for launch in design.predicts:
             tiles = launch.tiles
             lines.append(f"linear_predict for {_layers(launch.layers)}: {_tiles(tiles)} ({tiles.reason})")
@@ -37,11 +36,11 @@ def describe(network: specs.Network, shapes: tuple, design: Design, constants: C
     velocities = sum(m.elements for name, m in design.layout.matrices if "velocity" in name)
     if velocities:
         lines.append(f"momentum: velocities of what moves, {4 * velocities:,} bytes")
-    least = floors(network, shapes, design, constants)
+    floor_of = floors(network, shapes, design, constants)
     for l in range(1, depth + 1):
         line = f"{network.layers[l - 1].label}: {_how(design, l, shapes[0][0][0])}"
-        if l in least:
-            line += f"; floor {1e6 * least[l].seconds:.3g} us an iteration ({least[l].binding})"
+        if l in floor_of:
+            line += f"; floor {1e6 * floor_of[l].seconds:.3g} us an iteration ({floor_of[l].binding})"
         lines.append(line)
     names = [*sorted(rate_names(network, design.target, constants)), "copy_bandwidth_gbs"]
     sources = {name: constants.source[name] for name in names}
@@ -53,8 +52,8 @@ def _layers(indices: tuple[int, ...]) -> str:
     return ("layer " if len(indices) == 1 else "layers ") + ", ".join(map(str, sorted(indices)))
 
 
-def _tiles(tiles: LinearTiles | Tiles) -> str:
-    return f"tiles of {tiles.rows} x {tiles.columns} x {tiles.reduction}"
+def _tiles(tiles: Tiles) -> str:
+    return f"tiles of {tiles}"
 
 
 def _convolution(form: ConvForm, precision: str) -> str:
@@ -67,8 +66,8 @@ def _pointwise(form: PointwiseForm, batch: int) -> str:
     height, width, channels = form.inner
     window = (1, 1) if form.pool is None else form.pool.kernel
     positions = batch * (height // window[0]) * (width // window[1])
-    places, beside = pointwise_error.tile(positions, channels, math.prod(window))
-    return f"pointwise_error in tiles of {places} x {beside}"
+    block_m, block_n = pointwise_error.tile(positions, channels, math.prod(window))
+    return f"pointwise_error in tiles of {block_m} x {block_n}"
 
 
 def _how(design: Design, l: int, batch: int) -> str:
@@ -78,10 +77,10 @@ def _how(design: Design, l: int, batch: int) -> str:
     if isinstance(form, LinearForm):
         wide = ""
         if l == design.depth and design.wide_top:
-            rows, columns, _ = output_error.output_tile(batch, form.out_features)
-            wide = f", loss in output_error in tiles of {rows} x {columns}"
+            block_m, block_n, _ = output_error.output_tile(batch, form.out_features)
+            wide = f", loss in output_error in tiles of {block_m} x {block_n}"
         gram = ", Gram form" if l == 2 and design.gram else ""
-        return ("mlp_relaxation" if design.whole else "linear_predict, linear_feedback") + wide + gram
+        return ("mlp_relaxation" if design.fuse_loop else "linear_predict, linear_feedback") + wide + gram
     if isinstance(form, ConvForm):
         return _convolution(form, design.target.convolutions)
     if isinstance(form, PointwiseForm):

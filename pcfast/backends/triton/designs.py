@@ -8,25 +8,25 @@ from ...precision import kernel_operands
 from ...problem.plan import Plan
 from .. import gpu_constants
 from .config_cache import active
-from .launch_plan import Design, Target, design
+from .launch_plan import CompileTarget, Design, design
 
 # What Tensor Cores read, by operand: three TF32 products make one of float32's accuracy.
-_UNITS = {"ieee": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
+_OPERANDS = {"ieee": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
 
 
-def target_of(plan: Plan) -> Target:
+def target_of(plan: Plan) -> CompileTarget:
     """The device that a plan runs on, as the design sees it; call it inside the relaxation's numerics."""
     known, operands, device = gpu_constants.load(), kernel_operands(plan.device, plan.precision), plan.device
     sm_count = known.sm_count
     if device.type == "cuda":
         sm_count = torch.cuda.get_device_properties(device).multi_processor_count
-    return Target(
-        _UNITS[operands.linear],
+    return CompileTarget(
+        _OPERANDS[operands.linear],
         sm_count,
         known.shared_memory_per_sm_bytes,
         interpreted=device.type == "cpu",
         choices=active(device),
-        convolution_precision=_UNITS[operands.convolution],
+        convolution_precision=_OPERANDS[operands.convolution],
     )
 
 

@@ -1,4 +1,4 @@
-"""From shapes alone: what becomes of each layer, where everything lies, which rows each launch works on.
+"""From shapes alone: what becomes of each layer, where everything lies, which products each launch computes.
 
 Pure Python on plain values, so that designs are cached and tested without a GPU.
 """
@@ -9,24 +9,34 @@ import functools
 from dataclasses import astuple, dataclass, field, replace
 
 from ...kernels.conv_geometry import ConvGeometry
-from ...kernels.linear_rows import CLAMPED, GRAM_UPDATE, HIDDEN, PRODUCT, TOP, UPDATE, FeedbackRow, PredictRow
+from ...kernels.limits import LOSS_COLUMNS, ROW_MULTIPLE
+from ...kernels.linear_problems import (
+    CLAMPED,
+    GRAM_UPDATE,
+    HIDDEN,
+    PRODUCT,
+    TOP,
+    UPDATE,
+    FeedbackProblem,
+    PredictProblem,
+)
 from ...model import spec as specs
 from ...model.activations import Activation
 from ..kernel_forms import LinearForm, PointwiseForm, TorchForm, layer_form
 from .arena import Layout, LayoutBuilder, Matrix
-from .configs import COMPOSED, IMPLICIT, NONE, REASON, WHOLE, Choices, ConvolutionKey, LaunchKey, LoopKey
+from .configs import COMPOSED, FUSED, IMPLICIT, NONE, REASON, Choices, ConvolutionKey, LaunchKey, LoopKey
 from .conv_form import ConvForm, Form, conv_form
-from .tensor_layout import ROW_MULTIPLE, Boundary, boundaries, padded
-from .tiles import LOSS_COLUMNS, LinearTiles, Product, linear_tiles, whole_tiles
+from .tensor_layout import Boundary, boundaries, padded
+from .tiles import LinearTiles, Product, fused_loop_tiles, linear_tiles
 
 
 @dataclass(frozen=True)
-class Target:
+class CompileTarget:
     """What the design depends on beside the network.
 
     Attributes:
         precision: of products in linear layers: "bf16", "tf32" or "tf32x3".
-        sm_count: multiprocessors. close_bytes: memory that a program has close by, of one multiprocessor.
+        sm_count: SMs of the GPU. l1_bytes_per_sm: shared memory and L1 cache of one.
         interpreted: triton interprets the kernels on the CPU.
         choices: what replaces the rules here.
         convolution_precision: in convolutions, whose switch in torch is another one; "": as ``precision``.
@@ -34,7 +44,7 @@ class Target:
 
     precision: str
     sm_count: int
-    close_bytes: int
+    l1_bytes_per_sm: int
     interpreted: bool
     choices: Choices = NONE
     convolution_precision: str = ""
@@ -73,8 +83,8 @@ class PredictLaunch:
     Attributes:
         activation: of the hidden ones. top_activation: of the output layer, where ``loss`` is not None.
         loss: "cross_entropy" or "mse" where the output layer takes part with its loss.
-        layers: l, highest first. rows: with their product, then, in the same order, without.
-        tiles, aligned: configuration; whether all rows start at multiples of 16 elements.
+        layers: l, highest first. problems: with their product, then, in the same order, without.
+        tiles, aligned: configuration; whether rows of all matrices start at multiples of ROW_MULTIPLE elements.
         key: under which tuning may choose other tiles.
     """
 
@@ -82,7 +92,7 @@ class PredictLaunch:
     top_activation: Activation | None
     loss: str | None
     layers: tuple[int, ...]
-    rows: tuple
+    problems: tuple[PredictProblem, ...]
     tiles: LinearTiles
     aligned: bool
     programs: int
@@ -94,7 +104,7 @@ class FeedbackLaunch:
     """Couplings through linear layers, in one launch of linear_feedback. links: l, highest first."""
 
     links: tuple[int, ...]
-    rows: tuple
+    problems: tuple[FeedbackProblem, ...]
     tiles: LinearTiles
     aligned: bool
     programs: int
@@ -112,7 +122,7 @@ class Design:
         gram: layer 1's beliefs are out of the loop (docs/method.md fact 7).
         predicts, feedback: the launches of linear layers.
         wide_top: the output layer's product and its loss are two launches.
-        whole: mlp_relaxation does all; whole_reason: why, or why not.
+        fuse_loop: mlp_relaxation runs all iterations in one launch; fuse_loop_reason: why, or why not.
         loop: under which tuning may choose otherwise; None where only stages are possible.
         momentum: beliefs have velocities.
     """
@@ -124,12 +134,12 @@ class Design:
     predicts: tuple[PredictLaunch, ...]
     feedback: FeedbackLaunch | None
     wide_top: bool
-    whole: bool
-    whole_reason: str
+    fuse_loop: bool
+    fuse_loop_reason: str
     loop: LoopKey | None
     fresh: bool
     momentum: bool
-    target: Target = field(repr=False)
+    target: CompileTarget = field(repr=False)
 
     @property
     def depth(self) -> int:
@@ -148,7 +158,7 @@ def design(
     gram: bool,
     loss: str | None,
     fresh: bool,
-    target: Target,
+    target: CompileTarget,
     momentum: bool = False,
 ) -> Design:
     """Design one problem of at least two layers.
@@ -176,15 +186,15 @@ def design(
 
     feedback = _feedback(linear, batch, bounds, builder.matrices, gram_rows, target)
     wide_top = depth in linear and forms[depth].out_features > _loss_columns(target)
-    whole, reason, loop = _whether_whole(linear, depth, forms, builder.matrices, target, gram_rows)
+    fuse_loop, reason, loop = _can_fuse_loop(linear, depth, forms, builder.matrices, target, gram_rows)
     predicts = _predicts(
-        linear, batch, depth, bounds, forms, builder.matrices, gram_rows, loss, wide_top, whole, target
+        linear, batch, depth, bounds, forms, builder.matrices, gram_rows, loss, wide_top, fuse_loop, target
     )
-    if whole:
-        # without the batch: tiles of other rows may run on another matrix instruction, with other bits
+    if fuse_loop:
+        # without the batch: another BLOCK_M may run on another matrix instruction, with other bits
         key = LaunchKey("mlp_relaxation", target.precision, True, None, loop.sizes)
-        tiles = _tuned(key, whole_tiles(target.precision, target.interpreted), target)
-        settings = dict(tiles=tiles, programs=-(-batch // tiles.rows), key=key)
+        tiles = _tuned(key, fused_loop_tiles(target.precision, target.interpreted), target)
+        settings = dict(tiles=tiles, programs=-(-batch // tiles.block_m), key=key)
         predicts = tuple(replace(launch, **settings) for launch in predicts)
         feedback = replace(feedback, **settings)
     return Design(
@@ -195,7 +205,7 @@ def design(
         predicts,
         feedback,
         wide_top,
-        whole,
+        fuse_loop,
         reason,
         loop,
         fresh,
@@ -204,7 +214,7 @@ def design(
     )
 
 
-def implicit(geometry: ConvGeometry, target: Target) -> bool:
+def implicit(geometry: ConvGeometry, target: CompileTarget) -> bool:
     """Whether conv_predict and conv_feedback run a convolution that they can run.
 
     Unless the target's choices say so, cuDNN's convolution and an elementwise launch do: nothing has been measured.
@@ -219,7 +229,7 @@ def _forms(
     bounds: tuple[Boundary, ...],
     gram: bool,
     loss: str | None,
-    target: Target,
+    target: CompileTarget,
 ):
     """Per layer from index 2 on, what runs it."""
     forms: list[Form | None] = [None, None]
@@ -263,7 +273,7 @@ def _gram_state(in_gram_form: bool, momentum: bool) -> tuple[str, ...]:
 
 
 def _place_pointwise(
-    builder, l, batch, bounds, form: PointwiseForm, in_gram_form: bool, target: Target, momentum
+    builder, l, batch, bounds, form: PointwiseForm, in_gram_form: bool, target: CompileTarget, momentum
 ) -> None:
     height, width, channels = form.inner
     size = height * width * channels
@@ -275,19 +285,27 @@ def _place_pointwise(
         builder.add(f"delta{l}", batch, size, operand=target.copies(form))
 
 
-def _place_convolution(builder, l, batch, bound: Boundary, form: ConvForm, target: Target) -> None:
+def _place_convolution(builder, l, batch, bound: Boundary, form: ConvForm, target: CompileTarget) -> None:
     geometry, copies = form.geometry, target.copies(form)
     builder.add(f"delta{l}", batch, bound.size, operand=copies)  # pooled
     builder.add(f"weight{l}", geometry.out_channels, geometry.taps * geometry.channels, operand=copies)
 
 
 def _place_linear(
-    builder, l, batch, bound: Boundary, form: LinearForm, depth, in_gram_form: bool, target: Target, momentum
+    builder,
+    l,
+    batch,
+    bound: Boundary,
+    form: LinearForm,
+    depth,
+    in_gram_form: bool,
+    target: CompileTarget,
+    momentum,
 ) -> None:
     names = ["uhat", *_gram_state(in_gram_form, momentum)]
     if l == depth:
-        names += ["error", "vhat", "dense"] + ([] if in_gram_form else ["s"])
-        builder.add("mass", 1, batch)
+        names += ["error", "vhat", "target"] + ([] if in_gram_form else ["s"])
+        builder.add("target_sum", 1, batch)
     for name in names:
         builder.add(f"{name}{l}", batch, bound.size, bound.stride)
     builder.add(f"delta{l}", batch, bound.size, bound.stride, operand=target.copies(form))
@@ -300,34 +318,34 @@ def _place_linear(
 
 
 def _tiles(
-    products: list[Product], target: Target, activation: Activation | None = None, loss: bool = False
+    products: list[Product], target: CompileTarget, activation: Activation | None = None, loss: bool = False
 ) -> LinearTiles:
     return linear_tiles(products, target.precision, target.sm_count, target.interpreted, activation, loss)
 
 
-def _tuned(key: LaunchKey, by_rule: LinearTiles, target: Target) -> LinearTiles:
+def _tuned(key: LaunchKey, by_rule: LinearTiles, target: CompileTarget) -> LinearTiles:
     """The tiles that tuning chose for a launch, else those that the rules give.
 
-    The reduction stays theirs: it is the order of sums, on which a row's bits depend. So do the columns of a launch
-    with the loss, whose rows lie whole in one tile.
+    BLOCK_K stays theirs: it is the order of sums, on which a row's bits depend. So does BLOCK_N of a launch with the
+    loss, whose rows lie whole in one tile.
     """
     chosen = target.choices.get(key, by_rule)
-    same_sums = chosen.reduction == by_rule.reduction
-    return chosen if same_sums and (not key.loss or chosen.columns == by_rule.columns) else by_rule
+    same_sums = chosen.block_k == by_rule.block_k
+    return chosen if same_sums and (not key.loss or chosen.block_n == by_rule.block_n) else by_rule
 
 
-def _key(kernel: str, products: list[Product], target: Target, loss: bool = False) -> LaunchKey:
+def _key(kernel: str, products: list[Product], target: CompileTarget, loss: bool = False) -> LaunchKey:
     batch = products[0][0]
     return LaunchKey(kernel, target.precision, loss, batch, tuple((n, k) for _, n, k in products))
 
 
-def _loss_columns(target: Target) -> int:
+def _loss_columns(target: CompileTarget) -> int:
     """The widest output whose loss a tile can do."""
-    return min(LOSS_COLUMNS, whole_tiles(target.precision, target.interpreted).columns)
+    return min(LOSS_COLUMNS, fused_loop_tiles(target.precision, target.interpreted).block_n)
 
 
-def _programs(tiles: LinearTiles, products: list[Product], target: Target) -> int:
-    """One program a multiprocessor shares out the tiles; the interpreter gets few, to see that they share."""
+def _programs(tiles: LinearTiles, products: list[Product], target: CompileTarget) -> int:
+    """One program an SM, at most one a tile; the interpreter gets few, to see that they share the tiles."""
     return min(tiles.count(products), 3 if target.interpreted else target.sm_count)
 
 
@@ -339,34 +357,34 @@ def _first(matrices: dict[str, Matrix], name: str) -> int:
     return matrices[name].first if name in matrices else 0
 
 
-def _predict_row(l, kind, batch, bounds, form: LinearForm, matrices, multiplied: bool, s_given: bool):
+def _predict_problem(l, kind, batch, bounds, form: LinearForm, matrices, multiplied: bool, s_given: bool):
     def first(name: str) -> int:
         return _first(matrices, f"{name}{l}")
 
     below, weight = bounds[l - 1], matrices[f"weight{l}"]
-    return PredictRow(
+    return PredictProblem(
         kind=kind,
-        batch=batch,
-        width=form.out_features,
-        reduction=below.stride if multiplied and not s_given else 0,
-        d_below=_first(matrices, f"d_operand{l - 1}"),
-        d_below_stride=below.stride,
-        weight=weight.first,
-        weight_stride=weight.stride,
-        stride=bounds[l].stride,
+        m=batch,
+        n=form.out_features,
+        k=below.stride if multiplied and not s_given else 0,
+        a=_first(matrices, f"d_operand{l - 1}"),
+        lda=below.stride,
+        b=weight.first,
+        ldb=weight.stride,
+        ldc=bounds[l].stride,
         uhat=first("uhat"),
         d=first("d"),
         error=first("error"),
         delta=first("delta"),
         s=first("s"),
         vhat=first("vhat"),
-        dense=first("dense"),
-        mass=_first(matrices, "mass"),
+        target=first("target"),
+        target_sum=_first(matrices, "target_sum"),
         s_given=s_given,
     )
 
 
-def _predicts(linear, batch, depth, bounds, forms, matrices, gram_rows, loss, wide_top, whole, target):
+def _predicts(linear, batch, depth, bounds, forms, matrices, gram_rows, loss, wide_top, fuse_loop, target):
     """Launches of the predict stage: one for each activation, one more for a wide output layer."""
 
     def product(l: int) -> Product:
@@ -381,8 +399,8 @@ def _predicts(linear, batch, depth, bounds, forms, matrices, gram_rows, loss, wi
         first = launches_of[0][1] if launches_of else []
         # the loss wants whole rows of the output in one narrow tile: with other tiles the output layer goes alone
         together = _tiles([product(l) for l in [depth, *first]], target, launches_of[0][0] if first else None)
-        fits = forms[depth].out_features <= together.columns <= _loss_columns(target)
-        if first and not wide_top and (whole or fits):
+        fits = forms[depth].out_features <= together.block_n <= _loss_columns(target)
+        if first and not wide_top and (fuse_loop or fits):
             first.insert(0, depth)
         else:
             launches_of.append((None, [depth]))
@@ -391,8 +409,8 @@ def _predicts(linear, batch, depth, bounds, forms, matrices, gram_rows, loss, wi
         kinds = {l: HIDDEN.value for l in layers}
         if layers[0] == depth:
             kinds[depth] = PRODUCT.value if wide_top else TOP.value
-        rows = [
-            _predict_row(l, kinds[l], batch, bounds, forms[l], matrices, multiplied, gram_rows and l == 2)
+        problems = [
+            _predict_problem(l, kinds[l], batch, bounds, forms[l], matrices, multiplied, gram_rows and l == 2)
             for multiplied in (True, False)
             for l in layers
         ]
@@ -407,7 +425,7 @@ def _predicts(linear, batch, depth, bounds, forms, matrices, gram_rows, loss, wi
                 top_activation=forms[depth].activation if with_loss else None,
                 loss=loss if with_loss else None,
                 layers=tuple(layers),
-                rows=tuple(rows),
+                problems=tuple(problems),
                 tiles=tiles,
                 aligned=_aligned([bounds[m].stride for l in layers for m in (l - 1, l)]),
                 programs=_programs(tiles, products, target),
@@ -420,23 +438,23 @@ def _predicts(linear, batch, depth, bounds, forms, matrices, gram_rows, loss, wi
 def _feedback(linear, batch, bounds, matrices, gram_rows, target) -> FeedbackLaunch | None:
     if not linear:
         return None
-    rows, products = [], []
+    problems, products = [], []
     for l in linear:
         link, delta = l - 1, matrices[f"delta{l}"]
         in_gram_form = gram_rows and l == 2
         weight = matrices[f"weight{l}"]
         kind = GRAM_UPDATE if in_gram_form else CLAMPED if link == 1 else UPDATE
-        rows.append(
-            FeedbackRow(
+        problems.append(
+            FeedbackProblem(
                 kind=kind.value,
-                batch=batch,
-                width=weight.columns,
-                reduction=delta.stride,
-                delta=delta.first,
-                delta_stride=delta.stride,
-                weight=weight.first,
-                weight_stride=weight.stride,
-                stride=bounds[l if in_gram_form else link].stride,
+                m=batch,
+                n=weight.columns,
+                k=delta.stride,
+                a=delta.first,
+                lda=delta.stride,
+                b=weight.first,
+                ldb=weight.stride,
+                ldc=bounds[l if in_gram_form else link].stride,
                 d=_first(matrices, f"d{link}"),
                 d_operand=_first(matrices, f"d_operand{link}"),
                 error=_first(matrices, f"error{link}"),
@@ -452,19 +470,19 @@ def _feedback(linear, batch, bounds, matrices, gram_rows, target) -> FeedbackLau
     tiles = _tuned(key, _tiles(products, target), target)
     return FeedbackLaunch(
         links=tuple(l - 1 for l in linear),
-        rows=tuple(rows),
+        problems=tuple(problems),
         tiles=tiles,
-        aligned=_aligned([row.stride for row in rows] + [row.weight_stride for row in rows]),
+        aligned=_aligned([p.ldc for p in problems] + [p.ldb for p in problems]),
         programs=_programs(tiles, products, target),
         key=key,
     )
 
 
-def _whether_whole(linear, depth, forms, matrices, target, gram_rows) -> tuple[bool, str, LoopKey | None]:
+def _can_fuse_loop(linear, depth, forms, matrices, target, gram_rows) -> tuple[bool, str, LoopKey | None]:
     """Whether mlp_relaxation runs the loop, why, and what tuning may choose under; None where it cannot run it.
 
-    By rule one program must have all loop weights close by. The batch has no say, not in tuning either, so that a
-    sample's result does not depend on it.
+    By rule all loop weights must fit into the L1 cache and shared memory of one SM. The batch has no say, not in
+    tuning either, so that a sample's result does not depend on it.
     """
     if len(linear) < depth - 1:
         return False, "not every layer of the loop is a linear one", None
@@ -473,11 +491,15 @@ def _whether_whole(linear, depth, forms, matrices, target, gram_rows) -> tuple[b
     if len({forms[l].activation for l in linear if l != depth}) > 1:
         return False, "the hidden layers have several activations", None
     weights = target.operand_bytes * sum(matrices[f"weight{l}"].elements for l in linear)
-    fits = weights <= target.close_bytes
+    fits = weights <= target.l1_bytes_per_sm
     key = LoopKey(
         target.precision, tuple((forms[l].out_features, forms[l].in_features) for l in linear), gram_rows
     )
     chosen = target.choices.get(key)
     if chosen is not None:
-        return chosen == WHOLE, REASON, key
-    return fits, f"{weights:,} bytes of loop weights, {target.close_bytes:,} close to one program", key
+        return chosen == FUSED, REASON, key
+    return (
+        fits,
+        f"{weights:,} bytes of loop weights, {target.l1_bytes_per_sm:,} of L1 and shared memory per SM",
+        key,
+    )

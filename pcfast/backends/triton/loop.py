@@ -1,7 +1,7 @@
 """The loop of strict relaxation on fused kernels: what a design says, executed.
 
 An iteration is two stages (docs/method.md fact 5). Pieces of one stage do not depend on each other: one launch for
-all linear layers with the same activation, for each convolution an implicit product or torch's product and an
+all linear layers with the same activation, for each convolution an implicit GEMM or torch's product and an
 elementwise launch, torch's operations for what has no kernel.
 """
 
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ...deviation import Chain
 from ...deviation.affine import Conv2dStep, LinearStep
-from ...kernels.activations import code
+from ...kernels.codes import LOSSES, activation_code
 from ...kernels.conv_feedback import launch_conv_feedback
 from ...kernels.conv_predict import launch_conv_predict
 from ...kernels.linear_feedback import launch_linear_feedback
 from ...kernels.linear_predict import NO_TOP, launch_linear_predict
-from ...kernels.linear_rows import as_numbers
+from ...kernels.linear_problems import as_numbers
 from ...kernels.mlp_relaxation import launch_mlp_relaxation
-from ...kernels.output_error import CROSS_ENTROPY, MSE, output_error
+from ...kernels.output_error import output_error
 from ...kernels.pointwise_error import Tail, error_and_delta
 from ...kernels.pointwise_gram import gram_update
 from ...kernels.pointwise_update import update
@@ -42,15 +42,14 @@ from .tensor_layout import as_image
 if TYPE_CHECKING:
     from ..eager.links import GramLink
 
-_LOSSES = {"cross_entropy": CROSS_ENTROPY.value, "mse": MSE.value}
 # larger than any number of iterations
 _NEVER = torch.iinfo(torch.int32).max
 
 
 @uploaded(capacity=64)
-def table(rows: tuple, device: torch.device) -> Tensor:
-    """Rows as the kernels read them. Cached: a CUDA graph can only be captured where nothing has to be uploaded."""
-    numbers = torch.tensor([as_numbers(row) for row in rows], dtype=torch.int64)
+def table(problems: tuple, device: torch.device) -> Tensor:
+    """Descriptors as the kernels read them. Cached: a CUDA graph can only be captured where nothing is uploaded."""
+    numbers = torch.tensor([as_numbers(problem) for problem in problems], dtype=torch.int64)
     uploaded = numbers.to(device)
     if uploaded.is_cuda:
         torch.cuda.current_stream(device).synchronize()  # other streams may be the next to read it
@@ -58,7 +57,7 @@ def table(rows: tuple, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ForwardState:
     """What the forward pass left for the loop. Lists run over l = 0..L.
 
     Attributes:
@@ -96,7 +95,7 @@ class Loop:
     """One relaxation under way."""
 
     def __init__(
-        self, design: Design, arena: Arena, inputs: Inputs, step_size: StepSize, momentum: float = 0.0
+        self, design: Design, arena: Arena, inputs: ForwardState, step_size: StepSize, momentum: float = 0.0
     ) -> None:
         self.design, self.inputs = design, inputs
         self.step_size, self.momentum = step_size, momentum
@@ -112,11 +111,11 @@ class Loop:
         self.at_work: tuple[int, ...] = ()
         self._branches = Branches(self.device)
         self._images: dict[int, Tensor] = {}  # uhat of convolutions and pointwise layers, channels-last
-        self._winners: dict[int, Tensor] = {}  # of max-pooled implicit convolutions
-        self._tables = [table(launch.rows, self.device) for launch in design.predicts]
-        self._feedback_table = design.feedback and table(design.feedback.rows, self.device)
+        self._winners: dict[int, Tensor] = {}  # of max-pooled implicit GEMMs
+        self._tables = [table(launch.problems, self.device) for launch in design.predicts]
+        self._feedback_table = design.feedback and table(design.feedback.problems, self.device)
         self._schedule: Tensor | None = None  # where one launch runs all iterations
-        if design.whole and isinstance(step_size, tuple):
+        if design.fuse_loop and isinstance(step_size, tuple):
             self._schedule = schedule_on_device(step_size, arena.state.dtype, self.device)
         #: What the launches read and a cache may let go.
         self.resources = (*self._tables, self._feedback_table, self._schedule)
@@ -139,9 +138,9 @@ class Loop:
                 self._fill_convolution(l, form)
         if isinstance(design.forms[self.depth], LinearForm):
             matrix("vhat" + str(self.depth)).copy_(inputs.vhat[self.depth])
-            matrix("dense" + str(self.depth)).copy_(inputs.target.dense)
+            matrix("target" + str(self.depth)).copy_(inputs.target.dense)
             if inputs.target.mass is not None:
-                matrix("mass").copy_(inputs.target.mass.reshape(1, -1))
+                matrix("target_sum").copy_(inputs.target.mass.reshape(1, -1))
         if inputs.starts is not None:
             for l in range(1, self.depth):
                 moved = design.boundaries[l].in_memory(inputs.starts[l])
@@ -174,9 +173,9 @@ class Loop:
 
     def run(self, num_steps: int, each: Callable[[int], None] | None = None) -> None:
         """All iterations; ``each`` is called between the stages of each one. With 0, errors are evaluated once."""
-        whole = self.design.whole and each is None and num_steps > 0
-        if whole:
-            self._run_whole(num_steps)
+        fuse_loop = self.design.fuse_loop and each is None and num_steps > 0
+        if fuse_loop:
+            self._run_fused(num_steps)
             return
         for t in range(1, max(num_steps, 1) + 1):
             self._branches.run(self._predict_pieces(t))
@@ -211,10 +210,10 @@ class Loop:
     def _predict_pieces(self, t: int) -> list[Callable[[], None]]:
         front = max(self.front(t), 2)
         pieces = []
-        for launch, rows in zip(self.design.predicts, self._tables, strict=True):
+        for launch, problems in zip(self.design.predicts, self._tables, strict=True):
             live = [l for l in launch.layers if l >= front]
             if live:
-                pieces.append(self._piece(live, self._predict_linear, launch, rows, live, t))
+                pieces.append(self._piece(live, self._predict_linear, launch, problems, live, t))
         for l in range(front, self.depth + 1):
             form = self.design.forms[l]
             if isinstance(form, PointwiseForm):
@@ -254,30 +253,28 @@ class Loop:
     def _constants(self, launch: PredictLaunch | FeedbackLaunch) -> dict:
         tiles, precision = launch.tiles, self.design.target.precision
         return dict(
-            ROWS=tiles.rows,
-            COLUMNS=tiles.columns,
-            REDUCTION=tiles.reduction,
+            **tiles.constants(),
             INPUT_PRECISION="ieee" if precision == "bf16" else precision,
             ALIGNED=16 if launch.aligned else 1,
         )
 
     def _predict_constants(self, launch: PredictLaunch) -> dict:
-        act, negative_slope = code(launch.activation)
+        act, negative_slope = activation_code(launch.activation)
         top = NO_TOP
         if launch.loss is not None:
-            top_act, top_negative_slope = code(launch.top_activation)
-            top = dict(TOP_ACT=top_act, TOP_NEGATIVE_SLOPE=top_negative_slope, LOSS=_LOSSES[launch.loss])
+            top_act, top_negative_slope = activation_code(launch.top_activation)
+            top = dict(TOP_ACT=top_act, TOP_NEGATIVE_SLOPE=top_negative_slope, LOSS=LOSSES[launch.loss])
         return dict(ACT=act, NEGATIVE_SLOPE=negative_slope, **top, **self._constants(launch))
 
     def _loss_scale(self) -> float:
         return 1.0 if self.inputs.target is None else self.inputs.target.scale
 
-    def _predict_linear(self, launch: PredictLaunch, rows: Tensor, live: Sequence[int], t: int) -> None:
+    def _predict_linear(self, launch: PredictLaunch, problems: Tensor, live: Sequence[int], t: int) -> None:
         products = sum(self._moved(l - 1, t) for l in live)
-        # at most one layer has an error while its prediction has not moved; its row follows those with products
+        # at most one layer has an error while its prediction has not moved; its problem follows those with products
         front = len(launch.layers) + products if products < len(live) else -1
         launch_linear_predict(
-            *self._arenas, rows, products=products, front=front,
+            *self._arenas, problems, products=products, front=front,
             loss_scale=self._loss_scale(), programs=launch.programs, constants=self._predict_constants(launch),
             warps=launch.tiles.warps, stages=launch.tiles.stages,
         )  # fmt: skip
@@ -291,10 +288,10 @@ class Loop:
             product=matrix("s" + top),
             uhat=matrix("uhat" + top),
             vhat=matrix("vhat" + top),
-            dense=matrix("dense" + top),
+            target=matrix("target" + top),
             error=matrix("error" + top),
             delta=matrix("delta" + top),
-            mass=None if target.mass is None else matrix("mass").reshape(-1, 1),
+            target_sum=None if target.mass is None else matrix("target_sum").reshape(-1, 1),
             scale=target.scale,
             activation=self.design.forms[self.depth].activation,
             precision=self.design.target.precision,
@@ -307,7 +304,7 @@ class Loop:
             warps=launch.tiles.warps, stages=launch.tiles.stages,
         )  # fmt: skip
 
-    def _run_whole(self, num_steps: int) -> None:
+    def _run_fused(self, num_steps: int) -> None:
         (launch,) = self.design.predicts
         self.at_work = launch.layers
         eta = self.step_size if self._schedule is None else self._schedule
@@ -329,7 +326,7 @@ class Loop:
         self.sum_before = self.arena.matrix("sum2").clone()
         iterations(num_steps, num_steps)
 
-    # convolutions as implicit products
+    # convolutions as implicit GEMMs
 
     def _weight_image(self, l: int, form: ConvForm) -> Tensor:
         """(Cout, KH, KW, Cin)."""
@@ -470,7 +467,7 @@ class Loop:
         pulled = bound.in_memory(self.inputs.chains[l].pullback(error)).contiguous()
         self._move(link, bound.image(pulled), t)
 
-    # what the loop found
+    # results
 
     def _logical(self, name: str, l: int) -> Tensor:
         """A matrix of belief l's size as torch has it (batch, *shape)."""
@@ -482,13 +479,13 @@ class Loop:
 
     def gram_state(self) -> tuple[Tensor, Tensor, Tensor]:
         """(s, sum, sum before the last iteration) as torch has u_2, where kernels move them."""
-        form, found = (
+        form, state = (
             self.design.forms[2],
             (self.arena.matrix("s2"), self.arena.matrix("sum2"), self.sum_before),
         )
         if isinstance(form, LinearForm):
-            return tuple(map(self.design.boundaries[2].logical, found))
-        return tuple(as_image(matrix, *form.inner).permute(0, 3, 1, 2) for matrix in found)
+            return tuple(map(self.design.boundaries[2].logical, state))
+        return tuple(as_image(matrix, *form.inner).permute(0, 3, 1, 2) for matrix in state)
 
     def error(self, l: int) -> Tensor:
         """eps_l of the last iteration as torch has it; at L (batch, outputs)."""

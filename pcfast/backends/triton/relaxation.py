@@ -14,7 +14,7 @@ from ..forward import Chains, ForwardPass, with_loss
 from ..kernel_backend import first_product, raise_first_bad
 from .designs import design_of, fuses_loss
 from .failures import KernelsFailed, compiling, remember
-from .loop import Inputs, Loop, arena_of
+from .loop import ForwardState, Loop, arena_of
 
 
 class Relaxation:
@@ -86,11 +86,11 @@ class Relaxation:
         if problem.start is not None:
             self.starts = [plan.precision.to_state(v) for v in filled_start(problem.start, forward.vhat)]
             starts = [v - vhat for v, vhat in zip(self.starts, forward.vhat, strict=True)]
-        inputs = Inputs(
+        state = ForwardState(
             self.chains, forward.vhat, self.pre_activations, starts,
             forward.target if fuses_loss(plan) else None, forward.gradient_at, gram_link,
         )  # fmt: skip
-        loop = Loop(self.design, self.arena, inputs, problem.step_size, plan.belief_optimizer.momentum)
+        loop = Loop(self.design, self.arena, state, problem.step_size, plan.belief_optimizer.momentum)
 
         def record(t: int) -> None:
             # between the stages, where layer 1's error has not been written yet

@@ -1,4 +1,4 @@
-"""The least time that an iteration can take, layer by layer: products at the matrix units' rate, or state traffic."""
+"""The least time that an iteration can take, layer by layer: products on Tensor Cores, or state traffic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...problem.plan import gram_macs
 from ..gpu_constants import Constants
 from ..kernel_forms import PointwiseForm
 from .conv_form import ConvForm
-from .launch_plan import Design, Target
+from .launch_plan import CompileTarget, Design
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Floor:
         bytes: state and operands that its stages have to read and write, each once; what one launch leaves for the
             next is not among them.
         seconds: the larger of both at the GPU's rates; traffic that L2 can hold does not count.
-        binding: "matrix units" or "memory".
+        binding: "Tensor Cores" or "memory".
     """
 
     macs: int
@@ -46,22 +46,22 @@ def floors(network: specs.Network, shapes: tuple, design: Design, constants: Con
     outside_l2 = (
         sum(traffic.values()) / 2 > constants.l2_bytes
     )  # each array is touched about twice an iteration
-    found = {}
+    by_layer = {}
     for l, moved in traffic.items():
         products = _products(network, shapes, design, l)
-        by_units = sum(macs / rates[kind] for kind, macs in products.items())
+        by_products = sum(macs / rates[kind] for kind, macs in products.items())
         by_memory = moved / (constants.copy_bandwidth_gbs * 1e9) if outside_l2 else 0.0
-        binding = "matrix units" if by_units >= by_memory else "memory"
-        found[l] = Floor(sum(products.values()), moved, max(by_units, by_memory), binding)
-    return found
+        binding = "Tensor Cores" if by_products >= by_memory else "memory"
+        by_layer[l] = Floor(sum(products.values()), moved, max(by_products, by_memory), binding)
+    return by_layer
 
 
-def _precisions(target: Target) -> dict[type, str]:
+def _precisions(target: CompileTarget) -> dict[type, str]:
     """Precision of products by the operation that they belong to: torch has a switch for each."""
     return {specs.Linear: target.precision, specs.Conv2d: target.convolutions}
 
 
-def rate_names(network: specs.Network, target: Target, constants: Constants) -> set[str]:
+def rate_names(network: specs.Network, target: CompileTarget, constants: Constants) -> set[str]:
     """Fields of the constants that the floors of a network rest on."""
     kinds = {type(op) for layer in network.layers[1:] for op in layer.ops}
     return {
@@ -73,12 +73,12 @@ def rate_names(network: specs.Network, target: Target, constants: Constants) -> 
 
 def _products(network: specs.Network, shapes: tuple, design: Design, l: int) -> dict[type, int]:
     """Multiply-adds of layer l in an iteration, by the kind of operation."""
-    found = {specs.Linear: 0, specs.Conv2d: 0}
+    macs = {specs.Linear: 0, specs.Conv2d: 0}
     for i, (op, shape) in enumerate(zip(network.layers[l - 1].ops, shapes[l - 1][:-1], strict=True)):
-        if type(op) in found:
+        if type(op) in macs:
             in_gram_form = design.gram and l == 2 and i == 0
-            found[type(op)] += gram_macs(network, shapes) if in_gram_form else 2 * op.macs(shape)
-    return found
+            macs[type(op)] += gram_macs(network, shapes) if in_gram_form else 2 * op.macs(shape)
+    return macs
 
 
 def _weights(network: specs.Network, design: Design, l: int) -> int:

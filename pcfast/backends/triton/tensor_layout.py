@@ -7,16 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...kernels.limits import ROW_MULTIPLE
 from ...model import spec as specs
 from ..kernel_forms import maps
 
-# Rows of feature matrices start at multiples of so many elements: products read whole vectors, and the padding, which
-# stays zero, may be multiplied.
-ROW_MULTIPLE = 16
-
 
 def padded(size: int) -> int:
-    """``size`` rounded up to what rows are padded to."""
+    """``size`` rounded up to what rows are padded to; the padding stays zero, so that it may be multiplied."""
     return -(-size // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
