@@ -357,9 +357,9 @@ class _Tuner:
     # runs
 
     def _run(self, choices: Choices, wanted: Wanted | None = None) -> Outcome:
-        problem = self.problem if wanted is None else replace(self.problem, wanted=wanted)
+        plan = self.plan if wanted is None else replace(self.plan, wanted=wanted)
         with config_cache.using(choices):
-            return self.backend.run(problem, self.plan)
+            return self.backend.run(self.problem, plan)
 
     def _calibrate(self) -> None:
         """The untuned configuration: what rounding costs, and whether a CUDA graph can hold it."""

@@ -32,8 +32,7 @@ from torch import nn
 
 import pcfast
 from pcfast.backends.cuda import shared_memory as placement
-from pcfast.backends.triton import backend
-from pcfast.backends.triton import launch_plan as designs
+from pcfast.backends.triton import backend, designs, launch_plan
 from pcfast.backends.triton.arena import Arena, LayoutBuilder
 from pcfast.checking.bounds import relative_error
 from pcfast.checking.copies import loss_in
@@ -301,22 +300,22 @@ def streamed_device(scenario: Scenario, chip: int, **settings):
     """``backend="triton"`` runs compiled kernels on CPU tensors until the end."""
     from executor.triton_driver import virtual_device
 
-    find_target, place, make_arena = backend._target, LayoutBuilder.add, Arena.__init__
+    find_target, place, make_arena = designs.target_of, LayoutBuilder.add, Arena.__init__
 
-    def target(device, precision):
+    def target(plan):
         changes = dict(interpreted=False, sm_count=scenario.sm_count)
         if not scenario.close:
             changes["l1_bytes_per_sm"] = 0
         if scenario.implicit:
             changes["choices"] = EveryConvolution()
-        return dataclasses.replace(find_target(device, precision), **changes)
+        return dataclasses.replace(find_target(plan), **changes)
 
     def add_with_gap(self, *arguments, operand=False, **keywords):
         matrix = place(self, *arguments, operand=operand, **keywords)
         self._sizes[matrix.operand] += _GAP
         return matrix
 
-    designs.design.cache_clear()
+    launch_plan.design.cache_clear()
     with pytest.MonkeyPatch.context() as patch, virtual_device(chip, **settings) as device:
 
         def with_extents(self, layout, *arguments):
@@ -329,12 +328,12 @@ def streamed_device(scenario: Scenario, chip: int, **settings):
                 if parts:
                     device.extents[arena.untyped_storage().data_ptr()] = parts
 
-        patch.setattr(backend, "_target", target)
+        patch.setattr(designs, "target_of", target)
         patch.setattr(backend, "_unavailable", lambda *arguments: "")
         patch.setattr(LayoutBuilder, "add", add_with_gap)
         patch.setattr(Arena, "__init__", with_extents)
         yield device
-    designs.design.cache_clear()
+    launch_plan.design.cache_clear()
 
 
 @contextlib.contextmanager
