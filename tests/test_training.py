@@ -160,13 +160,14 @@ def test_an_interrupt_without_run_folder_stops_after_the_batch(after_step):
 CHILD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-import pcfast, test_training
-pc_loss = pcfast.pc_loss
+import test_training
+from pcfast.training import trainer
+loss_with = trainer.loss_with
 def slow(*args, **kwargs):
     time.sleep(0.05)
     print("batch", flush=True)
-    return pc_loss(*args, **kwargs)
-pcfast.pc_loss = slow
+    return loss_with(*args, **kwargs)
+trainer.loss_with = slow
 test_training.HookedAdam.after_step = {}
 test_training.toy_run(out=sys.argv[2])
 """

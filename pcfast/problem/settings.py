@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..losses import Loss, LossLike, describe_loss
 from . import belief_optimizers, early_exit, nudging, reductions, validation
-from .belief_optimizers import BeliefOptimizer, StepSize
+from .belief_optimizers import Adam, BeliefOptimizer, GradientDescent, StepSize
 from .nudging import Nudging
 from .plan import canonical
 
@@ -61,9 +61,9 @@ class Settings:
             self.method, self.check, self.num_steps, self.step_size, self.belief_optimizer, self.reduction,
             self.update_scale, self.tolerance, moves,
         )  # fmt: skip
-        # a schedule may hold a bool, which equals the number that a cache would take it for
-        cached = type(self.step_size) in (float, int)
-        return _checked(*given) if cached else _checked.__wrapped__(*given)
+        # others may be mutable, or hold a bool, which equals the number that a cache would take it for
+        plain = all(type(value) in _PLAIN for value in given)
+        return _checked(*given) if plain else _checked.__wrapped__(*given)
 
     def described_loss(self, *, known: bool = True) -> Loss | None:
         """The loss, described; None where there is none.
@@ -82,6 +82,9 @@ class Settings:
         reductions.check_loss(self.reduction, loss)
         nudging.check(self.nudging, canonical(self.method), loss and loss.kind)
         return loss
+
+
+_PLAIN = frozenset((str, int, float, bool, type(None), GradientDescent, Adam))
 
 
 @functools.lru_cache(maxsize=256, typed=True)
