@@ -53,7 +53,7 @@ class Contender:
         name: as on the command line.
         ours: a backend of pcfast.
         about: what it is, in a few words.
-        why_not: (workload, precision, device) -> why it cannot run there, "" where it can.
+        ineligible_reason: (workload, precision, device) -> why it cannot run there, "" where it can.
         prepare: (workload, model, x, y, precision) -> :class:`Step`; runs inside the precision's switches.
         passes: its arithmetic in forward passes an iteration, roughly; a guess before timing, never reported.
         exact: it computes the gradient, whatever the workload's method; not a rival in predictive coding.
@@ -63,7 +63,7 @@ class Contender:
     name: str
     ours: bool
     about: str
-    why_not: Callable[[Workload, str, torch.device], str]
+    ineligible_reason: Callable[[Workload, str, torch.device], str]
     prepare: Callable[[Workload, nn.Sequential, Tensor, Tensor, str], Step]
     passes: float
     exact: bool = False
@@ -127,7 +127,7 @@ def graphed(device: torch.device, run: Callable[[], list[Tensor]]) -> Step:
 
 
 def _backend(name: str) -> Contender:
-    def why_not(workload: Workload, precision: str, device: torch.device) -> str:
+    def ineligible_reason(workload: Workload, precision: str, device: torch.device) -> str:
         with torch.device("meta"):
             network = describe(workload.make())
         dtype, x_shape = parameter_dtype(precision), (workload.batch, *workload.sample)
@@ -151,7 +151,7 @@ def _backend(name: str) -> Contender:
             model, x.device, lambda: pcfast.pc_loss(model, x, y, method=workload.method, **how).backward()
         )
 
-    return Contender(name, True, f"pcfast, backend {name}", why_not, prepare, passes=2)
+    return Contender(name, True, f"pcfast, backend {name}", ineligible_reason, prepare, passes=2)
 
 
 # what others run

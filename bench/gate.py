@@ -104,12 +104,12 @@ class Gate:
             "cross_entropy", "strict" if method == "incremental" else method, w.step_size, num_steps,
             backend="reference", check="sync",
         )  # fmt: skip
-        found, _ = solve(model, self.x.double(), self.y, settings, Wanted(states=True))
-        updates = found.gradients
+        result, _ = solve(model, self.x.double(), self.y, settings, Wanted(states=True))
+        updates = result.gradients
         if method == "incremental":
             updates = dict(zip(model.parameters(), self._incremental(copy.deepcopy(model)), strict=True))
-        errors = [None, *found.errors[1:]]  # the input is clamped: nothing is lost there
-        allowed = allowed_update_errors(model, found.beliefs, errors, updates, num_steps)
+        errors = [None, *result.errors[1:]]  # the input is clamped: nothing is lost there
+        allowed = allowed_update_errors(model, result.beliefs, errors, updates, num_steps)
         return [_Update(name, updates[p], allowed[p]) for name, p in model.named_parameters()]
 
     def _incremental(self, model: nn.Sequential, kept_in: torch.dtype = torch.float64) -> list[Tensor]:
@@ -181,9 +181,9 @@ class Gate:
     def _off_in_float64(self, contender: Contender, truth: list[_Update]) -> list[float]:
         """Distances of ``contender``'s updates in float64: the same whatever precision is timed."""
         if contender not in self._in_float64:
-            found = self._step(contender, "fp64").updates()
+            result = self._step(contender, "fp64").updates()
             self._in_float64[contender] = [
-                float((update - true.value).norm()) for update, true in zip(found, truth, strict=True)
+                float((update - true.value).norm()) for update, true in zip(result, truth, strict=True)
             ]
         return self._in_float64[contender]
 

@@ -28,8 +28,8 @@ def prepare(
 
     def step():
         with jax.default_matmul_precision(PRECISIONS[precision]):
-            found = run(weights, inputs, labels)
-        return [update for layer in found for update in layer]
+            result = run(weights, inputs, labels)
+        return [update for layer in result for update in layer]
 
     return step
 

@@ -96,7 +96,7 @@ def take_turns(
                 samples[name].append(_sample(step, calls[name], clocks[name]))
             if done >= 2 and enough():
                 break
-    return {name: _times(found, device, clocks[name].name) for name, found in samples.items()}
+    return {name: _times(result, device, clocks[name].name) for name, result in samples.items()}
 
 
 def _calls_a_sample(step: Step) -> int:

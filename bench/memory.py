@@ -17,8 +17,8 @@ import torch
 def in_a_process(workload: str, contender: str, precision: str) -> int | None:
     """Bytes, measured in a fresh process; None where the system does not tell (Linux does)."""
     command = [sys.executable, "-m", "pcfast.bench.memory", workload, contender, precision]
-    found = subprocess.check_output(command, text=True).split()[-1]
-    return None if found == "None" else int(found)
+    result = subprocess.check_output(command, text=True).split()[-1]
+    return None if result == "None" else int(result)
 
 
 def _status(field: str) -> int:

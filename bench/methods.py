@@ -130,9 +130,9 @@ def settings_of(entry: Entry, data: str, epochs: int | None = None) -> dict:
     }
 
 
-def is_current(found: dict) -> bool:
+def is_current(result: dict) -> bool:
     """Whether the record's methods have the settings that they have here today."""
-    rows = found["methods"]
+    rows = result["methods"]
     return [row["settings"] for row in rows] == [
         settings_of(entry, data) for data in dict.fromkeys(row["settings"]["data"] for row in rows)
         for entry in ENTRIES
@@ -255,9 +255,9 @@ def _step(entry: Entry, name: str, model: nn.Sequential, x: torch.Tensor, y: tor
     )
 
 
-def _timing(found: Times | None) -> dict:
+def _timing(result: Times | None) -> dict:
     names = {"seconds": "median", "p20": "p20", "p80": "p80", "samples": "samples", "clock": "clock"}
-    return {name: None if found is None else getattr(found, attribute) for name, attribute in names.items()}
+    return {name: None if result is None else getattr(result, attribute) for name, attribute in names.items()}
 
 
 def _trained(

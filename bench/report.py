@@ -43,22 +43,22 @@ def record(path: Path) -> Path:
         click.ClickException: a quick run, one that did not end, or one of changed sources, which its
             commit does not name.
     """
-    found = json.loads(path.read_text())
-    if found.get("format") != FORMAT or found["quick"]:
+    result = json.loads(path.read_text())
+    if result.get("format") != FORMAT or result["quick"]:
         raise click.ClickException(f"{path} is no full run of this version's benchmarks")
-    if not found.get("complete", True):  # older records say nothing of it
+    if not result.get("complete", True):  # older records say nothing of it
         raise click.ClickException(f"{path} is of a run that did not end: it holds what was found until then")
-    if found["commit"] is None or found["commit"].endswith("+"):
+    if result["commit"] is None or result["commit"].endswith("+"):
         raise click.ClickException("the run's sources were not committed: commit, then run again")
-    if found.get("kernels") and found["device"] == "cpu":
+    if result.get("kernels") and result["device"] == "cpu":
         raise click.ClickException("the run's kernels ran on a CPU: their times say nothing")
     on_cpu = {
-        row["contender"] for row in found["rows"] if row["status"] == "timed" and found["device"] == "cpu"
+        row["contender"] for row in result["rows"] if row["status"] == "timed" and result["device"] == "cpu"
     }
     if on_cpu & GPU_BACKENDS:
         raise click.ClickException("the run's kernels ran on a CPU: leave their backends out")
-    kind = "".join(f"-{kind}" for kind in ("kernels", "methods") if found.get(kind))
-    target = RESULTS / folder_of(found) / f"{found['recorded'][:10]}-{found['commit']}{kind}.json"
+    kind = "".join(f"-{kind}" for kind in ("kernels", "methods") if result.get(kind))
+    target = RESULTS / folder_of(result) / f"{result['recorded'][:10]}-{result['commit']}{kind}.json"
     if target.exists():
         raise click.ClickException(f"{target} is there already: records are never replaced")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,11 +66,11 @@ def record(path: Path) -> Path:
     return target
 
 
-def folder_of(found: dict) -> str:
+def folder_of(result: dict) -> str:
     """cpu, or the GPU's name in lower case: nvidia-h200."""
-    if found["device"] == "cpu":
+    if result["device"] == "cpu":
         return "cpu"
-    return re.sub(r"[^a-z0-9]+", "-", found["machine"]["processor"].lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", result["machine"]["processor"].lower()).strip("-")
 
 
 def newest(of: str = "rows") -> list[dict]:
@@ -81,39 +81,39 @@ def newest(of: str = "rows") -> list[dict]:
     """
     by_device: dict[str, dict] = {}
     for path in RESULTS.glob("*/*.json"):
-        found = json.loads(path.read_text())
-        if found.get("format") == FORMAT and found.get(of):
+        result = json.loads(path.read_text())
+        if result.get("format") == FORMAT and result.get(of):
             known = by_device.get(path.parent.name)
-            if known is None or found["recorded"] > known["recorded"]:
-                by_device[path.parent.name] = found
+            if known is None or result["recorded"] > known["recorded"]:
+                by_device[path.parent.name] = result
     return [by_device[name] for name in sorted(by_device, key=lambda name: (name == "cpu", name))]
 
 
-def cases(found: dict) -> dict[tuple[str, str], list[dict]]:
+def cases(result: dict) -> dict[tuple[str, str], list[dict]]:
     """(workload, precision) -> its rows, those where one of ours was timed."""
-    everything = tables.by_case(found["rows"])
+    everything = tables.by_case(result["rows"])
     return {case: rows for case, rows in everything.items() if tables.best_of_ours(rows) is not None}
 
 
 def text(records: Iterable[dict], of_kernels: Iterable[dict] = ()) -> str:
     """Markdown of all records, of training steps and of kernels."""
     records = list(records)
-    parts = [_table(found) for found in records]
-    if all(found["device"] == "cpu" for found in records):
+    parts = [_table(result) for result in records]
+    if all(result["device"] == "cpu" for result in records):
         parts.insert(0, NOT_MEASURED)
     shown = "As pictures: [speed, roofline, errors](docs/speed.png)"
-    if any(depth_lines(found) for found in records):
+    if any(depth_lines(result) for result in records):
         shown += ", [time of an iteration against depth](docs/depth.png)"
     return "\n\n".join([*parts, f"{shown}.", *map(_kernel_table, of_kernels)])
 
 
-def _table(found: dict) -> str:
+def _table(result: dict) -> str:
     lines = [
         "| training step | pcfast | literal loop | best other | against literal | against best other | of floor "
         "| error |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for (name, precision), rows in cases(found).items():
+    for (name, precision), rows in cases(result).items():
         ours, other = tables.best_of_ours(rows), tables.best_other(rows)
         literal = tables.seconds_of("literal", rows)
         cells = [
@@ -127,33 +127,33 @@ def _table(found: dict) -> str:
             f"{ours['error']:.0e}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append(f"\n{_where_and_when(found)}")
+    lines.append(f"\n{_where_and_when(result)}")
     return "\n".join(lines)
 
 
-def _where_and_when(found: dict, current: bool = True) -> str:
-    machine = found["machine"]
+def _where_and_when(result: dict, current: bool = True) -> str:
+    machine = result["machine"]
     return (
         f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, torch "
-        f"{machine['torch']}, {_when(found, current)}"
+        f"{machine['torch']}, {_when(result, current)}"
     )
 
 
-def _when(found: dict, current: bool = True) -> str:
+def _when(result: dict, current: bool = True) -> str:
     """``current``: what the digest of sources does not see is still so."""
-    stale = "" if current and found["sources"] == sources.digest() else " **Older than the code.**"
-    return f"{found['recorded'][:10]}, commit {found['commit']}.{stale}"
+    stale = "" if current and result["sources"] == sources.digest() else " **Older than the code.**"
+    return f"{result['recorded'][:10]}, commit {result['commit']}.{stale}"
 
 
-def _kernel_table(found: dict) -> str:
+def _kernel_table(result: dict) -> str:
     """Per kernel and precision its most important size: the fastest way, and what else does the same."""
-    machine = found["machine"]
+    machine = result["machine"]
     lines = [
         "| kernel, alone | fastest | time | of floor | next | against next | error |",
         "|---|---|---|---|---|---|---|",
     ]
     shown: set[tuple[str, str]] = set()
-    for (kernel, size, precision), (best, *others) in tables.fastest_ways(found["kernels"]).items():
+    for (kernel, size, precision), (best, *others) in tables.fastest_ways(result["kernels"]).items():
         if (kernel, precision) in shown:
             continue
         shown.add((kernel, precision))
@@ -167,15 +167,15 @@ def _kernel_table(found: dict) -> str:
             f"{best['error']:.0e}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines.append(f"\n{machine['processor']}, torch {machine['torch']}, {_when(found)}")
+    lines.append(f"\n{machine['processor']}, torch {machine['torch']}, {_when(result)}")
     return "\n".join(lines)
 
 
 def methods_text(records: Iterable[dict]) -> str:
     """Markdown of all records of methods: a table a data set."""
     parts = []
-    for found in records:
-        for rows in tables.by_data(found["methods"]).values():
+    for result in records:
+        for rows in tables.by_data(result["methods"]).values():
             headings = tables.method_headings()
             lines = [
                 f"| {' | '.join(heading.removeprefix('>') for heading in headings)} |",
@@ -183,7 +183,7 @@ def methods_text(records: Iterable[dict]) -> str:
                 *(f"| {' | '.join(tables.method_cells(row, rows))} |" for row in rows),
             ]
             parts += [f"**{tables.data_heading(rows)}**", "\n".join(lines), *tables.method_notes(rows)]
-        parts.append(_where_and_when(found, methods.is_current(found)))
+        parts.append(_where_and_when(result, methods.is_current(result)))
     return "\n\n".join(parts) or NOT_RECORDED
 
 
@@ -202,13 +202,13 @@ def _between_markers(page: str, made: str) -> str:
     return f"{before}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}"
 
 
-def depth_lines(found: dict) -> dict[str, dict[str, list[tuple[int, float]]]]:
+def depth_lines(result: dict) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Precision -> contender -> (hidden layers, seconds an iteration) of the deep_mlp workloads, by depth.
 
     Whole training steps, divided by their iterations. Only precisions with two depths and more.
     """
     lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for (name, precision), rows in cases(found).items():
+    for (name, precision), rows in cases(result).items():
         depth = re.fullmatch(r"deep_mlp_(\d+)", name)
         for contender in _COLOURS if depth else ():
             seconds = _seconds(contender, rows)
@@ -231,37 +231,37 @@ def picture(records: list[dict], path: Path = PICTURE) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = max(len(cases(found)) for found in records)
+    rows = max(len(cases(result)) for result in records)
     heights = (1.6 + 0.5 * rows, 1.4 + 0.27 * rows)
     figure = Figure(figsize=(9.6, sum(heights) * len(records)), dpi=160, layout="constrained")
-    for part, found in zip(figure.subfigures(len(records), 1, squeeze=False)[:, 0], records, strict=True):
-        part.suptitle(_processor(found), fontsize="large")
+    for part, result in zip(figure.subfigures(len(records), 1, squeeze=False)[:, 0], records, strict=True):
+        part.suptitle(_processor(result), fontsize="large")
         upper, lower = part.subfigures(2, 1, height_ratios=heights)
         bars, errors = upper.subplots(1, 2, width_ratios=(3, 2))
-        _bars(bars, found)
-        _errors(errors, found)
-        _roofline(lower.subplots(), found)
+        _bars(bars, result)
+        _errors(errors, result)
+        _roofline(lower.subplots(), result)
     write_atomically(path, FigureCanvasAgg(figure).print_png)
 
 
-def _processor(found: dict) -> str:
-    machine = found["machine"]
+def _processor(result: dict) -> str:
+    machine = result["machine"]
     return (
         f"{machine['processor']}, {machine['threads']} threads"
-        if found["device"] == "cpu"
+        if result["device"] == "cpu"
         else machine["processor"]
     )
 
 
-def _labels(chosen: Iterable[tuple[str, str]], found: dict) -> list[str]:
+def _labels(chosen: Iterable[tuple[str, str]], result: dict) -> list[str]:
     """Workloads as a figure names them; with the precision where the record has several."""
-    several = len({row["precision"] for row in found["rows"]}) > 1
+    several = len({row["precision"] for row in result["rows"]}) > 1
     return [f"{name} ({precision})" if several else name for name, precision in chosen]
 
 
 def depth_picture(records: list[dict], path: Path = DEPTH_PICTURE) -> None:
     """Time of an iteration against depth, a panel a precision, as a PNG; none where no record has two depths."""
-    panels = [(found, *panel) for found in records for panel in depth_lines(found).items()]
+    panels = [(result, *panel) for result in records for panel in depth_lines(result).items()]
     if not panels:
         return
     require_matplotlib()
@@ -269,11 +269,11 @@ def depth_picture(records: list[dict], path: Path = DEPTH_PICTURE) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * len(panels), 4), dpi=130, layout="constrained")
-    for axes, (found, precision, lines) in zip(
+    for axes, (result, precision, lines) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
         _depth(axes, lines)
-        axes.set_title(f"{found['machine']['processor']}, {precision}", fontsize="medium")
+        axes.set_title(f"{result['machine']['processor']}, {precision}", fontsize="medium")
     write_atomically(path, FigureCanvasAgg(figure).print_png)
 
 
@@ -293,10 +293,10 @@ def _seconds(name: str, rows: list[dict]) -> float | None:
     return tables.best_of_ours(rows)["seconds"] if name == "pcfast" else tables.seconds_of(name, rows)
 
 
-def _bars(axes, found: dict) -> None:
+def _bars(axes, result: dict) -> None:
     """Bars: how many times as fast as the literal loop, ours and the others'."""
     chosen = {
-        case: rows for case, rows in cases(found).items() if tables.seconds_of("literal", rows) is not None
+        case: rows for case, rows in cases(result).items() if tables.seconds_of("literal", rows) is not None
     }
     ratios = {
         name: {
@@ -313,7 +313,7 @@ def _bars(axes, found: dict) -> None:
         offset = (index - (len(timed) - 1) / 2) * height
         places = [place + offset for place in ratios[name]]
         axes.barh(places, list(ratios[name].values()), height, color=_COLOURS[name], label=name)
-    axes.set_yticks(range(len(chosen)), _labels(chosen, found))
+    axes.set_yticks(range(len(chosen)), _labels(chosen, result))
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}x")
@@ -322,21 +322,21 @@ def _bars(axes, found: dict) -> None:
     axes.legend(fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)
 
 
-def _roofline(axes, found: dict) -> None:
+def _roofline(axes, result: dict) -> None:
     """Multiply-adds a second against multiply-adds a byte: ours, under the measured ceilings.
 
     Points lie close together: their names stand in a column beside the panel, in the points' order from the top.
     """
-    for precision, limits in found["ceilings"].items():
+    for precision, limits in result["ceilings"].items():
         intensity = [10.0**k for k in range(-1, 6)]
         roof = [min(limits["multiply_adds_per_s"], i * limits["copy_bytes_per_s"]) for i in intensity]
         axes.plot(intensity, roof, color="grey", linewidth=1)
         axes.annotate(
             f"ceiling, {precision}", (intensity[-1], roof[-1]), fontsize="small", ha="right", va="bottom"
         )
-    chosen = cases(found)
+    chosen = cases(result)
     points = []
-    for label, rows in zip(_labels(chosen, found), chosen.values(), strict=True):
+    for label, rows in zip(_labels(chosen, result), chosen.values(), strict=True):
         ours = tables.best_of_ours(rows)
         points.append((ours["multiply_adds"] / ours["seconds"], ours["multiply_adds"] / ours["bytes"], label))
     points.sort(reverse=True)
@@ -351,9 +351,9 @@ def _roofline(axes, found: dict) -> None:
     axes.set_title("Roofline: products that the algorithm leaves", fontsize="medium")
 
 
-def _errors(axes, found: dict) -> None:
+def _errors(axes, result: dict) -> None:
     """Largest error of an update against float64: ours in deviation form, the plain loop in belief form."""
-    chosen = {case: rows for case, rows in cases(found).items() if rows[0]["method"] == "strict"}
+    chosen = {case: rows for case, rows in cases(result).items() if rows[0]["method"] == "strict"}
     for place, rows in enumerate(chosen.values()):
         plain = next((r for r in rows if r["contender"] == "plain" and r.get("error") is not None), None)
         axes.plot(tables.best_of_ours(rows)["error"], place, "o", color=_COLOURS["pcfast"])
@@ -361,7 +361,7 @@ def _errors(axes, found: dict) -> None:
             axes.plot(plain["error"], place, "s", color=_COLOURS["plain_compiled"])
     axes.plot([], [], "o", color=_COLOURS["pcfast"], label="pcfast: deviations")
     axes.plot([], [], "s", color=_COLOURS["plain_compiled"], label="plain loop: beliefs")
-    axes.set_yticks(range(len(chosen)), _labels(chosen, found))
+    axes.set_yticks(range(len(chosen)), _labels(chosen, result))
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.grid(axis="y", alpha=0.3)

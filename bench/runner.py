@@ -67,7 +67,7 @@ def run(
     }
     gates: dict[str, Gate] = {}
     for done, (workload, precision) in enumerate(cases):
-        record["rows"] = [row for found in rows.values() for row in found]
+        record["rows"] = [row for result in rows.values() for row in result]
         _add_floors(record)
         keep(record)
         if time.monotonic() >= deadline:
@@ -78,12 +78,12 @@ def run(
 
         if workload.name not in gates:
             gates.clear()  # of the last workload: its networks
-        found = _case(workload, precision, taking_part, device, record, quick, deadline, say, gates)
-        rows[workload.name, precision] = found
+        result = _case(workload, precision, taking_part, device, record, quick, deadline, say, gates)
+        rows[workload.name, precision] = result
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    record["rows"] = [row for found in rows.values() for row in found]
+    record["rows"] = [row for result in rows.values() for row in result]
     for precision in precisions:  # the machine may have been busy the first time
         if time.monotonic() >= deadline:
             break
@@ -126,8 +126,8 @@ def run_kernels(
     cases = microbenchmarks.chosen_cases(precisions, able, device.type == "cpu", quick)
     absent = [microbenchmarks.absent(backend, reason) for backend, reason in unable.items() if reason]
 
-    def keep_rows(found: dict[str, dict], rows: list[dict]) -> None:
-        record["ceilings"], record["kernels"] = found, [*rows, *absent]
+    def keep_rows(result: dict[str, dict], rows: list[dict]) -> None:
+        record["ceilings"], record["kernels"] = result, [*rows, *absent]
         keep(record)
 
     keep_rows(
@@ -177,7 +177,7 @@ def _case(
     able: list[Contender] = []
     for contender in contenders:
         seconds = _guess(contender, workload, macs, counts["multiply_adds"]) / limits["multiply_adds_per_s"]
-        reason = contender.why_not(workload, precision, device)
+        reason = contender.ineligible_reason(workload, precision, device)
         if not reason and seconds > LONGEST_STEP[device.type]:
             reason = f"a step would take about {seconds:.0f} s"
         rows[contender.name]["reason"] = reason
@@ -218,10 +218,10 @@ def _case(
     times = take_turns(steps, precision, device, rounds, lambda: time.monotonic() >= deadline)
     say("memory")
     for name, step in steps:
-        found = times[name]
+        result = times[name]
         rows[name].update(
-            status="timed", seconds=found.median, p20=found.p20, p80=found.p80, host_seconds=found.host,
-            samples=found.samples, clock=found.clock,
+            status="timed", seconds=result.median, p20=result.p20, p80=result.p80, host_seconds=result.host,
+            samples=result.samples, clock=result.clock,
         )  # fmt: skip
         if device.type == "cuda":
             rows[name]["peak_bytes"] = peak_memory(step, precision, device)

@@ -20,7 +20,7 @@ def digest() -> str:
     files = [file for file in package.rglob("*.py") if file.relative_to(package).parts[0] not in NOT_TIMED]
     for folder in (package / "kernels", package.parent / "kernels", package.parent / "csrc"):
         files += [f for f in folder.rglob("*") if f.suffix in (".py", ".cu", ".cuh", ".h", ".cpp")]
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for file in sorted(files, key=lambda f: (f.name, str(f))):
-        found.update(file.name.encode() + b"\0" + file.read_bytes())
-    return found.hexdigest()[:16]
+        result.update(file.name.encode() + b"\0" + file.read_bytes())
+    return result.hexdigest()[:16]

@@ -63,11 +63,11 @@ def by_kernel(rows: list[dict]) -> dict[str, list[dict]]:
 
 def fastest_ways(rows: list[dict]) -> dict[tuple[str, str, str], list[dict]]:
     """(kernel, size, precision) -> its timed ways, fastest first; cases without one are left out."""
-    found: dict[tuple[str, str, str], list[dict]] = {}
+    result: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
         if row["status"] == "timed":
-            found.setdefault((row["kernel"], row["size"], row["precision"]), []).append(row)
-    return {case: sorted(ways, key=lambda way: way["seconds"]) for case, ways in found.items()}
+            result.setdefault((row["kernel"], row["size"], row["precision"]), []).append(row)
+    return {case: sorted(ways, key=lambda way: way["seconds"]) for case, ways in result.items()}
 
 
 def growth(rows: list[dict]) -> list[tuple[str, list[float]]]:
@@ -81,10 +81,13 @@ def growth(rows: list[dict]) -> list[tuple[str, list[float]]]:
     return [
         (
             name,
-            [(later - sooner) / (more - fewer) for (fewer, sooner), (more, later) in pairwise(sorted(found))],
+            [
+                (later - sooner) / (more - fewer)
+                for (fewer, sooner), (more, later) in pairwise(sorted(result))
+            ],
         )
-        for name, found in launches.items()
-        if len(found) > 1
+        for name, result in launches.items()
+        if len(result) > 1
     ]
 
 
@@ -137,11 +140,11 @@ def _step_size(value: float | list[float] | None) -> str:
 
 def _accuracy(runs: list[dict]) -> str:
     """Median, lowest and highest of the runs that came to their end, and how many did not."""
-    found = [run["test_accuracy"] for run in runs if "test_accuracy" in run]
-    diverged = len(runs) - len(found)
-    if not found:
+    result = [run["test_accuracy"] for run in runs if "test_accuracy" in run]
+    diverged = len(runs) - len(result)
+    if not result:
         return "diverged"
-    low, middle, high = (f"{100 * value:.2f}" for value in (min(found), median(found), max(found)))
+    low, middle, high = (f"{100 * value:.2f}" for value in (min(result), median(result), max(result)))
     return f"{middle} % ({low} - {high})" + (f", {diverged} of {len(runs)} diverged" if diverged else "")
 
 
@@ -192,10 +195,10 @@ def by_case(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
 
 def _grouped(rows: list[dict], key: Callable[[dict], Hashable]) -> dict:
     """Key -> its rows, both in order."""
-    found: dict = {}
+    result: dict = {}
     for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return found
+        result.setdefault(key(row), []).append(row)
+    return result
 
 
 def seconds_of(contender: str, rows: list[dict]) -> float | None:

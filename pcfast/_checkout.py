@@ -19,10 +19,10 @@ def find_folders(package_path: list[str]) -> None:
     """
     here = Path(__file__).resolve().parent
     checkout = here.parent
-    found = find_spec("pcfast.kernels")
+    result = find_spec("pcfast.kernels")
     # An editable install of another checkout answers too, with its own kernels.
-    others = found and Path(found.origin).resolve().parent not in (here / "kernels", checkout / "kernels")
-    if found and not (others and (checkout / "pyproject.toml").is_file()):
+    others = result and Path(result.origin).resolve().parent not in (here / "kernels", checkout / "kernels")
+    if result and not (others and (checkout / "pyproject.toml").is_file()):
         return
     from importlib.metadata import PackageNotFoundError, distribution
 

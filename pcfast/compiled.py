@@ -106,7 +106,7 @@ def _moving_buffers(model: nn.Module) -> list[Tensor] | None:
 
 
 @contextlib.contextmanager
-def _autograd_as_ever():
+def reenable_autograd():
     """Autograd works in here. An operator runs below it, and modules that pcfast does not know need it."""
     keys = torch._C.DispatchKey
     with (
@@ -122,7 +122,7 @@ def _ambient(device: torch.device, dtype: torch.dtype | None):
 
 
 @contextlib.contextmanager
-def _lent(own: list[Tensor], given: list[Tensor]):
+def swap_parameters(own: list[Tensor], given: list[Tensor]):
     """The model's tensors have the values ``given``. They have them already, unless the graph has changed them.
 
     Values are written past the version counters and put back: autograd graphs may hold the tensors.
@@ -166,7 +166,7 @@ def _laid_out(update: Tensor, parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter).copy_(update)
 
 
-def _apart(tensors: list[Tensor], x: Tensor) -> list[Tensor]:
+def dealias(tensors: list[Tensor], x: Tensor) -> list[Tensor]:
     """``tensors``, cloned where two share memory or one lies in ``x``: an operator's outputs may not."""
     seen, result = {x.untyped_storage().data_ptr()}, []
     for tensor in tensors:
@@ -227,14 +227,14 @@ def step(
         backend=backend, vinit=vinit, normalizer=normalizer, check=check,
     )  # fmt: skip
     own = [*owner.parameters(), *owner.buffers()]
-    with _autograd_as_ever(), _ambient(x.device, autocast), _lent(own, [*parameters, *buffers]):
+    with reenable_autograd(), _ambient(x.device, autocast), swap_parameters(own, [*parameters, *buffers]):
         moving = _moving_buffers(owner)
         before = [buffer.clone() for buffer in moving]
         if train:
             validation.check_trainable(owner)
             outcome, _ = solve(owner, x, y, settings)
-            loss, output, found = outcome.loss, outcome.output, outcome.gradients
-            if not found.keys() <= set(owner.parameters()):
+            loss, output, result = outcome.loss, outcome.output, outcome.gradients
+            if not result.keys() <= set(owner.parameters()):
                 raise ModelError(
                     "model",
                     "layers that use parameters which the model does not register",
@@ -242,7 +242,7 @@ def step(
                     "Register them, or call pc_loss outside of compiled functions.",
                 )
             updates = [
-                _laid_out(found[parameter], parameter) if parameter in found else _not_in_use(parameter)
+                _laid_out(result[parameter], parameter) if parameter in result else _not_in_use(parameter)
                 for parameter in owner.parameters()
                 if parameter.requires_grad
             ]
@@ -253,7 +253,7 @@ def step(
         moved = [buffer.clone() for buffer in moving]
         for buffer, value in zip(moving, before, strict=True):
             buffer.data.copy_(value)
-    loss, output, *updates = _apart([loss, output.contiguous(), *updates], x)
+    loss, output, *updates = dealias([loss, output.contiguous(), *updates], x)
     return loss, output, updates, moved
 
 
@@ -267,7 +267,7 @@ def _abstract_step(
     loss = describe_loss(_loss_function(kind, reduction, ignore_index, label_smoothing, class_weights))
     values = dict(zip([*owner.parameters(), *owner.buffers()], [*parameters, *buffers], strict=True))
     used: set[nn.Parameter] = set()
-    with _autograd_as_ever(), _ambient(x.device, autocast):
+    with reenable_autograd(), _ambient(x.device, autocast):
         try:
             network = describe(owner)
             dtype = validation.check_input(owner, x)

@@ -58,20 +58,20 @@ def true_gradient(
     parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.enable_grad(), replaying(x.device)(), recorded_buffers(model)():
         value = describe_loss(loss).value(model(x.clone()), y)  # a clone: the first module may work in place
-        found = torch.autograd.grad(value, parameters, allow_unused=True)
-    return in_full(parameters, found)
+        result = torch.autograd.grad(value, parameters, allow_unused=True)
+    return in_full(parameters, result)
 
 
 def parameters_of_layers(model: nn.Sequential) -> dict[int, list[nn.Parameter]]:
     """The parameters that require gradients by PC layer 1..L; layers without any are left out."""
     describe(model)
-    found = {l: [p for p in layer.parameters() if p.requires_grad] for l, layer in enumerate(model, start=1)}
-    found = {l: parameters for l, parameters in found.items() if parameters}
-    if not found:
+    result = {l: [p for p in layer.parameters() if p.requires_grad] for l, layer in enumerate(model, start=1)}
+    result = {l: parameters for l, parameters in result.items() if parameters}
+    if not result:
         raise ModelError("model", "no parameter that requires a gradient", "at least one")
-    return found
+    return result
 
 
-def in_full(parameters: list[nn.Parameter], found) -> dict[nn.Parameter, Tensor]:
+def in_full(parameters: list[nn.Parameter], result) -> dict[nn.Parameter, Tensor]:
     """The gradients by parameter, zeros where there is none."""
-    return {p: torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)}
+    return {p: torch.zeros_like(p) if g is None else g for p, g in zip(parameters, result, strict=True)}

@@ -42,20 +42,20 @@ _DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Target:
+class PreparedTarget:
     """The target ``y`` made ready for one batch: what the closed forms read in every iteration.
 
     Attributes:
-        dense: cross-entropy: (B, C, ...) with loss = -sum(dense * log_softmax(mu)); MSE: y itself.
-        mass: cross-entropy: ``dense`` summed over classes, (B, 1, ...).
+        target: cross-entropy: (B, C, ...) with loss = -sum(target * log_softmax(mu)); MSE: y itself.
+        target_sum: cross-entropy: ``target`` summed over classes, (B, 1, ...).
         scale: MSE: factor of (mu - y).
-        flaw: 0-dim bool tensor, True where a label was out of range; None where that was checked at once.
+        invalid_labels: 0-dim bool tensor, True where a label was out of range; None where that was checked at once.
     """
 
-    dense: Tensor
-    mass: Tensor | None = None
+    target: Tensor
+    target_sum: Tensor | None = None
     scale: float = 1.0
-    flaw: Tensor | None = None
+    invalid_labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,15 @@ class Loss:
         """As :meth:`gradient_by_autograd`, and (p, dLoss/dp) of the parameters that the loss itself uses."""
         with torch.enable_grad():
             leaf = output.detach().requires_grad_(True)
-            value, used, gradient, found = self.value(leaf, y), [], None, ()
+            value, used, gradient, result = self.value(leaf, y), [], None, ()
             if value.requires_grad:
                 used = differentiation.trained(value, apart=[leaf]) if parameters else []
-                gradient, *found = differentiation.gradients(value, [leaf, *used], keep=bool(used))
+                gradient, *result = differentiation.gradients(value, [leaf, *used], keep=bool(used))
         if gradient is None:
             raise ArgumentError(
                 "loss", "a value that does not depend on the model's output", "a differentiable loss"
             )
-        return gradient, [(p, g) for p, g in zip(used, found, strict=True) if g is not None]
+        return gradient, [(p, g) for p, g in zip(used, result, strict=True) if g is not None]
 
     def check_target(self, output_shape: tuple[int, ...], y) -> None:
         """Check type, shape and dtype of ``y`` for a known loss; labels' range is checked in :meth:`prepare`.
@@ -189,24 +189,24 @@ class Loss:
                 else "One label a row of x.",
             )
 
-    def prepare(self, output: Tensor, y: Tensor, *, raise_now: bool) -> Target:
+    def prepare(self, output: Tensor, y: Tensor, *, raise_now: bool) -> PreparedTarget:
         """Make ``y`` ready for :meth:`gradient` at outputs like ``output`` (B, C, ...).
 
         With ``raise_now`` labels out of range raise ArgumentError at once (this waits for the device);
-        otherwise the returned target's ``flaw`` says so on the device and the labels are clamped.
+        otherwise the returned target's ``invalid_labels`` says so on the device and the labels are clamped.
         """
         batch = output.shape[0]
         if self.kind == "mse":
-            return Target(dense=y.to(output.dtype), scale=self.mse_scale(y))
+            return PreparedTarget(target=y.to(output.dtype), scale=self.mse_scale(y))
         reduction, ignore_index, smoothing = self.settings
         classes = output.shape[1]
         weight = None if self.weight is None else self.weight.to(output.dtype)
         per_class = None if weight is None else weight.view(1, -1, *[1] * (output.dim() - 2))
-        flaw = None
+        invalid_labels = None
         if y.is_floating_point():
-            dense = y.to(output.dtype) * (1 - smoothing) + smoothing / classes
+            target = y.to(output.dtype) * (1 - smoothing) + smoothing / classes
             if per_class is not None:
-                dense = dense * per_class
+                target = target * per_class
             count: Tensor | float = float(output.numel() // classes)
         else:
             labels = y.long()
@@ -216,7 +216,7 @@ class Loss:
             if self.normalizer is not None:  # ignored rows would make the mean one over fewer rows
                 wrong = wrong | ~valid.all()
             if not raise_now:
-                flaw = wrong
+                invalid_labels = wrong
             elif wrong:
                 raise ArgumentError(
                     "y",
@@ -226,16 +226,20 @@ class Loss:
             keep = valid.to(output.dtype)
             own = keep if weight is None else keep * weight[possible]
             named = own * (1 - smoothing) if smoothing else own
-            dense = torch.zeros_like(output).scatter_(1, possible.unsqueeze(1), named.unsqueeze(1))
+            target = torch.zeros_like(output).scatter_(1, possible.unsqueeze(1), named.unsqueeze(1))
             if smoothing:
                 spread = torch.ones_like(output) if per_class is None else per_class
-                dense = dense + keep.unsqueeze(1) * spread * (smoothing / classes)
+                target = target + keep.unsqueeze(1) * spread * (smoothing / classes)
             count = own.sum()
         if reduction == "mean":
             if isinstance(count, Tensor):
-                count = count.clamp_min(_NO_WEIGHT)  # where no label counts dense is zero, and so is the loss
-            dense = dense * (self.share(batch) / count)
-        return Target(dense=dense, mass=dense.sum(1, keepdim=True), flaw=flaw)
+                count = count.clamp_min(
+                    _NO_WEIGHT
+                )  # where no label counts target is zero, and so is the loss
+            target = target * (self.share(batch) / count)
+        return PreparedTarget(
+            target=target, target_sum=target.sum(1, keepdim=True), invalid_labels=invalid_labels
+        )
 
     def mse_scale(self, y: Tensor) -> float:
         """The factor of (mu - y) in the gradient of mse."""
@@ -245,19 +249,19 @@ class Loss:
         count = y.numel() if reduction == "mean" else 1
         return 2.0 / max(count, 1) * self.share(y.shape[0])
 
-    def value_prepared(self, target: Target, mu: Tensor) -> Tensor:
+    def value_prepared(self, prepared: PreparedTarget, mu: Tensor) -> Tensor:
         """The loss at ``mu`` (B, C, ...) in closed form: 0-dim. Safe where labels were out of range."""
         if self.kind == "mse":
-            return (mu - target.dense).square().sum() * (target.scale / 2)
+            return (mu - prepared.target).square().sum() * (prepared.scale / 2)
         log_p = torch.log_softmax(mu, 1)
         # a class of probability 0 that the target does not name costs nothing
-        return -torch.where(target.dense == 0, 0.0, target.dense * log_p).sum()
+        return -torch.where(prepared.target == 0, 0.0, prepared.target * log_p).sum()
 
-    def gradient(self, target: Target, mu: Tensor) -> Tensor:
+    def gradient(self, prepared: PreparedTarget, mu: Tensor) -> Tensor:
         """dLoss/dmu in closed form at predictions ``mu`` (B, C, ...), same shape and dtype."""
         if self.kind == "mse":
-            return (mu - target.dense) * target.scale
-        return _softmax(mu).mul_(target.mass).sub_(target.dense)
+            return (mu - prepared.target) * prepared.scale
+        return _softmax(mu).mul_(prepared.target_sum).sub_(prepared.target)
 
 
 #: Fewer classes than this fill no vector of a CPU, where torch's softmax over the rows of 10 classes takes five times

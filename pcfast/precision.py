@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError
-from .support.log import say_once
+from .support.log import info_once
 
 #: Precisions by name: float32 products in IEEE arithmetic, in TF32, under bfloat16 autocast; float64 parameters.
 PRECISIONS = ("ieee", "tf32", "bf16", "fp64")
@@ -71,7 +71,7 @@ def choose_precision(device_type: str, dtype: torch.dtype) -> Precision:
         note = (
             "float16 autocast: float32 operands (TF32 on CUDA), since small deviations underflow in float16"
         )
-        say_once(note)
+        info_once(note)
         return Precision(state, state, autocast, note)
     operand = torch.bfloat16 if dtype == torch.bfloat16 else state
     return Precision(state, operand, autocast)

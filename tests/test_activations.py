@@ -1,4 +1,4 @@
-"""Brackets and slopes of activations against float64, where the plain difference would be noise."""
+"""Brackets and derivatives of activations against float64, where the plain difference would be noise."""
 
 import math
 from dataclasses import astuple
@@ -57,23 +57,23 @@ def points(scale, dtype=torch.float64):
 
 
 def evaluate(activation, u, s):
-    """(bracket, slope as a factor) at u + s."""
-    bracket, kept = activation.deviate(activation.anchor(u, activation.forward(u)), s)
-    return bracket, activation.pullback(kept, torch.ones_like(s))
+    """(act_diff, derivative as a factor) at u + s."""
+    act_diff, kept = activation.deviate(activation.saved(u, activation.forward(u)), s)
+    return act_diff, activation.pullback(kept, torch.ones_like(s))
 
 
 @pytest.mark.parametrize("activation", ALL, ids=IDS)
 @pytest.mark.parametrize("scale", [1e-9, 1e-3, 0.3, 3.0, 40.0])
 def test_bracket_and_slope_in_float64(activation, scale):
     u, s = points(scale)
-    bracket, slope = evaluate(activation, u, s)
+    act_diff, derivative = evaluate(activation, u, s)
     w = (u + s).requires_grad_()
     value = literal(activation, w)
     (derivative,) = torch.autograd.grad(value.sum(), w)
     plain = value.detach() - literal(activation, u)
     rounding = 2.0**-52 * 16 * (1 + u.abs() + s.abs())  # of the plain difference
-    assert ((bracket - plain).abs() <= rounding + 1e-12 * s.abs()).all()
-    torch.testing.assert_close(slope, derivative, rtol=1e-10, atol=1e-13)
+    assert ((act_diff - plain).abs() <= rounding + 1e-12 * s.abs()).all()
+    torch.testing.assert_close(derivative, derivative, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("activation", ALL, ids=IDS)
@@ -83,10 +83,10 @@ def test_small_deviations_keep_their_digits_in_float32(activation, scale):
     for kink in (0.0, *(astuple(activation) if isinstance(activation, activations.Hardtanh) else ())):
         # no unit there, where the two precisions rightly part
         u = torch.where((u - kink).abs() < 10 * scale, u + 100 * scale, u)
-    bracket, _ = evaluate(activation, u, s)
+    act_diff, _ = evaluate(activation, u, s)
     truth = literal(activation, u.double() + s.double()) - literal(activation, u.double())
     plain = activation.forward(u + s) - activation.forward(u)
-    error = float((bracket - truth).norm() / truth.norm())
+    error = float((act_diff - truth).norm() / truth.norm())
     assert error < 1e-6
     if scale <= 1e-5:  # the difference that it replaces fails the same bound
         assert float((plain - truth).norm() / truth.norm()) > 1e-4
@@ -99,13 +99,13 @@ def test_gelu_keeps_its_digits_where_one_formula_takes_over_from_the_other(dtype
     u = torch.linspace(-6, 6, 2001, dtype=dtype)
     for size in (0.5 * reach, 0.9 * reach, within, reach, 1.1 * reach):
         for s in (torch.full_like(u, size), torch.full_like(u, -size)):
-            bracket, _ = evaluate(activation, u, s)
-            # u Phi(u) by its mean slope, from Gauss's points: no difference of values
+            act_diff, _ = evaluate(activation, u, s)
+            # u Phi(u) by its mean derivative, from Gauss's points: no difference of values
             nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(12))
             w = (u.double() + s.double() * (0.5 + 0.5 * nodes[:, None])).requires_grad_()
-            (slopes,) = torch.autograd.grad(F.gelu(w).sum(), w)
-            truth = s.double() * (0.5 * weights[:, None] * slopes).sum(0)
-            assert float((bracket - truth).norm() / truth.norm()) < 3 * torch.finfo(dtype).eps / reach
+            (derivatives,) = torch.autograd.grad(F.gelu(w).sum(), w)
+            truth = s.double() * (0.5 * weights[:, None] * derivatives).sum(0)
+            assert float((act_diff - truth).norm() / truth.norm()) < 3 * torch.finfo(dtype).eps / reach
 
 
 @pytest.mark.parametrize("scale", [1e-3, 0.1])
@@ -124,10 +124,10 @@ def test_extremes_stay_finite_and_right(activation):
     u = torch.tensor([-80.0, -20.0, -1.0, 0.0, 1.0, 20.0, 80.0], dtype=torch.float32)
     s = torch.tensor([-160.0, -1e-30, 0.0, 1e-30, 160.0], dtype=torch.float32)
     u, s = (t.reshape(-1).contiguous() for t in torch.meshgrid(u, s, indexing="ij"))
-    bracket, slope = evaluate(activation, u, s)
+    act_diff, derivative = evaluate(activation, u, s)
     truth = literal(activation, u.double() + s.double()) - literal(activation, u.double())
-    assert torch.isfinite(bracket).all() and torch.isfinite(slope).all()
-    torch.testing.assert_close(bracket.double(), truth, rtol=1e-5, atol=1e-6)
+    assert torch.isfinite(act_diff).all() and torch.isfinite(derivative).all()
+    torch.testing.assert_close(act_diff.double(), truth, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ALL, ids=IDS)
@@ -137,8 +137,8 @@ def test_forward_is_torchs_and_base_slope_its_derivative(activation):
     torch.testing.assert_close(out, literal(activation, u))
     (derivative,) = torch.autograd.grad(out.sum(), u)
     u = u.detach()
-    slope = activation.pullback(activation.slope(u, activation.forward(u)), torch.ones_like(u))
-    torch.testing.assert_close(slope, derivative, rtol=1e-10, atol=1e-13)
+    derivative = activation.pullback(activation.derivative(u, activation.forward(u)), torch.ones_like(u))
+    torch.testing.assert_close(derivative, derivative, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("activation", ALL, ids=IDS)
@@ -177,12 +177,12 @@ def test_monotone_says_the_truth(activation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hardtanh_on_its_bounds_is_torchs(dtype):
-    """No slope on the bounds, and none that is lost: from every place to every place, bounds among them."""
+    """No derivative on the bounds, and none that is lost: from every place to every place, bounds among them."""
     activation = activations.Hardtanh(-1.0, 2.0)
     places = torch.tensor([-math.inf, -3.0, -1.0, -0.5, 0.0, 1.5, 2.0, 7.0, math.inf], dtype=dtype)
     u, moved = (t.reshape(-1) for t in torch.meshgrid(places[1:-1], places[1:-1], indexing="ij"))
-    bracket, kept = activation.deviate(activation.anchor(u, activation.forward(u)), moved - u)
-    assert torch.equal(bracket, F.hardtanh(moved, -1, 2) - F.hardtanh(u, -1, 2))
+    act_diff, kept = activation.deviate(activation.saved(u, activation.forward(u)), moved - u)
+    assert torch.equal(act_diff, F.hardtanh(moved, -1, 2) - F.hardtanh(u, -1, 2))
     e = torch.full_like(u, 3.0)
     e[::5] = math.inf  # what does not pass leaves nothing, not even NaN
     at = moved.clone().requires_grad_()
@@ -190,10 +190,10 @@ def test_hardtanh_on_its_bounds_is_torchs(dtype):
     assert torch.equal(activation.pullback(kept, e), truth)
     open_ = (moved > -1) & (moved < 2)
     assert torch.equal(truth, torch.where(open_, e, 0))
-    assert torch.equal(activation.pullback(activation.slope(moved, None), e), truth)
+    assert torch.equal(activation.pullback(activation.derivative(moved, None), e), truth)
     # from infinity it stays there, or comes back as far as s says
     far = places[[0, -1]]
-    assert not activation.deviate(activation.anchor(far, activation.forward(far)), torch.ones_like(far))[
+    assert not activation.deviate(activation.saved(far, activation.forward(far)), torch.ones_like(far))[
         0
     ].any()
 

@@ -64,9 +64,9 @@ def test_baselines_compute_predictive_coding(workload, method, name):
     """Each, in float64 by the gate, against the reference backend; jax in float32 where it is installed."""
     workload = changed(workload, method=method, lr=LR if method == "incremental" else 0.0)
     if name == "autograd" and method == "fixed_prediction":
-        assert "does not descend" in CONTENDERS[name].why_not(workload, "ieee", CPU)
+        assert "does not descend" in CONTENDERS[name].ineligible_reason(workload, "ieee", CPU)
         return
-    why = CONTENDERS[name].why_not(workload, "ieee", CPU)
+    why = CONTENDERS[name].ineligible_reason(workload, "ieee", CPU)
     if why:
         pytest.skip(why)
     verdict = gate.Gate(workload, CPU, workload.batch).judge(CONTENDERS[name], "ieee")
@@ -103,10 +103,10 @@ def test_what_cannot_run_says_why():
     unknown = changed(
         SMALL["mlp"], make=lambda: nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.GELU("tanh")))
     )
-    assert "GELU" in CONTENDERS["plain"].why_not(unknown, "ieee", CPU)
-    assert "CUDA" in CONTENDERS["plain_graph"].why_not(SMALL["mlp"], "ieee", CPU)
+    assert "GELU" in CONTENDERS["plain"].ineligible_reason(unknown, "ieee", CPU)
+    assert "CUDA" in CONTENDERS["plain_graph"].ineligible_reason(SMALL["mlp"], "ieee", CPU)
     exact = changed(SMALL["mlp"], method="exact")
-    assert "no loop" in CONTENDERS["literal"].why_not(exact, "ieee", CPU)
+    assert "no loop" in CONTENDERS["literal"].ineligible_reason(exact, "ieee", CPU)
 
 
 # -------------------------------------------------------------------------------------------------- gate
@@ -181,7 +181,7 @@ def deep_gate():
 
 @pytest.mark.parametrize("name", ["literal", "plain", "jax"])
 def test_the_right_algorithm_may_lose_what_float64_loses(deep_gate, name):
-    why = CONTENDERS[name].why_not(deep_gate.workload, "ieee", CPU)
+    why = CONTENDERS[name].ineligible_reason(deep_gate.workload, "ieee", CPU)
     if why:
         pytest.skip(why)
     verdict = deep_gate.judge(CONTENDERS[name], "ieee")
@@ -291,7 +291,7 @@ def test_jax_alone_works_off_torchs_stream():
     able = {
         name: contender
         for name, contender in CONTENDERS.items()
-        if name != "plain_compiled" and not contender.why_not(workload, "ieee", CPU)
+        if name != "plain_compiled" and not contender.ineligible_reason(workload, "ieee", CPU)
     }
     steps = {name: c.prepare(workload, *workload.draw(CPU), "ieee") for name, c in able.items()}
     assert {name for name, step in steps.items() if step.off_stream} == {"jax"} & set(steps)
@@ -972,7 +972,7 @@ def test_ours_is_judged_in_incremental_as_the_others_and_in_float32():
 
     wrong = replace(CONTENDERS["eager"], prepare=wrong_in_float32)
     assert "an update is 1.0e-03 off" in judge.judge(wrong, "ieee").reason
-    assert "float32" in CONTENDERS["eager"].why_not(workload, "bf16", CPU)
+    assert "float32" in CONTENDERS["eager"].ineligible_reason(workload, "bf16", CPU)
 
 
 ONE_QUICK = ("tiny_exact", "--contender", "eager", "--quick", "--device", "cpu")

@@ -58,7 +58,7 @@ def install(monkeypatch):
         cache = cuda_graphs.GraphCache(capacity, recorder or Recorder())
         monkeypatch.setattr(cuda_graphs, "CACHE", cache)
         monkeypatch.setattr(
-            cuda_graphs, "why_not", cuda_graphs._refusal
+            cuda_graphs, "ineligible_reason", cuda_graphs._refusal
         )  # leaves out what only asks for CUDA
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         return cache
@@ -542,10 +542,10 @@ def on_cuda():
 
 def test_refused_where_switched_off_or_captured_already(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert cuda_graphs.why_not(None, on_cuda(), None) == "the caller is capturing a graph already"
+    assert cuda_graphs.ineligible_reason(None, on_cuda(), None) == "the caller is capturing a graph already"
     try:
         pcfast.use_cuda_graphs(False)
-        assert cuda_graphs.why_not(None, on_cuda(), None) == "switched off"
+        assert cuda_graphs.ineligible_reason(None, on_cuda(), None) == "switched off"
     finally:
         pcfast.use_cuda_graphs(True)
 

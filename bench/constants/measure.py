@@ -154,7 +154,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="JSON file to write (%(default)s)")
     arguments = parser.parse_args()
     try:
-        record = measure(keep=lambda found: save(found, arguments.out))
+        record = measure(keep=lambda result: save(result, arguments.out))
         save(record, arguments.out)
     except (MeasuringError, OSError) as error:
         print(f"measure.py: {error}", file=sys.stderr)

@@ -52,7 +52,7 @@ class Case:
         precision: key of :data:`TORCH_PRECISION`.
         multiply_adds: of its products. bytes: of device memory that cannot but move, each array once.
         ways: draws the inputs on a device and prepares all ways.
-        why_not: why none can run on a device, "" where they can.
+        ineligible_reason: why none can run on a device, "" where they can.
     """
 
     kernel: str
@@ -61,7 +61,7 @@ class Case:
     multiply_adds: int
     bytes: int
     ways: Callable[[torch.device], list[Way]]
-    why_not: Callable[[torch.device], str] = lambda device: ""
+    ineligible_reason: Callable[[torch.device], str] = lambda device: ""
 
 
 def torch_precision(precision: str, device: torch.device) -> str:

@@ -161,12 +161,12 @@ def _predict_ways(batch: int, g: ConvGeometry, precision: str, device: torch.dev
         s, bound, base = (t[:, :, :rows, :columns] for t in (s, bound, _map(uhat, samples)))
         truth = predict_truth(s, bound, base, _map(d, samples), g.window, True, OPERAND[precision])
         if rounded:
-            found = _map(whole_delta, samples)[:, :, :rows, :columns]
+            result = _map(whole_delta, samples)[:, :, :rows, :columns]
         else:
             won = None if winner is None else _map(winner, samples)
-            found = _on_the_map(_map(delta, samples), won, g)
+            result = _on_the_map(_map(delta, samples), won, g)
         return judged(
-            (_map(error, samples), truth.error, truth.error_bound), (found, truth.delta, truth.delta_bound)
+            (_map(error, samples), truth.error, truth.error_bound), (result, truth.delta, truth.delta_bound)
         )
 
     tiles = described(predict_tiles(g, precision, None, Relu()))

@@ -39,18 +39,18 @@ LOSSES = ("cross_entropy", "mse")
 
 def cases(interpreted: bool) -> list[Case]:
     """By kernel, every precision of a size together."""
-    found = [
+    result = [
         make(*sizes, precision)
         for sizes in (TINY_MAPS if interpreted else MAPS)
         for make in (_error, _update)
         for precision in ELEMENTWISE
     ]
-    found += [
+    result += [
         _gram(*sizes, precision)
         for sizes in (TINY_GRAM_MAPS if interpreted else GRAM_MAPS)
         for precision in ELEMENTWISE
     ]
-    return found + [
+    return result + [
         _output(*sizes, loss, precision)
         for sizes in (TINY_OUTPUTS if interpreted else OUTPUTS)
         for loss in LOSSES
@@ -98,14 +98,14 @@ def _error_ways(batch, height, width, channels, window, precision, device) -> li
     def judge() -> Judgement:
         launch()
         samples = ends(batch)
-        s, base, found = (
+        s, base, result = (
             _map(t, samples)[:, :, : rows * window, : columns * window] for t in (product, uhat, delta)
         )
         truth = predict_truth(
             s, torch.zeros_like(s), base, _map(d, samples), (window, window), True, STORED[dtype]
         )
         return judged(
-            (_map(error, samples), truth.error, truth.error_bound), (found, truth.delta, truth.delta_bound)
+            (_map(error, samples), truth.error, truth.error_bound), (result, truth.delta, truth.delta_bound)
         )
 
     return [Way("triton", _blocks(batch * rows * columns, channels, window**2), launch, judge)]
@@ -178,11 +178,11 @@ def _gram_ways(batch, height, width, channels, precision, device) -> list[Way]:
         launch()
         samples = ends(batch)
         results = []
-        for found, old, step in ((s, start, -pulled), (total, begun, delta)):
+        for result, old, step in ((s, start, -pulled), (total, begun, delta)):
             before, move = _map(old, samples), _map(step, samples)
             truth = (1 - ETA) * before + ETA * move
             # 1 - eta, the two products and their sum
-            results.append((_map(found, samples), truth, 4 * EPS * (before.abs() + ETA * move.abs())))
+            results.append((_map(result, samples), truth, 4 * EPS * (before.abs() + ETA * move.abs())))
         return judged(*results)
 
     return [Way("triton", f"{BLOCK} elements", launch, judge)]

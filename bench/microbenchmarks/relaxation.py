@@ -119,11 +119,12 @@ class _Relaxations:
         return FACTOR * max(lost, _LOST[self.precision]), truth
 
     def _relaxed(self, backend: str, model: nn.Sequential, x: Tensor) -> list[Tensor]:
-        found = pcfast.relax(
+        result = pcfast.relax(
             model, x, self.y, loss=_LOSS, step_size=STEP_SIZE, num_steps=self.num_steps, backend=backend, check="sync"
         )  # fmt: skip
         return [
-            v.double() - a.double() for v, a in zip(found.beliefs[1:-1], found.activations[1:-1], strict=True)
+            v.double() - a.double()
+            for v, a in zip(result.beliefs[1:-1], result.activations[1:-1], strict=True)
         ]
 
 
@@ -158,6 +159,6 @@ def _judge(relaxations: _Relaxations, planned: Design) -> Judgement:
     bound, truth = relaxations.bound_and_truth
     loop = relaxations.loop(planned)
     loop.run(relaxations.num_steps)
-    found = [loop.deviation(l) for l in range(1, planned.depth)]
-    error = max(map(relative_error, found, truth))
+    result = [loop.deviation(l) for l in range(1, planned.depth)]
+    error = max(map(relative_error, result, truth))
     return Judgement(error, error / bound)

@@ -127,18 +127,18 @@ class _Relaxation:
         pairs = list(zip(self.outputs.beliefs, self.by_backend, strict=True))
         if not all(v is None or torch.equal(v, own) for v, own in pairs):
             return Judgement(math.nan, math.nan)
-        found = [
+        result = [
             v.double() - vhat.double()
             for v, vhat in zip(self.outputs.beliefs, [None, self.first, *self.outputs.vhat[2:]], strict=True)
             if v is not None
         ]
         wide = copy.deepcopy(self.model).double()
-        truth = self._relaxed(wide, self.x.double())[-len(found) :]
-        eager = self._relaxed(self.model, self.x)[-len(found) :]
-        error = max(map(relative_error, found, truth))
+        truth = self._relaxed(wide, self.x.double())[-len(result) :]
+        eager = self._relaxed(self.model, self.x)[-len(result) :]
+        error = max(map(relative_error, result, truth))
         bound = FACTOR * max(self.lost, *map(relative_error, eager, truth))
         excess = [
-            abs(float(d.double().norm() / t.norm()) - 1) / bound for d, t in zip(found, truth, strict=True)
+            abs(float(d.double().norm() / t.norm()) - 1) / bound for d, t in zip(result, truth, strict=True)
         ]
         if by_the_rules:
             batches = [(self.x + draw, self.y) for draw in (0.0, 0.1, -0.1)]
@@ -151,10 +151,10 @@ class _Relaxation:
 
     def _relaxed(self, model: nn.Sequential, x: Tensor) -> list[Tensor]:
         """Deviations of the hidden layers, by eager."""
-        found = pcfast.relax(
+        result = pcfast.relax(
             model, x, self.y, step_size=STEP_SIZE, num_steps=self.num_steps, backend="eager", check="sync"
         )
-        pairs = zip(found.beliefs[1:-1], found.activations[1:-1], strict=True)
+        pairs = zip(result.beliefs[1:-1], result.activations[1:-1], strict=True)
         return [v.double() - vhat.double() for v, vhat in pairs]
 
 

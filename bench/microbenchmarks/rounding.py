@@ -41,11 +41,11 @@ class Judgement:
 def judged(*results: tuple[Tensor, Tensor, Tensor]) -> Judgement:
     """Of (found, truth, bound) each; elements whose bound is infinite are not judged."""
     error = excess = 0.0
-    for found, truth, bound in results:
+    for result, truth, bound in results:
         decided = bound.isfinite()
         if not bool(decided.any()):
             return Judgement(float("nan"), float("nan"))
-        distance = (found.double() - truth).abs()[decided]
+        distance = (result.double() - truth).abs()[decided]
         scale = float(truth[decided].norm())
         error = max(error, float(distance.norm()) / (scale or 1.0))
         tiny = torch.finfo(torch.float32).tiny

@@ -45,13 +45,13 @@ def unable(device: torch.device) -> dict[str, str]:
     with torch.device("meta"):
         network = describe(nn.Sequential(nn.Linear(1, 1)))
     planned = plan(network, device, torch.float32, (1, 1), choose_precision(device.type, torch.float32))
-    found = {name: BACKENDS[name].supports(planned)[1] for name in ("cuda", "triton")}
-    if all(found.values()):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.items())
+    result = {name: BACKENDS[name].supports(planned)[1] for name in ("cuda", "triton")}
+    if all(result.values()):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in result.items())
         raise BackendError(
             f"--kernels times the cuda and triton backends' kernels, and none runs on {device}: {reasons}"
         )
-    return found
+    return result
 
 
 def chosen_cases(
@@ -128,11 +128,11 @@ def _ceilings(precisions: set[str], device: torch.device, quick: bool) -> dict[s
     by_name = {}
     for name in sorted({torch_precision(precision, device) for precision in precisions | {"tf32"}}):
         by_name[name] = measure.ceilings(name, device, quick)
-    found = {precision: dict(by_name[torch_precision(precision, device)]) for precision in precisions}
-    if "tf32x3" in found:  # three TF32 products for one
+    result = {precision: dict(by_name[torch_precision(precision, device)]) for precision in precisions}
+    if "tf32x3" in result:  # three TF32 products for one
         tf32 = by_name[torch_precision("tf32", device)]["multiply_adds_per_s"]
-        found["tf32x3"]["multiply_adds_per_s"] = tf32 / 3
-    return found
+        result["tf32x3"]["multiply_adds_per_s"] = tf32 / 3
+    return result
 
 
 def _timed(case: Case, ceilings: dict, device: torch.device, quick: bool, deadline: float) -> list[dict]:
@@ -141,7 +141,7 @@ def _timed(case: Case, ceilings: dict, device: torch.device, quick: bool, deadli
     steps: list[tuple[str, Step]] = []
     try:
         with switches(precision, device), torch.no_grad():
-            reason = case.why_not(device)
+            reason = case.ineligible_reason(device)
             if reason:
                 return [_row(case, ceilings, reason=reason)]
             ways = case.ways(device)
@@ -210,12 +210,12 @@ def _row(case: Case, ceilings: dict, way: Way | None = None, reason: str = "") -
     }
 
 
-def _add_times(row: dict, found: measure.Times, times: int, ceilings: dict) -> None:
+def _add_times(row: dict, result: measure.Times, times: int, ceilings: dict) -> None:
     """``times``: how often the row's work was done in one call."""
-    seconds = found.median / times
+    seconds = result.median / times
     row.update(
-        status="timed", seconds=seconds, p20=found.p20 / times, p80=found.p80 / times, samples=found.samples,
-        clock=found.clock, tflops=2e-12 * row["multiply_adds"] / seconds, gbs=1e-9 * row["bytes"] / seconds,
+        status="timed", seconds=seconds, p20=result.p20 / times, p80=result.p80 / times, samples=result.samples,
+        clock=result.clock, tflops=2e-12 * row["multiply_adds"] / seconds, gbs=1e-9 * row["bytes"] / seconds,
         of_products=row["multiply_adds"] / seconds / ceilings["multiply_adds_per_s"],
         of_copy=row["bytes"] / seconds / ceilings["copy_bytes_per_s"],
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import ArgumentError, BackendError
 from ..problem.plan import Plan, on_backend
-from ..support.log import say_once
+from ..support.log import info_once
 from .base import Backend
 from .cuda.backend import Cuda
 from .eager.backend import Eager
@@ -36,13 +36,13 @@ def choose_backend(name: str, planned: Plan) -> tuple[Backend, Plan]:
         if ok:
             ok, reason = backend.supports(planned)
         if ok:
-            say_passed_over(backend.name, tuple(refusals))
+            log_fallback(backend.name, tuple(refusals))
             return backend, on_backend(planned, backend.name, tuple(refusals), literal=backend.literal)
         refusals.append((backend.name, reason))
     raise BackendError("no backend can run this: " + "; ".join(f"{n}: {why}" for n, why in refusals))
 
 
-def say_passed_over(name: str, refusals: tuple[tuple[str, str], ...]) -> None:
+def log_fallback(name: str, refusals: tuple[tuple[str, str], ...]) -> None:
     """Say once which backend runs where "auto" passed over others."""
     if refusals:
-        say_once(f"running on {name}: " + "; ".join(f"{n} refused ({why})" for n, why in refusals))
+        info_once(f"running on {name}: " + "; ".join(f"{n} refused ({why})" for n, why in refusals))

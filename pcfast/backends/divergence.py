@@ -100,15 +100,18 @@ def lowest_bad(results: list[tuple[int, Tensor]]) -> int:
     return min(layer for layer, value in results if not status.all_finite([value]))
 
 
-def check_iteration(iteration: int, found: Sequence[tuple[int, Tensor | None]], step_size: float) -> None:
-    """Before the parameters move: raise where an error or update is not finite. ``found``: (layer, tensor).
+def check_iteration(iteration: int, result: Sequence[tuple[int, Tensor | None]], step_size: float) -> None:
+    """Before the parameters move: raise where an error or update is not finite. ``result``: (layer, tensor).
 
     Raises:
         RelaxationDiverged: of the lowest such layer.
     """
-    found = [(layer, value) for layer, value in found if value is not None]
-    if status.all_finite([value for _, value in found]):
+    result = [(layer, value) for layer, value in result if value is not None]
+    if status.all_finite([value for _, value in result]):
         return
     raise RelaxationDiverged(
-        iteration, lowest_bad(found), step_size, f"The parameters stay as iteration {iteration - 1} left them"
+        iteration,
+        lowest_bad(result),
+        step_size,
+        f"The parameters stay as iteration {iteration - 1} left them",
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..deviation import Chain, layer_chain
-from ..losses import Target
+from ..losses import PreparedTarget
 from ..problem import status
 from ..problem.plan import Plan
 from ..problem.types import Outcome, Problem
@@ -40,7 +40,7 @@ class ForwardPass:
     output_gradient: Tensor
     loss_at: Callable[[Tensor], Tensor] | None = None
     gradient_at: Callable[[Tensor], Tensor] | None = None
-    target: Target | None = None
+    target: PreparedTarget | None = None
     loss_updates: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
     invalid_labels: Tensor | None = None
 
@@ -66,20 +66,20 @@ class ForwardPass:
         """Add ``share`` of (df_l/dtheta_l)^T eps_l at the chains' current points; an error that is None is zero."""
         for l in range(1, self.depth + 1):
             chain = self.chains[l]
-            found = chain.zero_gradients() if errors[l] is None else chain.gradients(errors[l])
-            out.add_gradients([(p, g if share == 1 else g * share) for p, g in found], l)
+            result = chain.zero_gradients() if errors[l] is None else chain.gradients(errors[l])
+            out.add_gradients([(p, g if share == 1 else g * share) for p, g in result], l)
 
     def filled(self, errors: list[Tensor | None]) -> list[Tensor | None]:
         """The errors of layers 1..L, zeros for None; eps_0 is None."""
-        found = zip(errors[1:], self.vhat[1:], strict=True)
-        return [None, *(torch.zeros_like(v) if e is None else e for e, v in found)]
+        result = zip(errors[1:], self.vhat[1:], strict=True)
+        return [None, *(torch.zeros_like(v) if e is None else e for e, v in result)]
 
-    def settle(self, problem: Problem, out: Outcome) -> None:
+    def update_statistics(self, problem: Problem, out: Outcome) -> None:
         """Move statistics by what the forward pass found; not where the step failed, nor for given activations."""
         if problem.activations is None:
             failed = None if out.status is None else status.failed(out.status)
             for chain in self.chains[1:]:
-                chain.settle(failed)
+                chain.update_statistics(failed)
 
 
 def layer_chains(problem: Problem, plan: Plan) -> Chains:
@@ -126,7 +126,7 @@ def with_loss(problem: Problem, plan: Plan, chains: Chains, vhat: list[Tensor]) 
         return ForwardPass(
             chains, vhat, value, loss.gradient(target, output),
             loss_at=lambda mu: loss.value_prepared(target, mu), gradient_at=lambda mu: loss.gradient(target, mu),
-            target=target, invalid_labels=target.flaw,
+            target=target, invalid_labels=target.invalid_labels,
         )  # fmt: skip
     value = loss.value(output, y)
     updates: list[tuple[nn.Parameter, Tensor]] = []

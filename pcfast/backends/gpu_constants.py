@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
-from ..support.log import say_once
+from ..support.log import info_once
 
 #: Where :func:`load` looks when it is given no path.
 PATH_VARIABLE = "PCFAST_CONSTANTS"
@@ -179,7 +179,7 @@ def load(path: str | os.PathLike | None = None, *, device: str | None = None) ->
         path = os.environ.get(PATH_VARIABLE) or None
     record = {} if path is None else read(path)
     if device is not None and record and record["device"] != device:
-        say_once(f"constants: {path} was measured on {record['device']}, not on {device}; defaults are used")
+        info_once(f"constants: {path} was measured on {record['device']}, not on {device}; defaults are used")
         record = {}
     device = device or record.get("device", "H100 or H200")
     return _merge(record, device)
@@ -216,11 +216,11 @@ def read(path: str | os.PathLike) -> dict:
         return {int(size): entry(f"{name} of {size}", one) for size, one in given.items()}
 
     def number(name: str, given: Any) -> float:
-        found = given.get("median") if isinstance(given, dict) else given
-        usable = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
-        if not usable or found < 0 or (found == 0 and not name.startswith("resident_clusters")):
+        result = given.get("median") if isinstance(given, dict) else given
+        usable = isinstance(result, int | float) and not isinstance(result, bool) and math.isfinite(result)
+        if not usable or result < 0 or (result == 0 and not name.startswith("resident_clusters")):
             raise refuse(f"{name} is {given!r}")
-        return found
+        return result
 
     def reason(name: str, given: Any) -> str:
         if not isinstance(given, str):
@@ -243,11 +243,11 @@ def _merge(record: dict, device: str) -> Constants:
     foreign = "" if known else f"; of an H100 or H200, not of {device}"
     fell_back = False
 
-    def choose(name: str, found: float | None, default: float, why: str | None) -> tuple[float, str]:
+    def choose(name: str, result: float | None, default: float, why: str | None) -> tuple[float, str]:
         """One number and its source."""
         nonlocal fell_back
-        if found is not None:
-            return (round(found) if name in WHOLE_NUMBERS else float(found)), label
+        if result is not None:
+            return (round(result) if name in WHOLE_NUMBERS else float(result)), label
         fell_back = True
         if why is not None and name.startswith("resident_clusters"):
             # Too many would deadlock.
@@ -257,16 +257,18 @@ def _merge(record: dict, device: str) -> Constants:
     values: dict[str, Any] = {}
     source: dict[str, str] = {}
     for name in NAMES:
-        default, found, why = DEFAULTS[name][0], measured.get(name), reasons.get(name)
+        default, result, why = DEFAULTS[name][0], measured.get(name), reasons.get(name)
         if name not in BY_CLUSTER_SIZE:
-            values[name], source[name] = choose(name, found, default, why)
+            values[name], source[name] = choose(name, result, default, why)
             continue
-        found, why = found or {}, why or {}
-        chosen = {size: choose(name, found.get(size), default[size], why.get(size)) for size in CLUSTER_SIZES}
+        result, why = result or {}, why or {}
+        chosen = {
+            size: choose(name, result.get(size), default[size], why.get(size)) for size in CLUSTER_SIZES
+        }
         values[name] = Table({size: number for size, (number, _) in chosen.items()})
         source[name] = _joined({size: origin for size, (_, origin) in chosen.items()})
     if fell_back and not known:
-        say_once(f"constants: what was not measured on {device} is taken from an H100 or H200")
+        info_once(f"constants: what was not measured on {device} is taken from an H100 or H200")
     return Constants(device=device, **values, source=Table(source))
 
 

@@ -63,16 +63,16 @@ def maps(network: specs.Network, shapes: tuple) -> list[tuple[int, int, int] | N
         shapes: as :meth:`pcfast.model.spec.Network.shapes` gives them, none hidden.
     """
     first = shapes[0][0][1:]
-    found = [first if len(first) == 3 else None]
+    result = [first if len(first) == 3 else None]
     for layer, inner in zip(network.layers, shapes, strict=True):
-        map = found[-1]
+        map = result[-1]
         for op, shape in zip(layer.ops, inner[1:], strict=True):
             if len(shape) == 4:
                 map = shape[1:]
             elif not flattens(op) and not isinstance(op, specs.Elementwise):
                 map = None
-        found.append(map)
-    return found
+        result.append(map)
+    return result
 
 
 def _fused_pool(pool: specs.Pool2d, shape: tuple[int, ...]) -> bool:

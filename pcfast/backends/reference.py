@@ -84,8 +84,8 @@ class _Layer:
                 v.requires_grad_(True)  # so that a checkpoint inside tracks its parameters, too
             mu = self(v)
             parameters = differentiation.trained(mu, differentiation.registered(self.module), [v])
-            found = differentiation.gradients(mu, parameters, error) if parameters else ()
-        return [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
+            result = differentiation.gradients(mu, parameters, error) if parameters else ()
+        return [(p, g) for p, g in zip(parameters, result, strict=True) if g is not None]
 
 
 class Reference(Backend):
@@ -179,8 +179,8 @@ class Reference(Backend):
         if plan.wanted.gradients:
             for _, errors, points, share in relaxed:
                 for l in range(1, depth + 1):
-                    found = layers[l].parameter_gradients(points[l - 1], errors[l])
-                    outcome.add_gradients([(p, g if share == 1 else g * share) for p, g in found], l)
+                    result = layers[l].parameter_gradients(points[l - 1], errors[l])
+                    outcome.add_gradients([(p, g if share == 1 else g * share) for p, g in result], l)
             outcome.add_gradients(loss_updates, depth)
         if problem.check:
             results = [entry for v, errors, *_ in relaxed for entry in (*enumerate(v), *enumerate(errors))]
@@ -220,12 +220,12 @@ def _fixed_prediction(layers, vhat, output_gradient, problem, plan, energies, gr
         errors = [vhat[l] - v[l] for l in range(depth)] + [output_gradient]
         if plan.wanted.energies:
             energies.append(energy_row(errors, loss))
-        found = []
+        result = []
         for l in range(lowest, depth):
             _, feedback = layers[l + 1].vjp(vhat[l], errors[l + 1])
-            found.append(move(l, feedback - errors[l], t + 1))
+            result.append(move(l, feedback - errors[l], t + 1))
         if plan.wanted.belief_gradients:
-            gradients.append(gradient_row(found[1 - lowest :], vhat[-1]))
+            gradients.append(gradient_row(result[1 - lowest :], vhat[-1]))
         if problem.check:
             _check(t + 1, v[1:], problem)
             if plan.wanted.input_error:
@@ -255,12 +255,12 @@ def _strict(layers, start, y, problem, plan, energies, gradients):
         mu, errors = _evaluate(layers, v, y, problem)
         if plan.wanted.energies or early is not None:
             energies.append(energy_row(errors, problem.loss.value(mu[depth], y)))
-        found = []
+        result = []
         for l in range(1, depth):  # errors were taken before any belief moves
             _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
-            found.append(move(l, feedback - errors[l], t + 1))
+            result.append(move(l, feedback - errors[l], t + 1))
         if plan.wanted.belief_gradients:
-            gradients.append(gradient_row(found, v[depth]))
+            gradients.append(gradient_row(result, v[depth]))
         if problem.check:
             _check(t + 1, [*v[1:depth], errors[depth]], problem)
         if early is not None:
@@ -306,8 +306,8 @@ def _incremental(layers, vhat, problem, plan):
             _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
             move(l, feedback - errors[l], t + 1)
         if problem.check:
-            found = [*enumerate(errors[1:], start=1), *outcome.updates_by_layer()]
-            check_iteration(t + 1, found, problem.step_size)
+            result = [*enumerate(errors[1:], start=1), *outcome.updates_by_layer()]
+            check_iteration(t + 1, result, problem.step_size)
         for layer in layers[1:]:
             layer.keep()
         problem.move(outcome.gradients)

@@ -17,10 +17,10 @@ FLOAT64_SHARE = 1e-10
 FACTOR = 3.0
 
 
-def relative_error(found: Tensor, truth: Tensor) -> float:
+def relative_error(result: Tensor, truth: Tensor) -> float:
     """|found - truth| / |truth|, Frobenius norms; |found| where the truth is zero."""
     scale = float(truth.double().norm())
-    return float((found.double() - truth.double()).norm()) / (scale or 1.0)
+    return float((result.double() - truth.double()).norm()) / (scale or 1.0)
 
 
 def rounding(belief: Tensor, num_steps: int) -> float:

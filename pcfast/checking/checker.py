@@ -174,14 +174,14 @@ class _Lost:
     reference: dict[Quantity, float]
 
 
-def _distances(found: dict[Quantity, Tensor], truth: dict[Quantity, Tensor]) -> dict[Quantity, float]:
+def _distances(result: dict[Quantity, Tensor], truth: dict[Quantity, Tensor]) -> dict[Quantity, float]:
     """|found - truth| of every quantity; raises _Failed where they cannot be compared."""
-    for (l, what), value in found.items():
+    for (l, what), value in result.items():
         if (l, what) not in truth and bool(value.any()):
             raise _Failed(l, what, "the reference has no such update")
     distances = {}
     for (l, what), true in truth.items():
-        value = found.get((l, what))
+        value = result.get((l, what))
         if value is None or value.shape != true.shape:
             given = "nothing" if value is None else f"shape {tuple(value.shape)}"
             raise _Failed(l, what, f"{given} instead of shape {tuple(true.shape)}")
@@ -290,9 +290,11 @@ class _Check:
         lower = list(dict.fromkeys(precision for _, precision in self.candidates if precision != "fp64"))
         self.truths: list[_Truth] = []
         self.lost: dict[str, list[_Lost]] = {precision: [] for precision in lower}
-        found: dict[Candidate, list[dict[Quantity, float]]] = {candidate: [] for candidate in self.candidates}
+        result: dict[Candidate, list[dict[Quantity, float]]] = {
+            candidate: [] for candidate in self.candidates
+        }
         failed: dict[Candidate, _Failed] = {}
-        total = draws * (1 + len(lower) + len(found))
+        total = draws * (1 + len(lower) + len(result))
         steps = itertools.count()
 
         def begin(what: str, draw: int) -> None:
@@ -305,12 +307,12 @@ class _Check:
             for precision in lower:
                 begin(f"what {precision} costs", draw)
                 self.lost[precision].append(self._lost(precision, draw, truth))
-            for candidate in found:
+            for candidate in result:
                 begin(" in ".join(candidate), draw)
                 if candidate in failed or candidate not in self.candidates:
                     continue
                 try:
-                    found[candidate].append(_distances(self._candidate(*candidate, draw), truth.values))
+                    result[candidate].append(_distances(self._candidate(*candidate, draw), truth.values))
                 except _Failed as failure:
                     failed[candidate] = failure
                 except BackendError as refusal:
@@ -328,7 +330,7 @@ class _Check:
                 where = failure.layer, failure.quantity
                 rows.append(Row(*candidate, *where, math.nan, math.nan, "nothing", str(failure)))
             else:
-                rows += self._rows(*candidate, found[candidate])
+                rows += self._rows(*candidate, result[candidate])
         self._note_limits(rows)
         return Report(
             self.method, self.step_size, self.num_steps, str(self.device), tuple(self.double.batches[0][0].shape),
@@ -463,20 +465,20 @@ class _Check:
         except RelaxationDiverged:  # there is no bound then, and the rows say so
             reference = dict.fromkeys(truth.values, math.inf)
         else:
-            found = self._by_quantity(noisy, outcome.beliefs, outcome.errors, outcome.gradients)
-            reference = _distances(found, truth.values)
+            result = self._by_quantity(noisy, outcome.beliefs, outcome.errors, outcome.gradients)
+            reference = _distances(result, truth.values)
         return _Lost(
             max(map(accuracy.relative_error, activations[1:], truth.activations[1:])), relative, reference
         )
 
     # judgement -----------------------------------------------------------------------------------------------
 
-    def _rows(self, backend: str, precision: str, found: list[dict[Quantity, float]]) -> Iterator[Row]:
-        for key in found[0]:
+    def _rows(self, backend: str, precision: str, result: list[dict[Quantity, float]]) -> Iterator[Row]:
+        for key in result[0]:
             kinds = [truth.relative_to(key) for truth in self.truths]
             kind = max(("nothing", "layer", "truth"), key=kinds.count)
             scales = [truth.scale(key, kind) for truth in self.truths]
-            errors = [draw[key] / scale for draw, scale in zip(found, scales, strict=True)]
+            errors = [draw[key] / scale for draw, scale in zip(result, scales, strict=True)]
             if precision == "fp64":
                 # no unit lies within float64's rounding of its kink by chance: every draw counts
                 bounds = [

@@ -201,5 +201,7 @@ class Side:
             of_parameters = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             of_values = torch.autograd.grad(loss, values[1:], allow_unused=True)
         g = [torch.zeros_like(v) if e is None else e for e, v in zip(of_values, values[1:], strict=True)]
-        updates = {p: found for p, found in zip(parameters, of_parameters, strict=True) if found is not None}
+        updates = {
+            p: result for p, result in zip(parameters, of_parameters, strict=True) if result is not None
+        }
         return [v.detach() for v in values], [torch.zeros_like(x), *g], updates

@@ -95,9 +95,9 @@ class Report:
 
     def worst(self) -> dict[tuple[str, str], Row]:
         """(backend, precision) -> the row that comes closest to its bound, or is furthest out of it."""
-        found: dict[tuple[str, str], Row] = {}
+        result: dict[tuple[str, str], Row] = {}
         for row in self.rows:
             key = row.backend, row.precision
-            if key not in found or row.ratio > found[key].ratio:
-                found[key] = row
-        return found
+            if key not in result or row.ratio > result[key].ratio:
+                result[key] = row
+        return result

@@ -301,7 +301,7 @@ def _first_module(model: nn.Module) -> nn.Module | None:
     if not isinstance(model, nn.Sequential):
         elementwise = isinstance(model, nn.Identity) or type(model).__module__ in _ELEMENTWISE
         return None if elementwise else model
-    return next((found for module in model if (found := _first_module(module)) is not None), None)
+    return next((result for module in model if (result := _first_module(module)) is not None), None)
 
 
 _ELEMENTWISE = (nn.ReLU.__module__, nn.Dropout.__module__)

@@ -193,12 +193,12 @@ def _print(reports: Sequence[Report], summary: bool) -> None:
 def _by_layer(title: str, rows: Sequence[Row]) -> Table:
     """One line a layer and quantity, a pair of columns a precision."""
     precisions = list(dict.fromkeys(row.precision for row in rows))
-    found = {(row.layer, row.quantity, row.precision): row for row in rows}
+    result = {(row.layer, row.quantity, row.precision): row for row in rows}
     made = table(title, ">layer", "quantity", *(c for p in precisions for c in (f">{p}", ">bound")))
     for layer, quantity in dict.fromkeys((row.layer, row.quantity) for row in rows):
         cells = []
         for precision in precisions:
-            row = found.get((layer, quantity, precision))
+            row = result.get((layer, quantity, precision))
             cells += ["", ""] if row is None else [_error(row), _number(row.bound)]
         made.add_row("" if layer is None else str(layer), quantity, *cells)
     return made

@@ -31,7 +31,7 @@ from ..support.files import results_folder, set_aside, write_csv, write_json
 from ..support.machine import describe_machine
 from ..support.naming import module_text
 from ..support.plotting import drawn, require_matplotlib
-from ..training.trainer import CHECKPOINT, MOST_EPOCHS, MOST_STEPS, MakeOptimizer
+from ..training.trainer import CHECKPOINT, MAX_EPOCHS, MAX_STEPS, MakeOptimizer
 from .building import data_of, device_of, network_of, optimizer_of, with_defaults
 from .defaults import DEFAULTS
 from .options import (
@@ -56,12 +56,12 @@ FILES = (
     CONFIG, OVERVIEW, "training.csv", "updates.csv", "training.png", "iterations.csv", "iterations.png", "errors.csv",
     "errors.png",
 )  # fmt: skip
-_MOST_WIDTH = 2**14  # of images and networks in part errors: beyond it no memory is enough
+_MAX_WIDTH = 2**14  # of images and networks in part errors: beyond it no memory is enough
 IMAGES = 2  # in the batch of part errors
 
 
 _STEP_SIZES = Numbers(float, lambda v: math.isfinite(v) and v >= 0, "numbers >= 0, e.g. 0.1,0.5,1")
-_COUNTS = Numbers(int, lambda v: 1 <= v <= MOST_STEPS, f"whole numbers from 1 to {MOST_STEPS}, e.g. 1,10,100")
+_COUNTS = Numbers(int, lambda v: 1 <= v <= MAX_STEPS, f"whole numbers from 1 to {MAX_STEPS}, e.g. 1,10,100")
 
 
 @click.command()
@@ -79,7 +79,7 @@ _COUNTS = Numbers(int, lambda v: 1 <= v <= MOST_STEPS, f"whole numbers from 1 to
 @relaxation_options
 @optimizer_options
 @click.option(
-    "--epochs", "compare_epochs", type=Count(max=MOST_EPOCHS),
+    "--epochs", "compare_epochs", type=Count(max=MAX_EPOCHS),
     help="Passes over the training part." + by_data("compare_epochs"),
 )  # fmt: skip
 @click.option(
@@ -96,12 +96,12 @@ _COUNTS = Numbers(int, lambda v: 1 <= v <= MOST_STEPS, f"whole numbers from 1 to
     f"  [default: {','.join(map(str, ITERATIONS))}]",
 )  # fmt: skip
 @click.option(
-    "--vgg-width", type=Count(max=_MOST_WIDTH), default=8, show_default=True,
+    "--vgg-width", type=Count(max=_MAX_WIDTH), default=8, show_default=True,
     help="Channels of the first stage in part errors; 64 is VGG-19.",
 )  # fmt: skip
 @click.option(
     "--image-size",
-    type=Count(max=_MOST_WIDTH),
+    type=Count(max=_MAX_WIDTH),
     default=32,
     show_default=True,
     help="Of part errors, a multiple of 32; VGG-19's is 224.",
@@ -111,7 +111,7 @@ _COUNTS = Numbers(int, lambda v: 1 <= v <= MOST_STEPS, f"whole numbers from 1 to
 )
 @click.option(
     "--errors-num-steps",
-    type=Count(None, MOST_STEPS),
+    type=Count(None, MAX_STEPS),
     metavar="N",
     default=500,
     show_default=True,
@@ -245,7 +245,7 @@ def _rehearse(work: _Work) -> None:
 def _training(work: _Work, results: _Results, progress) -> list:
     chosen = work.chosen
     names = ("batch_size", "step_size", "num_steps", "seed", "test_every")
-    found = results.training = comparison.compare_training(
+    result = results.training = comparison.compare_training(
         work.model, work.data, epochs=chosen["compare_epochs"], optimizer=work.make_optimizer, progress=progress,
         **{name: chosen[name] for name in names}, **work.common,
     )  # fmt: skip
@@ -253,17 +253,17 @@ def _training(work: _Work, results: _Results, progress) -> list:
         "Learning curves: training as mean of the last epoch, test at its end",
         "", ">training loss", ">training accuracy", ">test loss", ">test accuracy",
     )  # fmt: skip
-    final = {method: found.final(method) for method in found.methods}
+    final = {method: result.final(method) for method in result.methods}
     for method, values in final.items():
         cells = [f"{values['train_loss']:.4f}", f"{values['train_accuracy']:.2%}"]
         cells += [f"{values['test_loss']:.4f}", f"{values['test_accuracy']:.2%}"]
-        curves.add_row(method, *(["diverged"] * 4 if method in found.ended else cells))
+        curves.add_row(method, *(["diverged"] * 4 if method in result.ended else cells))
     updates = table(
-        f"Updates, step size {found.step_size:g}, n = {found.num_steps}: medians over steps",
+        f"Updates, step size {result.step_size:g}, n = {result.num_steps}: medians over steps",
         "", ">layer", ">relative error", ">angle (degrees)",
     )  # fmt: skip
     medians = []
-    for (method, layer), (error, angle) in found.medians().items():
+    for (method, layer), (error, angle) in result.medians().items():
         updates.add_row(method, str(layer), _number(error), _number(angle))
         medians.append({"method": method, "layer": layer, "relative_error": error, "angle_degrees": angle})
     results.summary["training"] = {"final": final, "median_updates": medians}
@@ -285,8 +285,8 @@ def _iterations(work: _Work, results: _Results, progress) -> list:
             ">n", *(f">step size {step_size:g}" for step_size in step_sizes),
         )  # fmt: skip
         for n in counts:
-            found = [whole[method, step_size, n] for step_size in step_sizes]
-            grid.add_row(str(n), *("diverged" if r.note else _number(r.relative_error) for r in found))
+            result = [whole[method, step_size, n] for step_size in step_sizes]
+            grid.add_row(str(n), *("diverged" if r.note else _number(r.relative_error) for r in result))
         shown.append(grid)
     depth = len(describe(work.model).layers)
     exact = whole.get(("fixed_prediction", 1.0, depth))
@@ -320,13 +320,13 @@ def _errors(work: _Work, results: _Results, progress) -> list:
     by_layer: dict[int, list] = {}
     for row in rows:
         by_layer.setdefault(row.layer, []).append(row)
-    for layer, found in by_layer.items():
+    for layer, result in by_layer.items():
         cells = [
             "diverged" if row.note else _number(value)
-            for row in found
+            for row in result
             for value in (row.error_norm, row.relative_error)
         ]
-        grid.add_row(str(layer), _number(found[0].exact_norm), *cells)
+        grid.add_row(str(layer), _number(result[0].exact_norm), *cells)
     results.summary["errors"] = [asdict(row) for row in rows]
     return [grid]
 

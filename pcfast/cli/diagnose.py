@@ -44,7 +44,7 @@ from .output import console, print_json, table
 CONFIG, FIGURE = "config.json", "diagnose.png"
 ENERGIES, ITERATIONS, UPDATES = "energies.csv", "iterations.csv", "updates.csv"
 FILES = (CONFIG, ENERGIES, ITERATIONS, UPDATES, FIGURE)
-_MOST_ROWS = 25  # of iterations on a screen
+_MAX_ROWS = 25  # of iterations on a screen
 
 
 @click.command()
@@ -69,7 +69,7 @@ _MOST_ROWS = 25  # of iterations on a screen
 @click.option("--out", type=Folder(), help="Folder of the results.  [default: runs/diagnose-<data>]")
 @json_option
 def diagnose(as_json: bool, out: Path | None, **options) -> int:
-    """Relax one batch and show how it went: energies, relaxed fraction, updates against backpropagation.
+    """Relax one batch and show how it went: energies, convergence, updates against backpropagation.
 
     Writes tables (CSV) and a figure (PNG); earlier results in the folder are moved to earlier-N. Exit status 1: the
     relaxation diverged; what it left is written nevertheless.
@@ -101,27 +101,27 @@ def diagnose(as_json: bool, out: Path | None, **options) -> int:
         settings["belief_optimizer"] = belief_optimizer
         diverged = None
         try:
-            found = diagnostics.diagnose(model, x, y, check="sync", **settings)
+            result = diagnostics.diagnose(model, x, y, check="sync", **settings)
         except RelaxationDiverged as error:
             diverged = error
-            found = diagnostics.diagnose(model, x, y, check="off", **settings)
+            result = diagnostics.diagnose(model, x, y, check="off", **settings)
         moved, unwritten = None, None
         try:
             moved = set_aside(out, FILES)
-            _write(out, found, model, chosen, device)
+            _write(out, result, model, chosen, device)
         except OSError as error:  # raised when the tables are printed
             unwritten = error
     files = [str(out / name) for name in FILES if (out / name).exists()]
-    rises = [] if found.rising is None else [int(t) + 1 for t in found.rising.nonzero()]
+    rises = [] if result.rising is None else [int(t) + 1 for t in result.rising.nonzero()]
     if as_json and unwritten is None:
         print_json(
             {
-                "backend": found.run.plan.backend,
-                "iterations": [dict(zip(_ITERATION, row, strict=True)) for row in _iterations(found)],
-                "energies": found.energies.tolist(),
-                "belief_gradients": found.belief_gradients.tolist(),
-                "updates": [dict(zip(_UPDATE, row, strict=True)) for row in _updates(found)],
-                "rising": None if found.rising is None else rises,
+                "backend": result.run.plan.backend,
+                "iterations": [dict(zip(_ITERATION, row, strict=True)) for row in _iterations(result)],
+                "energies": result.energies.tolist(),
+                "belief_gradients": result.belief_gradients.tolist(),
+                "updates": [dict(zip(_UPDATE, row, strict=True)) for row in _updates(result)],
+                "rising": None if result.rising is None else rises,
                 "diverged": None if diverged is None else str(diverged),
                 "files": files,
                 "earlier_results": None if moved is None else str(moved),
@@ -129,7 +129,7 @@ def diagnose(as_json: bool, out: Path | None, **options) -> int:
         )
     elif not as_json:
         say = console()
-        for shown in _tables(found, chosen):
+        for shown in _tables(result, chosen):
             say.print(shown)
         if rises:
             say.print(
@@ -152,67 +152,68 @@ _ENERGY = ("iteration", "layer", "energy", "belief_gradient")
 _UPDATE = ("layer", "relative_error", "angle_degrees")
 
 
-def _iterations(found: Diagnosis) -> list[tuple]:
+def _iterations(result: Diagnosis) -> list[tuple]:
     """Rows of :data:`_ITERATION`: the energy summed over layers."""
-    energies = found.energies.sum(1, dtype=torch.float64).tolist()
-    rising = [None] * len(energies) if found.rising is None else found.rising.tolist()
+    energies = result.energies.sum(1, dtype=torch.float64).tolist()
+    rising = [None] * len(energies) if result.rising is None else result.rising.tolist()
     return [
-        (t, *row) for t, row in enumerate(zip(energies, found.relaxed.tolist(), rising, strict=True), start=1)
+        (t, *row)
+        for t, row in enumerate(zip(energies, result.convergence.tolist(), rising, strict=True), start=1)
     ]
 
 
-def _updates(found: Diagnosis) -> list[tuple]:
+def _updates(result: Diagnosis) -> list[tuple]:
     """Rows of :data:`_UPDATE`, "all" last."""
-    rows = zip(found.relative_error.tolist(), found.angle_degrees.tolist(), strict=True)
-    whole = (WHOLE, float(found.whole_relative_error), float(found.whole_angle_degrees))
+    rows = zip(result.relative_error.tolist(), result.angle_degrees.tolist(), strict=True)
+    whole = (WHOLE, float(result.whole_relative_error), float(result.whole_angle_degrees))
     return [*((layer, *row) for layer, row in enumerate(rows, start=1)), whole]
 
 
-def _tables(found: Diagnosis, chosen: dict) -> list:
+def _tables(result: Diagnosis, chosen: dict) -> list:
     relaxation = f"{chosen['method']}, step size {chosen['step_size']:g}, n = {chosen['num_steps']}"
-    depth = found.energies.shape[1]
-    heading = f"{relaxation}, backend {found.run.plan.backend}"
-    by_iteration = table("As each iteration found the beliefs", ">iteration", ">energy", ">relaxed", "")
-    rows = _iterations(found)
-    for index in evenly(len(rows), _MOST_ROWS):
-        t, energy, relaxed, rising = rows[index]
-        by_iteration.add_row(str(t), _number(energy, 6), _number(relaxed, 4), "rises" if rising else "")
+    depth = result.energies.shape[1]
+    heading = f"{relaxation}, backend {result.run.plan.backend}"
+    by_iteration = table("As each iteration found the beliefs", ">iteration", ">energy", ">convergence", "")
+    rows = _iterations(result)
+    for index in evenly(len(rows), _MAX_ROWS):
+        t, energy, convergence, rising = rows[index]
+        by_iteration.add_row(str(t), _number(energy, 6), _number(convergence, 4), "rises" if rising else "")
     by_layer = table(
         "By layer", ">layer", ">energy at first", ">at last", ">gradient of beliefs at last",
         ">update: relative error", ">angle (degrees)",
     )  # fmt: skip
-    for layer, error, angle in _updates(found):
+    for layer, error, angle in _updates(result):
         cells = [""] * 3
         if layer != WHOLE and len(rows):
-            cells = [_number(float(found.energies[t, layer - 1])) for t in (0, -1)]
-            cells.append(_number(float(found.belief_gradients[-1, layer - 1])) if layer < depth else "")
+            cells = [_number(float(result.energies[t, layer - 1])) for t in (0, -1)]
+            cells.append(_number(float(result.belief_gradients[-1, layer - 1])) if layer < depth else "")
         by_layer.add_row(str(layer), *cells, _number(error), _number(angle))
     return [heading, by_iteration, by_layer]
 
 
-def _write(out: Path, found: Diagnosis, model: nn.Sequential, chosen: dict, device: torch.device) -> None:
+def _write(out: Path, result: Diagnosis, model: nn.Sequential, chosen: dict, device: torch.device) -> None:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()}
     config = {
         "settings": settings,
         "network": [module_text(layer) for layer in model],
-        "backend": found.run.plan.backend,
+        "backend": result.run.plan.backend,
         "device": str(device),
         "machine": describe_machine(device),
     }
     write_json(out / CONFIG, config, indent=2)
-    gradients = [[*row, math.nan] for row in found.belief_gradients.tolist()]  # the output has no beliefs
+    gradients = [[*row, math.nan] for row in result.belief_gradients.tolist()]  # the output has no beliefs
     rows = (
         (t, layer, *values)
-        for t, (energies, norms) in enumerate(zip(found.energies.tolist(), gradients, strict=True), start=1)
+        for t, (energies, norms) in enumerate(zip(result.energies.tolist(), gradients, strict=True), start=1)
         for layer, values in enumerate(zip(energies, norms, strict=True), start=1)
     )
     write_csv(out / ENERGIES, _ENERGY, rows)
-    write_csv(out / ITERATIONS, _ITERATION, _iterations(found))
-    write_csv(out / UPDATES, _UPDATE, _updates(found))
+    write_csv(out / ITERATIONS, _ITERATION, _iterations(result))
+    write_csv(out / UPDATES, _UPDATE, _updates(result))
     network = chosen["model"] or chosen["net"] or DEFAULTS[chosen["data"]].net
     relaxation = f"{chosen['method']}, step size {chosen['step_size']:g}, n = {chosen['num_steps']}"
     title = f"{chosen['data']}, {network}: {relaxation}"
-    drawn(out / FIGURE, partial(diagnostics_plots.diagnosis_figure, found, title=title))
+    drawn(out / FIGURE, partial(diagnostics_plots.diagnosis_figure, result, title=title))
 
 
 def _number(value: float, digits: int = 3) -> str:

@@ -30,7 +30,7 @@ _OPTIONAL = {"scikit-learn": "data sets", "matplotlib": "figures"}
 def info(as_json: bool) -> int:
     """Show versions, devices, and which backends run here and why the others do not."""
     devices = _devices()
-    found = {
+    result = {
         "versions": _versions(),
         "devices": devices,
         "backends": _backends(devices),
@@ -38,11 +38,11 @@ def info(as_json: bool) -> int:
         "graphs": _graphs(),
     }
     if as_json:
-        print_json(found)
+        print_json(result)
         return 0
     out = console()
     versions = table("Versions", "", "")
-    for name, version in found["versions"].items():
+    for name, version in result["versions"].items():
         versions.add_row(
             name, version or f'missing: needed for {_OPTIONAL[name]}; pip install "pcfast[train]"'
         )
@@ -52,11 +52,11 @@ def info(as_json: bool) -> int:
         shown.add_row(device["device"], device["name"] or "none", device["detail"])
     out.print(shown)
     backends = table("Backends", "backend", "device", "runs", "why not")
-    for row in found["backends"]:
+    for row in result["backends"]:
         backends.add_row(row["backend"], row["device"], "yes" if row["runs"] else "no", row["reason"])
     out.print(backends)
     kernels = table("CUDA kernels", "", "")
-    compiled = found["native"]
+    compiled = result["native"]
     if compiled["compiled"]:
         kernels.add_row("compiled for", ", ".join(compiled["architectures"]) or "the CPU")
         kernels.add_row("CUDA", compiled["runtime"] or "none")
@@ -64,7 +64,7 @@ def info(as_json: bool) -> int:
     if compiled["reason"]:
         kernels.add_row("why no GPU runs them", compiled["reason"])
     out.print(kernels)
-    out.print(f"CUDA graphs: {found['graphs']}")
+    out.print(f"CUDA graphs: {result['graphs']}")
     return 0
 
 
@@ -126,7 +126,7 @@ def _backends(devices: list[dict]) -> list[dict]:
 
 def _native() -> dict:
     """The native module: whether it is here, what for, and why none of its kernels can run; "" where they can."""
-    missing = native.why_missing()
+    missing = native.load_error()
     if missing:
         return {"compiled": False, "architectures": [], "driver": None, "runtime": None, "reason": missing}
     probe = native.probe()

@@ -17,7 +17,7 @@ from ..presets.settings import PRESETS
 from ..problem.nudging import KINDS as NUDGES
 from ..problem.plan import TRAINING_METHODS, canonical, in_words
 from ..recipes import RECIPES
-from ..training.trainer import MOST_EPOCHS, MOST_SAMPLES, MOST_STEPS
+from ..training.trainer import MAX_EPOCHS, MAX_SAMPLES, MAX_STEPS
 from .defaults import DEFAULTS, NUM_STEPS
 from .output import only_json
 
@@ -55,7 +55,7 @@ class Numbers(click.ParamType):
 class Count(click.IntRange):
     """A whole number from ``min`` to ``max``; larger ones are slips of the keyboard."""
 
-    def __init__(self, min: int | None = 1, max: int = MOST_SAMPLES) -> None:
+    def __init__(self, min: int | None = 1, max: int = MAX_SAMPLES) -> None:
         super().__init__(min, max)
 
     def get_metavar(self, param, ctx=None) -> str:
@@ -112,9 +112,7 @@ class RecipeName(click.ParamType):
         return [CompletionItem(name) for name in RECIPES if name.startswith(incomplete)]
 
 
-_WIDTHS = Numbers(
-    int, lambda width: 1 <= width <= MOST_SAMPLES, "whole numbers >= 1 below 2^31, e.g. 600,600"
-)
+_WIDTHS = Numbers(int, lambda width: 1 <= width <= MAX_SAMPLES, "whole numbers >= 1 below 2^31, e.g. 600,600")
 
 
 def by_data(field: str) -> str:
@@ -164,7 +162,7 @@ shape_options = _together(
     click.option(
         "--input-shape",
         type=Numbers(
-            int, lambda size: 1 <= size <= MOST_SAMPLES, "whole numbers >= 1 below 2^31, e.g. 3,32,32"
+            int, lambda size: 1 <= size <= MAX_SAMPLES, "whole numbers >= 1 below 2^31, e.g. 3,32,32"
         ),
         metavar="N,N,...",
         help="Shape of one sample for --model.  [default: from --data, or from a Linear that comes first]",
@@ -202,7 +200,7 @@ relaxation_options = _together(
     ),
     click.option(
         "--num-steps",
-        type=Count(None, MOST_STEPS),
+        type=Count(None, MAX_STEPS),
         default=NUM_STEPS,
         show_default=True,
         metavar="N",
@@ -326,7 +324,7 @@ seed_option = click.option(
 epochs_option = click.option(
     "--epochs",
     metavar="N",
-    type=Count(max=MOST_EPOCHS),
+    type=Count(max=MAX_EPOCHS),
     help="Passes over the training part in all." + by_data("epochs"),
 )
 

@@ -245,7 +245,7 @@ def _options_of_run(out: Path, context: click.Context, options: dict, given: Col
 _MODEL_DIGEST = "model_sha256"
 #: What a run may be resumed with anew: config.json of a run that was killed may be older there.
 _ANEW = ("epochs", "backend", "device", "data_dir", _MODEL_DIGEST)
-_MOST_BYTES = 16 << 20  # of config.json: a thousand times a large one
+_MAX_BYTES = 16 << 20  # of config.json: a thousand times a large one
 
 
 def _check_config(path: Path, config: dict) -> None:
@@ -272,7 +272,7 @@ def _check_config(path: Path, config: dict) -> None:
         if not path.is_file():
             raise OSError("no regular file")
         with open(path, "rb") as file:
-            content = file.read(_MOST_BYTES)
+            content = file.read(_MAX_BYTES)
         there = described(json.loads(content))
     # RecursionError: nested without end; the others: no text, no JSON, or of another form
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

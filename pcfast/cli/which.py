@@ -21,8 +21,8 @@ from .options import OPTIMIZERS, Count, Finite, belief_optimizer_options, json_o
 from .output import console, print_json, table
 from .user_model import user_model
 
-_MOST_ROWS = 12  # of those that do not meet the record
-_MOST_BYTES = 1 << 30
+_MAX_ROWS = 12  # of those that do not meet the record
+_MAX_BYTES = 1 << 30
 
 
 @click.command()
@@ -87,7 +87,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The arrays of a record; ArgumentError where they are not there."""
     needed = "a file of numpy.savez with x, y, param.NAME and grad.NAME"
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        if path.stat().st_size > _MAX_BYTES:
             raise ValueError("more than a gigabyte")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -163,7 +163,7 @@ def _print(matches: list[Match], rows: int) -> None:
     met = [match for match in matches if match.meets]
     others = [match for match in matches if not match.meets]
     shown = table("", "preset", "loss", "layers", ">off by", ">times", ">then off by")
-    for m in [*met, *others[:_MOST_ROWS]]:
+    for m in [*met, *others[:_MAX_ROWS]]:
         shown.add_row(
             m.preset, m.loss, m.layers, f"{m.difference:.1e}", f"{m.factor:.4g}", f"{m.after_factor:.1e}"
         )

@@ -137,8 +137,8 @@ class TrainingComparison:
         for row in self.updates:
             rows.setdefault((row.method, row.layer), []).append(row)
         return {
-            key: (_median(r.relative_error for r in found), _median(r.angle_degrees for r in found))
-            for key, found in rows.items()
+            key: (_median(r.relative_error for r in result), _median(r.angle_degrees for r in result))
+            for key, result in rows.items()
         }
 
 
@@ -385,11 +385,11 @@ def compare_iterations(
                             backend=backend, check="sync",
                         )  # fmt: skip
                         update = _update_of(value, layers)
-                    found = _differences(layers, update, gradient, whole=True)
+                    result = _differences(layers, update, gradient, whole=True)
                 except RelaxationDiverged as error:
                     note = str(error)
-                    found = [(layer, math.nan, math.nan) for layer in (*layers, WHOLE)]
-                rows += [Iterations(method, step_size, num_steps, *values, note) for values in found]
+                    result = [(layer, math.nan, math.nan) for layer in (*layers, WHOLE)]
+                rows += [Iterations(method, step_size, num_steps, *values, note) for values in result]
                 done += num_steps
                 if progress is not None:
                     progress(done, total)
@@ -440,11 +440,11 @@ def compare_errors(
         if progress is not None:
             progress(done, 1 + len(methods))
         try:
-            found, note = errors(method), ""
+            result, note = errors(method), ""
         except RelaxationDiverged as error:
-            found, note = None, str(error)
+            result, note = None, str(error)
         for layer, (g, norm) in enumerate(zip(exact, norms, strict=True), start=1):
-            eps = None if found is None else found[layer - 1]
+            eps = None if result is None else result[layer - 1]
             measured = (
                 (math.nan, norm, math.nan) if eps is None else (_norm(eps), norm, relative_error(eps, g))
             )
@@ -456,9 +456,9 @@ def compare_errors(
 
 def _update_of(loss: Tensor, layers: dict[int, list[nn.Parameter]]) -> dict[nn.Parameter, Tensor]:
     """The update that ``loss.backward()`` would bring; the graph stays, and so does ``.grad``."""
-    parameters = list(dict.fromkeys(p for found in layers.values() for p in found))
-    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    return in_full(parameters, found)
+    parameters = list(dict.fromkeys(p for result in layers.values() for p in result))
+    result = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    return in_full(parameters, result)
 
 
 def _differences(

@@ -197,9 +197,9 @@ def _against_iterations(errors, angles, rows: Sequence[Iterations]) -> None:
     colours = figures.ramp(dict.fromkeys(row.step_size for row in rows), "plasma")
     for axes, quantity in ((errors, "relative_error"), (angles, "angle_degrees")):
         for method, step_size in dict.fromkeys((row.method, row.step_size) for row in rows):
-            found = [row for row in rows if (row.method, row.step_size) == (method, step_size)]
+            result = [row for row in rows if (row.method, row.step_size) == (method, step_size)]
             colour = colours[step_size]
-            values = [(row.num_steps, getattr(row, quantity)) for row in found]  # NaN interrupts the line
+            values = [(row.num_steps, getattr(row, quantity)) for row in result]  # NaN interrupts the line
             axes.plot(
                 *figures.columns(values),
                 color=colour,
@@ -208,7 +208,7 @@ def _against_iterations(errors, angles, rows: Sequence[Iterations]) -> None:
                 marker="o",
                 markersize=2.5,
             )
-            diverged = [row.num_steps for row in found if row.note]
+            diverged = [row.num_steps for row in result if row.note]
             if diverged:
                 top = [1.0] * len(diverged)
                 axes.plot(
@@ -236,11 +236,11 @@ def _errors_band(band, rows: Sequence[LayerError]) -> None:
     norms.plot(exact.keys(), exact.values(), **pale)
     keys = [Line2D([], [], **pale, label=_name(BACKPROPAGATION))]
     for method in methods:
-        found = [row for row in rows if row.method == method]
+        result = [row for row in rows if row.method == method]
         look = {"color": _COLOURS[method], "marker": "o", "markersize": 3, "linewidth": 1.3}
-        norms.plot([row.layer for row in found], [row.error_norm for row in found], **look)
-        relative.plot([row.layer for row in found], [row.relative_error for row in found], **look)
-        ended = " (diverged)" if found[0].note else ""
+        norms.plot([row.layer for row in result], [row.error_norm for row in result], **look)
+        relative.plot([row.layer for row in result], [row.relative_error for row in result], **look)
+        ended = " (diverged)" if result[0].note else ""
         keys.append(Line2D([], [], **look, label=_name(method) + ended))
     norms.set(xlabel="PC layer", ylabel="Norm of the errors")
     relative.set(xlabel="PC layer", ylabel="Relative error")

@@ -21,7 +21,7 @@ from .reading import CHUNK, Unusable, damaged, find_file, one_line, opened, read
 
 HOME = "https://www.cs.toronto.edu/~kriz/cifar.html"
 COARSE_CLASSES = 20  # of CIFAR-100; its label is the fine one
-_MOST_AT_ONCE = 16 << 20  # bytes of an archive's headers: a name or an attribute has a few
+_MAX_AT_ONCE = 16 << 20  # bytes of an archive's headers: a name or an attribute has a few
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,15 @@ def _batches(folder: Path, version: BinaryVersion) -> Iterator[tuple[str, str, b
     """(name, where it lies in words, content) of all batches, in any order."""
     incomplete = None
     for place in (folder, folder / version.subfolder):
-        found = {name: path for name in version.batches if (path := find_file(place, (name,))) is not None}
-        if len(found) == len(version.batches):
-            for name, path in found.items():
+        result = {name: path for name in version.batches if (path := find_file(place, (name,))) is not None}
+        if len(result) == len(version.batches):
+            for name, path in result.items():
                 with opened(path) as (file, _):
                     content = read_at_most(file, version.max_bytes + 1)
                 yield name, shown(path), _checked_length(content, shown(path), version)
             return
-        if found and incomplete is None:
-            incomplete = _incomplete(place, set(found), version)
+        if result and incomplete is None:
+            incomplete = _incomplete(place, set(result), version)
     archive = find_file(folder, (version.archive,))
     if archive is not None:
         yield from _archived(archive, version)
@@ -163,7 +163,7 @@ class _Bounded:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        if size > _MOST_AT_ONCE:
+        if size > _MAX_AT_ONCE:
             raise tarfile.ReadError(f"a header of {size} bytes")
         return self._file.read(size)
 

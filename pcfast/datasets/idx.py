@@ -46,14 +46,14 @@ def read_idx_folder(folder: Path, image_size: tuple[int, int], classes: int) -> 
         Unusable: a file is missing or unfit.
     """
     stems = [f"{part}-{kind}" for part in PARTS for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-    found = {stem: find_file(folder, (stem, _dotted(stem))) for stem in stems}
-    missing = [stem for stem, path in found.items() if path is None]
+    result = {stem: find_file(folder, (stem, _dotted(stem))) for stem in stems}
+    missing = [stem for stem, path in result.items() if path is None]
     if missing:
         raise Unusable(
             f"{shown(folder)} without {', '.join(missing)}",
             f"each of these files, also as .gz or spelled with a dot ({', '.join(map(_dotted, missing))})",
         )
-    paths = iter(found.values())
+    paths = iter(result.values())
     train, test = (_part(next(paths), next(paths), image_size, classes) for _ in PARTS)
     return train, test
 

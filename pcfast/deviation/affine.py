@@ -1,6 +1,6 @@
 """Linear layers and convolutions.
 
-Where parameters move (:meth:`Step.reload`), with a the base input and W', b' the parameters of now,
+Where parameters move (:meth:`Step.refresh`), with a the base input and W', b' the parameters of now,
 
     f(a + d; W', b') - f(a; W, b) = W' d + (W' - W) a + (b' - b)
 
@@ -43,12 +43,12 @@ class _AffineStep(Step):
         """Make ``a`` the current input."""
         self._input, self._deviation = a, None
 
-    def hold(self):
+    def snapshot_params(self):
         if self.has_gradients:
             bias = self.module.bias
             self._held = self.module.weight.detach().clone(), None if bias is None else bias.detach().clone()
 
-    def reload(self):
+    def refresh(self):
         if not self.has_gradients:
             return
         held, bias = self._held
@@ -63,7 +63,7 @@ class _AffineStep(Step):
         moved = None if bias is None else self.precision.to_state(self.module.bias.detach() - bias)
         self._change = self._as_operand(self._difference), moved
 
-    def drift(self):
+    def param_shift(self):
         return None if self._change is None else self._affine(self._input, *self._change)
 
     def _as_operand(self, tensor: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ class _AffineStep(Step):
 
     def deviate(self, d):
         self._deviation = d
-        drift = self.drift()
-        return self._affine(d, self.weight, None) if drift is None else self._add_product(drift, d)
+        shift = self.param_shift()
+        return self._affine(d, self.weight, None) if shift is None else self._add_product(shift, d)
 
     def at(self, d):
         self._deviation = d  # an affine Jacobian does not depend on the point: nothing to evaluate
@@ -114,15 +114,15 @@ class LinearStep(_AffineStep):
             super().descend(d, e, rate)
 
     def gradients(self, e):
-        found: Gradients = []
+        result: Gradients = []
         rows = e.reshape(-1, e.shape[-1])
         if self.module.weight.requires_grad:
             inputs = self.input.reshape(-1, self.spec.in_features)
             product = self.precision.to_operand(rows).t() @ self.precision.to_operand(inputs)
-            found.append((self.module.weight, product))
+            result.append((self.module.weight, product))
         if self.bias is not None and self.module.bias.requires_grad:
-            found.append((self.module.bias, rows.sum(0)))
-        return found
+            result.append((self.module.bias, rows.sum(0)))
+        return result
 
     def gram(self) -> Tensor:
         """G = W W^T, (out, out)."""
@@ -194,13 +194,13 @@ class Conv2dStep(_AffineStep):
         return self.precision.to_state(self.product_pulled_back(e))
 
     def gradients(self, e):
-        found: Gradients = []
+        result: Gradients = []
         if self.module.weight.requires_grad:
             operands = self._as_operand(e), self._as_operand(self.input)
-            found.append((self.module.weight, self._backward(*operands, [False, True, False])[1]))
+            result.append((self.module.weight, self._backward(*operands, [False, True, False])[1]))
         if self.bias is not None and self.module.bias.requires_grad:
-            found.append((self.module.bias, e.sum((0, 2, 3))))
-        return found
+            result.append((self.module.bias, e.sum((0, 2, 3))))
+        return result
 
     def gram(self) -> Tensor:
         """G = K correlated with itself, (out, out, 2k-1, 2k-1): stride 1, no padding, no dilation."""

@@ -87,21 +87,21 @@ class Chain:
             d = step.deviate(d)
         return d
 
-    def hold(self) -> None:
-        """As :meth:`Step.hold`, for every step."""
+    def snapshot_params(self) -> None:
+        """As :meth:`Step.snapshot_params`, for every step."""
         for step in self.steps:
-            step.hold()
+            step.snapshot_params()
 
-    def reload(self) -> None:
-        """As :meth:`Step.reload`, for every step."""
+    def refresh(self) -> None:
+        """As :meth:`Step.refresh`, for every step."""
         for step in self.steps:
-            step.reload()
+            step.refresh()
 
-    def drift(self) -> Tensor | None:
-        """f(a; theta') - f(a; theta), after :meth:`reload`, of a chain whose input never moves; None where zero."""
+    def param_shift(self) -> Tensor | None:
+        """f(a; theta') - f(a; theta), after :meth:`refresh`, of a chain whose input never moves; None where zero."""
         d = None
         for step in self.steps:
-            d = step.drift() if d is None else step.deviate(d)
+            d = step.param_shift() if d is None else step.deviate(d)
         return d
 
     def pullback(self, e: Tensor) -> Tensor:
@@ -121,10 +121,10 @@ class Chain:
         for step in self.steps:
             step.release()
 
-    def settle(self, failed: Tensor | None) -> None:
-        """As :meth:`Step.settle`, for every step."""
+    def update_statistics(self, failed: Tensor | None) -> None:
+        """As :meth:`Step.update_statistics`, for every step."""
         for step in self.steps:
-            step.settle(failed)
+            step.update_statistics(failed)
 
     def undo(self) -> None:
         """As :meth:`Step.undo`, for every step."""
@@ -152,19 +152,19 @@ class Chain:
 
     def differentiate(self, e: Tensor, *, need_input: bool, need_gradients: bool = True, factor: float = 1.0):
         """``(gradients for factor * e, J^T e)``; the second is None unless ``need_input``."""
-        found: Gradients = []
+        result: Gradients = []
         lowest = 0  # the lowest step that the error has to reach
         if not need_input:
             owners = [i for i, step in enumerate(self.steps) if need_gradients and step.has_gradients]
             if not owners:
-                return found, None
+                return result, None
             lowest = owners[0]
         for i in range(len(self.steps) - 1, lowest - 1, -1):
             inner, e = self.steps[i].differentiate(
                 e, need_input=i > lowest or need_input, need_gradients=need_gradients, factor=factor
             )
-            found += inner
-        return found, e
+            result += inner
+        return result, e
 
 
 class ResidualStep(Step):
@@ -188,14 +188,14 @@ class ResidualStep(Step):
     def pullback(self, e):
         return e + self.branch.pullback(e)
 
-    def hold(self):
-        self.branch.hold()
+    def snapshot_params(self):
+        self.branch.snapshot_params()
 
-    def reload(self):
-        self.branch.reload()
+    def refresh(self):
+        self.branch.refresh()
 
-    def drift(self):
-        return self.branch.drift()
+    def param_shift(self):
+        return self.branch.param_shift()
 
     def descend(self, d, e, rate):
         self.branch.descend(d, e, rate)
@@ -207,15 +207,15 @@ class ResidualStep(Step):
     def release(self):
         self.branch.release()
 
-    def settle(self, failed):
-        self.branch.settle(failed)
+    def update_statistics(self, failed):
+        self.branch.update_statistics(failed)
 
     def undo(self):
         self.branch.undo()
 
     def differentiate(self, e, **wanted):
-        found, below = self.branch.differentiate(e, **wanted)
-        return found, (None if below is None else e + below)
+        result, below = self.branch.differentiate(e, **wanted)
+        return result, (None if below is None else e + below)
 
     def gradients(self, e):
         return self.branch.gradients(e)

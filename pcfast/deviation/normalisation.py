@@ -13,7 +13,7 @@ from .step import Gradients, Step
 class BatchNormStep(Step):
     """y = gamma (a - m) / sigma + beta.
 
-    Where gamma and beta move (:meth:`Step.reload`), with n = (a - m) / sigma
+    Where gamma and beta move (:meth:`Step.refresh`), with n = (a - m) / sigma
 
         y' - y = gamma' (n' - n) + (gamma' - gamma) n + (beta' - beta)
 
@@ -47,11 +47,11 @@ class BatchNormStep(Step):
         self._point(self._centred, self._inverse)
         return self._normalised * self._gamma + self._beta
 
-    def hold(self):
+    def snapshot_params(self):
         if self.spec.affine and self.has_gradients:
             self._held, self._base = (self._gamma.clone(), self._beta.clone()), self._normalised
 
-    def reload(self):
+    def refresh(self):
         if self.spec.affine and self.has_gradients:
             gamma, beta = self.module.weight.detach(), self.module.bias.detach()
             self._gamma = self.precision.to_state(gamma).view(self._view)
@@ -59,7 +59,7 @@ class BatchNormStep(Step):
             held_gamma, held_beta = self._held
             self._drift = (self._gamma - held_gamma) * self._base + (self._beta - held_beta)
 
-    def drift(self):
+    def param_shift(self):
         return self._drift
 
     def _check_count(self) -> None:
@@ -72,7 +72,7 @@ class BatchNormStep(Step):
             )
 
     @torch.no_grad()
-    def settle(self, failed):
+    def update_statistics(self, failed):
         module, batches = self.module, self.module.num_batches_tracked
         if not self.spec.moves_statistics:
             return
@@ -119,9 +119,9 @@ class BatchNormStep(Step):
         return scaled - scaled.mean(self._axes, keepdim=True) - self._normalised * along
 
     def gradients(self, e):
-        found: Gradients = []
+        result: Gradients = []
         if self.spec.affine and self.module.weight.requires_grad:
-            found.append((self.module.weight, (e * self._normalised).sum(self._axes)))
+            result.append((self.module.weight, (e * self._normalised).sum(self._axes)))
         if self.spec.affine and self.module.bias.requires_grad:
-            found.append((self.module.bias, e.sum(self._axes)))
-        return found
+            result.append((self.module.bias, e.sum(self._axes)))
+        return result

@@ -72,7 +72,7 @@ class OpaqueStep(Step):
         self._trains = bool(self._trained())
         return self._base_out
 
-    def settle(self, failed):
+    def update_statistics(self, failed):
         if failed is not None:
             self._replay.undo(failed)
         self._replay.keep()
@@ -97,8 +97,8 @@ class OpaqueStep(Step):
     def _tangent(self, d: Tensor) -> Tensor:
         """f(a + d) - f(a) from tangents."""
         a, d = self._base.to(self._dtype), d.to(self._dtype)
-        found = differences.tangent(lambda point: self._replay.again(lambda: self._call(point)), a, d)
-        return self.precision.to_state(found)
+        result = differences.tangent(lambda point: self._replay.again(lambda: self._call(point)), a, d)
+        return self.precision.to_state(result)
 
     @property
     def _rounding(self) -> torch.dtype:
@@ -146,14 +146,14 @@ class OpaqueStep(Step):
         finally:
             self._leaf, self._out = point
 
-    def hold(self):
+    def snapshot_params(self):
         if self._trains:
             self._prepare()
 
-    def reload(self):
+    def refresh(self):
         self._widening.forget()
 
-    def drift(self):
+    def param_shift(self):
         return self.deviate(torch.zeros_like(self._base)) if self._trains else None
 
     def _trained(self) -> list[Tensor]:
@@ -174,8 +174,8 @@ class OpaqueStep(Step):
             return []
         # with the input's: asking for a normalisation's bias alone crashes some releases of torch
         inputs = [self._leaf] if self._leaf.requires_grad else []
-        found = self._grad([*inputs, *parameters], e)[len(inputs) :]
-        return [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
+        result = self._grad([*inputs, *parameters], e)[len(inputs) :]
+        return [(p, g) for p, g in zip(parameters, result, strict=True) if g is not None]
 
     @property
     def has_gradients(self):

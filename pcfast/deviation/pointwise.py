@@ -10,35 +10,35 @@ from .step import LinearMapStep, Step
 
 
 class ElementwiseStep(Step):
-    """a = act(u): bracket and slope of activations.py."""
+    """a = act(u): act_diff and derivative of activations.py."""
 
     owned = True
 
     def forward(self, a):
         out = self.spec.activation.forward(a)
-        self._base, self._anchor, self._slope = (a, out), None, None
+        self._base, self._saved, self._derivative = (a, out), None, None
         return out
 
     def deviate(self, d):
         activation = self.spec.activation
-        if self._anchor is None:
-            self._anchor = activation.anchor(*self._base)
-            self._base = None  # the anchor holds what is still needed
-        bracket, self._slope = activation.deviate(self._anchor, d)
-        return bracket
+        if self._saved is None:
+            self._saved = activation.saved(*self._base)
+            self._base = None  # the saved holds what is still needed
+        act_diff, self._derivative = activation.deviate(self._saved, d)
+        return act_diff
 
     def at(self, d):
-        if self._anchor is not None:
+        if self._saved is not None:
             super().at(d)
             return
-        # The loop ran elsewhere, in a kernel: nothing but the slope is needed, and no anchor.
+        # The loop ran elsewhere, in a kernel: nothing but the derivative is needed, and no saved.
         activation, moved = self.spec.activation, self._base[0] + d
-        self._slope = activation.slope(moved, activation.forward(moved))
+        self._derivative = activation.derivative(moved, activation.forward(moved))
 
     def pullback(self, e):
-        if self._slope is None:
-            self._slope = self.spec.activation.slope(*self._base)
-        return self.spec.activation.pullback(self._slope, e)
+        if self._derivative is None:
+            self._derivative = self.spec.activation.derivative(*self._base)
+        return self.spec.activation.pullback(self._derivative, e)
 
 
 class DropoutStep(LinearMapStep):

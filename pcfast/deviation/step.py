@@ -32,14 +32,14 @@ class Step:
         """J^T e at the current point."""
         raise NotImplementedError
 
-    def hold(self) -> None:
+    def snapshot_params(self) -> None:
         """The parameters will move: keep those of the base point, which deviations stay relative to."""
 
-    def reload(self) -> None:
-        """The parameters have moved since :meth:`hold`: from now on f(a + d; theta') - f(a; theta)."""
+    def refresh(self) -> None:
+        """The parameters have moved since :meth:`snapshot_params`: from now on f(a + d; theta') - f(a; theta)."""
 
-    def drift(self) -> Tensor | None:
-        """f(a; theta') - f(a; theta), after :meth:`reload`, a the current point; None where no parameter moves."""
+    def param_shift(self) -> Tensor | None:
+        """f(a; theta') - f(a; theta), after :meth:`refresh`, a the current point; None where no parameter moves."""
         return None
 
     def descend(self, d: Tensor, e: Tensor, rate: float) -> None:
@@ -53,7 +53,7 @@ class Step:
     def release(self) -> None:
         """Drop what a loop that runs elsewhere would leave unread: whoever needs it evaluates it again."""
 
-    def settle(self, failed: Tensor | None) -> None:
+    def update_statistics(self, failed: Tensor | None) -> None:
         """The step is over: move what moves once a step, statistics. Not where ``failed``, 0-dim bool, says so."""
 
     def undo(self) -> None:
@@ -67,10 +67,10 @@ class Step:
         self, e: Tensor, *, need_input: bool, need_gradients: bool, factor: float
     ) -> tuple[Gradients, Tensor | None]:
         """``(gradients for factor * e, J^T e)``; what is not needed is empty, or None."""
-        found: Gradients = []
+        result: Gradients = []
         if need_gradients and self.has_gradients:
-            found = self.gradients(e if factor == 1.0 else e * factor)
-        return found, (self.pullback(e) if need_input else None)
+            result = self.gradients(e if factor == 1.0 else e * factor)
+        return result, (self.pullback(e) if need_input else None)
 
     def zero_gradients(self) -> Gradients:
         """What :meth:`gradients` gives for a zero error."""

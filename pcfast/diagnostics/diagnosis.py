@@ -1,9 +1,9 @@
-"""How a relaxation went: energies, how far beliefs are from rest, and how far its updates are from the gradient.
+"""How a relaxation went: energies, convergence, and how far its updates are from the gradient.
 
     g_l(t) = J_{l+1}^T eps_{l+1} - eps_l            the gradient of v_l, at the beliefs that iteration t found
-    relaxed(t) = 1 - |g(t)| / |g(1)|                over all layers l = 1..L-1 together
+    convergence(t) = 1 - |g(t)| / |g(1)|            over all layers l = 1..L-1 together
 
-(docs/method.md; weight decay's part is in g). Beliefs rest where g = 0: relaxed is 1 there, 0 at the start, and
+(docs/method.md; weight decay's part is in g). Beliefs rest where g = 0: convergence is 1 there, 0 at the start, and
 negative where the gradient is larger than at the start, as while errors spread to layers that have larger ones, or
 where the relaxation diverges. The energy gives no such fraction, since the one at the fixed point is not known.
 
@@ -46,7 +46,7 @@ class Diagnosis:
     Attributes:
         energies: (n, L), as of :func:`pcfast.relax`.
         belief_gradients: (n, L-1): |g_l(t)|, Frobenius norm over the batch.
-        relaxed: (n,) float64, as above; 1 where there is nothing to relax.
+        convergence: (n,) float64, as above; 1 where there is nothing to relax.
         rising: (n,) bool: iteration t found a larger energy, summed over layers, than the one before: the step size
             is above its limit (or momentum overshoots). None where another energy than the reported one is descended:
             fixed prediction, weight decay.
@@ -58,13 +58,18 @@ class Diagnosis:
 
     energies: Tensor
     belief_gradients: Tensor
-    relaxed: Tensor
+    convergence: Tensor
     rising: Tensor | None
     relative_error: Tensor
     angle_degrees: Tensor
     whole_relative_error: Tensor
     whole_angle_degrees: Tensor
     run: Run
+
+    @property
+    def relaxed(self) -> Tensor:
+        """:attr:`convergence`, by the name that it had first."""
+        return self.convergence
 
 
 def diagnose(
@@ -120,7 +125,7 @@ def diagnose(
     return Diagnosis(
         outcome.energies,
         outcome.belief_gradients,
-        relaxed_fraction(outcome.belief_gradients),
+        convergence(outcome.belief_gradients),
         rising(outcome.energies)
         if method == "strict" and not run.plan.belief_optimizer.weight_decay
         else None,
@@ -132,11 +137,14 @@ def diagnose(
     )
 
 
-def relaxed_fraction(belief_gradients: Tensor) -> Tensor:
+def convergence(belief_gradients: Tensor) -> Tensor:
     """1 - |g(t)| / |g(1)| from (n, L-1) norms by layer: (n,) float64; 1 where both are zero."""
     sizes = torch.linalg.vector_norm(belief_gradients.to(torch.float64), dim=1)
     start = sizes[:1]
     return torch.where((sizes == 0) & (start == 0), 1.0, 1 - sizes / start)
+
+
+relaxed_fraction = convergence  # the name that it had first
 
 
 def rising(energies: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 For a pre-activation ``u = uhat + s`` each activation gives
 
-    bracket = act(uhat + s) - act(uhat)      slope = act'(uhat + s)
+    act_diff = act(uhat + s) - act(uhat)      derivative = act'(uhat + s)
 
 from ``uhat`` and ``s`` without subtracting two nearly equal numbers: in a relaxation ``s`` is often 1e-5 of
 ``uhat`` and the plain difference would be rounding noise (docs/method.md fact 8). All functions are elementwise, keep
@@ -37,20 +37,20 @@ class Activation:
         """``act(u)``."""
         raise NotImplementedError
 
-    def slope(self, u: Tensor, a: Tensor) -> Tensor:
+    def derivative(self, u: Tensor, a: Tensor) -> Tensor:
         """What :meth:`pullback` needs of the point ``u``, ``a = act(u)``: here ``act'(u)``."""
         raise NotImplementedError
 
-    def pullback(self, slope: Tensor, e: Tensor) -> Tensor:
-        """``act'(u) * e`` from :meth:`slope` or :meth:`deviate` at u."""
-        return e * slope
+    def pullback(self, derivative: Tensor, e: Tensor) -> Tensor:
+        """``act'(u) * e`` from :meth:`derivative` or :meth:`deviate` at u."""
+        return e * derivative
 
-    def anchor(self, u: Tensor, a: Tensor) -> tuple[Tensor, ...]:
+    def saved(self, u: Tensor, a: Tensor) -> tuple[Tensor, ...]:
         """What :meth:`deviate` needs of the forward pass ``u``, ``a = act(u)``; computed once a relaxation."""
         return (u, a)
 
-    def deviate(self, anchor: tuple[Tensor, ...], s: Tensor) -> tuple[Tensor, Tensor]:
-        """``(bracket, slope)`` at ``uhat + s``."""
+    def deviate(self, saved: tuple[Tensor, ...], s: Tensor) -> tuple[Tensor, Tensor]:
+        """``(act_diff, derivative)`` at ``uhat + s``."""
         raise NotImplementedError
 
 
@@ -61,22 +61,22 @@ class Relu(Activation):
     def forward(self, u):
         return F.relu(u)
 
-    # The slope is kept as a number that is positive exactly where the gate is open.
+    # The derivative is kept as a number that is positive exactly where the gate is open.
 
-    def slope(self, u, a):
+    def derivative(self, u, a):
         return a
 
-    def pullback(self, slope, e):
-        return torch.ops.aten.threshold_backward(e, slope, 0)
+    def pullback(self, derivative, e):
+        return torch.ops.aten.threshold_backward(e, derivative, 0)
 
-    def anchor(self, u, a):
+    def saved(self, u, a):
         return (u.clamp(max=0), a.neg())
 
-    def deviate(self, anchor, s):
+    def deviate(self, saved, s):
         # max(s, -uhat) where uhat > 0 and max(uhat + s, 0) elsewhere, in one form for both.
-        negative_part, floor = anchor
-        bracket = torch.maximum(s + negative_part, floor)
-        return bracket, bracket - floor
+        negative_part, floor = saved
+        act_diff = torch.maximum(s + negative_part, floor)
+        return act_diff, act_diff - floor
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,19 @@ class LeakyRelu(Activation):
     def forward(self, u):
         return F.leaky_relu(u, self.negative_slope)
 
-    def _slope(self, gate: Tensor, like: Tensor) -> Tensor:
+    def _derivative(self, gate: Tensor, like: Tensor) -> Tensor:
         return gate.to(like.dtype).mul_(1 - self.negative_slope).add_(self.negative_slope)
 
-    def slope(self, u, a):
-        return self._slope(u > 0, u)
+    def derivative(self, u, a):
+        return self._derivative(u > 0, u)
 
-    def anchor(self, u, a):
-        return Relu().anchor(u, F.relu(u))
+    def saved(self, u, a):
+        return Relu().saved(u, F.relu(u))
 
-    def deviate(self, anchor, s):
-        bracket, room = Relu().deviate(anchor, s)
-        bracket = bracket.mul_(1 - self.negative_slope).add_(s, alpha=self.negative_slope)
-        return bracket, self._slope(room > 0, s)
+    def deviate(self, saved, s):
+        act_diff, room = Relu().deviate(saved, s)
+        act_diff = act_diff.mul_(1 - self.negative_slope).add_(s, alpha=self.negative_slope)
+        return act_diff, self._derivative(room > 0, s)
 
 
 @dataclass(frozen=True)
@@ -118,20 +118,20 @@ class Hardtanh(Activation):
     def forward(self, u):
         return F.hardtanh(u, self.min_val, self.max_val)
 
-    # The slope is kept as the point itself: 1 strictly between the bounds, 0 on them and outside.
+    # The derivative is kept as the point itself: 1 strictly between the bounds, 0 on them and outside.
 
-    def slope(self, u, a):
+    def derivative(self, u, a):
         return u
 
-    def pullback(self, slope, e):
-        return torch.ops.aten.hardtanh_backward(e, slope, self.min_val, self.max_val)
+    def pullback(self, derivative, e):
+        return torch.ops.aten.hardtanh_backward(e, derivative, self.min_val, self.max_val)
 
-    def anchor(self, u, a):
+    def saved(self, u, a):
         return (u, u - a, self.min_val - a, self.max_val - a)
 
-    def deviate(self, anchor, s):
+    def deviate(self, saved, s):
         # act(uhat) moves by s and by what uhat has in excess of it, from bound to bound: for uhat inside, by s.
-        u, excess, floor, ceiling = anchor
+        u, excess, floor, ceiling = saved
         return torch.clamp(s + excess, floor, ceiling), u + s
 
 
@@ -142,19 +142,19 @@ class Tanh(Activation):
     def forward(self, u):
         return torch.tanh(u)
 
-    # The slope is kept as the value, of which 1 - tanh(u)^2 is made on the way back.
+    # The derivative is kept as the value, of which 1 - tanh(u)^2 is made on the way back.
 
-    def slope(self, u, a):
+    def derivative(self, u, a):
         return a
 
-    def pullback(self, slope, e):
-        return torch.ops.aten.tanh_backward(e, slope)
+    def pullback(self, derivative, e):
+        return torch.ops.aten.tanh_backward(e, derivative)
 
-    def deviate(self, anchor, s):
+    def deviate(self, saved, s):
         # tanh(p) - tanh(q) = tanh(p - q) (1 - tanh(p) tanh(q))
-        u, a = anchor
-        moved, bracket = (u + s).tanh_(), torch.tanh(s)
-        return bracket.addcmul_(bracket * a, moved, value=-1), moved
+        u, a = saved
+        moved, act_diff = (u + s).tanh_(), torch.tanh(s)
+        return act_diff.addcmul_(act_diff * a, moved, value=-1), moved
 
 
 @dataclass(frozen=True)
@@ -164,16 +164,16 @@ class Sigmoid(Activation):
     def forward(self, u):
         return torch.sigmoid(u)
 
-    def slope(self, u, a):
+    def derivative(self, u, a):
         return a * (1 - a)
 
-    def anchor(self, u, a):
+    def saved(self, u, a):
         return (u, a, torch.sigmoid(-u))
 
-    def deviate(self, anchor, s):
-        u, p, q = anchor
-        bracket, moved_p, moved_q = _sigmoid_difference(p, q, u + s, s)
-        return bracket, moved_p.mul_(moved_q)
+    def deviate(self, saved, s):
+        u, p, q = saved
+        act_diff, moved_p, moved_q = _sigmoid_difference(p, q, u + s, s)
+        return act_diff, moved_p.mul_(moved_q)
 
 
 def _sigmoid_difference(p: Tensor, q: Tensor, w: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,20 +190,20 @@ class Silu(Activation):
     def forward(self, u):
         return F.silu(u)
 
-    # The slope is kept as the point itself: torch forms the derivative and its product with an error in one pass.
+    # The derivative is kept as the point itself: torch forms it and its product with an error in one pass.
 
-    def slope(self, u, a):
+    def derivative(self, u, a):
         return u
 
-    def pullback(self, slope, e):
-        return torch.ops.aten.silu_backward(e, slope)
+    def pullback(self, derivative, e):
+        return torch.ops.aten.silu_backward(e, derivative)
 
-    def anchor(self, u, a):
+    def saved(self, u, a):
         return (u, torch.sigmoid(u), torch.sigmoid(-u))
 
-    def deviate(self, anchor, s):
+    def deviate(self, saved, s):
         # (u + s) p' - u p = s p' + u (p' - p)
-        u, p, q = anchor
+        u, p, q = saved
         w = u + s
         difference, moved_p, _ = _sigmoid_difference(p, q, w, s)
         return moved_p.mul_(s).addcmul_(u, difference), w
@@ -213,8 +213,8 @@ class Silu(Activation):
 class Gelu(Activation):
     """``u Phi(u)`` with the normal distribution function Phi (Hendrycks and Gimpel, arXiv 1606.08415).
 
-    Phi has no addition theorem. So where ``s`` is within reach the bracket is Taylor's polynomial at uhat, whose
-    coefficients the anchor holds, and elsewhere the plain difference, which keeps its digits there.
+    Phi has no addition theorem. So where ``s`` is within reach the difference is Taylor's polynomial at uhat, whose
+    coefficients :meth:`saved` gives, and elsewhere the plain difference, which keeps its digits there.
     """
 
     #: Degree of the polynomial: each more costs one pass an iteration, and one tensor.
@@ -225,15 +225,15 @@ class Gelu(Activation):
     def forward(self, u):
         return F.gelu(u)
 
-    # The slope is kept as the point itself: torch forms the derivative and its product with an error in one pass.
+    # The derivative is kept as the point itself: torch forms it and its product with an error in one pass.
 
-    def slope(self, u, a):
+    def derivative(self, u, a):
         return u
 
-    def pullback(self, slope, e):
-        return torch.ops.aten.gelu_backward(e, slope)
+    def pullback(self, derivative, e):
+        return torch.ops.aten.gelu_backward(e, derivative)
 
-    def anchor(self, u, a):
+    def saved(self, u, a):
         # With the normal density phi and h_k = -phi^(k) / k!: (k + 1) h_(k+1) = -u h_k - h_(k-1), and the k-th
         # derivative of u Phi(u) is phi^(k-2) - phi^(k).
         before, h = None, torch.exp(-0.5 * u * u).mul_(-_INV_SQRT_2PI)
@@ -254,8 +254,8 @@ class Gelu(Activation):
         reach = torch.tensor(reach, dtype=dtype)
         return float(reach), float(reach.nextafter(torch.zeros_like(reach)))
 
-    def deviate(self, anchor, s):
-        u, a, *coefficients = anchor
+    def deviate(self, saved, s):
+        u, a, *coefficients = saved
         w, (reach, within) = u + s, self._reach(s.dtype)
         near = torch.addcmul(coefficients[-2], coefficients[-1], s)
         for coefficient in reversed(coefficients[:-2]):
@@ -284,25 +284,25 @@ class GeluTanh(Activation):
     def _inner(self, u: Tensor) -> Tensor:
         return (u * u).mul_(self._C).add_(1).mul_(u).mul_(2 * self._K)
 
-    def _inner_slope(self, u: Tensor) -> Tensor:
+    def _inner_derivative(self, u: Tensor) -> Tensor:
         return (u * u).mul_(6 * self._K * self._C).add_(2 * self._K)
 
-    def _slope(self, u: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    def _derivative(self, u: Tensor, p: Tensor, q: Tensor) -> Tensor:
         """p + u p q inner'(u)."""
-        return torch.addcmul(p, p, self._inner_slope(u).mul_(u).mul_(q))
+        return torch.addcmul(p, p, self._inner_derivative(u).mul_(u).mul_(q))
 
-    def slope(self, u, a):
+    def derivative(self, u, a):
         inner = self._inner(u)
-        return self._slope(u, torch.sigmoid(inner), torch.sigmoid(-inner))
+        return self._derivative(u, torch.sigmoid(inner), torch.sigmoid(-inner))
 
-    def anchor(self, u, a):
+    def saved(self, u, a):
         inner = self._inner(u)
-        return (u, inner, torch.sigmoid(inner), torch.sigmoid(-inner), self._inner_slope(u), 3 * u)
+        return (u, inner, torch.sigmoid(inner), torch.sigmoid(-inner), self._inner_derivative(u), 3 * u)
 
-    def deviate(self, anchor, s):
+    def deviate(self, saved, s):
         # The inner cubic's difference is s (inner'(u) + 2 k c s (3 u + s)).
-        u, inner, p, q, inner_slope, thrice = anchor
+        u, inner, p, q, inner_slope, thrice = saved
         step = torch.addcmul(inner_slope, thrice + s, s, value=2 * self._K * self._C).mul_(s)
         difference, moved_p, moved_q = _sigmoid_difference(p, q, inner + step, step)
-        slope = self._slope(u + s, moved_p, moved_q)
-        return moved_p.mul_(s).addcmul_(u, difference), slope
+        derivative = self._derivative(u + s, moved_p, moved_q)
+        return moved_p.mul_(s).addcmul_(u, difference), derivative

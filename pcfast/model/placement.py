@@ -92,10 +92,10 @@ def tensors_of(model: nn.Module) -> tuple[list[nn.Parameter], list[torch.Tensor]
         if id(module) in seen:
             continue
         seen.add(id(module))
-        for held, found in ((module._parameters, parameters), (module._buffers, buffers)):
+        for held, result in ((module._parameters, parameters), (module._buffers, buffers)):
             for tensor in held.values():
                 if tensor is not None:
-                    found[id(tensor)] = tensor
+                    result[id(tensor)] = tensor
         if module._modules:
             waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
     return list(parameters.values()), list(buffers.values())

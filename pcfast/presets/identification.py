@@ -79,14 +79,14 @@ class Match:
         return f"{text}, {self.after_factor:.1e} when multiplied by {self.factor:.4g}"
 
 
-def difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+def difference(result: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The worst |found - expected| / |expected| of arrays; one under 1e-3 of the largest counts as that large.
 
     inf where a difference is not finite.
     """
     sizes = {name: float(value.double().norm()) for name, value in expected.items()}
     least = _SMALL * max(sizes.values(), default=0.0) or 1.0
-    off = [float((found[n].double() - expected[n].double()).norm()) / max(sizes[n], least) for n in expected]
+    off = [float((result[n].double() - expected[n].double()).norm()) / max(sizes[n], least) for n in expected]
     return max(off, default=0.0) if all(map(math.isfinite, off)) else math.inf
 
 
@@ -159,10 +159,10 @@ def identify(
             expected = recorded
             if incremental and last is not None:
                 expected = {**recorded, **{f"last {key}": value for key, value in last.items()}}
-            found = _updates(form, x, y, settings, names, optimizer)
-            if found is None:
+            result = _updates(form, x, y, settings, names, optimizer)
+            if result is None:
                 continue
-            shown = {key: found.get(key, torch.zeros(())).double() for key in expected}
+            shown = {key: result.get(key, torch.zeros(())).double() for key in expected}
             factor = _factor(shown, expected)
             off = difference(shown, expected)
             scaled = difference({key: factor * value for key, value in shown.items()}, expected)
@@ -321,8 +321,8 @@ def _incremental_updates(model, x, y, settings: dict, names: dict[int, str], mak
     return {**first, **({} if make is None else {f"last {name}": value for name, value in last.items()})}
 
 
-def _factor(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+def _factor(result: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """a that minimises the sum of |a found - expected|^2."""
-    products = [((found[n] * expected[n].double()).sum(), (found[n] * found[n]).sum()) for n in expected]
+    products = [((result[n] * expected[n].double()).sum(), (result[n] * result[n]).sum()) for n in expected]
     above, below = (float(sum(column)) for column in zip(*products, strict=True))
     return above / below if below else math.nan

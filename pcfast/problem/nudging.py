@@ -101,10 +101,10 @@ def by_epoch(nudging, growth: float, epochs: int, method: str) -> Callable[[int]
         ArgumentTypeError, ArgumentError: as :func:`check`, and for a class.
     """
     if callable(nudging) and not isinstance(nudging, type | Nudging):
-        found = [nudging(epoch) for epoch in range(epochs)]
-        for one in found:
+        result = [nudging(epoch) for epoch in range(epochs)]
+        for one in result:
             check(one, method, None)
-        return found.__getitem__
+        return result.__getitem__
     check(nudging, method, None)
     return (lambda epoch: nudging.grown(growth, epoch)) if growth else lambda epoch: nudging
 

@@ -70,10 +70,10 @@ def _values(tensor: Tensor) -> Tensor:
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The largest magnitude of each tensor, (len,): NaN or inf exactly where a tensor holds one."""
-    found = torch._foreach_norm([_values(tensor) for tensor in tensors], float("inf"))
-    if any(norm.dtype != found[0].dtype for norm in found):
-        found = [norm.to(torch.float64) for norm in found]
-    return torch.stack(found)
+    result = torch._foreach_norm([_values(tensor) for tensor in tensors], float("inf"))
+    if any(norm.dtype != result[0].dtype for norm in result):
+        result = [norm.to(torch.float64) for norm in result]
+    return torch.stack(result)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -156,12 +156,12 @@ class StatusBuilder:
     def _magnitudes(self) -> Tensor:
         """One number for each cause."""
         tensors = [tensor for noted in self._noted if not isinstance(noted, Tensor) for tensor in noted]
-        found, parts, begin = norms(tensors), [], 0
+        result, parts, begin = norms(tensors), [], 0
         for noted in self._noted:
             if isinstance(noted, Tensor):
                 parts.append(noted)
             else:
-                parts.append(found[begin : begin + len(noted)])
+                parts.append(result[begin : begin + len(noted)])
                 begin += len(noted)
         return torch.cat(parts)
 
@@ -174,21 +174,21 @@ def failed(status: Status) -> Tensor:
 def zeroed_if_bad(status: Status, gradients: Sequence[Tensor]) -> list[Tensor]:
     """The gradients, zeroed on the device where ``status`` says that the step failed; parts of one tensor a dtype."""
     bad = failed(status)
-    found = list(gradients)
-    for i, gradient in enumerate(found):
+    result = list(gradients)
+    for i, gradient in enumerate(result):
         if gradient.is_sparse:
             whole = gradient.coalesce()
             values = whole.values().masked_fill(bad, 0)
-            found[i] = torch.sparse_coo_tensor(
+            result[i] = torch.sparse_coo_tensor(
                 whole.indices(), values, whole.shape, is_coalesced=True, check_invariants=False
             )
-    for dtype in {gradient.dtype for gradient in found if not gradient.is_sparse}:
-        own = [i for i, gradient in enumerate(found) if gradient.dtype == dtype and not gradient.is_sparse]
-        together = torch.cat([found[i].reshape(-1) for i in own]).masked_fill_(bad, 0)
-        parts = together.split([found[i].numel() for i in own])
+    for dtype in {gradient.dtype for gradient in result if not gradient.is_sparse}:
+        own = [i for i, gradient in enumerate(result) if gradient.dtype == dtype and not gradient.is_sparse]
+        together = torch.cat([result[i].reshape(-1) for i in own]).masked_fill_(bad, 0)
+        parts = together.split([result[i].numel() for i in own])
         for i, part in zip(own, parts, strict=True):
-            found[i] = part.view(found[i].shape)
-    return found
+            result[i] = part.view(result[i].shape)
+    return result
 
 
 @dataclass

@@ -159,10 +159,10 @@ class Outcome:
         layers = {parameter: layer for layer, parameters in self.owners for parameter in parameters}
         return [(layers[parameter], update) for parameter, update in self.gradients.items()]
 
-    def add_gradients(self, found: list[tuple[nn.Parameter, Tensor]], layer: int = 0) -> None:
+    def add_gradients(self, result: list[tuple[nn.Parameter, Tensor]], layer: int = 0) -> None:
         """Add one layer's gradients; a parameter used twice gets the sum."""
-        self.owners.append((layer, [parameter for parameter, _ in found]))
-        for parameter, gradient in found:
+        self.owners.append((layer, [parameter for parameter, _ in result]))
+        for parameter, gradient in result:
             gradient = gradient.to(parameter.dtype)
             if parameter in self.gradients:
                 gradient = self.gradients[parameter] + gradient

@@ -24,7 +24,7 @@ from ..model.placement import tensors_of
 from ..problem.plan import Plan
 from ..problem.types import Outcome, Problem
 from ..support.hashing import hashed_once
-from ..support.log import say_once
+from ..support.log import info_once
 from ..support.streams import kept_beside
 
 #: A recorder runs a function once and gives its result and what replays it into that same result.
@@ -46,7 +46,7 @@ def switched_on() -> bool:
     return _switched_on
 
 
-def why_not(backend: Backend, problem: Problem, plan: Plan) -> str:
+def ineligible_reason(backend: Backend, problem: Problem, plan: Plan) -> str:
     """Why a problem is not replayed from a graph; "" where it is."""
     if not problem.x.is_cuda:
         return "CUDA graphs need a CUDA device"
@@ -121,9 +121,9 @@ def _trim(entries: OrderedDict, capacity: int) -> None:
 
 def _copied(outcome: Outcome) -> Outcome:
     """The outcome in memory of its own, in few launches: times one is the same number, NaN and -0 too."""
-    found: list[Tensor] = []
-    outcome.mapped(lambda tensor: found.append(tensor) or tensor)
-    real = [tensor for tensor in found if tensor.is_floating_point()]
+    result: list[Tensor] = []
+    outcome.mapped(lambda tensor: result.append(tensor) or tensor)
+    real = [tensor for tensor in result if tensor.is_floating_point()]
     copies = iter(torch._foreach_mul(real, 1.0))
     return outcome.mapped(lambda tensor: next(copies) if tensor.is_floating_point() else tensor.clone())
 
@@ -210,7 +210,7 @@ class GraphCache:
             result, replay = self._record(work)
         except RuntimeError as failure:
             reason = f"recording failed: {str(failure).splitlines()[0]}"
-            say_once(f"CUDA graphs are not used for this network: {reason}")
+            info_once(f"CUDA graphs are not used for this network: {reason}")
             return reason
         return _Graph(x, y, result, replay)
 
@@ -250,7 +250,7 @@ CACHE = GraphCache(capacity=16, recorder=record_cuda)
 
 def run(backend: Backend, problem: Problem, plan: Plan) -> tuple[Outcome, str]:
     """Run a problem, from a graph where that is possible: ``(outcome, why it was not replayed)``."""
-    reason = why_not(backend, problem, plan)
+    reason = ineligible_reason(backend, problem, plan)
     if reason:
         return backend.run(problem, plan), reason
     with torch.cuda.device(problem.x.device):

@@ -133,10 +133,10 @@ def relax(
     wanted = Wanted(gradients=False, states=True, input_error=input_error, energies=energies)
     outcome, run = solve(model, x, y, settings, wanted)
     return Relaxation(
-        _apart(outcome.activations, x),
+        dealias(outcome.activations, x),
         outcome.loss,
         outcome.output_gradient,
-        _apart(outcome.beliefs, x),
+        dealias(outcome.beliefs, x),
         outcome.errors,
         outcome.energies,
         run,
@@ -144,7 +144,7 @@ def relax(
     )
 
 
-def _apart(values: list[Tensor], x: Tensor) -> list[Tensor]:
+def dealias(values: list[Tensor], x: Tensor) -> list[Tensor]:
     """``values``, copied where they lie in the caller's ``x`` (v_0, and what reshapes it)."""
     memory = x.untyped_storage().data_ptr()
     return [value.clone() if value.untyped_storage().data_ptr() == memory else value for value in values]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..backends import BACKENDS, choose_backend, say_passed_over
+from ..backends import BACKENDS, choose_backend, log_fallback
 from ..errors import ArgumentError
 from ..model import sharding
 from ..model.describe import describe
@@ -156,7 +156,7 @@ def _solve(model, x, y, settings, wanted, activations, output_gradient, move) ->
     if outcome.fell_back is not None:
         ran, why = outcome.fell_back
         planned = replace(planned, backend=ran, refusals=(*planned.refusals, (planned.backend, why)))
-        say_passed_over(ran, planned.refusals)
+        log_fallback(ran, planned.refusals)
     run = _last.run = Run(planned, not reason, reason)
     return outcome, run
 

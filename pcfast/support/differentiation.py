@@ -33,7 +33,7 @@ def trained(output: Tensor, registered: Iterable[Tensor] = (), apart: Sequence[T
     if output.grad_fn is None:
         return []
     computed = {(p.grad_fn, p.output_nr): p for p in registered if p.grad_fn is not None}
-    found: dict[int, Tensor] = {}
+    result: dict[int, Tensor] = {}
     seen, waiting = {output.grad_fn}, [output.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -46,19 +46,19 @@ def trained(output: Tensor, registered: Iterable[Tensor] = (), apart: Sequence[T
             )
         leaf = getattr(node, "variable", None)  # of AccumulateGrad
         if leaf is not None:
-            found[id(leaf)] = leaf
+            result[id(leaf)] = leaf
         for edge in node.next_functions:
             if edge[0] is None:
                 continue
             if edge in computed:
-                found[id(computed[edge])] = computed[edge]
+                result[id(computed[edge])] = computed[edge]
             elif edge[0] not in seen:
                 seen.add(edge[0])
                 waiting.append(edge[0])
     for tensor in apart:
-        found.pop(id(tensor), None)
-    first = [p for p in registered if found.pop(id(p), None) is not None]
-    return [*first, *found.values()]
+        result.pop(id(tensor), None)
+    first = [p for p in registered if result.pop(id(p), None) is not None]
+    return [*first, *result.values()]
 
 
 def gradients(
@@ -98,12 +98,12 @@ def registered(module: nn.Module) -> list[nn.Parameter]:
     Raises:
         ModelError: autograd cannot keep them.
     """
-    found = [p for p in module.parameters() if p.requires_grad]
-    if any(p.is_inference() for p in found):
+    result = [p for p in module.parameters() if p.requires_grad]
+    if any(p.is_inference() for p in result):
         raise ModelError(
             "model",
             f"parameters of a {type(module).__name__} that were made inside torch.inference_mode()",
             "parameters that autograd can keep",
             "Build the model outside of it, or take copy.deepcopy(model) there.",
         )
-    return found
+    return result

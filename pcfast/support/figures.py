@@ -16,7 +16,7 @@ _WIDTH = (
     9.6  # inches, at 150 dots each: letters keep a good size where a page shows the picture 900 pixels wide
 )
 _ROW = 2.9  # inches
-_MOST_LAYERS = 8  # in one figure; more curves cannot be told apart
+_MAX_LAYERS = 8  # in one figure; more curves cannot be told apart
 
 
 def new(rows: Sequence[int], title: str):
@@ -61,7 +61,7 @@ def legend(axes, keys: list, title: str = "") -> None:
 def shown(layers: Iterable[int]) -> list[int]:
     """The layers that a figure shows: all, or some at even distances, the first and the last among them."""
     layers = sorted(set(layers))
-    return [layers[index] for index in evenly(len(layers), _MOST_LAYERS)]
+    return [layers[index] for index in evenly(len(layers), _MAX_LAYERS)]
 
 
 def evenly(count: int, most: int) -> Sequence[int]:

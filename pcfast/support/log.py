@@ -8,7 +8,7 @@ _log = logging.getLogger("pcfast")
 _said: set[str] = set()
 
 
-def say_once(message: str) -> None:
+def info_once(message: str) -> None:
     """Log ``message`` at INFO the first time it comes up in this process."""
     if message not in _said:
         _said.add(message)

@@ -11,6 +11,6 @@ def find_nvcc() -> str | None:
     if named := os.environ.get("CUDACXX"):
         return named  # who runs it says what is wrong with it
     for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if (folder := os.environ.get(variable)) and (found := shutil.which("nvcc", path=f"{folder}/bin")):
-            return found
+        if (folder := os.environ.get(variable)) and (result := shutil.which("nvcc", path=f"{folder}/bin")):
+            return result
     return shutil.which("nvcc")

@@ -61,7 +61,7 @@ def recorded_buffers(module: nn.Module) -> Callable[[], AbstractContextManager[N
     values = {id(buffer): buffer.clone() for _, _, buffer in places}
 
     def lend():
-        return _lent([(owner, name, values[id(buffer)]) for owner, name, buffer in places])
+        return swap_buffers([(owner, name, values[id(buffer)]) for owner, name, buffer in places])
 
     return lend
 
@@ -76,7 +76,7 @@ def _places(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 
 
 @contextlib.contextmanager
-def _lent(entries: Sequence[tuple[nn.Module, str, Tensor]]):
+def swap_buffers(entries: Sequence[tuple[nn.Module, str, Tensor]]):
     """Each place holds a copy of its value, one copy however often it is registered; what it held comes back."""
     with LOCK:
         held = [(owner, name, owner._buffers[name]) for owner, name, _ in entries]
@@ -294,7 +294,7 @@ class Replay:
         self._draws: list[_Draw] = []
         self._written: list[tuple[Tensor, Tensor]] = []  # buffers written in place, and their values before
         self._replaced: list[tuple[nn.Module, str, Tensor]] = []  # places given another tensor, and the first
-        self._lent: list[tuple[nn.Module, str, Tensor]] = []  # what later evaluations find
+        self.swap_buffers: list[tuple[nn.Module, str, Tensor]] = []  # what later evaluations find
         self._numpy: tuple | None = None  # NumPy's random state at the start, where it moved
         self._python: tuple | None = None  # and Python's
         self._draws_from_python = False  # seen in an evaluation
@@ -320,7 +320,7 @@ class Replay:
         self._written = list(before.values())
         self._replaced = [place for place in places if place[0]._buffers.get(place[1]) is not place[2]]
         moved = {id(buffer) for _, _, buffer in self._replaced} | set(before)
-        self._lent = [
+        self.swap_buffers = [
             (owner, name, before[id(buffer)][1] if id(buffer) in before else buffer)
             for owner, name, buffer in places
             if id(buffer) in moved
@@ -328,11 +328,11 @@ class Replay:
 
     def again(self, evaluate: Callable[[], Tensor]) -> Tensor:
         """An evaluation that draws what the first drew, finds what it found, and leaves the buffers alone."""
-        if not (self._draws or self._lent or self._python or self._numpy or self._rewind):
+        if not (self._draws or self.swap_buffers or self._python or self._numpy or self._rewind):
             return evaluate()
         with contextlib.ExitStack() as stack:
-            if self._lent:
-                stack.enter_context(_lent(self._lent))
+            if self.swap_buffers:
+                stack.enter_context(swap_buffers(self.swap_buffers))
             if self._numpy is not None:
                 stack.enter_context(LOCK)
                 stack.callback(_set_numpy_state, _numpy_state())

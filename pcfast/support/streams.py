@@ -21,7 +21,7 @@ def kept_beside(stream: torch.cuda.Stream, count: int) -> list[torch.cuda.Stream
     """
     if not hasattr(_own, "by_stream"):
         _own.by_stream = {}
-    found = _own.by_stream.setdefault((stream.device_index, stream.cuda_stream), [])
-    while len(found) < count:
-        found.append(torch.cuda.Stream(stream.device))
-    return found[:count]
+    result = _own.by_stream.setdefault((stream.device_index, stream.cuda_stream), [])
+    while len(result) < count:
+        result.append(torch.cuda.Stream(stream.device))
+    return result[:count]

@@ -31,7 +31,7 @@ PARTS = (
     "seconds", "rng", "history", "checksum",
 )  # fmt: skip
 REMEDY = "Take it from a backup, or start anew in another folder."
-_MOST_COPIED = 1 << 30  # bytes of a tensor that repeats what its storage holds once
+_MAX_COPIED = 1 << 30  # bytes of a tensor that repeats what its storage holds once
 
 
 def load_checkpoint(path: Path, settings: dict) -> dict:
@@ -208,7 +208,7 @@ def _digest_of(value, known: dict[int, bytes]) -> bytes:
     digest = hashlib.sha256()
     if isinstance(value, Tensor):
         size = value.numel() * value.element_size()
-        if value.layout == torch.strided and size > max(value.untyped_storage().nbytes(), _MOST_COPIED):
+        if value.layout == torch.strided and size > max(value.untyped_storage().nbytes(), _MAX_COPIED):
             raise ValueError(f"a tensor of {size} bytes in a storage of fewer")
         digest.update(f"tensor {_signature(value)} ".encode())
         digest.update(_bytes_of(value))

@@ -65,7 +65,7 @@ from .progress import Display, Interrupt
 from .run import IncrementalRun, Run
 
 # Beyond them a number is a slip of the keyboard, or the run a wait of years; some fit in no 64 bits.
-MOST_EPOCHS, MOST_STEPS, MOST_SAMPLES, HIGHEST_SEED = 10**6, 10**6, 2**31 - 1, 2**63 - 1
+MAX_EPOCHS, MAX_STEPS, MAX_SAMPLES, HIGHEST_SEED = 10**6, 10**6, 2**31 - 1, 2**63 - 1
 
 FILES = CHECKPOINT, CONFIG, LOG, CURVES = "checkpoint.pt", "config.json", "log.csv", "curves.png"
 LEARNING_RATE = 0.002  # of the default optimiser, Adam
@@ -171,7 +171,7 @@ def _train(
 ) -> History:  # fmt: skip
     """:func:`train`, with gradients."""
     for name, value, least, most in (
-        ("epochs", epochs, 1, MOST_EPOCHS), ("batch_size", batch_size, 1, MOST_SAMPLES),
+        ("epochs", epochs, 1, MAX_EPOCHS), ("batch_size", batch_size, 1, MAX_SAMPLES),
         ("seed", seed, 0, HIGHEST_SEED),
     ):  # fmt: skip
         check_count(name, value, least)
@@ -189,7 +189,7 @@ def _train(
     update_scale = reductions.checked_scale(update_scale)
     nudging_growth = nudges.checked_growth(nudging_growth, nudging)
     num_steps = checked_steps(num_steps)
-    _check_most("num_steps", num_steps, MOST_STEPS)
+    _check_most("num_steps", num_steps, MAX_STEPS)
     step_size = checked_step_sizes(step_size, num_steps)
     if any(parameter.is_inference() for parameter in parameters):
         given = "parameters made under torch.inference_mode, which have no gradients"

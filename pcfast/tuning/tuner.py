@@ -364,7 +364,7 @@ class _Tuner:
     def _calibrate(self) -> None:
         """The untuned configuration: what rounding costs, and whether a CUDA graph can hold it."""
         self.correctness.calibrate(self.problem, self._run(NONE, Wanted(states=True)))
-        if cuda_graphs.why_not(self.backend, self.problem, self.plan):
+        if cuda_graphs.ineligible_reason(self.backend, self.problem, self.plan):
             return
         self._run(NONE)
         try:

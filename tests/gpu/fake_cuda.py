@@ -123,7 +123,7 @@ def _prepare(model, x, y, settings, *wanted, _prepare=relaxation.prepare, **give
     return problem, plan
 
 
-def _why_not(backend, problem, plan) -> str:
+def _ineligible_reason(backend, problem, plan) -> str:
     return cuda_graphs._refusal(backend, problem, plan) if cuda_graphs.switched_on() else "switched off"
 
 
@@ -149,6 +149,6 @@ def install() -> None:
     for kind in (torch.Tensor, nn.Module):
         kind.cuda = lambda self, device=None: self
     cuda_graphs.CACHE = cuda_graphs.GraphCache(16, _record)
-    cuda_graphs.why_not = _why_not
+    cuda_graphs.ineligible_reason = _ineligible_reason
     relaxation.prepare, status.raise_arrived = _prepare, debug.raise_arrived
     host.readable = lambda device: False

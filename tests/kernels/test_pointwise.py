@@ -624,7 +624,7 @@ def check_output_error(kind, name, rows, columns, *, moved=True, precision="tf32
     uhat = Guarded((rows, columns), values=spread * torch.randn(rows, columns))
     vhat = Guarded((rows, columns), values=function(uhat.view.double()))
     s = Guarded((rows, columns), dtype, torch.randn(rows, columns)) if moved else None
-    dense = Guarded((rows, columns), values=target.dense)
+    dense = Guarded((rows, columns), values=target.target)
     error, delta = Guarded((rows, columns)), Guarded((rows, columns), dtype)
     output_error.output_error(
         product=None if s is None else s.view,
@@ -633,7 +633,7 @@ def check_output_error(kind, name, rows, columns, *, moved=True, precision="tf32
         target=dense.view,
         error=error.view,
         delta=delta.view,
-        target_sum=target.mass,
+        target_sum=target.target_sum,
         scale=target.scale,
         activation=activation,
         precision=precision,
@@ -643,7 +643,11 @@ def check_output_error(kind, name, rows, columns, *, moved=True, precision="tf32
     y = y.double() if y.is_floating_point() else y
     (expected,) = torch.autograd.grad(LOSSES[kind](mu, y), mu)
     # softmax(mu) mass and dense are of the size of mass, mu and y of the size of themselves
-    size = target.scale * (1 + mu.abs() + target.dense.abs()) if target.mass is None else target.mass
+    size = (
+        target.scale * (1 + mu.abs() + target.target.abs())
+        if target.target_sum is None
+        else target.target_sum
+    )
     close(error.view, expected, roundings=8, scale=size * (1 + u.abs().amax(1, keepdim=True)))
     pulled = derivative(function, u) * error.view.double()
     close(delta.view, pulled, roundings=8, scale=error.view.abs(), eps=ROUNDING[precision])
@@ -693,13 +697,13 @@ def test_output_error_of_large_logits(columns):
         product=None,
         uhat=torch.zeros_like(uhat),
         vhat=uhat,
-        target=target.dense,
+        target=target.target,
         error=error,
         delta=delta,
-        target_sum=target.mass,
+        target_sum=target.target_sum,
         precision="tf32x3",
     )
-    expected = torch.softmax(uhat[:2].double(), 1) / 3 - target.dense[:2]
+    expected = torch.softmax(uhat[:2].double(), 1) / 3 - target.target[:2]
     close(error[:2], expected)
     assert error[2].isnan().all()
 
@@ -721,9 +725,9 @@ def test_tile_function_looks_at_valid_columns_alone(kind):
     """What an epilogue calls: columns past the valid ones may hold anything and come out as zero."""
     y, target = target_of(kind, 4, 5)
     mu, dense, error = (torch.full((4, 8), math.nan) for _ in range(3))
-    mu[:, :5], dense[:, :5] = torch.randn(4, 5), target.dense
-    mass = torch.ones(4, 1) if target.mass is None else target.mass
-    loss = output_error.MSE if target.mass is None else output_error.CROSS_ENTROPY
+    mu[:, :5], dense[:, :5] = torch.randn(4, 5), target.target
+    mass = torch.ones(4, 1) if target.target_sum is None else target.target_sum
+    loss = output_error.MSE if target.target_sum is None else output_error.CROSS_ENTROPY
     tile_kernel[(1,)](mu, dense, mass, target.scale, error, 5, LOSS=loss.value, BLOCK_B=4, BLOCK_C=8)
     truth = mu[:, :5].double().requires_grad_()
     y = y.double() if y.is_floating_point() else y

@@ -275,7 +275,7 @@ def test_graphs_are_timed_where_training_replays_them(works, priced, monkeypatch
 
     # not the relaxation's own graphs, which need a GPU
     stand_in = types.SimpleNamespace(
-        why_not=lambda *_: "", record_cuda=record, CACHE=tuning.cuda_graphs.CACHE
+        ineligible_reason=lambda *_: "", record_cuda=record, CACHE=tuning.cuda_graphs.CACHE
     )
     monkeypatch.setattr(tuning, "cuda_graphs", stand_in)
     assert len(tune(network(), priced({FUSED_32: 1.0})).choices)

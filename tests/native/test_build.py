@@ -49,7 +49,7 @@ def output_of(*command: str | Path) -> str:
 
 @pytest.fixture
 def module():
-    assert native.why_missing() == "", "compile it: make native"
+    assert native.load_error() == "", "compile it: make native"
     return native.load()
 
 
@@ -102,7 +102,7 @@ def test_the_interface_has_one_version():
 
 def reason() -> str:
     """Why the module is missing; `load` raises the same."""
-    found = native.why_missing()
+    found = native.load_error()
     with pytest.raises(BackendError) as raised:
         native.load()
     assert str(raised.value) == found
@@ -158,7 +158,7 @@ def test_info_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(native, "_MODULE", "pcfast._native_absent")
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["native"]
-    assert found["compiled"] is False and found["reason"] == native.why_missing()
+    assert found["compiled"] is False and found["reason"] == native.load_error()
     assert main(["info"]) == 0
     assert "the CUDA kernels are not compiled" in capsys.readouterr().out
 

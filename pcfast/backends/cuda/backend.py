@@ -66,7 +66,7 @@ def _unavailable(device: torch.device) -> str:
         return f"it needs a CUDA device, not {device.type}"
     if device.type == "cpu" and not native.on_host():
         return "it needs a CUDA device"
-    reason = native.why_missing()
+    reason = native.load_error()
     if reason or device.type == "cpu":
         return reason
     if native.on_host():

@@ -60,7 +60,7 @@ def load() -> ModuleType:
     return module
 
 
-def why_missing() -> str:
+def load_error() -> str:
     """Returns why `load` would raise; "" where it would not."""
     return _find(os.environ.get(ON_HOST, ""))[1]
 

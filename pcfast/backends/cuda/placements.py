@@ -24,11 +24,11 @@ def placement_of(plan: Plan) -> Placement | str:
 def _chip(device: torch.device, scalar_bytes: int) -> Chip:
     known = gpu_constants.load()
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
+        result = torch.cuda.get_device_properties(device)
         return Chip(
-            found.multi_processor_count,
-            found.shared_memory_per_block_optin,
-            found.shared_memory_per_multiprocessor,
+            result.multi_processor_count,
+            result.shared_memory_per_block_optin,
+            result.shared_memory_per_multiprocessor,
         )
     # doubles, which only the CPU's build has, are placed as floats would be
     scale = scalar_bytes // torch.float32.itemsize

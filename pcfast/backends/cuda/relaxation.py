@@ -120,7 +120,7 @@ class Relaxation:
         first_bad = outputs.first_bad[:-1]
         checks.observe_first(first_bad, steps)
         checks.finish(out, self.results, lambda: raise_first_bad(first_bad, steps, problem.step_size))
-        forward.settle(problem, out)
+        forward.update_statistics(problem, out)
         return out
 
     def _gradients(self, l: int, below: Tensor, error: Tensor | None):

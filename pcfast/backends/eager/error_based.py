@@ -23,7 +23,7 @@ def error_based(problem: Problem, plan: Plan, chains: Chains) -> Outcome:
     checks, out = Checks(problem, forward), forward.outcome(plan)
     energies: list[Tensor] = []
     free = _relax(problem, plan, forward, energies, checks.observe)
-    results = [(l, v) for found in (free.d, free.errors) for l, v in enumerate(found) if v is not None]
+    results = [(l, v) for result in (free.d, free.errors) for l, v in enumerate(result) if v is not None]
     if plan.wanted.gradients:
         forward.add_updates(out, free.errors)
     if plan.wanted.states:
@@ -32,7 +32,7 @@ def error_based(problem: Problem, plan: Plan, chains: Chains) -> Outcome:
         out.errors = forward.filled(free.errors)
     out.record(plan.wanted, plan.depth, energies, [])
     checks.finish(out, results, lambda: _locate(problem, plan, forward, checks))
-    forward.settle(problem, out)
+    forward.update_statistics(problem, out)
     return out
 
 

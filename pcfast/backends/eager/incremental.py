@@ -5,8 +5,8 @@ the forward pass with the parameters of then, theta(0):
 
     d_l = v_l - vhat_l      eps_l = [f_l(vhat_{l-1} + d_{l-1}; theta) - f_l(vhat_{l-1}; theta(0))] - d_l
 
-The bracket is formed without subtracting nearly equal numbers: for an affine map it is W d + (W - W(0)) vhat
-+ (b - b(0)), then as in strict relaxation (docs/method.md fact 8).
+The difference in brackets is formed without subtracting nearly equal numbers: for an affine map it is
+W d + (W - W(0)) vhat + (b - b(0)), then as in strict relaxation (deviation form, docs/method.md fact 8).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def incremental(problem: Problem, plan: Plan, chains: Chains) -> Outcome:
     if not checks.deferred or plan.num_steps == 0:
         checks.finish(out, [])
     if plan.num_steps == 0:
-        forward.settle(problem, out)
+        forward.update_statistics(problem, out)
     moving = Moving(chains, forward.vhat, forward.output_gradient, plan.belief_optimizer)
     for t in range(1, plan.num_steps + 1):
         if t > 1:
@@ -41,14 +41,14 @@ def incremental(problem: Problem, plan: Plan, chains: Chains) -> Outcome:
         forward.add_updates(out, moving.errors)
         if t < plan.num_steps:
             moving.descend(problem.step_size_at(t), t)
-        found = [(l, e) for l, e in enumerate(moving.errors) if e is not None]
-        found += out.updates_by_layer()
+        result = [(l, e) for l, e in enumerate(moving.errors) if e is not None]
+        result += out.updates_by_layer()
         if checks.deferred:
-            _defer(problem, forward, checks, out, t, found)
+            _defer(problem, forward, checks, out, t, result)
         elif problem.check:
-            check_iteration(t, found, problem.step_size)
+            check_iteration(t, result, problem.step_size)
         if t == 1:
-            forward.settle(problem, out)
+            forward.update_statistics(problem, out)
         problem.move(out.gradients)
     return out
 
@@ -59,14 +59,14 @@ def _defer(
     checks: Checks,
     out: Outcome,
     iteration: int,
-    found: list[tuple[int, Tensor]],
+    result: list[tuple[int, Tensor]],
 ) -> None:
     """Zero this iteration's updates where it, or the forward pass, is not finite; leave word of it."""
     if out.status is not None:  # of the iteration before
         status.defer(out.status, problem.step_size)
     builder = status.StatusBuilder()
     builder.begin(problem.x, forward.vhat[1:], forward.loss_values)
-    checks.defer(out, builder, found, iteration)
+    checks.defer(out, builder, result, iteration)
 
 
 class Moving:
@@ -92,14 +92,14 @@ class Moving:
         ]
         self.errors: list[Tensor | None] = [None] * self._depth + [output_error]
         for chain in chains[1:]:
-            chain.hold()
+            chain.snapshot_params()
 
     def evaluate(self, gradient_at: Callable[[Tensor], Tensor]) -> None:
         """The errors at the beliefs and parameters of now; every chain is then at that point."""
         moved: list[Tensor | None] = [None]  # mu_l - vhat_l; None where zero
         for chain, below in zip(self._chains[1:], self._links, strict=True):
-            chain.reload()
-            moved.append(below.predict() if below is not None and below.moved else chain.drift())
+            chain.refresh()
+            moved.append(below.predict() if below is not None and below.moved else chain.param_shift())
         for l in range(1, self._depth):
             self.errors[l] = self._links[l].error(moved[l], owned=self._chains[l].owned)
         output = self._vhat[-1]

@@ -86,7 +86,7 @@ class Link:
         self.d.add_(self._descent.move(gradient, eta, iteration))
         return gradient
 
-    def settle(self) -> None:
+    def linearize_at_final(self) -> None:
         """Evaluate layer l+1's masks and arg-maxima at the last beliefs, for the weight gradient."""
         if self.moved:
             self.chain.at(self.d)
@@ -130,7 +130,7 @@ class GramLink(Link):
         self._s = self._sum = self._sum_before = None
         self._sum_descent = self._optimizer.descent()
 
-    def adopt(self, s: Tensor, sum: Tensor, sum_before: Tensor) -> None:
+    def set_state(self, s: Tensor, sum: Tensor, sum_before: Tensor) -> None:
         """Take s and the sum from a loop that ran elsewhere; ``sum_before``: before the last iteration."""
         self._s, self._sum, self._sum_before = s, sum, sum_before
 
@@ -173,7 +173,7 @@ class GramLink(Link):
     def last_error(self) -> Tensor | None:
         return None if self._sum_before is None else self._head.pullback(self._sum_before)
 
-    def settle(self):
+    def linearize_at_final(self):
         if not self.moved:
             return
         self.d = self._head.pullback(self._sum).neg_()

@@ -33,13 +33,13 @@ def one_backward(problem: Problem, plan: Plan, chains: Chains) -> Outcome:
     gradients: list[Tensor | None] = [None] * depth + [forward.output_gradient]  # g_l
     lowest = _lowest_gradient(plan, chains)
     for l in range(depth, 0, -1):
-        found, g = chains[l].differentiate(
+        result, g = chains[l].differentiate(
             gradients[l],
             need_input=l > lowest,
             need_gradients=wanted.gradients,
             factor=factors[depth - l],
         )
-        out.add_gradients(found, l)
+        out.add_gradients(result, l)
         gradients[l - 1] = g
         if g is None:
             break
@@ -59,7 +59,7 @@ def one_backward(problem: Problem, plan: Plan, chains: Chains) -> Outcome:
         checks.finish(out, results, lambda: _locate(problem, plan, vhat, gradients))
     else:
         checks.finish(out, results)
-    forward.settle(problem, out)
+    forward.update_statistics(problem, out)
     return out
 
 

@@ -34,7 +34,7 @@ def relax(problem: Problem, plan: Plan, forward: ForwardPass, checks: Checks) ->
     for share in loop.pushes():
         errors = loop.run(checks.observe)
         for link in loop.links[1:]:
-            link.settle()
+            link.linearize_at_final()
         if plan.gram:
             errors[1] = loop.links[1].last_error()
         results += [(l, link.d) for l, link in enumerate(loop.links) if l and link.d is not None]
@@ -48,7 +48,7 @@ def relax(problem: Problem, plan: Plan, forward: ForwardPass, checks: Checks) ->
     out.iterations = loop.iterations
     out.record(plan.wanted, plan.depth, loop.energies, loop.belief_gradients)
     checks.finish(out, results, lambda: loop.locate(checks.raise_where_bad))
-    forward.settle(problem, out)
+    forward.update_statistics(problem, out)
     return out
 
 
@@ -82,7 +82,7 @@ class _Loop:
         if nudging is None:
             yield 1.0
             return
-        distance = self._forward.vhat[-1] - self._forward.target.dense
+        distance = self._forward.vhat[-1] - self._forward.target.target
         for push, share in nudging.pushes:
             if self._away is not None:
                 for link in self.links[1:]:

@@ -24,7 +24,7 @@ import torch
 from ... import kernels
 from ...errors import ArgumentError
 from ...support.files import write_json
-from ...support.log import say_once, warn_once
+from ...support.log import info_once, warn_once
 from . import configs as choices_module
 from .configs import NONE, Choices
 
@@ -158,7 +158,7 @@ def _say_if_stale(known: Identity) -> None:
     with contextlib.suppress(OSError):
         others = sorted(file.name for file in folder().glob(f"{known.prefix}*.json"))
         if others:
-            say_once(
+            info_once(
                 f"{folder()}: choices tuned for other kernels or another triton are not used "
                 f"({', '.join(others)}); tune again: pcfast tune"
             )

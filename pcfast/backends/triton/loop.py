@@ -28,7 +28,7 @@ from ...kernels.pointwise_error import Tail, error_and_delta
 from ...kernels.pointwise_gram import gram_update
 from ...kernels.pointwise_update import update
 from ...kernels.tf32 import as_read
-from ...losses import Target as LossTarget
+from ...losses import PreparedTarget
 from ...model.spec import MaxPool2d
 from ...problem.belief_optimizers import StepSize, schedule_on_device, step_size_of
 from ...support.uploads import uploaded
@@ -74,7 +74,7 @@ class ForwardState:
     vhat: list[Tensor]
     pre_activations: list[Tensor | None]
     starts: list[Tensor] | None
-    target: LossTarget | None
+    target: PreparedTarget | None
     gradient_at: Callable[[Tensor], Tensor]
     gram_link: GramLink | None
 
@@ -138,9 +138,9 @@ class Loop:
                 self._fill_convolution(l, form)
         if isinstance(design.forms[self.depth], LinearForm):
             matrix("vhat" + str(self.depth)).copy_(inputs.vhat[self.depth])
-            matrix("target" + str(self.depth)).copy_(inputs.target.dense)
-            if inputs.target.mass is not None:
-                matrix("target_sum").copy_(inputs.target.mass.reshape(1, -1))
+            matrix("target" + str(self.depth)).copy_(inputs.target.target)
+            if inputs.target.target_sum is not None:
+                matrix("target_sum").copy_(inputs.target.target_sum.reshape(1, -1))
         if inputs.starts is not None:
             for l in range(1, self.depth):
                 moved = design.boundaries[l].in_memory(inputs.starts[l])
@@ -291,7 +291,7 @@ class Loop:
             target=matrix("target" + top),
             error=matrix("error" + top),
             delta=matrix("delta" + top),
-            target_sum=None if target.mass is None else matrix("target_sum").reshape(-1, 1),
+            target_sum=None if target.target_sum is None else matrix("target_sum").reshape(-1, 1),
             scale=target.scale,
             activation=self.design.forms[self.depth].activation,
             precision=self.design.target.precision,

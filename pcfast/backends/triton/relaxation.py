@@ -120,8 +120,8 @@ class Relaxation:
         for l in range(1, depth):
             if l == 1 and gram_link is not None:
                 if not self.design.gram_by_torch:
-                    gram_link.adopt(*loop.gram_state())
-                gram_link.settle()
+                    gram_link.set_state(*loop.gram_state())
+                gram_link.linearize_at_final()
                 d[1], errors[1] = gram_link.d, gram_link.last_error()
             elif not plan.fresh or l >= depth - steps:
                 d[l] = loop.deviation(l)
@@ -148,5 +148,5 @@ class Relaxation:
         first_bad = loop.first_bad[1:]
         checks.observe_first(first_bad, steps)
         checks.finish(out, self.results, lambda: raise_first_bad(first_bad, steps, problem.step_size))
-        forward.settle(problem, out)
+        forward.update_statistics(problem, out)
         return out
