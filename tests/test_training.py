@@ -125,7 +125,7 @@ def test_resume_after_an_interrupt_is_bit_identical(
 ):
     out, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
     after_step[step] = send_interrupt
-    with pytest.raises(KeyboardInterrupt, match="resuming goes on from"):
+    with pytest.raises(KeyboardInterrupt, match="resuming continues from"):
         toy_run(out=out)
     assert signal.getsignal(signal.SIGINT) is handler
     checkpoint = checkpoint_of(out)
@@ -388,7 +388,7 @@ def test_parts_that_repr_with_addresses_or_not_at_all_resume(tmp_path, after_ste
 def test_other_signals_stop_as_ctrl_c_does(tmp_path, uninterrupted, after_step, number, capfd):
     out = tmp_path / "run"
     after_step[BATCHES + 2] = lambda: signal.raise_signal(number)
-    with pytest.raises(KeyboardInterrupt, match="resuming goes on from"):
+    with pytest.raises(KeyboardInterrupt, match="resuming continues from"):
         toy_run(out=out)
     assert signal.getsignal(number) == signal.SIG_DFL
     assert "stopping after this batch" in capfd.readouterr().err

@@ -161,7 +161,7 @@ def _timed(case: Case, ceilings: dict, device: torch.device, quick: bool, deadli
                     row["reason"] = f"gate closed: {verdict.excess:.3g} times what rounding explains"
                     continue
                 steps.append((_name(way), _prepared(way, launches, device)))
-        except Exception as error:  # of a compiler: the other way goes on
+        except Exception as error:  # of a compiler: the other way continues
             row["reason"] = _failure(error)
     rounds = measure.QUICK_ROUNDS if quick else measure.ROUNDS
     # interpreted times say nothing: the fewest rounds will do

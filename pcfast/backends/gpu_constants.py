@@ -52,18 +52,18 @@ class Constants:
 
     Attributes:
         device: name of the GPU that the constants are used for.
-        sm_count: multiprocessors. sm_clock_max_mhz: as the driver says. sm_clock_mhz: seen under light work.
+        sm_count: SMs. sm_clock_max_mhz: as the driver says. sm_clock_mhz: seen under light work.
         l2_bytes, shared_memory_per_block_bytes, shared_memory_per_sm_bytes: sizes; a block's with the opt-in.
         graph_node_gap_us: one more dependent empty kernel in a replayed CUDA graph.
         stream_launch_us: host time of one kernel launch.
-        grid_barrier_us: ``grid.sync()``, one block on every multiprocessor.
+        grid_barrier_us: ``grid.sync()``, one block on every SM.
         cluster_barrier_us: with release and acquire. cluster_barrier_relaxed_us: without the release.
-        neighbour_flag_hop_us: a flag from one multiprocessor to the next, through L2.
+        neighbour_flag_hop_us: a flag from one SM to the next, through L2.
         dsmem_bandwidth_gbs: shared memory of other blocks, read by all resident clusters together.
         resident_clusters_200_kib, resident_clusters_1_kib: clusters that run at the same time, by their blocks'
             shared memory. A grid of more, whose clusters wait for each other, deadlocks; 0: none can be launched.
         shared_memory_bytes_per_clk_sm: read by a block from its own shared memory.
-        l2_bandwidth_gbs: read by all multiprocessors. l2_bandwidth_one_sm_gbs: by one alone.
+        l2_bandwidth_gbs: read by all SMs. l2_bandwidth_one_sm_gbs: by one alone.
         copy_bandwidth_gbs: device memory, bytes read plus bytes written.
         matmul_bf16_tflops, matmul_tf32_tflops, matmul_fp32_tflops: large matrix products through torch.
         source: field -> "measured <device> <date>", "published: <where>" or "estimate: <why>"; where the entries of
@@ -141,7 +141,7 @@ DEFAULTS: dict[str, tuple[Any, str]] = {
         _for_every_size(3000.0),
         _LEAD + " (about 3 TB/s, larger clusters are not faster)",
     ),
-    # 15 clusters of 8 is the lead; the other sizes: as much of 132 multiprocessors, rounded down to be safe
+    # 15 clusters of 8 is the lead; the other sizes: as much of 132 SMs, rounded down to be safe
     "resident_clusters_200_kib": (
         Table({2: 60, 4: 30, 8: 15, 16: 7}),
         _LEAD + " (15 of 8; others in proportion)",

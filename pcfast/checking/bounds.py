@@ -90,7 +90,7 @@ def with_forward_errors_of(model: nn.Sequential, x: Tensor) -> nn.Sequential:
 
     Each module with parameters of its own, and each PC layer, adds the constant that brings its output at ``x``
     to what ``model(x)`` gave; one that runs more than once in a pass, or gives no tensor, adds none. It holds the
-    relu kinks that rounding pushes units over, and owes nothing to the backend under test.
+    relu kinks that rounding pushes units over, and is independent of the backend under test.
 
     Args:
         model: float32, on x's device; it stays as it is. x: (B, ...), float32.

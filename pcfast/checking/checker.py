@@ -7,7 +7,7 @@ Bounds are those of docs/method.md, "How results are judged". They come from tor
 has no part in the bound that it is held to. Beyond the rule there, each bound has what the literal float64 loop may
 lose itself added (:func:`pcfast.checking.bounds.rounding`), as where few iterations leave errors of 1e-17 of a
 belief; and in tf32 and bf16 the forward pass's cost is the upper quartile over the draws, since their median is a
-coin toss for a small network, where about one unit a draw lies within rounding of its kink.
+matter of chance for a small network, where about one unit a draw lies within rounding of its kink.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def kept_so_far(path: Path | None, record: dict) -> None:
     try:
         write_json(path, record)
     except OSError as error:
-        warn_once(f"{error}: the run goes on, and writes all of it at its end")
+        warn_once(f"{error}: the run continues, and writes all of it at its end")
 
 
 def network_of(

@@ -91,7 +91,7 @@ def _devices() -> list[dict]:
         properties = torch.cuda.get_device_properties(index)
         detail = (
             f"compute capability {properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB, "
-            f"{properties.multi_processor_count} multiprocessors"
+            f"{properties.multi_processor_count} SMs"
         )
         rows.append(_device(f"cuda:{index}", properties.name, detail))
     if len(rows) == 1:

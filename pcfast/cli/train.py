@@ -96,8 +96,8 @@ def train(context: click.Context, **options) -> int:
     """Train a network by predictive coding.
 
     The run folder gets checkpoint.pt, config.json, log.csv (one line an epoch) and curves.png. Ctrl-C, SIGTERM and
-    SIGHUP finish the batch and write the checkpoint; --resume goes on from it, on a CPU bit for bit as if nothing had
-    happened.
+    SIGHUP finish the batch and write the checkpoint; --resume continues from it, on a CPU bit for bit as if nothing
+    had happened.
     """
     out = checked_folder("out", options["out"] or Path("runs") / (options["recipe"] or options["data"]))
     given = [name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]

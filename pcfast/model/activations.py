@@ -5,8 +5,8 @@ For a pre-activation ``u = uhat + s`` each activation gives
     act_diff = act(uhat + s) - act(uhat)      derivative = act'(uhat + s)
 
 from ``uhat`` and ``s`` without subtracting two nearly equal numbers: in a relaxation ``s`` is often 1e-5 of
-``uhat`` and the plain difference would be rounding noise (docs/method.md fact 8). All functions are elementwise, keep
-shape and dtype, and work for any floating dtype.
+``uhat`` and the plain difference would be rounding noise (deviation form, docs/method.md fact 8). All functions are
+elementwise, keep shape and dtype, and work for any floating dtype.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ def strict_products(depth: int, num_steps: int, fresh: bool, layer: int) -> tupl
     """How often strict relaxation multiplies by layer ``layer``'s weights: (predictions, feedbacks).
 
     Layer 1's prediction is constant and nothing below it moves, so it counts (0, 0). From a forward-pass
-    start, iteration t works on predictions l > L-t+1 and feeds back through l > L-t (fact 3).
+    start, iteration t works on predictions l > L-t+1 and feeds back through l > L-t (active front, fact 3).
     """
     if layer == 1:
         return 0, 0

@@ -41,7 +41,7 @@ def drawn(path: Path, draw: Callable[[Path], None]) -> bool:
             _failed.add(str(path))
             text = " ".join(str(error).split())[:200]
             _log.warning(
-                f"{ascii(str(path))[1:-1]} could not be drawn, all else goes on: {type(error).__name__}: {text}"
+                f"{ascii(str(path))[1:-1]} could not be drawn, the rest continues: {type(error).__name__}: {text}"
             )
         return False
     return True

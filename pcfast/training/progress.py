@@ -123,7 +123,7 @@ class Display:
         except (OSError, ValueError) as error:  # ValueError: a closed file
             self.bar = None
             reason = getattr(error, "strerror", None) or str(error)
-            _log.warning(f"standard output cannot be written ({reason}): the run goes on without a word")
+            _log.warning(f"standard output cannot be written ({reason}): the run continues without output")
 
     def say(self, message: str) -> None:
         """One line between the epochs'; nothing where there is nothing to say."""

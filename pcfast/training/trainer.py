@@ -408,7 +408,7 @@ def _train_epochs(
                 _draw(run, folder, config)
                 drawn = time.monotonic()
         if interrupt.requested:
-            kept = "" if folder is None else f"; resuming goes on from {folder / CHECKPOINT}"
+            kept = "" if folder is None else f"; resuming continues from {folder / CHECKPOINT}"
             raise KeyboardInterrupt(f"training stopped after {len(run.history)} epochs{kept}")
 
 

@@ -1,8 +1,8 @@
 """Error-based predictive coding in deviation form (docs/methods.md; Goemaere et al., ePC).
 
 The errors eps_1..eps_{L-1} are the free variables. The perturbed network v_l = f_l(v_{l-1}) - eps_l is kept as
-d_l = v_l - vhat_l = (mu_l - vhat_l) - eps_l, so that nothing nearly equal is subtracted (docs/method.md fact 8); mu_1
-never moves (fact 2).
+d_l = v_l - vhat_l = (mu_l - vhat_l) - eps_l, so that nothing nearly equal is subtracted (deviation form,
+docs/method.md fact 8); mu_1 never moves (clamped input, fact 2).
 """
 
 from __future__ import annotations

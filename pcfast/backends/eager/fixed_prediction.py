@@ -13,7 +13,7 @@ from ...problem.belief_optimizers import PLAIN, GradientDescent, StepSize, step_
 def scalar_chain(
     depth: int, step_size: StepSize, optimizer: GradientDescent = PLAIN
 ) -> Iterator[tuple[float, ...]]:
-    """The scalar recursion that fixed prediction is (docs/method.md fact 1), in float64.
+    """The scalar recursion that fixed prediction is (closed form, docs/method.md fact 1), in float64.
 
     Yields (c_0(t), ..., c_L(t)) for t = 0, 1, 2, ..., until a schedule ends: c_0 = 1, c_d(0) = m_d(0) = 0,
 

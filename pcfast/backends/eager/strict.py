@@ -120,7 +120,7 @@ class _Loop:
         """Run the iterations; returns the last iteration's errors, None where they are zero.
 
         After an early exit nothing changes any more: the host leaves the loop, or, where it would have to wait to
-        know, goes on, and what it computes is dropped.
+        know, continues, and what it computes is dropped.
         """
         problem, plan, depth, links = self._problem, self._plan, self._plan.depth, self.links
         num_steps, wanted = plan.num_steps, plan.wanted

@@ -188,7 +188,7 @@ class Loop:
             self._branches.run(self._feedback_pieces(t))
 
     def front(self, t: int) -> int:
-        """The lowest layer with an error in iteration t (docs/method.md fact 3)."""
+        """The lowest layer with an error in iteration t (active front, docs/method.md fact 3)."""
         return max(self.depth - t + 1, 1) if self.design.fresh else 1
 
     def _moved(self, l: int, t: int) -> bool:
