@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 
 from pcfast.backends import gpu_constants
-from pcfast.backends.gpu_constants import BY_CLUSTER_SIZE, CLUSTER_SIZES, DEFAULTS, NAMES, Table, load
+from pcfast.backends.gpu_constants import DEFAULTS, NAMES, load
 from pcfast.bench.constants import measure
 from pcfast.errors import ArgumentError
 from pcfast.support import log
@@ -64,24 +64,11 @@ def inside_loops(body: str) -> str:
     return "\n".join(lines[i] for i in sorted(inside))
 
 
-# Kernel -> instructions that must stand in its loop. Loads are volatile, relaxed or acquire: ptxas takes plain ones
-# out of the loop.
-ANYWHERE = {
+# Kernel -> instructions that must stand in its loop. Loads are volatile: ptxas takes plain ones out of the loop.
+IN_LOOPS = {
     "read_shared": ("ld.volatile.shared.v4.u32",) * 4,
-    "read_l2": ("ld.relaxed.gpu.global.v4.u32",) * 4,
-    "pass_token_round": ("ld.acquire.gpu.global.u32", "st.release.gpu.global.u32", "%clock64"),
-    "arrive_and_wait_for_all": ("ld.acquire.gpu.global.u32", "%clock64"),
-    "grid_barriers": ("atom.add.release.gpu", "ld.acquire.gpu", "barrier.sync"),
     "stay_busy": ("fma.rn.f32", "%globaltimer", "%clock64"),
     "hold_stream": ("%clock64",),
-}
-CLUSTERS = {
-    "read_neighbour": ("ld.relaxed.cluster.shared::cluster.v4.u32",) * 8,
-    "cluster_barriersILb0": (
-        "barrier.cluster.arrive.release.aligned",
-        "barrier.cluster.wait.acquire.aligned",
-    ),
-    "cluster_barriersILb1": ("barrier.cluster.arrive.relaxed.aligned", "barrier.cluster.wait.aligned"),
 }
 
 
@@ -89,17 +76,11 @@ CLUSTERS = {
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_timed_loops_hold_what_is_measured(built, architecture):
     kernels = kernels_of((built / f"constants.compute_{architecture}.ptx").read_text())
-    wanted = ANYWHERE if architecture == "80" else {**ANYWHERE, **CLUSTERS}
-    for name, instructions in wanted.items():
+    for name, instructions in IN_LOOPS.items():
         (body,) = (body for mangled, body in kernels.items() if name in mangled)
         loop = inside_loops(body)
         for instruction in set(instructions):
             assert loop.count(instruction) >= instructions.count(instruction), (name, instruction)
-    for name in CLUSTERS:
-        (body,) = (body for mangled, body in kernels.items() if name in mangled)
-        assert ("trap;" in body) == (architecture == "80"), name
-    (neighbour,) = (body for mangled, body in kernels.items() if "read_neighbour" in mangled)
-    assert architecture == "80" or "mapa.shared::cluster.u32" in neighbour
 
 
 @needs_nvcc
@@ -113,13 +94,7 @@ def test_machine_code_keeps_the_loads_in_their_loops(built):
     cubin = built / "constants.compute_90a.cubin"
     code = subprocess.run([tools[0], "-sass", cubin], capture_output=True, text=True, check=True).stdout
     kernels = dict(zip(*[iter(re.split(r"Function : (\w+)", code)[1:])] * 2, strict=True))
-    for name, instruction, count in (
-        ("read_shared", r"LDS\.128", 4),
-        ("read_l2", r"LDG\.E\.128\.STRONG\.GPU", 4),
-        ("read_neighbour", r"LD\.E\.128\.STRONG", 8),
-        ("cluster_barriersILb0", r"UCGABAR_ARV", 1),
-        ("pass_token_round", r"STG\.E\.STRONG\.GPU", 1),
-    ):
+    for name, instruction, count in (("read_shared", r"LDS\.128", 4),):
         (body,) = (body for mangled, body in kernels.items() if name in mangled)
         lines = [(int(address, 16), line) for address, line in re.findall(r"/\*([0-9a-f]{4})\*/(.*)", body)]
         jumps = [
@@ -150,17 +125,16 @@ HANGING = r"""
 int main() {
     Report report;
     report.describe("device", quoted("NVIDIA \"X\" \\ 1\n"));
-    report.measured("sm_count", 0, Value::exact(132));
-    report.measured("grid_barrier_us", 0, Value::median_of({3, 1, 2, 5, 4}, 0, 10));
-    report.measured("cluster_barrier_us", 2, Value::median_of({0.25}, 0, 10));
+    report.measured("sm_count", Value::exact(132));
+    report.measured("sm_clock_mhz", Value::median_of({3, 1, 2, 5, 4}, 0, 10));
     try {
-        report.measured("cluster_barrier_us", 4, Value::median_of({11}, 0, 10));
+        report.measured("l2_bytes", Value::median_of({11}, 0, 10));
     } catch (const Failure& failure) {
-        report.not_measured("cluster_barrier_us", 4, failure.what());
+        report.not_measured("l2_bytes", failure.what());
     }
     Watchdog watchdog(report);
-    watchdog.expect("copy_bandwidth_gbs", 0, 100);
-    watchdog.expect("dsmem_bandwidth_gbs", 8, 1);
+    watchdog.expect("copy_bandwidth_gbs", 100);
+    watchdog.expect("matmul_bf16_tflops", 1);
     std::this_thread::sleep_for(std::chrono::seconds(30));
 }
 """
@@ -175,14 +149,13 @@ def test_a_measurement_that_hangs_is_stopped_and_named(tmp_path):
     record = measure.run(program)
     assert record["exit_status"] == 3
     assert record["device"] == 'NVIDIA "X" \\ 1 '
-    assert record["stopped_at"] == "dsmem_bandwidth_gbs"
+    assert record["stopped_at"] == "matmul_bf16_tflops"
     assert record["measured"]["sm_count"] == 132
-    assert record["measured"]["grid_barrier_us"] == {"median": 3, "p20": 2, "p80": 4, "samples": 5}
-    assert record["measured"]["cluster_barrier_us"]["2"]["median"] == 0.25
-    assert "outside what is plausible" in record["not_measured"]["cluster_barrier_us"]["4"]
-    assert "waited 1 s" in record["not_measured"]["dsmem_bandwidth_gbs"]["8"]
+    assert record["measured"]["sm_clock_mhz"] == {"median": 3, "p20": 2, "p80": 4, "samples": 5}
+    assert "outside what is plausible" in record["not_measured"]["l2_bytes"]
+    assert "waited 1 s" in record["not_measured"]["matmul_bf16_tflops"]
     measure.save({**record, "date": "2026-11-24"}, tmp_path / "constants.json")
-    assert load(tmp_path / "constants.json").grid_barrier_us == 3
+    assert load(tmp_path / "constants.json").sm_clock_mhz == 3
 
 
 # ---- building and running it
@@ -298,9 +271,7 @@ def test_everything_is_measured_on_a_gpu(tmp_path):
     assert record["exit_status"] == 0, record["not_measured"]
     measure.save(record, tmp_path / "constants.json")
     measured = load(tmp_path / "constants.json", device=torch.cuda.get_device_name(0))
-    clusters = torch.cuda.get_device_capability(0) >= (9, 0)
-    wanted = [n for n in NAMES if clusters or n not in BY_CLUSTER_SIZE]
-    assert [n for n in wanted if "measured" not in measured.source[n]] == []
+    assert [name for name in NAMES if not measured.is_measured(name)] == []
 
 
 # ---- reading the result
@@ -313,19 +284,11 @@ SAMPLE = {
     "measured": {
         "sm_count": 132,
         "l2_bytes": 62914560,
-        "grid_barrier_us": {"median": 1.25, "p20": 1.2, "p80": 1.3, "samples": 20},
-        "cluster_barrier_us": {
-            "2": {"median": 0.5, "p20": 0.5, "p80": 0.5, "samples": 15},
-            "8": {"median": 0.6, "p20": 0.5, "p80": 0.7, "samples": 15},
-        },
-        "resident_clusters_200_kib": {"2": 66, "4": 32, "8": 15, "16": 0},
-        "resident_clusters_1_kib": {"2": 528, "4": 260, "8": 120},
+        "sm_clock_mhz": {"median": 1755.5, "p20": 1750, "p80": 1760, "samples": 20},
         "of_a_later_release_us": {"median": 1},
     },
     "not_measured": {
         "copy_bandwidth_gbs": "less than 3 GiB of device memory are free",
-        "cluster_barrier_us": {"16": "not one cluster of 16 blocks is resident"},
-        "resident_clusters_1_kib": {"16": "block 3 waited a second for all"},
     },
     "exit_status": 2,
     "torch": "2.11.0+cu130",
@@ -343,33 +306,15 @@ def written(tmp_path, record) -> Path:
 def test_measured_values_stand_before_defaults(tmp_path):
     found = load(written(tmp_path, SAMPLE))
     assert found.device == "NVIDIA H200"
-    assert (found.sm_count, found.l2_bytes, found.grid_barrier_us) == (132, 62914560, 1.25)
-    assert found.source["grid_barrier_us"] == LABEL and found.is_measured("grid_barrier_us")
-    assert found.graph_node_gap_us == DEFAULTS["graph_node_gap_us"][0]
-    assert found.source["graph_node_gap_us"] == DEFAULTS["graph_node_gap_us"][1]
+    assert (found.sm_count, found.l2_bytes, found.sm_clock_mhz) == (132, 62914560, 1755.5)
+    assert found.source["sm_clock_mhz"] == LABEL and found.is_measured("sm_clock_mhz")
+    assert found.matmul_bf16_tflops == DEFAULTS["matmul_bf16_tflops"][0]
+    assert found.source["matmul_bf16_tflops"] == DEFAULTS["matmul_bf16_tflops"][1]
     assert found.copy_bandwidth_gbs == 4300
     assert found.source["copy_bandwidth_gbs"].endswith(
         "not measured: less than 3 GiB of device memory are free"
     )
     assert not found.is_measured("copy_bandwidth_gbs")
-
-
-def test_tables_are_filled_size_by_size(tmp_path):
-    found = load(written(tmp_path, SAMPLE))
-    default, origin = DEFAULTS["cluster_barrier_us"]
-    assert dict(found.cluster_barrier_us) == {2: 0.5, 4: default[4], 8: 0.6, 16: default[16]}
-    why = "not measured: not one cluster of 16 blocks is resident"
-    assert found.source["cluster_barrier_us"] == f"2, 8: {LABEL} | 4: {origin} | 16: {origin}; {why}"
-    assert not found.is_measured("cluster_barrier_us")
-
-
-def test_clusters_that_could_not_be_counted_are_none(tmp_path):
-    """Any other number might deadlock."""
-    found = load(written(tmp_path, SAMPLE))
-    assert dict(found.resident_clusters_200_kib) == {2: 66, 4: 32, 8: 15, 16: 0}
-    assert found.is_measured("resident_clusters_200_kib")
-    assert found.resident_clusters_1_kib[16] == 0
-    assert "none, as it was not measured: block 3 waited" in found.source["resident_clusters_1_kib"]
 
 
 def test_without_a_file_all_are_defaults(monkeypatch, caplog):
@@ -383,15 +328,14 @@ def test_without_a_file_all_are_defaults(monkeypatch, caplog):
 
 def test_the_environment_names_a_file(tmp_path, monkeypatch):
     monkeypatch.setenv(gpu_constants.PATH_VARIABLE, str(written(tmp_path, SAMPLE)))
-    assert load().grid_barrier_us == 1.25
+    assert load().sm_clock_mhz == 1755.5
 
 
 def test_every_default_names_where_it_is_from():
     assert set(DEFAULTS) == set(NAMES)
     for name, (value, source) in DEFAULTS.items():
         assert source.startswith(("published: ", "estimate: ")), name
-        if name in BY_CLUSTER_SIZE:
-            assert isinstance(value, Table) and tuple(value) == CLUSTER_SIZES
+        assert value > 0
 
 
 def test_an_unknown_device_gets_the_defaults_and_says_so(monkeypatch, caplog):
@@ -430,18 +374,15 @@ def changed(**entries) -> dict:
         ({**SAMPLE, "date": ""}, "it has no date"),
         ({**SAMPLE, "measured": []}, "it has no measured"),
         (
-            {**SAMPLE, "not_measured": {"grid_barrier_us": 3}},
-            "the reason for not measuring grid_barrier_us is 3",
+            {**SAMPLE, "not_measured": {"sm_clock_mhz": 3}},
+            "the reason for not measuring sm_clock_mhz is 3",
         ),
-        (changed(grid_barrier_us="fast"), "grid_barrier_us is 'fast'"),
-        (changed(grid_barrier_us={"p20": 1}), "grid_barrier_us is"),
-        (changed(grid_barrier_us=0), "grid_barrier_us is 0"),
-        (changed(grid_barrier_us=True), "grid_barrier_us is True"),
-        (changed(grid_barrier_us=float("nan")), "grid_barrier_us is nan"),
+        (changed(sm_clock_mhz="fast"), "sm_clock_mhz is 'fast'"),
+        (changed(sm_clock_mhz={"p20": 1}), "sm_clock_mhz is"),
+        (changed(sm_clock_mhz=0), "sm_clock_mhz is 0"),
+        (changed(sm_clock_mhz=True), "sm_clock_mhz is True"),
+        (changed(sm_clock_mhz=float("nan")), "sm_clock_mhz is nan"),
         (changed(sm_count=-1), "sm_count is -1"),
-        (changed(cluster_barrier_us=1.0), "cluster_barrier_us is not by cluster size"),
-        (changed(cluster_barrier_us={"two": 1.0}), "cluster_barrier_us is not by cluster size"),
-        (changed(cluster_barrier_us={"2": None}), "cluster_barrier_us of 2 is None"),
     ],
 )
 def test_files_that_are_refused(record, message, tmp_path):
@@ -459,10 +400,8 @@ def test_a_missing_file_is_named(tmp_path):
 def test_the_program_and_the_dataclass_name_the_same_constants():
     source = (FOLDER / "constants.cu").read_text()
     by_program = {
-        *re.findall(r'\{"(\w+)", (?:true|false), \w+\}', source),
+        *re.findall(r'\{"(\w+)", \w+\}', source),
         *re.findall(r'report\.measured\("(\w+)"', source),
     }
     by_torch = set(re.findall(r'"(matmul_\w+)"', (FOLDER / "measure.py").read_text()))
     assert by_program | by_torch == set(NAMES)
-    sized = set(re.findall(r'\{"(\w+)", true, \w+\}', source))
-    assert sized == set(BY_CLUSTER_SIZE)

@@ -1,6 +1,6 @@
-// The clock of the multiprocessors.
+// The clock of the SMs.
 //
-//   sm_clock_mhz    cycles by clock64 over nanoseconds by globaltimer, while every multiprocessor runs a chain of
+//   sm_clock_mhz    cycles by clock64 over nanoseconds by globaltimer, while every SM runs a chain of
 //                   multiply-adds for 5 ms. Under heavier work, such as long matrix products, a chip may clock lower.
 #pragma once
 
@@ -41,7 +41,7 @@ inline std::vector<Interval> busy_intervals(const Device& device, int repetition
     return seen;
 }
 
-inline Value sm_clock_mhz(const Device& device, int) {
+inline Value sm_clock_mhz(const Device& device) {
     std::vector<double> samples;
     for (const Interval& taken : busy_intervals(device, 20)) {
         if (taken.nanoseconds < BUSY_NANOSECONDS) throw Failure("globaltimer does not advance");

@@ -2,48 +2,30 @@
 //
 //     nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a -o constants constants.cu && ./constants
 //
-// measure.py does that, adds the rates of matrix products and keeps the result; pcfast/constants.py reads it.
+// measure.py does that, adds the rates of matrix products and keeps the result; pcfast/backends/gpu_constants.py reads it.
 //
-// {"device": name, ...,
-//  "measured": {constant: number | {"median", "p20", "p80", "samples"}, or by cluster size: {"2": ..., "4": ...}},
-//  "not_measured": {constant: reason, or by cluster size: {"16": reason}}}
+// {"device": name, ..., "measured": {constant: number | {"median", "p20", "p80", "samples"}}, "not_measured": {constant: reason}}
 //
 // Units stand in the names. What is measured, and how, stands at the top of the file that measures it. Every entry has
 // ten seconds, all of them together 45; one that fails is reported and the next one runs. Exit status: report.h.
 
-#include "barriers.cuh"
 #include "clock.cuh"
-#include "clusters.cuh"
 #include "harness.cuh"
-#include "launches.cuh"
 #include "memory.cuh"
 #include "report.h"
 
 constexpr int SECONDS_FOR_ONE = 10, SECONDS_FOR_ALL = 45;
 
-/// One constant; `measure(device, cluster_size)`.
+/// One constant.
 struct Measurement {
     const char* name;
-    bool by_cluster_size;
-    Value (*measure)(const Device&, int);
+    Value (*measure)(const Device&);
 };
 
-// resident_clusters_* first among those by cluster size: they show that a grid of that size does not deadlock.
 constexpr Measurement MEASUREMENTS[] = {
-    {"graph_node_gap_us", false, graph_node_gap_us},
-    {"stream_launch_us", false, stream_launch_us},
-    {"shared_memory_bytes_per_clk_sm", false, shared_memory_bytes_per_clk_sm},
-    {"l2_bandwidth_gbs", false, l2_bandwidth_gbs},
-    {"l2_bandwidth_one_sm_gbs", false, l2_bandwidth_one_sm_gbs},
-    {"copy_bandwidth_gbs", false, copy_bandwidth_gbs},
-    {"sm_clock_mhz", false, sm_clock_mhz},
-    {"neighbour_flag_hop_us", false, neighbour_flag_hop_us},
-    {"grid_barrier_us", false, grid_barrier_us},
-    {"resident_clusters_200_kib", true, resident_clusters_200_kib},
-    {"resident_clusters_1_kib", true, resident_clusters_1_kib},
-    {"cluster_barrier_us", true, cluster_barrier_us},
-    {"cluster_barrier_relaxed_us", true, cluster_barrier_relaxed_us},
-    {"dsmem_bandwidth_gbs", true, dsmem_bandwidth_gbs},
+    {"shared_memory_bytes_per_clk_sm", shared_memory_bytes_per_clk_sm},
+    {"copy_bandwidth_gbs", copy_bandwidth_gbs},
+    {"sm_clock_mhz", sm_clock_mhz},
 };
 
 void describe(const Device& device, Report& report) {
@@ -57,24 +39,19 @@ void describe(const Device& device, Report& report) {
     report.describe("compute_capability", quoted(std::to_string(device.major) + "." + std::to_string(device.minor)));
     report.describe("cuda_driver", version(driver));
     report.describe("cuda_runtime", version(runtime));
-    report.measured("sm_count", 0, Value::exact(device.sm_count));
-    if (device.clock_max_khz > 0) {
-        report.measured("sm_clock_max_mhz", 0, Value::exact(device.clock_max_khz / 1000));
-    } else {
-        report.not_measured("sm_clock_max_mhz", 0, "the driver does not tell");
-    }
-    report.measured("l2_bytes", 0, Value::exact(device.l2_bytes));
-    report.measured("shared_memory_per_block_bytes", 0, Value::exact(device.shared_bytes_per_block));
-    report.measured("shared_memory_per_sm_bytes", 0, Value::exact(device.shared_bytes_per_sm));
+    report.measured("sm_count", Value::exact(device.sm_count));
+    report.measured("l2_bytes", Value::exact(device.l2_bytes));
+    report.measured("shared_memory_per_block_bytes", Value::exact(device.shared_bytes_per_block));
+    report.measured("shared_memory_per_sm_bytes", Value::exact(device.shared_bytes_per_sm));
 }
 
 /// The device, ready and warm, with what it says of itself in the report.
 Device prepare(Report& report, Watchdog& watchdog) {
-    watchdog.expect("opening the device", 0, 30);  // the first CUDA call can take seconds
+    watchdog.expect("opening the device", 30);  // the first CUDA call can take seconds
     Device device = Device::open();
     describe(device, report);
     cudaFuncAttributes attributes{};
-    const cudaError_t status = cudaFuncGetAttributes(&attributes, empty_kernel);
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, hold_stream);
     if (status != cudaSuccess) {
         throw Failure(std::string("this program holds no code for compute capability ") +
                       std::to_string(device.major) + "." + std::to_string(device.minor) + ": " +
@@ -89,35 +66,29 @@ int measure_all(const Device& device, Report& report, Watchdog& watchdog) {
     const auto begin = Watchdog::Clock::now();
     int status = EXIT_MEASURED;
     std::string lost;  // why the device cannot be used any more
-    const auto measure = [&](const Measurement& what, int cluster_size) {
+    const auto measure = [&](const Measurement& what) {
         if (lost.empty() && Watchdog::Clock::now() - begin > std::chrono::seconds(SECONDS_FOR_ALL)) {
             lost = "out of time";
             status = EXIT_FAILED;
         }
         if (!lost.empty()) {
-            report.not_measured(what.name, cluster_size, lost);
+            report.not_measured(what.name, lost);
             return;
         }
-        watchdog.expect(what.name, cluster_size, SECONDS_FOR_ONE);
+        watchdog.expect(what.name, SECONDS_FOR_ONE);
         try {
-            report.measured(what.name, cluster_size, what.measure(device, cluster_size));
+            report.measured(what.name, what.measure(device));
         } catch (const Unsupported& reason) {
-            report.not_measured(what.name, cluster_size, reason.what());
+            report.not_measured(what.name, reason.what());
         } catch (const std::exception& error) {
-            report.not_measured(what.name, cluster_size, error.what());
+            report.not_measured(what.name, error.what());
             status = EXIT_FAILED;
             // Some errors are over with being reported, others end the context.
             cudaGetLastError();
             if (cudaDeviceSynchronize() != cudaSuccess) lost = std::string("the CUDA context was lost in ") + what.name;
         }
     };
-    for (const Measurement& what : MEASUREMENTS) {
-        if (!what.by_cluster_size) {
-            measure(what, 0);
-            continue;
-        }
-        for (int cluster_size : {2, 4, 8, 16}) measure(what, cluster_size);
-    }
+    for (const Measurement& what : MEASUREMENTS) measure(what);
     return status;
 }
 

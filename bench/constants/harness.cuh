@@ -19,9 +19,8 @@ inline void check(cudaError_t status, const char* call) {
 /// The device that is measured, and the one stream that everything runs on.
 struct Device {
     std::string name;
-    int major = 0, minor = 0, sm_count = 0, l2_bytes = 0, clock_max_khz = 0;
+    int major = 0, minor = 0, sm_count = 0, l2_bytes = 0;
     int shared_bytes_per_block = 0, shared_bytes_per_sm = 0;
-    bool cooperative = false, clusters = false;
     cudaStream_t stream = nullptr;
 
     static Device open() {
@@ -37,11 +36,8 @@ struct Device {
         device.minor = attribute(cudaDevAttrComputeCapabilityMinor);
         device.sm_count = attribute(cudaDevAttrMultiProcessorCount);
         device.l2_bytes = attribute(cudaDevAttrL2CacheSize);
-        device.clock_max_khz = attribute(cudaDevAttrClockRate);
         device.shared_bytes_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
         device.shared_bytes_per_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-        device.cooperative = attribute(cudaDevAttrCooperativeLaunch) != 0;
-        device.clusters = attribute(cudaDevAttrClusterLaunch) != 0;
         CHECK(cudaStreamCreateWithFlags(&device.stream, cudaStreamNonBlocking));
         return device;
     }
@@ -89,46 +85,17 @@ class Buffer {
 /// Shape of a launch.
 struct Shape {
     int blocks = 1, threads = 1;
-    size_t shared_bytes = 0;   // dynamic, per block
-    int cluster_size = 0;      // 0: no cluster
-    bool cooperative = false;  // refused by the driver where not all blocks can be resident at once
-};
-
-/// A launch in the runtime's own terms; it points into itself, so it stays where it is made.
-class LaunchConfig {
-  public:
-    LaunchConfig(const Shape& shape, cudaStream_t stream) {
-        config_.gridDim = dim3(shape.blocks);
-        config_.blockDim = dim3(shape.threads);
-        config_.dynamicSmemBytes = shape.shared_bytes;
-        config_.stream = stream;
-        config_.attrs = attributes_;
-        if (shape.cluster_size > 0) {
-            cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
-            attribute.id = cudaLaunchAttributeClusterDimension;
-            attribute.val.clusterDim.x = shape.cluster_size;
-            attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-        }
-        if (shape.cooperative) {
-            cudaLaunchAttribute& attribute = attributes_[config_.numAttrs++];
-            attribute.id = cudaLaunchAttributeCooperative;
-            attribute.val.cooperative = 1;
-        }
-    }
-    LaunchConfig(const LaunchConfig&) = delete;
-    LaunchConfig& operator=(const LaunchConfig&) = delete;
-
-    const cudaLaunchConfig_t* get() const { return &config_; }
-
-  private:
-    cudaLaunchConfig_t config_{};
-    cudaLaunchAttribute attributes_[2] = {};
+    size_t shared_bytes = 0;  // dynamic, per block
 };
 
 template <typename... Parameters, typename... Arguments>
 void launch(const Shape& shape, cudaStream_t stream, void (*kernel)(Parameters...), Arguments&&... arguments) {
-    const LaunchConfig config(shape, stream);
-    CHECK(cudaLaunchKernelEx(config.get(), kernel, std::forward<Arguments>(arguments)...));
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(shape.blocks);
+    config.blockDim = dim3(shape.threads);
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = stream;
+    CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
 /// More than 48 KiB of dynamic shared memory has to be asked for, kernel by kernel.
@@ -166,7 +133,7 @@ class Stopwatch {
     Stopwatch& operator=(const Stopwatch&) = delete;
 
     /// Device time of what `work` puts into the stream; returns when it is done. The stream is held until the host has
-    /// put it there: or the time of launching, which for a graph grows with its nodes, would count.
+    /// put it there, or the time of launching would count.
     template <typename Work>
     double microseconds(Work work) {
         launch({1, 1}, stream_, hold_stream, HOLD_CYCLES);

@@ -1,9 +1,7 @@
-// How fast a multiprocessor reads its shared memory, and all of them L2 and device memory.
+// How fast an SM reads its shared memory, and the GPU copies device memory.
 //
-//   shared_memory_bytes_per_clk_sm   16-byte loads, 1024 threads, 64 KiB again and again, on every multiprocessor;
+//   shared_memory_bytes_per_clk_sm   16-byte loads, 1024 threads, 64 KiB again and again, on every SM;
 //                                    cycles by clock64, of the slowest block.
-//   l2_bandwidth_gbs                 16-byte loads past L1 from 8 MiB, which stay in L2, by all multiprocessors.
-//   l2_bandwidth_one_sm_gbs          the same by one block on an otherwise idle chip.
 //   copy_bandwidth_gbs               device-to-device cudaMemcpyAsync of 1 GiB: bytes read plus bytes written.
 #pragma once
 
@@ -39,7 +37,7 @@ __global__ void __launch_bounds__(SHARED_THREADS) read_shared(int rounds, uint64
     atomicAdd(&sums[blockIdx.x], sum);
 }
 
-inline Value shared_memory_bytes_per_clk_sm(const Device& device, int) {
+inline Value shared_memory_bytes_per_clk_sm(const Device& device) {
     constexpr int FEW = 16, MANY = 272, REPETITIONS = 15;
     constexpr size_t BYTES = SHARED_VECTORS * sizeof(uint4);
     const Shape shape{device.sm_count, SHARED_THREADS, BYTES};
@@ -61,66 +59,6 @@ inline Value shared_memory_bytes_per_clk_sm(const Device& device, int) {
     return Value::median_of(rates(BYTES, cycles_a_round), 8, 600);
 }
 
-// ---- L2
-
-constexpr int L2_THREADS = 1024, L2_BLOCKS_A_SM = 2;
-constexpr int L2_SLICE_VECTORS = 64 * 1024 / sizeof(uint4);  // what a block reads in a round
-constexpr int L2_SLICES = 128;                               // 8 MiB in all
-
-/// Block b starts at slice 5 b and goes on by one a round, so that blocks are spread over the buffer.
-__host__ __device__ inline uint32_t l2_slice(uint32_t block, uint32_t round) {
-    return (5 * block + round) % L2_SLICES;
-}
-
-__global__ void __launch_bounds__(L2_THREADS, L2_BLOCKS_A_SM) read_l2(int rounds, const uint4* data, uint32_t* sums) {
-    uint32_t sum = 0;
-#pragma unroll 1
-    for (int round = 0; round < rounds; ++round) {
-        const uint4* slice = data + l2_slice(blockIdx.x, round) * L2_SLICE_VECTORS;
-        sum += sum_of_vectors<L2_SLICE_VECTORS, L2_THREADS>([slice](uint32_t v) { return ptx::load_l2(slice + v); });
-    }
-    atomicAdd(&sums[blockIdx.x], sum);
-}
-
-inline Value l2_bandwidth(const Device& device, int blocks) {
-    constexpr int FEW = 128, MANY = 640, REPETITIONS = 15;
-    constexpr size_t WORDS = static_cast<size_t>(L2_SLICES) * L2_SLICE_VECTORS * 4;
-    // Half of L2, as a chip may hold each line once in either half of it.
-    if (WORDS * sizeof(uint32_t) > static_cast<size_t>(device.l2_bytes) / 2) {
-        throw Unsupported("8 MiB do not fit into half of L2");
-    }
-    std::vector<uint32_t> pattern(WORDS), slice_sums(L2_SLICES, 0);
-    for (size_t word = 0; word < WORDS; ++word) {
-        pattern[word] = memory_pattern(word);
-        slice_sums[word / (4 * L2_SLICE_VECTORS)] += pattern[word];
-    }
-    Buffer<uint32_t> data(WORDS), sums(blocks);
-    data.upload(pattern, device.stream);
-    Stopwatch stopwatch(device.stream);
-    const Shape shape{blocks, L2_THREADS};
-    const std::vector<double> costs = cost_of_one_more(FEW, MANY, REPETITIONS, [&](int rounds) {
-        sums.fill(0, device.stream);
-        const double taken = stopwatch.microseconds([&] {
-            launch(shape, device.stream, read_l2, rounds, reinterpret_cast<const uint4*>(data.get()), sums.get());
-        });
-        const std::vector<uint32_t> found = sums.download(device.stream);
-        for (int block = 0; block < blocks; ++block) {
-            uint32_t expected = 0;
-            for (int round = 0; round < rounds; ++round) expected += slice_sums[l2_slice(block, round)];
-            if (found[block] != expected) throw Failure("block " + std::to_string(block) + " read a wrong sum");
-        }
-        return taken;
-    });
-    const double bytes_a_round = static_cast<double>(blocks) * L2_SLICE_VECTORS * sizeof(uint4);
-    return Value::median_of(rates(bytes_a_round * GB_PER_S, costs), 1, 1e5);
-}
-
-inline Value l2_bandwidth_gbs(const Device& device, int) {
-    return l2_bandwidth(device, device.sm_count * L2_BLOCKS_A_SM);
-}
-
-inline Value l2_bandwidth_one_sm_gbs(const Device& device, int) { return l2_bandwidth(device, 1); }
-
 // ---- device memory
 
 __global__ void write_pattern(uint32_t* data, size_t words) {
@@ -139,7 +77,7 @@ __global__ void count_mismatches(const uint32_t* data, size_t words, uint32_t* m
     if (count != 0) atomicAdd(mismatches, count);
 }
 
-inline Value copy_bandwidth_gbs(const Device& device, int) {
+inline Value copy_bandwidth_gbs(const Device& device) {
     constexpr int COPIES = 4, REPETITIONS = 15, WARM_UP = 2;
     constexpr size_t WORDS = size_t{1} << 28;  // 1 GiB
     size_t free_bytes = 0, total_bytes = 0;

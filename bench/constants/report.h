@@ -69,7 +69,7 @@ struct Value {
     }
 };
 
-/// Values and reasons by name, and by cluster size where the constant has one (size 0: it has none).
+/// Values and reasons by name.
 class Report {
   public:
     void describe(const std::string& key, const std::string& json) {
@@ -77,14 +77,14 @@ class Report {
         header_.emplace_back(key, json);
     }
 
-    void measured(const std::string& name, int cluster_size, const Value& value) {
+    void measured(const std::string& name, const Value& value) {
         std::lock_guard<std::mutex> lock(mutex_);
-        values_[name][cluster_size] = value.json;
+        values_[name] = value.json;
     }
 
-    void not_measured(const std::string& name, int cluster_size, const std::string& reason) {
+    void not_measured(const std::string& name, const std::string& reason) {
         std::lock_guard<std::mutex> lock(mutex_);
-        reasons_[name][cluster_size] = quoted(reason);
+        reasons_[name] = quoted(reason);
     }
 
     void print() {
@@ -97,24 +97,14 @@ class Report {
     }
 
   private:
-    using Entries = std::map<std::string, std::map<int, std::string>>;
+    using Entries = std::map<std::string, std::string>;
 
     static std::string object(const Entries& entries) {
         std::string text = "{";
         const char* separator = "\n  ";
-        for (const auto& [name, by_size] : entries) {
-            text += separator + quoted(name) + ": ";
+        for (const auto& [name, json] : entries) {
+            text += separator + quoted(name) + ": " + json;
             separator = ",\n  ";
-            if (by_size.begin()->first == 0) {
-                text += by_size.begin()->second;
-                continue;
-            }
-            const char* comma = "{";
-            for (const auto& [size, json] : by_size) {
-                text += comma + quoted(std::to_string(size)) + ": " + json;
-                comma = ", ";
-            }
-            text += "}";
         }
         return text + "\n }";
     }
@@ -142,10 +132,9 @@ class Watchdog {
     }
 
     /// From now on `name` is being measured, for `seconds` at most.
-    void expect(const std::string& name, int cluster_size, int seconds) {
+    void expect(const std::string& name, int seconds) {
         std::lock_guard<std::mutex> lock(mutex_);
         name_ = name;
-        cluster_size_ = cluster_size;
         seconds_ = seconds;
         deadline_ = Clock::now() + std::chrono::seconds(seconds);
         changed_.notify_one();
@@ -156,8 +145,7 @@ class Watchdog {
         std::unique_lock<std::mutex> lock(mutex_);
         while (!done_) {
             if (Clock::now() >= deadline_) {
-                report_.not_measured(name_, cluster_size_,
-                                     "the host waited " + std::to_string(seconds_) + " s for the device and gave up");
+                report_.not_measured(name_, "the host waited " + std::to_string(seconds_) + " s for the device and gave up");
                 report_.describe("stopped_at", quoted(name_));
                 report_.print();
                 _exit(EXIT_HUNG);  // no destructors: they would wait for the device
@@ -175,7 +163,7 @@ class Watchdog {
     std::condition_variable changed_;
     bool done_ = false;
     std::string name_;
-    int cluster_size_ = 0, seconds_ = 0;
+    int seconds_ = 0;
     Clock::time_point deadline_ = Clock::time_point::max();
     std::thread thread_;  // last: it starts when everything above exists
 };
