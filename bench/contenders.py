@@ -29,7 +29,7 @@ from .workloads import Workload
 
 
 @dataclass(frozen=True)
-class Step:
+class PreparedStep:
     """A prepared contender.
 
     Attributes:
@@ -54,7 +54,7 @@ class Contender:
         ours: a backend of pcfast.
         about: what it is, in a few words.
         ineligible_reason: (workload, precision, device) -> why it cannot run there, "" where it can.
-        prepare: (workload, model, x, y, precision) -> :class:`Step`; runs inside the precision's switches.
+        prepare: (workload, model, x, y, precision) -> :class:`PreparedStep`; runs inside the precision's switches.
         passes: its arithmetic in forward passes an iteration, roughly; a guess before timing, never reported.
         exact: it computes the gradient, whatever the workload's method; not a rival in predictive coding.
         quick: also part of a quick run.
@@ -64,7 +64,7 @@ class Contender:
     ours: bool
     about: str
     ineligible_reason: Callable[[Workload, str, torch.device], str]
-    prepare: Callable[[Workload, nn.Sequential, Tensor, Tensor, str], Step]
+    prepare: Callable[[Workload, nn.Sequential, Tensor, Tensor, str], PreparedStep]
     passes: float
     exact: bool = False
     quick: bool = True
@@ -74,7 +74,7 @@ def _waiting(device: torch.device) -> Callable[[], None]:
     return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
 
-def _by_grad(model: nn.Sequential, device: torch.device, run: Callable[[], None]) -> Step:
+def _by_grad(model: nn.Sequential, device: torch.device, run: Callable[[], None]) -> PreparedStep:
     """A step that leaves its updates in ``.grad``."""
 
     def fresh() -> None:
@@ -82,20 +82,20 @@ def _by_grad(model: nn.Sequential, device: torch.device, run: Callable[[], None]
             parameter.grad = None
         run()
 
-    return Step(fresh, lambda: [p.grad for p in model.parameters()], _waiting(device))
+    return PreparedStep(fresh, lambda: [p.grad for p in model.parameters()], _waiting(device))
 
 
-def _returning(device: torch.device, run: Callable[[], list[Tensor]]) -> Step:
+def _returning(device: torch.device, run: Callable[[], list[Tensor]]) -> PreparedStep:
     """A step that returns its updates."""
     last: list[list[Tensor]] = [[]]
 
     def step() -> None:
         last[0] = run()
 
-    return Step(step, lambda: last[0], _waiting(device))
+    return PreparedStep(step, lambda: last[0], _waiting(device))
 
 
-def from_the_start(model: nn.Sequential, step: Step) -> Step:
+def from_the_start(model: nn.Sequential, step: PreparedStep) -> PreparedStep:
     """``step``, which moves the parameters, from the same ones each time; putting them back is part of its time."""
     parameters = list(model.parameters())
     start = [p.detach().clone() for p in parameters]
@@ -108,7 +108,7 @@ def from_the_start(model: nn.Sequential, step: Step) -> Step:
     return replace(step, run=run)
 
 
-def graphed(device: torch.device, run: Callable[[], list[Tensor]]) -> Step:
+def graphed(device: torch.device, run: Callable[[], list[Tensor]]) -> PreparedStep:
     """``run`` recorded once in a CUDA graph, then replayed."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -120,7 +120,7 @@ def graphed(device: torch.device, run: Callable[[], list[Tensor]]) -> Step:
     with torch.cuda.device(device):
         updates, replay = record_cuda(run)
     torch.clear_autocast_cache()
-    return Step(replay, lambda: updates, _waiting(device))
+    return PreparedStep(replay, lambda: updates, _waiting(device))
 
 
 # pcfast's backends
@@ -139,7 +139,7 @@ def _backend(name: str) -> Contender:
             return "incremental needs float32 or float64"
         return BACKENDS[name].supports(planned)[1]
 
-    def prepare(workload, model, x, y, precision) -> Step:
+    def prepare(workload, model, x, y, precision) -> PreparedStep:
         how = dict(step_size=workload.step_size, num_steps=workload.num_steps, backend=name)
         if workload.method == "incremental":
             optimizer = torch.optim.SGD(model.parameters(), lr=workload.lr)
@@ -157,14 +157,14 @@ def _backend(name: str) -> Contender:
 # what others run
 
 
-def _literal(workload, model, x, y, precision) -> Step:
+def _literal(workload, model, x, y, precision) -> PreparedStep:
     def run() -> None:
         literal_step(model, F.cross_entropy, x, y, workload.method, workload.step_size, workload.num_steps)
 
     return _by_grad(model, x.device, run)
 
 
-def _energy(workload, model, x, y, precision) -> Step:
+def _energy(workload, model, x, y, precision) -> PreparedStep:
     how = workload.step_size, workload.num_steps
     if workload.method == "incremental":
         step = _by_grad(model, x.device, lambda: incremental_energy_step(model, x, y, *how, workload.lr))
@@ -180,7 +180,7 @@ def _plain(workload, model, x, y, body=None) -> Callable[[], list[Tensor]]:
     return run
 
 
-def _plain_eager(workload, model, x, y, precision) -> Step:
+def _plain_eager(workload, model, x, y, precision) -> PreparedStep:
     if workload.method == "incremental":
         how = workload.step_size, workload.num_steps, workload.lr
         run = torch.no_grad()(lambda: plain_incremental_step(model, x, y, *how))
@@ -188,29 +188,29 @@ def _plain_eager(workload, model, x, y, precision) -> Step:
     return _returning(x.device, _plain(workload, model, x, y))
 
 
-def _plain_graph(workload, model, x, y, precision) -> Step:
+def _plain_graph(workload, model, x, y, precision) -> PreparedStep:
     return graphed(x.device, _plain(workload, model, x, y))
 
 
-def _plain_compiled(workload, model, x, y, precision) -> Step:
+def _plain_compiled(workload, model, x, y, precision) -> PreparedStep:
     torch.compiler.reset()  # nothing of another workload's shapes
     run = _plain(workload, model, x, y, torch.compile(iterate, fullgraph=True, dynamic=False))
     return graphed(x.device, run) if x.is_cuda else _returning(x.device, run)
 
 
-def _backpropagation(workload, model, x, y, precision) -> Step:
+def _backpropagation(workload, model, x, y, precision) -> PreparedStep:
     def run() -> None:
         F.cross_entropy(model(x), y).backward()
 
     return _by_grad(model, x.device, run)
 
 
-def _backpropagation_graph(workload, model, x, y, precision) -> Step:
+def _backpropagation_graph(workload, model, x, y, precision) -> PreparedStep:
     parameters = list(model.parameters())
     return graphed(x.device, lambda: list(torch.autograd.grad(F.cross_entropy(model(x), y), parameters)))
 
 
-def _jax(workload, model, x, y, precision) -> Step:
+def _jax(workload, model, x, y, precision) -> PreparedStep:
     from . import jax_loop
 
     step = jax_loop.prepare(model, x, y, workload.method, workload.step_size, workload.num_steps, precision)
@@ -222,7 +222,7 @@ def _jax(workload, model, x, y, precision) -> Step:
     def updates() -> list[Tensor]:
         return [torch.from_numpy(array.copy()).to(x.device) for array in jax_loop.as_arrays(last[0])]
 
-    return Step(run, updates, lambda: jax_loop.wait(last[0]), off_stream=True)
+    return PreparedStep(run, updates, lambda: jax_loop.wait(last[0]), off_stream=True)
 
 
 def _a_loop(workload: Workload, precision: str, device: torch.device) -> str:

@@ -31,7 +31,7 @@ from pcfast.problem.settings import Settings
 from pcfast.problem.types import Wanted
 from pcfast.relaxation.solve import solve
 
-from .contenders import Contender, Step, switches
+from .contenders import Contender, PreparedStep, switches
 from .workloads import Workload
 
 DRAWS = 3
@@ -52,7 +52,7 @@ class Verdict:
     error: float
     bound: float | None = None
     reason: str = ""
-    step: Step | None = None
+    step: PreparedStep | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Gate:
             ]
         return self._in_float64[contender]
 
-    def _step(self, contender: Contender, precision: str) -> Step:
+    def _step(self, contender: Contender, precision: str) -> PreparedStep:
         """``contender``'s step in ``precision``, run once."""
         model, x = copy.deepcopy(self.model), self.x
         if precision == "fp64":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .contenders import Step, switches
+from .contenders import PreparedStep, switches
 
 ROUNDS, QUICK_ROUNDS = 21, 5
 SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are timed several at a time
@@ -69,13 +69,13 @@ class EventClock:
         return self.first.elapsed_time(self.last) / 1e3  # it tells milliseconds
 
 
-def clock_of(step: Step, device: torch.device) -> WallClock | EventClock:
+def clock_of(step: PreparedStep, device: torch.device) -> WallClock | EventClock:
     """Events wherever they see the step's work."""
     return EventClock(device) if device.type == "cuda" and not step.off_stream else WallClock(step.wait)
 
 
 def take_turns(
-    steps: Sequence[tuple[str, Step]],
+    steps: Sequence[tuple[str, PreparedStep]],
     precision: str,
     device: torch.device,
     rounds: int,
@@ -99,7 +99,7 @@ def take_turns(
     return {name: _times(result, device, clocks[name].name) for name, result in samples.items()}
 
 
-def _calls_a_sample(step: Step) -> int:
+def _calls_a_sample(step: PreparedStep) -> int:
     step.run()  # warm-up: libraries set themselves up, graphs are recorded on the second call
     step.run()
     step.wait()
@@ -109,7 +109,7 @@ def _calls_a_sample(step: Step) -> int:
     return max(1, round(SHORTEST_SAMPLE / max(time.perf_counter() - start, 1e-7)))
 
 
-def _sample(step: Step, calls: int, clock: WallClock | EventClock) -> tuple[float, float]:
+def _sample(step: PreparedStep, calls: int, clock: WallClock | EventClock) -> tuple[float, float]:
     """(seconds a call, seconds until the call returned)."""
     step.wait()
     collecting = gc.isenabled()
@@ -133,7 +133,7 @@ def _times(samples: list[tuple[float, float]], device: torch.device, clock: str)
     return Times(median, p20, p80, host, len(samples), clock)
 
 
-def peak_memory(step: Step, precision: str, device: torch.device) -> int:
+def peak_memory(step: PreparedStep, precision: str, device: torch.device) -> int:
     """Bytes of CUDA memory that one call needs above what is held before it."""
     with switches(precision, device):
         step.run()

@@ -36,7 +36,7 @@ from pcfast.problem.status import synchronize
 from pcfast.support.files import write_json
 from pcfast.training import trainer as training
 
-from .contenders import Step
+from .contenders import PreparedStep
 from .measure import QUICK_ROUNDS, ROUNDS, Times, take_turns
 from .runner import Progress, new_record
 from .tables import by_data, data_heading, method_cells, method_headings, method_notes
@@ -235,7 +235,7 @@ def _times(name: str, data: Data, device: torch.device, rounds: int) -> dict[str
     return take_turns(steps, PRECISION, device, rounds, lambda: False)
 
 
-def _step(entry: Entry, name: str, model: nn.Sequential, x: torch.Tensor, y: torch.Tensor) -> Step:
+def _step(entry: Entry, name: str, model: nn.Sequential, x: torch.Tensor, y: torch.Tensor) -> PreparedStep:
     """One training step as ``training.train`` takes it, with the optimiser's."""
     optimizer = _optimizer(entry, name, STANDING_STILL)(model.parameters())
     relaxation = entry.relaxation(name)
@@ -248,7 +248,7 @@ def _step(entry: Entry, name: str, model: nn.Sequential, x: torch.Tensor, y: tor
     def learn_incrementally() -> None:
         pcfast.incremental_step(model, x, y, optimizer, **relaxation)
 
-    return Step(
+    return PreparedStep(
         learn_incrementally if entry.method == "incremental" else learn,
         lambda: [p.grad for p in model.parameters()],
         partial(torch.cuda.synchronize, x.device) if x.is_cuda else lambda: None,

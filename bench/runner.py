@@ -16,7 +16,7 @@ import pcfast
 from pcfast.precision import parameter_dtype
 from pcfast.support.machine import describe_machine
 
-from .contenders import CONTENDERS, Contender, Step, switches
+from .contenders import CONTENDERS, Contender, PreparedStep, switches
 from .floor import counts_of, floor_of
 from .gate import Gate
 from .measure import QUICK_ROUNDS, ROUNDS, ceilings, peak_memory, take_turns
@@ -190,7 +190,7 @@ def _case(
     if workload.name not in gates:
         gates[workload.name] = Gate(workload, device, _gate_rows(workload, macs, device))
     gate = gates[workload.name]
-    steps: list[tuple[str, Step]] = []
+    steps: list[tuple[str, PreparedStep]] = []
     for contender in able:
         row = rows[contender.name]
         if time.monotonic() >= deadline:

@@ -152,7 +152,7 @@ def test_no_number_from_a_wrong_backend(wrong_backend, small_workloads):
 def test_a_wrong_baseline_is_not_timed(small_workloads, monkeypatch):
     def prepare(workload, model, x, y, precision):
         step = contenders._literal(workload, model, x, y, precision)
-        return contenders.Step(step.run, lambda: [1.001 * u for u in step.updates()], step.wait)
+        return contenders.PreparedStep(step.run, lambda: [1.001 * u for u in step.updates()], step.wait)
 
     monkeypatch.setitem(
         CONTENDERS, "literal", contenders.Contender("literal", False, "", lambda *_: "", prepare, 1)
@@ -193,7 +193,9 @@ def test_no_error_is_told_of_what_float64_does_not_know(deep_gate):
 
     def prepare(*case):
         step = contenders._plain_eager(*case)
-        return contenders.Step(step.run, lambda: [update + 1e-13 for update in step.updates()], step.wait)
+        return contenders.PreparedStep(
+            step.run, lambda: [update + 1e-13 for update in step.updates()], step.wait
+        )
 
     verdict = deep_gate.judge(another(prepare), "fp64")
     assert verdict.reason == "" and 0 < verdict.error < 0.1
@@ -275,8 +277,8 @@ def test_a_gpu_is_timed_by_its_events_and_what_they_do_not_see_by_the_host(monke
     monkeypatch.setattr(measure, "SHORTEST_SAMPLE", 1e-5)  # some calls a sample
     gpu, waits = FakeGpu(monkeypatch), []
     steps = [
-        ("on the stream", contenders.Step(gpu.work, list, lambda: None)),
-        ("off it", contenders.Step(gpu.work, list, lambda: waits.append(0), off_stream=True)),
+        ("on the stream", contenders.PreparedStep(gpu.work, list, lambda: None)),
+        ("off it", contenders.PreparedStep(gpu.work, list, lambda: waits.append(0), off_stream=True)),
     ]
     times = measure.take_turns(steps, "ieee", torch.device("cuda"), 4, lambda: False)
     seen, unseen = times["on the stream"], times["off it"]
@@ -422,7 +424,7 @@ def test_contenders_take_turns():
     order = []
 
     def step(name: str) -> contenders.Step:
-        return contenders.Step(lambda: order.append(name), list, lambda: None)
+        return contenders.PreparedStep(lambda: order.append(name), list, lambda: None)
 
     times = measure.take_turns([("a", step("a")), ("b", step("b"))], "ieee", CPU, 6, lambda: False)
     assert times["a"].samples == times["b"].samples == 6
@@ -931,7 +933,7 @@ def test_the_gpu_script_names_bad_arguments(arguments, words, tmp_path):
 
 
 def test_the_relaxation_descends_in_every_strict_workload_that_is_small():
-    """Step size 0.1 is stable for the nets as they are drawn; otherwise times would be those of nonsense."""
+    """PreparedStep size 0.1 is stable for the nets as they are drawn; otherwise times would be those of nonsense."""
     for name in ("mlp_600", "mnist_cnn", "mlp_128", "deep_mlp_8", "gelu_mlp", "mlp_600_first"):
         workload = WORKLOADS[name]
         model, x, y = workload.draw(CPU, rows=4)

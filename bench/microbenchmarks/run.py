@@ -18,7 +18,7 @@ from pcfast.precision import choose_precision, numerics
 from pcfast.problem.plan import plan
 
 from .. import measure
-from ..contenders import Step, graphed, switches
+from ..contenders import PreparedStep, graphed, switches
 from ..floor import floor_of
 from .case import TORCH_PRECISION, Case, Way, torch_precision
 
@@ -138,7 +138,7 @@ def _ceilings(precisions: set[str], device: torch.device, quick: bool) -> dict[s
 def _timed(case: Case, ceilings: dict, device: torch.device, quick: bool, deadline: float) -> list[dict]:
     precision = torch_precision(case.precision, device)
     launches = LAUNCHES if device.type == "cuda" else 1
-    steps: list[tuple[str, Step]] = []
+    steps: list[tuple[str, PreparedStep]] = []
     try:
         with switches(precision, device), torch.no_grad():
             reason = case.ineligible_reason(device)
@@ -179,7 +179,7 @@ def _name(way: Way) -> str:
     return f"{way.name}, {way.size}"
 
 
-def _prepared(way: Way, launches: int, device: torch.device) -> Step:
+def _prepared(way: Way, launches: int, device: torch.device) -> PreparedStep:
     """``launches`` calls of a way; on a GPU from a graph."""
 
     def repeated() -> list:
@@ -187,7 +187,7 @@ def _prepared(way: Way, launches: int, device: torch.device) -> Step:
             way.launch()
         return []
 
-    return graphed(device, repeated) if device.type == "cuda" else Step(repeated, list, lambda: None)
+    return graphed(device, repeated) if device.type == "cuda" else PreparedStep(repeated, list, lambda: None)
 
 
 def _failure(error: Exception) -> str:

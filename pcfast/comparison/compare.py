@@ -32,7 +32,7 @@ from ..problem import validation
 from ..relaxation.result import relax
 from ..support.replay import replaying
 from ..training import scores
-from ..training.run import Run, evaluate
+from ..training.run import TrainingRun, evaluate
 from ..training.scores import hits
 from ..training.trainer import LEARNING_RATE, MakeOptimizer, rehearse, seeded
 
@@ -254,7 +254,7 @@ def compare_training(
         parameters = list(trained.parameters())
         device = parameters[0].device
         curve = _Curve(trained, method, loss, settings, test_every, of_classes)
-        run = Run(trained, optimizer(parameters), data, loss, curve.update, batch_size, seed, device)
+        run = TrainingRun(trained, optimizer(parameters), data, loss, curve.update, batch_size, seed, device)
         curve.data = run.data
 
         def after_batch(_, done=index * total, curve=curve):
@@ -274,7 +274,7 @@ def _rehearse(model: nn.Sequential, data: Data, loss: LossLike, batch_size: int,
     device = next(trained.parameters()).device
     update = functools.partial(pc_loss, trained, loss=loss, method="exact", check="sync")
     with seeded(seed, device):
-        rehearse(Run(trained, None, data, loss, update, batch_size, seed, device))
+        rehearse(TrainingRun(trained, None, data, loss, update, batch_size, seed, device))
 
 
 class _NotFinite(Exception):
@@ -282,7 +282,7 @@ class _NotFinite(Exception):
 
 
 class _Curve:
-    """One learning curve: the update of a batch as :class:`pcfast.training.Run` calls it, and what it measured."""
+    """One learning curve: the update of a batch, as a training run calls it, and what it measured."""
 
     def __init__(self, model, method, loss, settings, test_every, of_classes):
         self.model, self.method, self.loss, self.test_every = model, method, loss, test_every
@@ -297,7 +297,7 @@ class _Curve:
         self.steps: list[Step] = []
         self.updates: list[Update] = []
 
-    def train(self, run: Run, epochs: int, after_batch: Callable[[int], None]) -> None:
+    def train(self, run: TrainingRun, epochs: int, after_batch: Callable[[int], None]) -> None:
         try:
             for _ in range(epochs):
                 run.train_epoch(lambda: False, after_batch)

@@ -18,7 +18,7 @@ from ..support.console import PlainConsole
 from .history import score_text
 
 if TYPE_CHECKING:
-    from .run import Run
+    from .run import TrainingRun
 
 SECONDS_BETWEEN_READINGS = 0.2  # reading the running loss waits for the device
 STOPPING = "stopping after this batch; once more stops at once"
@@ -90,7 +90,7 @@ class Display:
     terminal that is gone) a warning says so once, and nothing more is printed.
     """
 
-    def __init__(self, enabled: bool, epochs: int, run: Run):
+    def __init__(self, enabled: bool, epochs: int, run: TrainingRun):
         self.run, self.epochs, self.bar, self.last_reading = run, epochs, None, 0.0
         self.enabled = enabled and sys.stdout is not None
         if not self.enabled:

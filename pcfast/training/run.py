@@ -54,7 +54,7 @@ def _evaluated(model, x: Tensor, y: Tensor, loss, batch_size: int, of_classes: b
     return total.item() / len(x), score.item() / len(x)
 
 
-class Run:
+class TrainingRun:
     """The state of a training run: what a checkpoint holds, and the update of one batch."""
 
     def __init__(
@@ -200,8 +200,8 @@ class Run:
             self.history.train_r2, self.history.test_r2 = unknown, [*unknown]
 
 
-class IncrementalRun(Run):
-    """As :class:`Run`; ``update`` moves the parameters itself, in every iteration."""
+class IncrementalRun(TrainingRun):
+    """As :class:`TrainingRun`; ``update`` moves the parameters itself, in every iteration."""
 
     def learn(self, x, y):
         return self.update(x, y, return_output=True)

@@ -62,7 +62,7 @@ from .checkpoints import (
 )
 from .history import History
 from .progress import Display, Interrupt
-from .run import IncrementalRun, Run
+from .run import IncrementalRun, TrainingRun
 
 # Beyond them a number is a slip of the keyboard, or the run a wait of years; some fit in no 64 bits.
 MAX_EPOCHS, MAX_STEPS, MAX_SAMPLES, HIGHEST_SEED = 10**6, 10**6, 2**31 - 1, 2**63 - 1
@@ -264,7 +264,7 @@ def _train(
             now = replace(relaxation, nudging=nudging_of(len(run.history)))
             return loss_with(now, model, x, y, return_output=True)
 
-        kind = Run
+        kind = TrainingRun
     run = kind(
         model,
         optimizer,
@@ -326,7 +326,7 @@ def _switches(precision: str | None, device: torch.device):
     return contextlib.nullcontext() if precision is None else use_precision(precision, device)
 
 
-def rehearse(run: Run) -> None:
+def rehearse(run: TrainingRun) -> None:
     """One loss without an update, so that whatever does not fit is found before any file is touched.
 
     In eval mode, inside :func:`seeded`: neither statistics nor torch's random numbers move. Then one of the last
@@ -375,7 +375,7 @@ def _buffers_kept(model: nn.Module):
 
 
 def _train_epochs(
-    run: Run,
+    run: TrainingRun,
     epochs: int,
     folder: Path | None,
     config: dict,
@@ -412,14 +412,14 @@ def _train_epochs(
             raise KeyboardInterrupt(f"training stopped after {len(run.history)} epochs{kept}")
 
 
-def _save(run: Run, folder: Path, config: dict) -> None:
+def _save(run: TrainingRun, folder: Path, config: dict) -> None:
     """Write checkpoint, configuration and log, each atomically."""
     checkpoint = run.checkpoint(config)
     write_atomically(folder / CHECKPOINT, lambda file: torch.save(checkpoint, file))
     _write_beside(run, folder, config)
 
 
-def _write_beside(run: Run, folder: Path, config: dict, *, only_changed: bool = False) -> None:
+def _write_beside(run: TrainingRun, folder: Path, config: dict, *, only_changed: bool = False) -> None:
     """Configuration and log, which follow from the checkpoint."""
     columns = run.history.columns
     rows = ([epoch, *row] for epoch, row in enumerate(zip(*columns.values(), strict=True), start=1))
@@ -429,12 +429,12 @@ def _write_beside(run: Run, folder: Path, config: dict, *, only_changed: bool = 
             files.write_text(folder / name, text)
 
 
-def _draw(run: Run, folder: Path, config: dict) -> None:
+def _draw(run: TrainingRun, folder: Path, config: dict) -> None:
     title = f"{config['settings']['method']} predictive coding, {folder.name}"
     plotting.drawn(folder / CURVES, functools.partial(curves.training_curves, run.history, title=title))
 
 
-def _repair(run: Run, folder: Path, config: dict) -> None:
+def _repair(run: TrainingRun, folder: Path, config: dict) -> None:
     """Write what should lie beside the checkpoint and does not: a run was killed before it came to it."""
     _write_beside(run, folder, config, only_changed=True)
     if len(run.history) and files.is_older(folder / CURVES, folder / CHECKPOINT):
