@@ -82,8 +82,7 @@ def wherever_possible(monkeypatch, gram: bool) -> None:
         _, reason = _choose_gram(*arguments)
         return gram and reason.endswith("without"), reason
 
-    for module in (planning, backend):
-        monkeypatch.setattr(module, "choose_gram", choose)
+    monkeypatch.setattr(planning, "choose_gram", choose)
     planning.plan.cache_clear()
 
 
