@@ -4,8 +4,8 @@ For a pre-activation u = uhat + s
 
     act_diff = act(uhat + s) - act(uhat)      derivative = act'(uhat + s)
 
-never by subtracting two nearly equal numbers (docs/method.md fact 8). pcfast/model/activations.py has the same
-identities for whole tensors; here they are chosen for fp32, and for few special functions an element.
+never by subtracting two nearly equal numbers: deviation form (docs/method.md, fact 8). pcfast/model/activations.py
+has the same identities for whole tensors; here they are chosen for fp32, and for few special functions an element.
 
 Everything lives in registers; these functions touch no memory and mask nothing. NaN in uhat or s comes out as NaN
 (identity does not look at uhat). exp, tanh and erfc are libdevice's, good to 2 ulp: triton's own ``tl.exp`` is the

@@ -3,14 +3,15 @@
     r = conv_transpose(delta_{l+1}, W_{l+1})     the error above, pulled back to v_l
     d_l <- d_l + eta (eps_l - r)                 with momentum along a velocity (momentum.py), whose step is eps_l - r
 
-Layer 1, whose prediction is constant (docs/method.md fact 2), has eps_1 = -d_1. Row h of the input map meets row
-oh = (h + padding - kh) / stride of the output map where that is an integer on the map; columns likewise. delta is
-read pooled (fact 6): (oh, ow) lies in window (oh // window_h, ow // window_w) as element k, and takes of its delta
+Layer 1, whose prediction is constant, the clamped input (docs/method.md, fact 2), has eps_1 = -d_1. Row h of the
+input map meets row oh = (h + padding - kh) / stride of the output map where that is an integer on the map; columns
+likewise. delta is read pooled, by max-pooling's arg-max (fact 6): (oh, ow) lies in window (oh // window_h,
+ow // window_w) as element k, and takes of its delta
 
     max:  all where winner == k, else nothing          avg:  1 / window's size of it          no pool: all
 
-Strict predictive coding in deviation form: Rosenbaum, PLOS ONE 17(3) e0266102 (2022); docs/method.md facts 6 (pooled
-delta) and 8 (no cancellation).
+Strict predictive coding in deviation form: Rosenbaum, PLOS ONE 17(3) e0266102 (2022); docs/method.md: max-pooling's
+arg-max (fact 6) and deviation form (fact 8).
 
 Implicit GEMM: M = B*H*W, N = C_in, K = KH*KW*C_out. A is the im2col matrix of the un-pooled delta, of which only the
 tile at hand is ever gathered.

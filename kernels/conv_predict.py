@@ -10,8 +10,8 @@ With a_k = before(uhat_k) and b_k = before(uhat_k + s_k) - a_k over the elements
           after's act_diff at (max a, m_winner),  delta = eps * after' * before'_winner
     avg:  after's act_diff at (mean uhat, mean s),  delta = eps * after'; before is the identity
 
-Strict predictive coding in deviation form: Rosenbaum, PLOS ONE 17(3) e0266102 (2022); docs/method.md facts 6 (pooled
-delta) and 8 (no cancellation).
+Strict predictive coding in deviation form: Rosenbaum, PLOS ONE 17(3) e0266102 (2022); docs/method.md: max-pooling's
+arg-max (fact 6) and deviation form (fact 8).
 
 Implicit GEMM: M = B*OH*OW, N = C_out, K = KH*KW*C_in. A is the im2col matrix of d, of which only the tile at hand is
 ever gathered; B is W^T.

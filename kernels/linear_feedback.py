@@ -3,8 +3,8 @@
     r = delta_{l+1} W_{l+1}                                      the error above, pulled back to v_l
     d_l <- d_l + eta (eps_l - r)
 
-Layer 1, whose prediction is constant (docs/method.md fact 2), has eps_1 = -d_1. In Gram form (fact 7) layer 1's
-beliefs leave the loop and, with G = W_2 W_2^T in the place of W,
+Layer 1, whose prediction is constant, the clamped input (docs/method.md, fact 2), has eps_1 = -d_1. In Gram form
+(fact 7) layer 1's beliefs leave the loop and, with G = W_2 W_2^T in the place of W,
 
     s <- (1 - eta) s - eta delta_2 G            sum <- (1 - eta) sum + eta delta_2
 
@@ -26,7 +26,7 @@ Arguments of the kernel:
                                             tf32x3: these read float32, and ``operand`` is ``state``
     table       (problems, DESCRIPTOR_SIZE) int64: linear_problems.FeedbackProblem, highest layer first
     first_bad   (layers,) int32             lowered to ``iteration`` where a new state is NaN or infinite
-    count       int32                       the first so many problems take part (docs/method.md fact 3)
+    count       int32                       the first so many problems take part: active front (fact 3)
     iteration   int32                       for first_bad
     eta         fp32                        step size of this iteration
     momentum    fp32, or None for none

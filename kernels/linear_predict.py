@@ -5,8 +5,8 @@
     delta_l = eps_l * act'(uhat_l + s)                           what the feedback stage multiplies
 
 and at the top eps_L = dLoss/dmu_L at mu_L = vhat_L + act_diff. Strict predictive coding in deviation form: Rosenbaum,
-PLOS ONE 17(3) e0266102 (2022); docs/method.md facts 3 (active front), 5 (two stages), 7 (Gram form) and 8 (no
-cancellation).
+PLOS ONE 17(3) e0266102 (2022); docs/method.md: active front (fact 3), two stages (fact 5), Gram form (fact 7) and
+deviation form (fact 8).
 
     d_{l-1} (M, K)   --tiles of BLOCK_M x BLOCK_K-->  +--------------------+
                                                       | accumulator, fp32  | --epilogue--> error, delta
@@ -19,7 +19,7 @@ Arguments of the kernel:
     operand     arena, fp32 or bf16         d_{l-1} and W read, both rounded where products are TF32; delta written so
     table       (problems, DESCRIPTOR_SIZE) int64: linear_problems.PredictProblem, highest layer first
     products    int32                       the first so many problems take part ...
-    front       int32                       ... and this one, unless it is negative (docs/method.md fact 3)
+    front       int32                       ... and this one, unless it is negative: active front (fact 3)
     loss_scale  fp32                        factor of (mu - y) for mean squared error
 
 Scheduler and main loop are grouped_gemm.py's: a sample's result does not depend on its batch.

@@ -29,7 +29,7 @@ PRODUCT = tl.constexpr(2)  # s is stored, nothing else
 # what the epilogue of a feedback problem does
 UPDATE = tl.constexpr(0)  # d += eta (error - r)
 CLAMPED = tl.constexpr(1)  # layer 1, whose prediction is constant: error = -d, d += eta (error - r)
-GRAM_UPDATE = tl.constexpr(2)  # s and its running sum instead of layer 1's beliefs (docs/method.md fact 7)
+GRAM_UPDATE = tl.constexpr(2)  # Gram form (fact 7): s and its running sum instead of layer 1's beliefs
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class PredictProblem(Problem):
         kind: HIDDEN, TOP or PRODUCT.
         uhat, d, error, delta, s: (m, n); delta is an operand, the others are state.
         vhat, target, target_sum: of TOP: output of the forward pass, target (m, n), its row sums (m).
-        s_given: 1 where s is state and is read instead of multiplied (docs/method.md fact 7), else 0.
+        s_given: 1 where s is state and is read instead of multiplied, in Gram form (fact 7), else 0.
     """
 
     uhat: int

@@ -1,9 +1,9 @@
 """A relaxation of linear layers in one launch, its loop fused: each program relaxes its own samples, all iterations.
 
 For t = first..last: the predict stage of every live layer, then the feedback stage (linear_predict.py and
-linear_feedback.py have the equations and compute the tiles). Samples never interact (docs/method.md fact 4), so
-programs never wait for each other; within a program a barrier separates the stages. Worth it where one program
-streams the weights through its SM faster than the stages of all programs start and end.
+linear_feedback.py have the equations and compute the tiles). Samples never interact: independent rows
+(docs/method.md, fact 4). So programs never wait for each other; within a program a barrier separates the stages. It
+pays where one program streams the weights through its SM faster than the stages of all programs start and end.
 
     program p:   [ samples p*BLOCK_M ... p*BLOCK_M+BLOCK_M-1 ]  x  all layers  x  all iterations
     weights, state:  global memory, cached in L1 and L2
@@ -61,7 +61,7 @@ def mlp_relaxation(
 ):
     pid_m = tl.program_id(0)  # its samples, in every product
     for iteration in range(first, last + 1):
-        # the active front (docs/method.md fact 3): iteration t multiplies through t-1 layers, and one more has an
+        # active front (docs/method.md, fact 3): iteration t multiplies through t-1 layers, and one more has an
         # error whose prediction has not moved yet
         products = tl.where(fresh != 0, tl.minimum(iteration - 1, layers), layers)
         front = tl.where(fresh != 0, tl.where(iteration <= layers, 1, 0), 0)

@@ -1,8 +1,8 @@
 """All that is elementwise after a product: one launch turns s into a layer's error and what is pulled back from it.
 
 A layer is an affine map with result u = uhat + s, then ``before`` (activation), a pool over windows that tile the
-map, ``after`` (activation); any of the three may be missing. In deviation form (docs/method.md facts 6 and 8), at the
-elements k of a window:
+map, ``after`` (activation); any of the three may be missing. In deviation form (docs/method.md, fact 8) with
+max-pooling's arg-max (fact 6), at the elements k of a window:
 
     a_k = before(uhat_k)               b_k = before(uhat_k + s_k) - a_k
     max pool:      pooled = max_k a_k, pooled_diff = m_k* of the winner k*, where m_k = (a_k - max_k a_k) + b_k

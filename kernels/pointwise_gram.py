@@ -1,7 +1,7 @@
 """Feedback into the clamped layer below a convolution, in Gram form: one launch after the product with G.
 
-Layer 1's prediction is constant, so its beliefs leave the loop (docs/method.md fact 7). With s = u_2 - uhat_2,
-delta_2 the error above pulled back to u_2, and r = delta_2 * G, where G is K correlated with itself:
+Layer 1's prediction is constant, so its beliefs leave the loop: Gram form (docs/method.md, fact 7). With
+s = u_2 - uhat_2, delta_2 the error above pulled back to u_2, and r = delta_2 * G, G being K correlated with itself:
 
     s <- (1 - eta) s - eta r            sum <- (1 - eta) sum + eta delta_2
 

@@ -4,7 +4,8 @@ With d = v - vhat, eps of this layer and r, the error above pulled back to this 
 
     d <- d + eta (eps - r)            with momentum along a velocity (momentum.py), whose step is eps - r
 
-CLAMPED is layer 1, whose prediction never moves (fact 2): eps = -d at the d before the update, written here.
+CLAMPED is layer 1, whose prediction never moves, the clamped input (fact 2): eps = -d at the d before the update is
+written here.
 
 What lives where: a program holds one tile of d, BLOCK_M positions (sample, row, column) by BLOCK_N channels, in
 registers, and writes it in place; besides, rounded, as the operand of the next product.
