@@ -356,6 +356,10 @@ incremental_step = torch.compiler.disable(
 )
 
 
+#: Losses whose settings the operator's arguments can say.
+_KINDS = ("cross_entropy", "mse")
+
+
 def _fits(model, x, y, settings: Settings) -> bool:
     """Whether the operator's arguments can say what the call says. An eager call says what is wrong with others."""
     if not isinstance(model, nn.Sequential) or not isinstance(x, Tensor) or not isinstance(y, Tensor):
@@ -395,7 +399,7 @@ def loss_with(settings: Settings, model, x, y, return_output: bool) -> Tensor | 
     """
     moving = _moving_buffers(model) if _fits(model, x, y, settings) else None
     described = None if moving is None else describe_loss(settings.loss)
-    if described is None or not described.known:
+    if described is None or described.kind not in _KINDS:
         return _outside(settings, model, x, y, return_output)
     device, vinit = x.device.type, settings.vinit or []
     value, output, _, moved = step(

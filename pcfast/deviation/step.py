@@ -33,7 +33,16 @@ class Step:
         raise NotImplementedError
 
     def snapshot_params(self) -> None:
-        """The parameters will move: keep those of the base point, which deviations stay relative to."""
+        """The parameters will move: keep those of the base point, which deviations stay relative to.
+
+        Raises:
+            NotImplementedError: a step with parameters that does not say how it follows them.
+        """
+        if self.has_gradients:
+            raise NotImplementedError(
+                f"{type(self).__name__} does not follow parameters that move: it needs snapshot_params, refresh and "
+                "param_shift"
+            )
 
     def refresh(self) -> None:
         """The parameters have moved since :meth:`snapshot_params`: from now on f(a + d; theta') - f(a; theta)."""

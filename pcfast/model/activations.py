@@ -30,8 +30,8 @@ class Activation:
 
     #: True where ``act`` is non-decreasing, so that max-pooling before or after it gives the same numbers.
     monotone = False
-    #: True where the kernels have device code for it.
-    in_kernels = True
+    #: True where the kernels have device code for it (kernels/codes.py, csrc/resident/activations.cuh).
+    in_kernels = False
 
     def forward(self, u: Tensor) -> Tensor:
         """``act(u)``."""
@@ -56,6 +56,7 @@ class Activation:
 
 @dataclass(frozen=True)
 class Relu(Activation):
+    in_kernels = True
     monotone = True
 
     def forward(self, u):
@@ -81,6 +82,7 @@ class Relu(Activation):
 
 @dataclass(frozen=True)
 class LeakyRelu(Activation):
+    in_kernels = True
     negative_slope: float = 0.01
 
     @property
@@ -113,7 +115,6 @@ class Hardtanh(Activation):
     max_val: float = 1.0
 
     monotone = True
-    in_kernels = False
 
     def forward(self, u):
         return F.hardtanh(u, self.min_val, self.max_val)
@@ -137,6 +138,7 @@ class Hardtanh(Activation):
 
 @dataclass(frozen=True)
 class Tanh(Activation):
+    in_kernels = True
     monotone = True
 
     def forward(self, u):
@@ -159,6 +161,7 @@ class Tanh(Activation):
 
 @dataclass(frozen=True)
 class Sigmoid(Activation):
+    in_kernels = True
     monotone = True
 
     def forward(self, u):
@@ -187,6 +190,8 @@ def _sigmoid_difference(p: Tensor, q: Tensor, w: Tensor, s: Tensor) -> tuple[Ten
 
 @dataclass(frozen=True)
 class Silu(Activation):
+    in_kernels = True
+
     def forward(self, u):
         return F.silu(u)
 
@@ -217,6 +222,7 @@ class Gelu(Activation):
     coefficients :meth:`saved` gives, and elsewhere the plain difference, which keeps its digits there.
     """
 
+    in_kernels = True
     #: Degree of the polynomial: each more costs one pass an iteration, and one tensor.
     _DEGREE = 7
     #: Its remainder is at most this times s^8: 48 bounds the eighth derivative of u Phi(u).
@@ -273,6 +279,7 @@ class Gelu(Activation):
 class GeluTanh(Activation):
     """``u (1 + tanh(k (u + c u^3))) / 2``, k = sqrt(2/pi), c = 0.044715: GELU's tanh form (same paper)."""
 
+    in_kernels = True
     _K = math.sqrt(2 / math.pi)
     _C = 0.044715
 

@@ -28,6 +28,11 @@ class Op:
     name: str  # the module's class
 
     @property
+    def has_parameters(self) -> bool:
+        """Whether its module has parameters of its own."""
+        return False
+
+    @property
     def label(self) -> str:
         """In messages."""
         return self.name
@@ -45,6 +50,10 @@ class Op:
 class Linear(Op):
     in_features: int
     out_features: int
+
+    @property
+    def has_parameters(self):
+        return True
 
     def output_shape(self, shape):
         if len(shape) < 2 or shape[-1] != self.in_features:
@@ -64,6 +73,10 @@ class Conv2d(Op):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+
+    @property
+    def has_parameters(self):
+        return True
 
     def output_shape(self, shape):
         if len(shape) != 4 or shape[1] != self.in_channels:
@@ -187,6 +200,10 @@ class BatchNorm(Op):
     momentum: float | None  # of the running statistics; None averages over all batches
     moves_statistics: bool
     ranks: tuple[int, ...]  # numbers of dimensions that the module takes
+
+    @property
+    def has_parameters(self):
+        return self.affine
 
     def output_shape(self, shape):
         if len(shape) not in self.ranks or shape[1] != self.features:

@@ -207,7 +207,7 @@ def checked(optimizer, method: str) -> BeliefOptimizer:
     """
     if optimizer is None:
         return PLAIN
-    if not isinstance(optimizer, GradientDescent | Adam):
+    if not isinstance(optimizer, BeliefOptimizer):
         given = repr(optimizer) if isinstance(optimizer, str | type) else f"a {type(optimizer).__name__}"
         raise ArgumentTypeError(
             "belief_optimizer", given, "pcfast.GradientDescent(...), pcfast.Adam(...) or None",

@@ -130,8 +130,7 @@ def _op_cost(op: specs.Op, shape: specs.Shape) -> _Cost:
     if isinstance(op, specs.Residual):
         return _chain_cost(op.ops, op.inner_shapes(shape))
     product = op.macs(shape)
-    affine = isinstance(op, specs.BatchNorm) and op.affine
-    return _Cost(product, point=0, reach=0, weights=product > 0 or affine)
+    return _Cost(product, point=0, reach=0, weights=op.has_parameters)
 
 
 def _chain_cost(ops: tuple[specs.Op, ...], shapes: tuple[specs.Shape, ...]) -> _Cost:

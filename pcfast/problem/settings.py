@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from torch import Tensor
 
 from ..losses import Loss, LossLike, describe_loss
 from . import belief_optimizers, early_exit, nudging, reductions, validation
-from .belief_optimizers import Adam, BeliefOptimizer, GradientDescent, StepSize
+from .belief_optimizers import BeliefOptimizer, StepSize
 from .nudging import Nudging
 from .plan import canonical
 
@@ -84,7 +85,7 @@ class Settings:
         return loss
 
 
-_PLAIN = frozenset((str, int, float, bool, type(None), GradientDescent, Adam))
+_PLAIN = frozenset((str, int, float, bool, type(None), *get_args(BeliefOptimizer)))
 
 
 @functools.lru_cache(maxsize=256, typed=True)

@@ -6,6 +6,8 @@ needs no compiler to plan, and a mirror that is out of date launches nothing.
 
 from __future__ import annotations
 
+from ...kernels.codes import ACTIVATIONS, AVG_POOL, LOSSES, MAX_POOL, NO_POOL
+
 # the hardware's: csrc/tile/shapes.h
 WARP_SIZE = 32
 MMA_M, MMA_N = 16, 8
@@ -27,12 +29,14 @@ CONV_TILES_M, WIDE_CONV_TILES_M = 4, 2
 # csrc/resident/program.h
 NO_PRODUCT, COPY, CONV, LINEAR = range(4)
 IEEE, TF32, BF16 = range(3)
-NO_POOL, MAX_POOL, AVG_POOL = range(3)
-CROSS_ENTROPY, MSE = range(2)
-# csrc/resident/activations.cuh
-IDENTITY, RELU, LEAKY_RELU, TANH, SIGMOID, SILU, GELU, GELU_TANH = range(8)
+CROSS_ENTROPY, MSE = LOSSES["cross_entropy"], LOSSES["mse"]
+# csrc/resident/activations.cuh, in the order of the Triton kernels' codes
+IDENTITY, RELU, LEAKY_RELU, TANH, SIGMOID, SILU, GELU, GELU_TANH = ACTIVATIONS.values()
 
-_MIRRORED = {name: value for name, value in globals().items() if name.isupper()}
+_CODES = {"NO_POOL": NO_POOL, "MAX_POOL": MAX_POOL, "AVG_POOL": AVG_POOL}
+_MIRRORED = _CODES | {
+    name: value for name, value in globals().items() if name.isupper() and not isinstance(value, dict)
+}
 
 #: Depth of one mma.sync by the words of pcfast.precision.Operands.
 MMA_K = {"tf32": TF32_MMA_K, "bf16": BF16_MMA_K}

@@ -5,27 +5,10 @@ from __future__ import annotations
 import ctypes
 from ctypes import Structure, c_double, c_int32, c_int64, c_uint32, c_void_p
 
-from ...model.activations import Activation, Gelu, GeluTanh, LeakyRelu, Relu, Sigmoid, Silu, Tanh
 from . import geometry
 
 #: Codes of what products read, by the words of pcfast.precision.Operands.
 OPERANDS = {"ieee": geometry.IEEE, "tf32": geometry.TF32, "bf16": geometry.BF16}
-LOSSES = {"cross_entropy": geometry.CROSS_ENTROPY, "mse": geometry.MSE}
-_ACTIVATIONS = {
-    type(None): geometry.IDENTITY,
-    Relu: geometry.RELU,
-    LeakyRelu: geometry.LEAKY_RELU,
-    Tanh: geometry.TANH,
-    Sigmoid: geometry.SIGMOID,
-    Silu: geometry.SILU,
-    Gelu: geometry.GELU,
-    GeluTanh: geometry.GELU_TANH,
-}
-
-
-def activation_code(activation: Activation | None) -> tuple[int, float]:
-    """Returns the code of csrc/resident/activations.cuh, and the negative slope."""
-    return _ACTIVATIONS[type(activation)], float(getattr(activation, "negative_slope", 0.0))
 
 
 def _ints(*names: str) -> list:

@@ -9,6 +9,7 @@ import functools
 import math
 from dataclasses import dataclass, field
 
+from ...kernels.codes import LOSSES, activation_code
 from ...model import spec as specs
 from ...precision import Operands
 from . import geometry as g
@@ -318,15 +319,15 @@ def _describe_tail(memory: _Memory, layer: p.Layer, shape: LayerShape) -> None:
     out = channels, layer.height // layer.window_y, layer.width // layer.window_x
     _describe_output(memory, layer, out)
     if shape.linear:
-        layer.after, layer.after_negative_slope = p.activation_code(shape.form.activation)
+        layer.after, layer.after_negative_slope = activation_code(shape.form.activation)
         return
     form = shape.form
     if pool is None:
-        layer.after, layer.after_negative_slope = p.activation_code(form.before)
+        layer.after, layer.after_negative_slope = activation_code(form.before)
         return
     layer.pool = g.MAX_POOL if isinstance(pool, specs.MaxPool2d) else g.AVG_POOL
-    layer.before, layer.before_negative_slope = p.activation_code(form.before)
-    layer.after, layer.after_negative_slope = p.activation_code(form.after)
+    layer.before, layer.before_negative_slope = activation_code(form.before)
+    layer.after, layer.after_negative_slope = activation_code(form.after)
 
 
 def _place_scratch(memory: _Memory, program: p.Program) -> None:
@@ -366,7 +367,7 @@ def _program(
     memory = _Memory(samples, max(map(step, operands)))
     program = p.Program()
     program.depth, program.samples, program.group = network.depth, samples, memory.group
-    program.loss, program.first_in_loop = p.LOSSES[loss], 2 if gram else 1
+    program.loss, program.first_in_loop = LOSSES[loss], 2 if gram else 1
     _describe_output(memory, program.layers[0], layers[2].below)
     d_first = d_columns = 0
     if not gram:
