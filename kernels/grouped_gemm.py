@@ -18,11 +18,14 @@ batch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
 from .limits import LOSS_COLUMNS, ROW_MULTIPLE
 from .linear_problems import DESCRIPTOR_SIZE, GEMM
+from .tiles import Tiles
 
 # So many rows of tiles are computed together: their operands stay in L2 in between.
 GROUP_SIZE_M = tl.constexpr(8)
@@ -32,6 +35,29 @@ EPILOGUE_SUBTILE = tl.constexpr(64 * LOSS_COLUMNS)
 MATRIX_MULTIPLE = tl.constexpr(ROW_MULTIPLE)
 # A program has an SM to itself. Left alone, ptxas makes room for two, and spills.
 MAX_REGISTERS = 255
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """How a launch multiplies.
+
+    Attributes:
+        tiles: how products are cut.
+        precision: what operands are: "tf32x3" (float32, as three TF32 products), "tf32" or "bf16".
+        aligned: all leading dimensions are multiples of 16.
+    """
+
+    tiles: Tiles
+    precision: str
+    aligned: bool
+
+    def constants(self) -> dict:
+        """The kernel's constexpr arguments that say so."""
+        # bf16 operands have one way to be multiplied
+        input_precision = "ieee" if self.precision == "bf16" else self.precision
+        return dict(
+            **self.tiles.constants(), INPUT_PRECISION=input_precision, ALIGNED=16 if self.aligned else 1
+        )
 
 
 @triton.jit

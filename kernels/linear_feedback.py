@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .first_bad import note_bad
-from .grouped_gemm import MATRIX_MULTIPLE, MAX_REGISTERS, accumulate, epilogue_in_subtiles, grouped_gemm
+from .grouped_gemm import MATRIX_MULTIPLE, MAX_REGISTERS, Gemm, accumulate, epilogue_in_subtiles, grouped_gemm
 from .launching import launch
 from .linear_problems import CLAMPED, FEEDBACK, GRAM_UPDATE
 from .momentum import with_momentum
@@ -194,9 +194,7 @@ def launch_linear_feedback(
     eta: float,
     momentum: float = 0.0,
     programs: int,
-    constants: dict,
-    warps: int,
-    stages: int,
+    gemm: Gemm,
 ) -> None:
     """Launch on the current stream: the first ``count`` problems of ``table``, on a grid of ``programs``."""
     launch(
@@ -210,8 +208,8 @@ def launch_linear_feedback(
         iteration,
         eta,
         momentum or None,
-        **constants,
-        num_warps=warps,
-        num_stages=stages,
+        **gemm.constants(),
+        num_warps=gemm.tiles.warps,
+        num_stages=gemm.tiles.stages,
         maxnreg=MAX_REGISTERS,
     )

@@ -27,15 +27,21 @@ Scheduler and main loop are grouped_gemm.py's: a sample's result does not depend
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pcfast.model.activations import Activation
+
 from .activations import IDENTITY, act_diff_and_derivative
+from .codes import LOSSES, activation_code
 from .grouped_gemm import (
     EPILOGUE_SUBTILE,
     MATRIX_MULTIPLE,
     MAX_REGISTERS,
+    Gemm,
     accumulate,
     epilogue_in_subtiles,
     grouped_gemm,
@@ -47,6 +53,29 @@ from .tf32 import store_operand
 
 #: Constants of a launch without a problem of kind TOP.
 NO_TOP = dict(TOP_ACT=IDENTITY.value, TOP_NEGATIVE_SLOPE=0.0, LOSS=-1)
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows the products of a launch; None is the identity, or no loss.
+
+    Attributes:
+        activation: of the hidden layers.
+        top_activation, loss: of the output layer, where the launch evaluates the loss: "cross_entropy" or "mse".
+    """
+
+    activation: Activation | None
+    top_activation: Activation | None = None
+    loss: str | None = None
+
+    def constants(self) -> dict:
+        """The kernel's constexpr arguments that say so."""
+        act, negative_slope = activation_code(self.activation)
+        top = NO_TOP
+        if self.loss is not None:
+            top_act, top_negative_slope = activation_code(self.top_activation)
+            top = dict(TOP_ACT=top_act, TOP_NEGATIVE_SLOPE=top_negative_slope, LOSS=LOSSES[self.loss])
+        return dict(ACT=act, NEGATIVE_SLOPE=negative_slope, **top)
 
 
 @triton.jit
@@ -193,16 +222,14 @@ def launch_linear_predict(
     front: int,
     loss_scale: float,
     programs: int,
-    constants: dict,
-    warps: int,
-    stages: int,
+    gemm: Gemm,
+    epilogue: Epilogue,
 ) -> None:
     """Launch on the current stream.
 
     Args:
         products, front: which problems of ``table`` take part: the first ``products``, and ``front`` unless negative.
         programs: size of the grid.
-        constants: the kernel's constexpr arguments by name.
     """
     launch(
         linear_predict,
@@ -213,8 +240,9 @@ def launch_linear_predict(
         products,
         front,
         loss_scale,
-        **constants,
-        num_warps=warps,
-        num_stages=stages,
+        **epilogue.constants(),
+        **gemm.constants(),
+        num_warps=gemm.tiles.warps,
+        num_stages=gemm.tiles.stages,
         maxnreg=MAX_REGISTERS,
     )

@@ -26,10 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .grouped_gemm import MAX_REGISTERS, num_pid
+from .grouped_gemm import MAX_REGISTERS, Gemm, num_pid
 from .launching import launch
 from .linear_feedback import feedback_tile
-from .linear_predict import predict_tile
+from .linear_predict import Epilogue, predict_tile
 from .linear_problems import DESCRIPTOR_SIZE
 
 
@@ -107,9 +107,8 @@ def launch_mlp_relaxation(
     momentum: float = 0.0,
     loss_scale: float,
     programs: int,
-    constants: dict,
-    warps: int,
-    stages: int,
+    gemm: Gemm,
+    epilogue: Epilogue,
 ) -> None:
     """Launch on the current stream: iterations ``first`` to ``last``; ``programs`` = batch / BLOCK_M, rounded up.
 
@@ -121,5 +120,6 @@ def launch_mlp_relaxation(
         mlp_relaxation, (programs,),
         state, operand, predict_table, feedback_table, first_bad, layers, first, last, int(fresh), eta, schedule,
         momentum or None, loss_scale,
-        **constants, num_warps=warps, num_stages=stages, maxnreg=MAX_REGISTERS,
+        **epilogue.constants(), **gemm.constants(), num_warps=gemm.tiles.warps, num_stages=gemm.tiles.stages,
+        maxnreg=MAX_REGISTERS,
     )  # fmt: skip

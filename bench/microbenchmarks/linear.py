@@ -11,9 +11,9 @@ from pcfast.backends.triton.arena import Arena, Layout, LayoutBuilder
 from pcfast.backends.triton.loop import table
 from pcfast.backends.triton.tensor_layout import padded
 from pcfast.backends.triton.tiles import LinearTiles, linear_tiles
-from pcfast.kernels.codes import activation_code
+from pcfast.kernels.grouped_gemm import Gemm
 from pcfast.kernels.linear_feedback import launch_linear_feedback
-from pcfast.kernels.linear_predict import NO_TOP, launch_linear_predict
+from pcfast.kernels.linear_predict import Epilogue, launch_linear_predict
 from pcfast.kernels.linear_problems import HIDDEN, UPDATE, FeedbackProblem, PredictProblem
 from pcfast.kernels.pointwise_error import Tail, error_and_delta
 from pcfast.kernels.pointwise_update import update
@@ -105,12 +105,7 @@ class _Launch:
         all_products = [products] * layers
         self.tiles: LinearTiles = linear_tiles(all_products, precision, sm_count, interpreted)
         self.programs = min(self.tiles.count(all_products), sm_count)
-        self.constants = dict(
-            **self.tiles.constants(),
-            # bf16 operands have one way to be multiplied
-            INPUT_PRECISION="ieee" if precision == "bf16" else precision,
-            ALIGNED=16,
-        )
+        self.gemm = Gemm(self.tiles, precision, aligned=True)
 
     def add(self, name: str, rows: int, columns: int, *, operand: bool = False) -> None:
         """A matrix of every layer, its rows padded as the backend pads them."""
@@ -180,13 +175,11 @@ def _predict_ways(
         for layer in range(layers)
     )  # fmt: skip
     uploaded = table(problems, device)
-    act, negative_slope = activation_code(Relu())
-    constants = dict(ACT=act, NEGATIVE_SLOPE=negative_slope, **NO_TOP, **launch.constants)
 
     def fused() -> None:
         launch_linear_predict(
             launch.arena.state, launch.arena.operand, uploaded, products=layers, front=-1, loss_scale=1.0,
-            programs=launch.programs, constants=constants, warps=launch.tiles.warps, stages=launch.tiles.stages,
+            programs=launch.programs, gemm=launch.gemm, epilogue=Epilogue(Relu()),
         )  # fmt: skip
 
     def composed() -> None:
@@ -260,8 +253,7 @@ def _feedback_ways(
     def fused() -> None:
         launch_linear_feedback(
             launch.arena.state, launch.arena.operand, uploaded, first_bad, count=layers, iteration=1, eta=ETA,
-            programs=launch.programs, constants=launch.constants, warps=launch.tiles.warps,
-            stages=launch.tiles.stages,
+            programs=launch.programs, gemm=launch.gemm,
         )  # fmt: skip
 
     def composed() -> None:

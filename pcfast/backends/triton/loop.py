@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ...deviation import Chain
 from ...deviation.affine import Conv2dStep, LinearStep
-from ...kernels.codes import LOSSES, activation_code
 from ...kernels.conv_feedback import launch_conv_feedback
 from ...kernels.conv_predict import launch_conv_predict
+from ...kernels.grouped_gemm import Gemm
 from ...kernels.linear_feedback import launch_linear_feedback
-from ...kernels.linear_predict import NO_TOP, launch_linear_predict
+from ...kernels.linear_predict import Epilogue, launch_linear_predict
 from ...kernels.linear_problems import as_numbers
 from ...kernels.mlp_relaxation import launch_mlp_relaxation
 from ...kernels.output_error import output_error
@@ -89,6 +89,10 @@ def _tail(form: PointwiseForm) -> Tail:
         return Tail(form.before, None, (1, 1), form.after)
     kind = "max" if isinstance(form.pool, MaxPool2d) else "average"
     return Tail(form.before, kind, form.pool.kernel, form.after)
+
+
+def _epilogue(launch: PredictLaunch) -> Epilogue:
+    return Epilogue(launch.activation, launch.top_activation, launch.loss)
 
 
 class Loop:
@@ -250,21 +254,8 @@ class Loop:
         arena = self.arena
         return arena.state, arena.operand if self.design.target.linear_copies else arena.state
 
-    def _constants(self, launch: PredictLaunch | FeedbackLaunch) -> dict:
-        tiles, precision = launch.tiles, self.design.target.precision
-        return dict(
-            **tiles.constants(),
-            INPUT_PRECISION="ieee" if precision == "bf16" else precision,
-            ALIGNED=16 if launch.aligned else 1,
-        )
-
-    def _predict_constants(self, launch: PredictLaunch) -> dict:
-        act, negative_slope = activation_code(launch.activation)
-        top = NO_TOP
-        if launch.loss is not None:
-            top_act, top_negative_slope = activation_code(launch.top_activation)
-            top = dict(TOP_ACT=top_act, TOP_NEGATIVE_SLOPE=top_negative_slope, LOSS=LOSSES[launch.loss])
-        return dict(ACT=act, NEGATIVE_SLOPE=negative_slope, **top, **self._constants(launch))
+    def _gemm(self, launch: PredictLaunch | FeedbackLaunch) -> Gemm:
+        return Gemm(launch.tiles, self.design.target.precision, launch.aligned)
 
     def _loss_scale(self) -> float:
         return 1.0 if self.inputs.target is None else self.inputs.target.scale
@@ -275,8 +266,8 @@ class Loop:
         front = len(launch.layers) + products if products < len(live) else -1
         launch_linear_predict(
             *self._arenas, problems, products=products, front=front,
-            loss_scale=self._loss_scale(), programs=launch.programs, constants=self._predict_constants(launch),
-            warps=launch.tiles.warps, stages=launch.tiles.stages,
+            loss_scale=self._loss_scale(), programs=launch.programs, gemm=self._gemm(launch),
+            epilogue=_epilogue(launch),
         )  # fmt: skip
         if self.design.wide_top and self.depth in live:
             self.at_work = (self.depth,)
@@ -300,8 +291,7 @@ class Loop:
     def _feedback_linear(self, launch: FeedbackLaunch, count: int, t: int) -> None:
         launch_linear_feedback(
             *self._arenas, self._feedback_table, self.first_bad, count=count, iteration=t,
-            eta=self._eta(t), momentum=self.momentum, programs=launch.programs, constants=self._constants(launch),
-            warps=launch.tiles.warps, stages=launch.tiles.stages,
+            eta=self._eta(t), momentum=self.momentum, programs=launch.programs, gemm=self._gemm(launch),
         )  # fmt: skip
 
     def _run_fused(self, num_steps: int) -> None:
@@ -314,8 +304,7 @@ class Loop:
                 *self._arenas, self._tables[0], self._feedback_table, self.first_bad,
                 layers=len(launch.layers), first=first, last=last, fresh=self.design.fresh,
                 eta=eta, momentum=self.momentum, loss_scale=self._loss_scale(),
-                programs=launch.programs, constants=self._predict_constants(launch), warps=launch.tiles.warps,
-                stages=launch.tiles.stages,
+                programs=launch.programs, gemm=self._gemm(launch), epilogue=_epilogue(launch),
             )  # fmt: skip
 
         if not self.design.gram:
