@@ -21,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from against_reference import MOVING, assert_bfloat16_loses_what_eager_does, in_double, updates
-from hypothesis import HealthCheck, given, settings
+from drawing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from kernel_networks import GRAM_TAILS, conv_net, mlp, narrowing_conv_net
 from kernel_networks import STREAMED as NETWORKS
@@ -217,12 +218,7 @@ def test_tf32_where_torch_allows_it():
     assert found["ieee"] < 1e-6 < 1e-5 < found["tf32"] < 1e-2
 
 
-@settings(
-    max_examples=15,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(12)
 @given(
     widths=st.lists(st.sampled_from((1, 2, 7, 15, 16, 17, 31, 32, 33)), min_size=2, max_size=5),
     activation=st.sampled_from((nn.Tanh, nn.Sigmoid, nn.SiLU, nn.GELU, nn.Identity)),
