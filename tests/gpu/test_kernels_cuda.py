@@ -179,7 +179,7 @@ def test_another_device_than_the_current_one(name, backend, ours):
         assert distance(found, truth) <= bound
 
 
-@smooth
+@pytest.mark.parametrize(("backend", "name"), [each for each in NAMED if each[0] == "triton"])
 def test_under_torch_compile(name, backend, ours):
     model, x, y = problem(*SMOOTH[backend][name])
     expected = ours(copy.deepcopy(model), x, y)
