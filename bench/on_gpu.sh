@@ -80,6 +80,7 @@ fi
 # Names of tests of tests/gpu: tiles of other sizes sum alike; threads capture side by side; cuDNN's deterministic
 # algorithms in every precision; inputs at odd addresses. The probes run them first, the tests leave them out then.
 PROBED="where_tiles_grow or threads_do_not_disturb or cifar_cnn or padded_cnn or mnist_cnn or inputs_that_are_views"
+KERNELS=(tests/gpu/test_kernels_cuda.py tests/gpu/test_resident_cuda.py tests/gpu/test_triton_cuda.py)
 LARGE="two_to_the_31" # needs most of the GPU's memory
 SANITIZED="states_agree" # what the sanitizers run of test_resident_cuda.py
 
@@ -122,8 +123,7 @@ if wanted probes; then
         step launches "$(at_most 75 $((12 * MINUTES)))" "$PYTHON" -m pcfast bench --kernels --quick --minutes 0.6 \
             --json "$OUT/probes.json"
         step eager 75 env OMP_NUM_THREADS=1 "$PYTHON" "${ALONE[@]}" tests/gpu/test_eager_cuda.py
-        step probed 75 env OMP_NUM_THREADS=1 "$PYTHON" "${PYTEST[@]}" tests/gpu/test_resident_cuda.py \
-            tests/gpu/test_triton_cuda.py -k "($PROBED) and not $LARGE"
+        step probed 75 env OMP_NUM_THREADS=1 "$PYTHON" "${PYTEST[@]}" "${KERNELS[@]}" -k "($PROBED) and not $LARGE"
         step jax 30 "$PYTHON" -c '
 import importlib.util, torch
 torch.ones(1).cuda()
@@ -139,7 +139,7 @@ if wanted tests; then
     kept=0 rest="not $LARGE" files=(tests/gpu)
     if wanted large && [ "$(left)" -ge 150 ]; then kept=70; fi
     if wanted probes && [ -z "$REHEARSE" ]; then
-        files=(tests/gpu/test_resident_cuda.py tests/gpu/test_triton_cuda.py)
+        files=("${KERNELS[@]}")
         rest="not ($PROBED or $LARGE)"
     fi
     # what is measured comes after, where it is wanted

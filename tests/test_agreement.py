@@ -3,7 +3,8 @@
 import pytest
 import torch
 from accuracy import assert_gradients_agree, assert_states_agree
-from hypothesis import HealthCheck, assume, given, settings
+from drawing import examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from networks_for_tests import LOSSES, architectures, loss_and_target, residual_networks
 from torch import nn
@@ -19,12 +20,6 @@ def gradients(model, x, y, **arguments):
     return {p: p.grad.clone() for p in model.parameters()}
 
 
-examples = settings(
-    max_examples=220,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 problems = dict(
     loss_name=st.sampled_from(LOSSES),
     method=st.sampled_from(
@@ -37,13 +32,13 @@ problems = dict(
 )
 
 
-@examples
+@examples(220)
 @given(architecture=architectures(), **problems)
 def test_eager_equals_reference(architecture, **problem):
     assert_agreement(*architecture, **problem)
 
 
-@examples
+@examples(220)
 @given(architecture=residual_networks(), **problems)
 def test_eager_equals_reference_with_residual_blocks(architecture, **problem):
     model, shape = architecture
@@ -82,12 +77,7 @@ def assert_agreement(model, shape, loss_name, method, num_steps, step_size, batc
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
 @given(architecture=architectures(), extra=st.integers(0, 5), seed=st.integers(0, 10**6))
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(25)
 def test_fixed_prediction_with_unit_steps_is_backpropagation(backend, architecture, extra, seed):
     """eta = 1 and n >= L: the theorem of Millidge et al. (2020), Rosenbaum (2022) section "fixed prediction"."""
     model, shape = architecture

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from accuracy import ULP, amplification, assert_gradients_agree, assert_states_agree
+from drawing import examples
 from energy import energy, relax_by_optimizer
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from literal import feedback
 from networks_for_tests import LOSSES, architectures, belief_optimizers, loss_and_target
@@ -287,12 +288,7 @@ def test_fixed_prediction_without_a_closed_form_runs_literally(optimizer):
 # reference == eager ---------------------------------------------------------------------------------------------
 
 
-@settings(
-    max_examples=120,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(120)
 @given(
     architecture=architectures(),
     loss_name=st.sampled_from(LOSSES),

@@ -813,7 +813,7 @@ def test_probes_and_sanitizers_have_tests_to_run(selection):
     """Names that pytest knows: -k would leave one out without a word."""
     script = (ROOT / "bench" / "on_gpu.sh").read_text()
     names = re.search(rf'^{selection}="(.*?)"', script, flags=re.M)[1].split(" or ")
-    tests = ["resident"] if selection == "SANITIZED" else ["resident", "triton"]
+    tests = ["resident"] if selection == "SANITIZED" else ["kernels", "resident", "triton"]
     text = "".join((ROOT / "tests" / "gpu" / f"test_{name}_cuda.py").read_text() for name in tests)
     found = re.findall(r"def (test_\w+)", text) + re.findall(r'^    "(\w+)": Case', text, flags=re.M)
     assert all(any(name in each for each in found) for name in names)

@@ -408,15 +408,18 @@ def test_signals_of_the_command(tmp_path):
         child = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        while not (tmp_path / f"run{first}").exists():
-            assert child.poll() is None
-            time.sleep(0.05)
-        time.sleep(1)
-        child.send_signal(first)
-        assert b"once more stops at once" in child.stdout.readline()
-        child.send_signal(second)
-        said, _ = child.communicate(timeout=30)
-        assert child.returncode == 130 and b"Traceback" not in said
+        try:
+            while not (tmp_path / f"run{first}").exists():
+                assert child.poll() is None
+                time.sleep(0.05)
+            time.sleep(1)
+            child.send_signal(first)
+            assert b"once more stops at once" in child.stdout.readline()
+            child.send_signal(second)
+            said, _ = child.communicate(timeout=30)
+            assert child.returncode == 130 and b"Traceback" not in said
+        finally:
+            child.kill()  # it would train for days
 
 
 @pytest.mark.parametrize(("option", "value"), [

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import ULP
+from drawing import examples
 from energy import energy
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from literal import evaluate, relax_literally
 from networks_for_tests import LOSSES, architectures, loss_and_target
@@ -144,7 +145,7 @@ def test_measuring_changes_no_result_beyond_rounding(optimizer):
     torch.testing.assert_close(found.belief_gradients, literal.belief_gradients, rtol=1e-8, atol=1e-15)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(
     architecture=architectures(),
     loss_name=st.sampled_from(LOSSES),

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_states_agree
+from drawing import examples
 from energy import relax_by_optimizer
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from literal import relax_literally
 from networks_for_tests import LOSSES, architectures, loss_and_target
@@ -111,7 +112,7 @@ def test_it_is_the_literal_loop_with_that_many_iterations(make, tolerance, backe
         torch.testing.assert_close(gradient, truth.gradients[name], rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(
     architecture=architectures(),
     loss_name=st.sampled_from(LOSSES),

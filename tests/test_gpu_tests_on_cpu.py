@@ -20,15 +20,15 @@ sys.path.append(str(TESTS / "native"))
 import native_build  # noqa: E402
 
 
-def run(name: str, selected: str, **environment: str) -> tuple[dict[str, int], str]:
-    """Outcome -> how many tests of a file of tests/gpu; what pytest said."""
+def run(names: list[str], selected: str, **environment: str) -> tuple[dict[str, int], str]:
+    """Outcome -> how many tests of files of tests/gpu; what pytest said."""
     paths = [TESTS, TESTS / "kernels", *filter(None, [os.environ.get("PYTHONPATH")])]
     environment |= {"PCFAST_FAKE_CUDA": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(map(str, paths))}
     command = [
         sys.executable,
         "-m",
         "pytest",
-        TESTS / "gpu" / name,
+        *(TESTS / "gpu" / f"test_{name}_cuda.py" for name in names),
         "-k",
         selected,
         "-q",
@@ -53,7 +53,7 @@ def reasons(said: str) -> set[str]:
 
 def test_eagers():
     slow = "float64_plain or (float32_plain and fixed)"  # as others
-    found, said = run("test_eager_cuda.py", f"not ({slow})")
+    found, said = run(["eager"], f"not ({slow})")
     assert found == {"passed": 22, "skipped": 3}
     assert reasons(said) == {
         "a graph that the caller captures needs a device",
@@ -69,7 +69,7 @@ def test_the_resident_kernels(tmp_path_factory):
         "mlp and not mlp_128 and (does_not_depend or one_step or deferred or inputs_that or another_stream or "
         "never_waits) or batch_of_one or what_the_kernel"
     )
-    found, said = run("test_resident_cuda.py", selected, PCFAST_CUDA_ON_HOST=str(module))
+    found, said = run(["kernels", "resident"], selected, PCFAST_CUDA_ON_HOST=str(module))
     assert found == {"passed": 14, "skipped": 7}
     assert reasons(said) == {
         "streams need a device",
@@ -82,6 +82,6 @@ def test_the_resident_kernels(tmp_path_factory):
 def test_the_streamed_kernels():
     ours = "one_launch and (one_step or does_not_depend and ieee-False) or refused"
     selected = f"{ours} or two_to_the_31 or where_tiles_grow"
-    found, said = run("test_triton_cuda.py", selected, TRITON_INTERPRET="1")
+    found, said = run(["kernels", "triton"], selected, TRITON_INTERPRET="1")
     assert found == {"passed": 3, "skipped": 2}
     assert reasons(said) == {"it takes a GPU's memory or speed"}

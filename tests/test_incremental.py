@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import amplification
-from hypothesis import HealthCheck, assume, given, settings
+from drawing import examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from networks_for_tests import LOSSES, architectures, belief_optimizers, loss_and_target
 from torch import Tensor, nn
@@ -353,9 +354,7 @@ def test_none_is_plain_gradient_descent(backend):
 # Any network ----------------------------------------------------------------------------------------------------
 
 
-@settings(
-    max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)  # fmt: skip
+@examples(120)
 @given(
     architecture=architectures(),
     loss_name=st.sampled_from(LOSSES),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import ULP, assert_gradients_agree, assert_states_agree
+from drawing import examples
 from energy import relax_by_optimizer
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from networks_for_tests import architectures
 from torch import nn
@@ -133,12 +134,7 @@ def test_parts_of_a_batch_add_up_with_a_normalizer(backend):
         assert float((parts[0][p] + parts[1][p] - update).norm()) <= 1e-11 * float(update.norm())
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(60)
 @given(
     architecture=architectures(),
     kind=st.sampled_from(KINDS),

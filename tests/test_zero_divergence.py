@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from drawing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from networks_for_tests import LOSSES, architectures, loss_and_target
 from torch import nn
@@ -29,12 +30,7 @@ def updates(model, x, y, **arguments):
     batch=st.sampled_from((1, 2, 5, 17)),
     seed=st.integers(0, 10**6),
 )
-@settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(40)
 def test_it_is_backpropagation(backend, architecture, loss_name, batch, seed):
     model, shape = architecture
     torch.manual_seed(seed)

@@ -2,9 +2,12 @@
 
 import os
 
+import gpu_helpers
 import pytest
+from torch import Tensor, nn
 
 import pcfast
+from pcfast.backends.cuda import native
 from pcfast.precision import CONVOLUTIONS, PRODUCTS
 from pcfast.relaxation import cuda_graphs
 
@@ -30,3 +33,35 @@ def _clean():
     for switch, state in before.items():
         switch.state = state
     pcfast.synchronize()
+
+
+@pytest.fixture
+def launches(backend, monkeypatch) -> list[int]:
+    """Statuses of the resident kernel's launches so far, on backend "cuda"."""
+    seen = []
+    if backend == "cuda":
+        module = native.load()
+        launch = module.resident
+
+        def counted(*arguments) -> int:
+            seen.append(launch(*arguments))
+            return seen[-1]
+
+        monkeypatch.setattr(module, "resident", counted)
+    return seen
+
+
+@pytest.fixture
+def ours(backend, launches):
+    """Updates of a backend. A replayed step may be the one that was recorded, which has launched."""
+
+    def run(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:
+        before = len(launches)
+        found = gpu_helpers.updates(model, x, y, backend=backend, **settings)
+        name, replayed, _ = gpu_helpers.last()
+        assert name == backend
+        if backend == "cuda":
+            assert set(launches[before:]) <= {0} and (replayed or len(launches) == before + 1)
+        return found
+
+    return run

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcfast
+from pcfast import networks
 from pcfast.backends.cuda import relaxation as cuda
 from pcfast.backends.forward import layer_chains
 from pcfast.backends.triton import relaxation as triton
-from pcfast.precision import numerics
+from pcfast.precision import numerics, use_precision
 from pcfast.problem.settings import Settings
 from pcfast.problem.types import Wanted
 from pcfast.relaxation.solve import prepare
@@ -75,6 +76,12 @@ def allowed(
     return 3 * max(distance(by_backpropagation, exact), distance(by_cpu, truth))
 
 
+def bound_of(model: nn.Sequential, x: Tensor, y: Tensor, truth: list[Tensor], precision: str, **settings):
+    """As `allowed`, in a precision."""
+    with use_precision("tf32" if precision == "tf32" else "ieee", DEVICE):
+        return allowed(model, x, y, truth, torch.bfloat16 if precision == "bf16" else None, **settings)
+
+
 def same_bits(found: list[Tensor], truth: list[Tensor]) -> bool:
     return len(found) == len(truth) > 0 and all(map(torch.equal, found, truth))
 
@@ -119,6 +126,37 @@ def problem(make: Callable[[], nn.Sequential], sample: Sequence[int], rows: int 
     """A network, x and y on the device, float32."""
     x, y = torch.randn(rows, *sample), torch.randint(0, CLASSES, (rows,))
     return make().to(DEVICE), x.to(DEVICE), y.to(DEVICE)
+
+
+def bare_layers() -> nn.Sequential:
+    """As Torch2PC has them: activations are PC layers of their own."""
+    return nn.Sequential(nn.Linear(30, 64), nn.Tanh(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, CLASSES))
+
+
+def smooth_mlp() -> nn.Sequential:
+    return networks.mlp([37, 64, 53, CLASSES], nn.Tanh)
+
+
+def smooth_cnn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh()),
+        nn.Sequential(nn.Conv2d(8, 12, 3), nn.Tanh(), nn.AvgPool2d(2)),
+        nn.Sequential(nn.Conv2d(12, 16, 3, padding=1), nn.GELU(), nn.Flatten()),
+        nn.Linear(16 * 4 * 4, CLASSES),
+    )
+
+
+def smooth_staged() -> nn.Sequential:
+    """Its loop weights, 1.1 MB in bfloat16, are more than one SM has of L1."""
+    return networks.mlp([64, 600, 600, 600, CLASSES], nn.Tanh)
+
+
+MLP, CNN = (smooth_mlp, (37,)), (smooth_cnn, (3, 12, 12))
+#: Networks without kinks but a max-pool's, by backend: one step of them can be judged without medians.
+SMOOTH = {
+    "cuda": {"mlp": MLP, "cnn": CNN},
+    "triton": {"one_launch": MLP, "two_stages": (smooth_staged, (64,)), "convolutions": CNN},
+}
 
 
 def views_of(x: Tensor) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ What is judged how: gpu_helpers.py.
 from __future__ import annotations
 
 import copy
-import functools
 
+import gpu_helpers
 import implicit_convolutions
 import pytest
 import torch
@@ -19,19 +19,17 @@ from gpu_helpers import (
     PRECISIONS,
     ROWS,
     STEPS,
-    TOO_FAST,
     Batch,
     Case,
     allowed,
+    bare_layers,
     distance,
     in_float64,
-    in_threads,
     last,
-    no_waiting,
     problem,
     same_bits,
+    smooth_cnn,
     updates,
-    views_of,
 )
 from torch import Tensor, nn
 
@@ -44,14 +42,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+SMOOTH = gpu_helpers.SMOOTH["triton"]
 
 ONE_LAUNCH, TWO_STAGES = "one launch for all iterations, mlp_relaxation", "two stages an iteration"
 GIB = 2**30
-
-
-def bare_layers() -> nn.Sequential:
-    """As Torch2PC has them: activations are PC layers of their own."""
-    return nn.Sequential(nn.Linear(30, 64), nn.Tanh(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, CLASSES))
 
 
 def mixed() -> nn.Sequential:
@@ -74,25 +68,6 @@ def small_cifar_cnn() -> nn.Sequential:
         nn.Sequential(nn.Linear(32, 32), nn.ReLU()),
         nn.Linear(32, CLASSES),
     )
-
-
-def smooth_cnn() -> nn.Sequential:
-    """No kinks but a max-pool's: one step of it can be judged without medians."""
-    return nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh()),
-        nn.Sequential(nn.Conv2d(8, 12, 3), nn.Tanh(), nn.AvgPool2d(2)),
-        nn.Sequential(nn.Conv2d(12, 16, 3, padding=1), nn.GELU(), nn.Flatten()),
-        nn.Linear(16 * 4 * 4, CLASSES),
-    )
-
-
-def smooth_mlp() -> nn.Sequential:
-    return networks.mlp([37, 64, 53, CLASSES], nn.Tanh)
-
-
-def smooth_staged() -> nn.Sequential:
-    """Its loop weights, 1.1 MB in bfloat16, are more than one SM has of L1."""
-    return networks.mlp([64, 600, 600, 600, CLASSES], nn.Tanh)
 
 
 CASES = {
@@ -143,13 +118,6 @@ CASES = {
         num_steps=5,
         precisions=("tf32", "bf16"),
     ),
-}
-
-
-SMOOTH = {
-    "one_launch": (smooth_mlp, (37,)),
-    "two_stages": (smooth_staged, (64,)),
-    "convolutions": (smooth_cnn, (3, 12, 12)),
 }
 
 
@@ -250,24 +218,6 @@ def test_the_gram_form_of_a_convolution(precision):
     )
     assert report.ok, report.failures
     assert last() == ("triton", True, "")
-
-
-@pytest.mark.parametrize("name", SMOOTH)
-def test_one_step_agrees_plain_recorded_and_replayed(name):
-    model, _, _ = problem(*SMOOTH[name])
-    for now in (("triton", False, FIRST), ("triton", True, ""), ("triton", True, "")):
-        _, x, y = problem(*SMOOTH[name])
-        found = ours(model, x, y)
-        assert last() == now
-        truth = in_float64(model, x, y)
-        assert distance(found, truth) <= allowed(model, x, y, truth)
-
-
-@pytest.mark.parametrize("method", ["exact", "fixed_prediction"])
-def test_methods_without_a_loop_are_those_of_eager(method):
-    model, x, y = problem(*SMOOTH["one_launch"])
-    eager = updates(model, x, y, method=method, backend="eager")
-    assert distance(ours(model, x, y, method=method), eager) < 1e-6
 
 
 def test_energies_and_given_beliefs_take_the_stages_one_by_one():
@@ -396,226 +346,7 @@ def test_a_matrix_of_more_than_two_to_the_31_elements():
     torch.cuda.empty_cache()
 
 
-# Replay and what the caller does -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SMOOTH)
-def test_weights_updated_in_place_are_followed(name):
-    model, x, y = problem(*SMOOTH[name])
-    for _ in range(2):
-        ours(model, x, y)
-    for _ in range(2):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))
-        replayed = ours(model, x, y)
-        assert last()[1]
-        fresh = ours(copy.deepcopy(model), x, y)  # other addresses: a first call
-        assert not last()[1]
-        assert distance(replayed, fresh) < 1e-5
-        truth = in_float64(model, x, y)
-        assert distance(replayed, truth) <= allowed(model, x, y, truth)
-
-
-@pytest.mark.parametrize("name", ["one_launch", "two_stages"])
-def test_step_size_and_number_of_steps_may_change(name):
-    model, x, y = problem(*SMOOTH[name])
-    found = {}
-    for settings in [
-        (0.1, 8),
-        (0.1, 8),
-        (0.05, 8),
-        (0.05, 8),
-        (0.1, 3),
-        (0.1, 3),
-        (0.1, 1),
-        (0.1, 0),
-        (0.1, 8),
-    ]:
-        now = dict(zip(("step_size", "num_steps"), settings, strict=True))
-        truth = in_float64(model, x, y, **now)
-        reached = [
-            index for index, update in enumerate(truth) if update.any()
-        ]  # few steps: upper layers alone
-        got = ours(model, x, y, **now)
-        assert all(not update.any() for index, update in enumerate(got) if index not in reached)
-        bound = allowed(model, x, y, in_float64(model, x, y))
-        assert distance([got[i] for i in reached], [truth[i] for i in reached]) <= bound
-        found.setdefault(settings, []).append(got)
-    assert same_bits(found[0.1, 8][-1], found[0.1, 8][1])
-    assert not same_bits(found[0.1, 8][0], found[0.05, 8][0])
-
-
-def test_batches_of_several_sizes_take_turns():
-    """An epoch whose last batch is smaller, twice."""
-    model, _, _ = problem(*SMOOTH["one_launch"])
-    for rows in (ROWS, ROWS, 20, ROWS, ROWS, 20, 1):
-        _, x, y = problem(*SMOOTH["one_launch"], rows=rows)
-        truth = in_float64(model, x, y)
-        assert distance(ours(model, x, y), truth) <= allowed(model, x, y, truth)
-
-
-@pytest.mark.parametrize("name", SMOOTH)
-def test_inputs_that_are_views(name):
-    model, x, y = problem(*SMOOTH[name])
-    labels = torch.stack([y, y], 1)[:, 1]
-    for kind, view in views_of(x).items():
-        truth = in_float64(model, view, y)
-        bound = allowed(model, view.contiguous(), y, truth)
-        for _ in range(2):
-            assert distance(ours(model, view, labels), truth) <= bound, kind
-
-
-def test_channels_last_inputs_and_weights():
-    model, x, y = problem(*SMOOTH["convolutions"])
-    model = model.to(memory_format=torch.channels_last)
-    x = x.to(memory_format=torch.channels_last)
-    truth = in_float64(model, x, y)
-    bound = allowed(model, x, y, truth)
-    for _ in range(3):
-        assert distance(ours(model, x, y), truth) <= bound
-
-
-@pytest.mark.parametrize("name", SMOOTH)
-def test_another_stream(name):
-    model, x, y = problem(*SMOOTH[name])
-    truth = in_float64(model, x, y)
-    bound = allowed(model, x, y, truth)
-    for _ in range(2):
-        ours(model, x, y)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for expected in (False, True, True):  # a graph of its own
-            found = ours(model, x, y)
-            assert last()[1] == expected
-    torch.cuda.current_stream().wait_stream(stream)
-    assert distance(found, truth) <= bound
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("name", SMOOTH)
-def test_another_device_than_the_current_one(name):
-    model, x, y = problem(*SMOOTH[name])
-    truth = in_float64(model, x, y)
-    bound = allowed(model, x, y, truth)
-    model, x, y = model.to("cuda:1"), x.to("cuda:1"), y.to("cuda:1")
-    for expected in (False, True, True):
-        found = ours(model, x, y)
-        assert last()[1] == expected and found[0].device == x.device
-        assert torch.cuda.current_device() == 0
-        assert distance(found, truth) <= bound
-
-
-@pytest.mark.parametrize("name", SMOOTH)
-def test_under_torch_compile(name):
-    model, x, y = problem(*SMOOTH[name])
-    expected = ours(copy.deepcopy(model), x, y)
-    torch.compiler.reset()
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(each):
-        return pcfast.pc_loss(each, x, y, backend="triton", **STEPS)
-
-    for _ in range(3):
-        model.zero_grad(set_to_none=True)
-        step(model).backward()
-        assert last()[0] == "triton"
-        assert distance([parameter.grad for parameter in model.parameters()], expected) < 1e-5
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize("name", SMOOTH)
-def test_inside_a_capture_of_the_callers(name):
-    model, x, y = problem(*SMOOTH[name])
-    other = torch.randn_like(x)
-    expected = updates(copy.deepcopy(model), other, y, backend="triton")
-
-    def step() -> list[Tensor]:
-        return ours(model, x, y)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # as torch asks for: warm up on a side stream
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    pcfast.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
-    assert last() == ("triton", False, "the caller is capturing a graph already")
-    x.copy_(other)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert distance(found, expected) < 1e-5
-    pcfast.synchronize()
-
-
-def test_threads_do_not_disturb_each_other():
-    cases = [(name, problem(*SMOOTH[name])) for name in SMOOTH for _ in range(2)]
-    alone = [ours(*case) for _, case in cases]
-
-    def gradients(model, x, y) -> list[Tensor]:
-        loss = pcfast.pc_loss(model, x, y, backend="triton", **STEPS)
-        return list(torch.autograd.grad(loss, list(model.parameters())))
-
-    def work(case) -> list[list[Tensor]]:
-        return [gradients(*case) for _ in range(4)]
-
-    found = in_threads([functools.partial(work, case) for _, case in cases])
-    for (name, _), expected, runs in zip(cases, alone, found, strict=True):
-        assert all(distance(run, expected) < 1e-5 for run in runs), name
-    pcfast.synchronize()
-
-
-@pytest.mark.parametrize("name", SMOOTH)
-@pytest.mark.parametrize("check", ["auto", "off"])
-def test_a_step_never_waits_for_the_device(name, check):
-    model, x, y = problem(*SMOOTH[name])
-    ours(model, x, y, check=check)  # compiles kernels, uploads tables
-    pcfast.use_cuda_graphs(False)
-    try:
-        with no_waiting():
-            ours(model, x, y, check=check)
-    finally:
-        pcfast.use_cuda_graphs(True)
-    for _ in range(2):
-        ours(model, x, y, check=check)
-    with no_waiting():
-        ours(model, x, y, check=check)
-    assert last() == ("triton", True, "")
-
-
 # What goes wrong -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SMOOTH)
-def test_divergence_names_iteration_and_layer(name):
-    model, x, _ = problem(*SMOOTH[name])
-    target = 1e3 * torch.ones(ROWS, CLASSES, device=DEVICE)
-    with pytest.raises(pcfast.RelaxationDiverged) as truth:
-        updates(copy.deepcopy(model).cpu(), x.cpu(), target.cpu(), backend="eager", check="sync", **TOO_FAST)
-    for _ in range(3):  # plain, recorded, replayed
-        with pytest.raises(pcfast.RelaxationDiverged) as found:
-            updates(model, x, target, backend="triton", check="sync", **TOO_FAST)
-        assert abs(found.value.iteration - truth.value.iteration) <= 1
-        assert 1 <= found.value.layer <= len(model)
-
-
-@pytest.mark.parametrize("name", SMOOTH)
-def test_deferred_divergence_zeroes_the_updates_and_is_reported_once(name):
-    model, x, y = problem(*SMOOTH[name])
-    target = 1e3 * torch.ones(ROWS, CLASSES, device=DEVICE)
-    for _ in range(3):
-        found = updates(model, x, target, backend="triton", check="deferred", **TOO_FAST)
-        assert not any(update.any() for update in found)
-        with pytest.raises(pcfast.RelaxationDiverged) as failure:
-            pcfast.synchronize()
-        assert failure.value.iteration is not None and failure.value.step_size == TOO_FAST["step_size"]
-        pcfast.synchronize()
-        assert all(update.any() for update in ours(model, x, y))
-        pcfast.synchronize()
 
 
 def test_what_the_kernels_cannot_do_is_refused_by_name():

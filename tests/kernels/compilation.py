@@ -8,7 +8,9 @@ python tests/kernels/compilation.py --full     # compile kernel_cases.FULL; no r
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
+import functools
 import json
 import os
 import queue
@@ -27,6 +29,7 @@ LIMITS = TESTS / "compile_limits.json"
 RECORD = "python tests/kernels/compilation.py --record"
 
 PROCESSES = 2
+CASES_A_START = 4  # that take as long to compile as a process takes to start
 TIMEOUT = 300.0  # seconds a case; the slowest known, 64x128x128 fp32 without tensor cores, takes 40
 
 # Shared memory that one block can have.
@@ -103,6 +106,7 @@ def matrix_instruction(capability: int, rows: int, warps: int) -> str:
 # ---------------------------------------------------------------------------------------------------------- compiling
 
 _results: dict[str, dict] = {}  # by Case.key, for the life of the process
+_idle: list[tuple[dict[str, str], subprocess.Popen]] = []  # (environment, process) that wait for cases
 
 
 def compile_kernels(cases: Sequence[Case], report: Callable[[Result], None] | None = None) -> list[Result]:
@@ -114,42 +118,60 @@ def compile_kernels(cases: Sequence[Case], report: Callable[[Result], None] | No
     unknown = {case.key: case for case in cases if case.key not in _results}
     for case in unknown.values():
         pending.put(case)
-    count = min(PROCESSES, len(unknown))
-    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(max(1, count)) as threads:
-        for worker in [threads.submit(_work, pending, cache, report) for _ in range(count)]:
+    count = min(PROCESSES, -(-len(unknown) // CASES_A_START))
+    with ThreadPoolExecutor(max(1, count)) as threads:
+        for worker in [threads.submit(_work, pending, report) for _ in range(count)]:
             worker.result()
     return [Result(case, **_results[case.key]) for case in cases]
 
 
-def _work(pending: queue.SimpleQueue[Case], cache: str, report: Callable[[Result], None] | None) -> None:
+def _work(pending: queue.SimpleQueue[Case], report: Callable[[Result], None] | None) -> None:
     """Compile what is pending in a process of its own, a new one after a crash."""
-    process = _start(cache)
+    environment, process = _start()
     try:
         while True:
             case = pending.get_nowait()
             if process.poll() is not None:
                 process.communicate()
-                process = _start(cache)
+                environment, process = _start()
             _results[case.key] = _ask(process, case)
             if report is not None:
                 report(Result(case, **_results[case.key]))
     except queue.Empty:
         return
     finally:
-        process.communicate()  # closes its pipes, upon which it ends
+        _idle.append((environment, process))
 
 
-def _start(cache: str) -> subprocess.Popen:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def _start() -> tuple[dict[str, str], subprocess.Popen]:
+    """(environment, process): one that waits, else a new one."""
+    unseen = ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")
+    environment = {name: value for name, value in os.environ.items() if name not in unseen}
     # the kernels of this checkout, whatever is installed
     path = os.pathsep.join([str(TESTS.parents[1]), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return subprocess.Popen(
+    environment |= {"PYTHONPATH": path, "TRITON_CACHE_DIR": _cache().name}
+    for place, (known, process) in enumerate(_idle):
+        if known == environment and process.poll() is None:
+            return _idle.pop(place)
+    process = subprocess.Popen(
         [sys.executable, TESTS / "compile_worker.py"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**environment, "PYTHONPATH": path, "TRITON_CACHE_DIR": cache},
+        env=environment,
     )
+    return environment, process
+
+
+@functools.cache
+def _cache() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()
+
+
+@atexit.register
+def _end() -> None:
+    for _, process in _idle:
+        process.communicate()  # closes its pipes, upon which it ends
 
 
 def _ask(process: subprocess.Popen, case: Case) -> dict:

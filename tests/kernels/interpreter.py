@@ -73,6 +73,8 @@ def _patch_triton() -> None:
     # costs more than the arithmetic of most kernels.
     interpreted._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreted._patch_lang = lambda fn: None
+    interpreted._get_np_dtype = _np_dtype
+    _remember_shapes()
 
     # triton's own takes int() of an array of one element, which numpy deprecates and from 2.4 on refuses.
     tl.tensor.__index__ = lambda self: int(self.handle.data.item())
@@ -90,6 +92,57 @@ def _patch_triton() -> None:
         call = functools.partial(function, _semantic=interpreted.interpreter_semantic)
         setattr(libdevice, name, call)
         setattr(cuda_libdevice, name, call)
+
+
+_triton_np_dtype = interpreted._get_np_dtype
+_np_dtypes: dict[str, np.dtype] = {}
+
+
+def _np_dtype(type_: tl.dtype) -> np.dtype:
+    """triton's answer, which it finds in a table that it builds at every call."""
+    scalar = type_.scalar
+    if scalar.name not in _np_dtypes:
+        _np_dtypes[scalar.name] = _triton_np_dtype(scalar)
+    return _np_dtypes[scalar.name]
+
+
+def _remember_shapes() -> None:
+    """Types of blocks and shapes of tensors are made once each, and equal shapes are not broadcast.
+
+    triton checks and wraps them at every operation, which takes most of its time.
+    """
+    make_block, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    blocks: dict[tuple, dict] = {}
+    tensors: dict[str, dict] = {}
+
+    def init_block(self, element_ty, shape):
+        if isinstance(shape, tl.constexpr):
+            shape = shape.value
+        key = (element_ty.name, *(n.value if isinstance(n, tl.constexpr) else n for n in shape))
+        if key in blocks:
+            self.__dict__.update(blocks[key], element_ty=element_ty)
+        else:
+            make_block(self, element_ty, shape)
+            blocks[key] = dict(self.__dict__)
+
+    def init_tensor(self, handle, type):
+        known = tensors.get(type.name)
+        if known is None:
+            make_tensor(self, handle, type)
+            tensors[type.name] = {name: self.__dict__[name] for name in ("shape", "numel")}
+        else:
+            self.__dict__.update(known, handle=handle, type=type, dtype=type.scalar)
+
+    tl.block_type.__init__, tl.tensor.__init__ = init_block, init_tensor
+
+    semantic = interpreted.TritonSemantic
+    broadcast = semantic.broadcast_impl_value
+
+    def of_one_shape(self, lhs, rhs):
+        left, right = (operand.type.is_block() and operand.type.shape.values for operand in (lhs, rhs))
+        return (lhs, rhs) if left == right else broadcast(self, lhs, rhs)
+
+    semantic.broadcast_impl_value = of_one_shape
 
 
 def _check_overflow(semantic, lhs, rhs, operation) -> None:

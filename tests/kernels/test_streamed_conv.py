@@ -13,7 +13,8 @@ import kernel_networks
 import pytest
 import torch
 from against_reference import MOVING, assert_bfloat16_loses_what_eager_does, in_double, updates
-from hypothesis import HealthCheck, assume, given, settings
+from drawing import examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from kernel_networks import IMPLICIT as NETWORKS
 from kernel_networks import conv_net, first
@@ -132,12 +133,7 @@ def test_maps_wider_than_a_tile(implicit):
     assert_close_to_float64(model, torch.randn(3, 2, 6, 6), torch.tensor([0, 3, 1]), num_steps=3)
 
 
-@settings(
-    max_examples=10,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(10)
 @given(
     size=st.tuples(st.integers(3, 8), st.integers(3, 8)),
     channels=st.tuples(st.sampled_from((1, 3, 16)), st.sampled_from((1, 5, 17))),

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from drawing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from networks_for_tests import IN_KERNELS, architectures
 from torch import nn
@@ -183,7 +184,7 @@ def assert_sound(
     assert placed.waves == -(-placed.blocks // (chip.sm_count * placed.blocks_per_sm))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@examples(200)
 @given(
     architecture=architectures(IN_KERNELS),
     batch=st.sampled_from((1, 2, 7, 128, 300, 5000)),

@@ -17,7 +17,8 @@ import pytest
 import torch
 from accuracy import allowed_error, assert_gradients_agree, assert_states_agree
 from against_reference import updates
-from hypothesis import HealthCheck, assume, given, settings
+from drawing import examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from kernel_networks import RESIDENT as NETWORKS
 from kernel_networks import clamped, mlp
@@ -300,12 +301,7 @@ def test_inputs_in_any_layout(name, moved):
     assert_close_to_float64(model, moved(x), probabilities, vinit=vinit, num_steps=4)
 
 
-@settings(
-    max_examples=120,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@examples(120)
 @given(
     architecture=architectures(IN_KERNELS),
     loss_name=st.sampled_from(LOSSES),
