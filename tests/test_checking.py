@@ -121,7 +121,7 @@ def test_masks_of_the_last_iteration_are_found(monkeypatch):
         name = "faulty"
 
         def run(self, problem, plan):
-            with mock.patch.object(Link, "settle", lambda self: None):
+            with mock.patch.object(Link, "linearize_at_final", lambda self: None):
                 return super().run(problem, plan)
 
     monkeypatch.setitem(BACKENDS, "faulty", Stale())

@@ -308,7 +308,7 @@ def test_the_models_own_tensors_are_used_in_place(monkeypatch):
         copied.extend(o for o, g in zip(own, given, strict=True) if o.data_ptr() != g.data_ptr())
         yield
 
-    monkeypatch.setattr(compiled, "_lent", lent)
+    monkeypatch.setattr(compiled, "swap_parameters", lent)
     step, model = Compiled(loss_of), with_batchnorm()
     for _ in range(2):
         step(model, *batch()).backward()

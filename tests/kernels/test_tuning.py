@@ -64,8 +64,8 @@ def launched(monkeypatch):
         run = getattr(loops, name)
 
         def record(*arguments, _name=name, _run=run, **keywords):
-            constants = keywords["constants"]
-            seen.append((_name.removeprefix("launch_"), constants["BLOCK_M"], constants["BLOCK_N"]))
+            tiles = keywords["gemm"].tiles
+            seen.append((_name.removeprefix("launch_"), tiles.block_m, tiles.block_n))
             return _run(*arguments, **keywords)
 
         monkeypatch.setattr(loops, name, record)
@@ -229,7 +229,7 @@ def planted(monkeypatch, fault) -> None:
 
     def faulty(state, *arguments, **keywords):
         run(state, *arguments, **keywords)
-        if keywords["constants"]["BLOCK_M"] == 32:
+        if keywords["gemm"].tiles.block_m == 32:
             fault(state)
 
     monkeypatch.setattr(loops, "launch_mlp_relaxation", faulty)
