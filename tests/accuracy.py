@@ -23,10 +23,10 @@ def amplification(optimizer, step_size) -> float:
     return 1 / (1 - optimizer.momentum)
 
 
-def assert_states_agree(found, truth, num_steps: int) -> None:
+def assert_states_agree(result, truth, num_steps: int) -> None:
     """Beliefs and errors of one relaxation against float64 truth (objects with .beliefs and .errors)."""
-    for l, (v, v_true) in enumerate(zip(found.beliefs, truth.beliefs, strict=True)):
-        eps, eps_true = found.errors[l], truth.errors[l]
+    for l, (v, v_true) in enumerate(zip(result.beliefs, truth.beliefs, strict=True)):
+        eps, eps_true = result.errors[l], truth.errors[l]
         if eps_true is None:
             assert eps is None, f"eps_{l}"
             assert torch.equal(v, v_true), f"v_{l}"
@@ -36,10 +36,10 @@ def assert_states_agree(found, truth, num_steps: int) -> None:
         assert float((eps - eps_true).norm()) <= bound, f"eps_{l}"
 
 
-def assert_gradients_agree(found: dict, truth: dict, model, states, num_steps: int) -> None:
+def assert_gradients_agree(result: dict, truth: dict, model, states, num_steps: int) -> None:
     """Parameter updates against float64 truth (parameter -> update); ``states``: the truth's relaxation."""
     bounds = allowed_update_errors(model, states.beliefs, states.errors, truth, num_steps)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    assert {names[p] for p in found} == {names[p] for p in truth}
+    assert {names[p] for p in result} == {names[p] for p in truth}
     for parameter, bound in bounds.items():
-        assert float((found[parameter] - truth[parameter]).norm()) <= bound, names[parameter]
+        assert float((result[parameter] - truth[parameter]).norm()) <= bound, names[parameter]

@@ -56,11 +56,11 @@ def assert_close_to_float64(
     )
     arguments = dict(arguments, backend=backend, loss=loss, vinit=vinit)
     truth = pcfast.relax(*double, **wide)
-    found = pcfast.relax(model, x, y, **arguments)
-    assert found.run.plan.backend == backend
+    result = pcfast.relax(model, x, y, **arguments)
+    assert result.run.plan.backend == backend
     for l in range(1, len(truth.beliefs)):
-        assert relative_error(found.errors[l], truth.errors[l]) <= bound, f"eps_{l}"
-        moved, really = (r.beliefs[l].double() - r.activations[l].double() for r in (found, truth))
+        assert relative_error(result.errors[l], truth.errors[l]) <= bound, f"eps_{l}"
+        moved, really = (r.beliefs[l].double() - r.activations[l].double() for r in (result, truth))
         # beliefs are returned as vhat + d in float32: their deviation keeps what that rounding leaves
         rounding = 2**-23 * float(truth.beliefs[l].norm())
         assert float((moved - really).norm()) <= bound * float(really.norm()) + 2 * rounding, f"v_{l}"
@@ -74,9 +74,9 @@ def assert_bfloat16_loses_what_eager_does(model, x, y, backend: str, **settings)
     lost, plans = {}, []
     with use_precision("bf16", x.device):
         for tried in ("eager", backend):
-            found = updates(model, x, y, backend=tried, **settings)
+            result = updates(model, x, y, backend=tried, **settings)
             plans.append(pcfast.last_run().plan)
             assert plans[-1].backend == tried
-            lost[tried] = max(map(relative_error, found, truth))
+            lost[tried] = max(map(relative_error, result, truth))
     assert 1e-4 < lost[backend] <= 3 * lost["eager"] and lost["eager"] < 0.1
     return plans

@@ -39,6 +39,6 @@ def strict_updates(model: nn.Sequential, x, y, loss, step_size: float, num_steps
     updates = {}
     for l, layer in enumerate(model, start=1):
         parameters = list(layer.parameters())
-        found = torch.autograd.grad(evaluate(layer, beliefs[l - 1]), parameters, errors[l])
-        updates.update(zip(parameters, found, strict=True))
+        result = torch.autograd.grad(evaluate(layer, beliefs[l - 1]), parameters, errors[l])
+        updates.update(zip(parameters, result, strict=True))
     return updates

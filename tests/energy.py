@@ -47,9 +47,9 @@ def relax_by_optimizer(
             leaf.grad = gradient
         optimizer.step()
     beliefs = [x, *(leaf.detach() for leaf in leaves)]
-    found = Literal([*beliefs, vhat[-1]], errors)
+    result = Literal([*beliefs, vhat[-1]], errors)
     for name, parameter in model.named_parameters():
         l = int(name.split(".")[0])
         mu = evaluate(model[l], beliefs[l])
-        (found.gradients[name],) = torch.autograd.grad(mu, parameter, errors[l + 1])
-    return found
+        (result.gradients[name],) = torch.autograd.grad(mu, parameter, errors[l + 1])
+    return result

@@ -63,9 +63,9 @@ def assert_matches(path: Path, backend: str) -> None:
         backend=backend,
     )
     assert pcfast.last_run().plan.backend == backend
-    for name, found in (("vhat", vhat), ("v", v), ("epsilon", epsilon)):
+    for name, result in (("vhat", vhat), ("v", v), ("epsilon", epsilon)):
         present = [f"{name}.{l}" in golden for l in range(depth + 1)]
-        assert [value is not None for value in found] == present, name
+        assert [value is not None for value in result] == present, name
 
     tight = dict(rtol=1e-13, atol=1e-15)
     torch.testing.assert_close(loss, golden["Loss"], **tight)
@@ -74,8 +74,8 @@ def assert_matches(path: Path, backend: str) -> None:
         torch.testing.assert_close(vhat[l], golden[f"vhat.{l}"], **tight)
 
     truth = states(golden, depth)
-    found = SimpleNamespace(beliefs=[golden["x"] if v[0] is None else v[0], *v[1:]], errors=epsilon)
-    assert_states_agree(found, truth, n)
+    result = SimpleNamespace(beliefs=[golden["x"] if v[0] is None else v[0], *v[1:]], errors=epsilon)
+    assert_states_agree(result, truth, n)
     parameters = dict(model.named_parameters())
     assert_gradients_agree(
         {p: p.grad for p in parameters.values()},

@@ -181,9 +181,9 @@ class Recorded:
                 after[step] = {name: p.detach().clone() for name, p in trained.items()}
         return first, after
 
-    def difference(self, found: dict[str, Tensor], prefix: str) -> float:
+    def difference(self, result: dict[str, Tensor], prefix: str) -> float:
         """The worst relative difference of arrays; one under 1e-3 of the largest of its kind counts as that large."""
-        return difference(found, self.under(prefix))
+        return difference(result, self.under(prefix))
 
 
 def load(name: str | Path) -> Recorded:
@@ -209,9 +209,9 @@ def set_parameters(parameters: Iterable[Tensor], values: list[Tensor]) -> None:
             parameter.copy_(value)
 
 
-def worst(found: list[Tensor], truth: list[Tensor]) -> float:
+def worst(result: list[Tensor], truth: list[Tensor]) -> float:
     """As :func:`pcfast.presets.identification.difference`, of lists."""
-    return difference(dict(enumerate(found)), dict(enumerate(truth)))
+    return difference(dict(enumerate(result)), dict(enumerate(truth)))
 
 
 # The table -----------------------------------------------------------------------------------------------------
@@ -228,10 +228,10 @@ def rows() -> list[tuple]:
         key = (recorded.meta["program"], recorded.meta["revision"], recorded.preset)
         entry = worst.setdefault(key, [0, 0.0, 0.0, 0.0])
         entry[0] += 1
-        for index, (found, kind) in enumerate(
+        for index, (result, kind) in enumerate(
             ((first, "grad."), (after[1], "after1."), (after[20], "after20."))
         ):
-            entry[index + 1] = max(entry[index + 1], recorded.difference(found, kind))
+            entry[index + 1] = max(entry[index + 1], recorded.difference(result, kind))
     return [(*key, *entry) for key, entry in sorted(worst.items())]
 
 

@@ -60,11 +60,11 @@ def assert_agreement(model, shape, loss_name, method, num_steps, step_size, batc
         assume(False)  # what happens then has tests of its own
     # a relaxation that runs away amplifies rounding without bound
     assume(all(e is None or float(e.norm()) < 1e3 for e in truth.errors))
-    found = pcfast.relax(model, x, y, backend="eager", **arguments)
-    assert (truth.run.plan.backend, found.run.plan.backend) == ("reference", "eager")
-    assert_states_agree(found, truth, num_steps)
-    assert relative_error(found.loss, truth.loss) < 1e-13
-    for v, v_true in zip(found.activations, truth.activations, strict=True):
+    result = pcfast.relax(model, x, y, backend="eager", **arguments)
+    assert (truth.run.plan.backend, result.run.plan.backend) == ("reference", "eager")
+    assert_states_agree(result, truth, num_steps)
+    assert relative_error(result.loss, truth.loss) < 1e-13
+    for v, v_true in zip(result.activations, truth.activations, strict=True):
         assert float((v - v_true).norm()) <= allowed_error(v_true, v_true, 1)
     assert_gradients_agree(
         gradients(model, x, y, backend="eager", **arguments),
@@ -84,7 +84,7 @@ def test_fixed_prediction_with_unit_steps_is_backpropagation(backend, architectu
     torch.manual_seed(seed)
     x = torch.randn(5, *shape, dtype=torch.float64)
     y = torch.randint(0, model[-1].out_features, (5,))
-    found = gradients(
+    result = gradients(
         model, x, y, method="fixed_prediction", step_size=1.0, num_steps=len(model) + extra, backend=backend
     )
     model.zero_grad()
@@ -92,6 +92,6 @@ def test_fixed_prediction_with_unit_steps_is_backpropagation(backend, architectu
     for parameter in model.parameters():
         # the literal loop forms eps = vhat - v, which rounds at the scale of vhat
         tolerance = 1e-13 if backend == "eager" else 1e-9
-        assert float((found[parameter] - parameter.grad).norm()) <= tolerance * max(
+        assert float((result[parameter] - parameter.grad).norm()) <= tolerance * max(
             float(parameter.grad.norm()), 1e-3
         )

@@ -32,28 +32,28 @@ def ranks() -> dict[str, int]:
 
 
 def modules() -> dict[str, Path]:
-    found = {}
+    result = {}
     for file in PACKAGE.rglob("*.py"):
         name = ".".join(("pcfast", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
             ".__init__"
         )
-        found[name] = file
-    return found
+        result[name] = file
+    return result
 
 
 def imports(tree: ast.AST, name: str, file: Path, known: dict[str, Path]) -> set[str]:
     """The modules of pcfast that import statements in ``tree`` name."""
-    found = set()
+    result = set()
     here = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             base = here[: len(here) - node.level + 1] if node.level else []
             target = ".".join([*base, *([node.module] if node.module else [])])
             full = {f"{target}.{alias.name}" for alias in node.names}
-            found |= {module if module in known else target for module in full}
+            result |= {module if module in known else target for module in full}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {module for module in found if module.startswith("pcfast.") and module != name}
+            result |= {alias.name for alias in node.names}
+    return {module for module in result if module.startswith("pcfast.") and module != name}
 
 
 def test_every_module_has_its_place():

@@ -68,13 +68,13 @@ def test_planted_draws(padding, fill, monkeypatch):
     )
     batch = images(count)
     kept = batch.clone()
-    found = FlipAndCrop(padding, fill)(batch)
+    result = FlipAndCrop(padding, fill)(batch)
     mirrored, (tops, lefts) = draws[2][0], draws[2 * padding + 1]
     for sample in range(count):
         expected = changed(
             batch[sample], mirrored[sample] == 1, tops[sample], lefts[sample], padding, fill or (0.0,) * 3
         )
-        assert torch.equal(found[sample], expected), sample
+        assert torch.equal(result[sample], expected), sample
     assert torch.equal(batch, kept)
 
 
@@ -89,9 +89,9 @@ def test_all_candidates_and_each_as_often(padding, fill):
     augment = FlipAndCrop(padding, fill)
     in_one = augment(image.expand(times, *SHAPE))
     in_many = torch.cat([augment(image) for _ in range(times)])
-    for found in (in_one, in_many):
+    for result in (in_one, in_many):
         counts = dict.fromkeys(known.values(), 0)
-        for one in found:
+        for one in result:
             counts[known[one.numpy().tobytes()]] += 1
         freedom = len(known) - 1
         statistic = sum((n - 200) ** 2 / 200 for n in counts.values())
@@ -129,8 +129,8 @@ def test_dtype_shape_and_layout(dtype):
     batch = images(2, torch.float64).div(64).to(dtype)
     for fill in (None, [1, 2, 3]):
         for given in (batch, batch.to(memory_format=torch.channels_last), batch[:0]):
-            found = FlipAndCrop(1, fill)(given)
-            assert found.dtype == dtype and found.shape == given.shape and found.is_contiguous()
+            result = FlipAndCrop(1, fill)(given)
+            assert result.dtype == dtype and result.shape == given.shape and result.is_contiguous()
     meta = FlipAndCrop(1, (1.0, 2.0, 3.0))(batch.to("meta"))
     assert meta.device.type == "meta" and meta.dtype == dtype
 
@@ -216,11 +216,11 @@ def test_normalized_value_by_value(dtype, flat):
 def test_normalized_by_its_own_statistics():
     given = data(torch.float64)
     channels = given.x_train.transpose(0, 1).flatten(1)
-    found = (
+    result = (
         normalized(given, channels.mean(1), channels.std(1, correction=0)).x_train.transpose(0, 1).flatten(1)
     )
-    torch.testing.assert_close(found.mean(1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-14)
-    torch.testing.assert_close(found.std(1, correction=0), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(result.mean(1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-14)
+    torch.testing.assert_close(result.std(1, correction=0), torch.ones(3, dtype=torch.float64))
 
 
 def test_one_channel_is_the_whole_of_a_flat_sample():

@@ -51,9 +51,9 @@ def updates(model: nn.Sequential, x: Tensor, y, **settings) -> list[Tensor]:
     """The updates of one pc_loss, ``.grad`` left empty."""
     model.zero_grad(set_to_none=True)
     pcfast.pc_loss(model, x, y, **{**STEPS, **settings}).backward()
-    found = grads(model)
+    result = grads(model)
     model.zero_grad(set_to_none=True)
-    return found
+    return result
 
 
 def autograd_updates(model: nn.Module, x: Tensor, y, function) -> tuple[Tensor, list[Tensor]]:
@@ -62,17 +62,17 @@ def autograd_updates(model: nn.Module, x: Tensor, y, function) -> tuple[Tensor, 
     return value.detach(), list(torch.autograd.grad(value, list(model.parameters())))
 
 
-def distance(found: list[Tensor], truth: list[Tensor]) -> float:
+def distance(result: list[Tensor], truth: list[Tensor]) -> float:
     """The largest relative Frobenius distance of a tensor from its truth."""
-    assert len(found) == len(truth)
+    assert len(result) == len(truth)
     return max(
         float((f - t).norm() / t.norm()) if t.any() else float(f.norm())
-        for f, t in zip(found, truth, strict=True)
+        for f, t in zip(result, truth, strict=True)
     )
 
 
-def same_bits(found: list[Tensor], truth: list[Tensor]) -> bool:
-    return len(found) == len(truth) and all(map(torch.equal, found, truth))
+def same_bits(result: list[Tensor], truth: list[Tensor]) -> bool:
+    return len(result) == len(truth) and all(map(torch.equal, result, truth))
 
 
 # The loss tensor -----------------------------------------------------------------------------------------------
@@ -335,9 +335,9 @@ def accumulated(model, x, y, cut: int, factor: float = 1.0, **settings) -> list[
     model.zero_grad(set_to_none=True)
     for part in (slice(cut), slice(cut, None)):
         (factor * pcfast.pc_loss(model, x[part], y[part], **STEPS, **settings)).backward()
-    found = grads(model)
+    result = grads(model)
     model.zero_grad(set_to_none=True)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -427,8 +427,8 @@ def test_losses(name, spatial):
     loss, function, target = LOSSES[name]
     model, x, y = problem_for(target, spatial)
     value, expected = autograd_updates(model, x, y, function)
-    found = pcfast.pc_loss(model, x, y, loss=loss, method="exact", backend="eager")
-    torch.testing.assert_close(found.detach(), value, rtol=1e-12, atol=0)
+    result = pcfast.pc_loss(model, x, y, loss=loss, method="exact", backend="eager")
+    torch.testing.assert_close(result.detach(), value, rtol=1e-12, atol=0)
     assert distance(updates(model, x, y, loss=loss, method="exact", backend="eager"), expected) < 1e-12
     strict = [updates(model, x, y, loss=loss, method="strict", backend=b) for b in BACKENDS]
     assert distance(*strict) < 1e-10
@@ -469,9 +469,9 @@ def test_a_bfloat16_model_runs_with_float32_state(method):
     model, (x, y) = mlp(torch.bfloat16), batch(32, torch.bfloat16)
     truth = updates(copy.deepcopy(model).double(), x.double(), y, method=method)
     assert dtypes(pcfast.relax(model, x, y, method=method, backend="eager", **STEPS)) == {torch.float32}
-    found = updates(model, x, y, method=method, backend="eager")
-    assert {g.dtype for g in found} == {torch.bfloat16}
-    assert distance([g.double() for g in found], truth) < 0.1
+    result = updates(model, x, y, method=method, backend="eager")
+    assert {g.dtype for g in result} == {torch.bfloat16}
+    assert distance([g.double() for g in result], truth) < 0.1
 
 
 def test_float16_autocast_runs_in_float32_and_says_so_once(caplog, monkeypatch):
@@ -510,8 +510,8 @@ def test_auto_falls_back_to_the_reference_and_says_so_once(caplog, monkeypatch):
     expected = autograd_updates(model, x, y, squared_modulus)[1]
     with caplog.at_level(logging.INFO, logger="pcfast"):
         for _ in range(2):
-            found = updates(model, x, y, loss=squared_modulus, method="exact")
-    assert distance(found, expected) < 1e-12
+            result = updates(model, x, y, loss=squared_modulus, method="exact")
+    assert distance(result, expected) < 1e-12
     assert pcfast.last_run().plan.backend == "reference"
     (message,) = [record.message for record in caplog.records]
     assert "running on reference" in message and "complex128" in message
@@ -552,9 +552,9 @@ def test_backpropagation_is_met(settings, backend):
 def test_fixed_prediction_before_the_errors_arrive_is_not_backpropagation():
     model, (x, y) = mlp(), batch()
     settings = {"method": "fixed_prediction", "step_size": 1.0, "num_steps": 2}
-    found, expected = updates(model, x, y, **settings), autograd_updates(model, x, y, F.cross_entropy)[1]
-    assert not found[0].any() and not found[1].any()  # n = L - 1: nothing has reached layer 1
-    assert distance(found[2:], expected[2:]) < 1e-13
+    result, expected = updates(model, x, y, **settings), autograd_updates(model, x, y, F.cross_entropy)[1]
+    assert not result[0].any() and not result[1].any()  # n = L - 1: nothing has reached layer 1
+    assert distance(result[2:], expected[2:]) < 1e-13
 
 
 def linear_net(*widths: int) -> tuple[nn.Sequential, list[np.ndarray]]:
@@ -596,8 +596,8 @@ def test_one_and_two_iterations_of_a_linear_net_by_hand(steps, backend):
         v = v + eta * (bottom - top @ w2)
         expected = [bottom.T @ x0, top.T @ v]
     settings = {"loss": nn.MSELoss(reduction="sum"), "step_size": eta, "num_steps": steps}
-    found = updates(model, x, y, backend=backend, **settings)
-    torch.testing.assert_close(found, [torch.from_numpy(e) for e in expected], rtol=1e-12, atol=1e-13)
+    result = updates(model, x, y, backend=backend, **settings)
+    torch.testing.assert_close(result, [torch.from_numpy(e) for e in expected], rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -654,7 +654,7 @@ def test_the_hand_written_loop_agrees_from_the_forward_pass():
 def test_threads_do_not_disturb_each_other():
     jobs = [(mlp(), *batch(5 + i), method) for i, method in enumerate(("strict", "fixed_prediction"))]
     serial = [updates(model, x, y, method=method) for model, x, y, method in jobs]
-    found: list[list] = [[], []]
+    result: list[list] = [[], []]
     runs: list = [None, None]
     together = threading.Barrier(2)
 
@@ -662,7 +662,7 @@ def test_threads_do_not_disturb_each_other():
         model, x, y, method = jobs[index]
         together.wait()
         for _ in range(10):
-            found[index].append(updates(model, x, y, method=method))
+            result[index].append(updates(model, x, y, method=method))
         runs[index] = pcfast.last_run().plan.method
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
@@ -672,5 +672,5 @@ def test_threads_do_not_disturb_each_other():
         thread.join()
     assert runs == ["strict", "fixed_prediction"]
     for index in range(2):
-        assert len(found[index]) == 10
-        assert all(same_bits(each, serial[index]) for each in found[index])
+        assert len(result[index]) == 10
+        assert all(same_bits(each, serial[index]) for each in result[index])

@@ -99,13 +99,13 @@ def test_beliefs_move_as_torch_optim_moves_them(name, net, num_steps, backend):
         num_steps=num_steps,
         backend=backend,
     )
-    found = pcfast.relax(model, x, y, **arguments)
+    result = pcfast.relax(model, x, y, **arguments)
     plan = pcfast.last_run().plan
     assert plan.backend == backend and plan.belief_optimizer == optimizer
     if backend == "eager" and num_steps == 20:
         assert plan.gram == optimizer.linear, plan.gram_reason
     counted = num_steps * amplification(optimizer, step_size)
-    assert_states_agree(found, truth, counted)
+    assert_states_agree(result, truth, counted)
     names = {parameter: name for name, parameter in model.named_parameters()}
     updates = {p: truth.gradients[name] for p, name in names.items()}
     assert_gradients_agree(gradients(model, x, y, **arguments), updates, model, truth, counted)
@@ -114,8 +114,8 @@ def test_beliefs_move_as_torch_optim_moves_them(name, net, num_steps, backend):
 def test_beliefs_that_no_error_has_reached_stay_where_adam_would_move_any_rounding():
     model, x, y = mlp().float(), torch.randn(7, 20), torch.randint(0, 3, (7,))
     for backend in ("reference", "eager"):
-        found = pcfast.relax(model, x, y, belief_optimizer=Adam(), num_steps=2, backend=backend)
-        moved = [not torch.equal(*pair) for pair in zip(found.beliefs, found.activations, strict=True)]
+        result = pcfast.relax(model, x, y, belief_optimizer=Adam(), num_steps=2, backend=backend)
+        moved = [not torch.equal(*pair) for pair in zip(result.beliefs, result.activations, strict=True)]
         assert moved == [False, False, True, True, False]
 
 
@@ -180,14 +180,14 @@ def test_a_linear_chain_is_a_matrix_recursion(backend, momentum, decay, step_siz
         num_steps=n,
         backend=backend,
     )
-    found = pcfast.relax(model, x, y, **arguments)
+    result = pcfast.relax(model, x, y, **arguments)
     updates = gradients(model, x, y, **arguments)
     # the solve and both recursions: each rounds once an iteration at the scale of the beliefs
     bound = 64 * ULP * n / (1 - momentum) * float(torch.linalg.cond(curved))
     for l in range(4):
         scale = float(after[l].norm())
-        assert float((found.beliefs[l] - after[l]).norm()) <= bound * scale, l
-        assert float((found.errors[l + 1] - errors[l]).norm()) <= bound * max(scale, float(errors[l].norm()))
+        assert float((result.beliefs[l] - after[l]).norm()) <= bound * scale, l
+        assert float((result.errors[l + 1] - errors[l]).norm()) <= bound * max(scale, float(errors[l].norm()))
         truth = errors[l].T @ after[l]
         allowed = 2 * bound * scale * max(scale, float(errors[l].norm()))
         assert float((updates[model[l].weight] - truth).norm()) <= allowed, l
@@ -201,7 +201,7 @@ def test_one_step_is_the_finite_difference_of_the_energy(backend):
     start = [
         v + 0.1 * torch.randn_like(v) if l else v for l, v in enumerate(pcfast.relax(model, x, y).activations)
     ]
-    found = pcfast.relax(
+    result = pcfast.relax(
         model, x, y, loss=loss, vinit=start, num_steps=1, step_size=eta, backend=backend,
         belief_optimizer=GradientDescent(0.9, decay),
     )  # fmt: skip
@@ -213,7 +213,7 @@ def test_one_step_is_the_finite_difference_of_the_energy(backend):
 
     with torch.no_grad():
         for l in (1, 2, 3):
-            slope = (start[l] - found.beliefs[l]) / eta
+            slope = (start[l] - result.beliefs[l]) / eta
             for index in ((0, 0), (1, 4), (1, start[l].shape[1] - 1)):
                 values = []
                 for sign in (1, -1):
@@ -251,16 +251,16 @@ def test_fixed_prediction_keeps_its_closed_form(momentum, step_size, num_steps, 
         for l in range(depth):
             m[l] = momentum * m[l] + feedback(model[l], vhat[l], errors[l + 1]) - errors[l]
             v[l] = v[l] - (step_size[t] if isinstance(step_size, tuple) else step_size) * m[l]
-    found = pcfast.relax(
+    result = pcfast.relax(
         model, x, y, method="fixed_prediction", num_steps=num_steps, backend=backend,
         step_size=step_size[:num_steps] if isinstance(step_size, tuple) else step_size,
         belief_optimizer=GradientDescent(momentum),
     )  # fmt: skip
-    assert found.run.plan.backend == backend
+    assert result.run.plan.backend == backend
     for l in range(depth + 1):
         bound = 64 * ULP * max(num_steps, 1) / (1 - momentum) * float(vhat[l].norm())
-        assert float((found.beliefs[l] - v[l]).norm()) <= bound, l
-        assert float((found.errors[l] - errors[l]).norm()) <= bound, l
+        assert float((result.beliefs[l] - v[l]).norm()) <= bound, l
+        assert float((result.errors[l] - errors[l]).norm()) <= bound, l
 
 
 @pytest.mark.parametrize("optimizer", [GradientDescent(weight_decay=0.1), Adam()], ids=["decay", "adam"])
@@ -268,21 +268,21 @@ def test_fixed_prediction_without_a_closed_form_runs_literally(optimizer):
     model, x = mlp(), torch.randn(7, 20, dtype=torch.float64)
     y = torch.randint(0, 3, (7,))
     arguments = dict(method="fixed_prediction", belief_optimizer=optimizer, step_size=0.05, num_steps=6)
-    found = pcfast.relax(model, x, y, **arguments)
-    assert found.run.plan.backend == "reference"
-    assert "no closed form" in dict(found.run.plan.refusals)["eager"]
+    result = pcfast.relax(model, x, y, **arguments)
+    assert result.run.plan.backend == "reference"
+    assert "no closed form" in dict(result.run.plan.refusals)["eager"]
     with pytest.raises(pcfast.BackendError, match="no closed form"):
         pcfast.relax(model, x, y, backend="eager", **arguments)
     # layer L-1 alone: its feedback is constant, so it descends a quadratic that torch.optim can have
-    leaf = found.activations[3].clone().requires_grad_()
-    pull = feedback(model[3], found.activations[3], found.errors[4])
+    leaf = result.activations[3].clone().requires_grad_()
+    pull = feedback(model[3], result.activations[3], result.errors[4])
     make = torch.optim.Adam if isinstance(optimizer, Adam) else torch.optim.SGD
     by_torch = make([leaf], lr=0.05, weight_decay=optimizer.weight_decay)
     for _ in range(6):
-        leaf.grad = leaf.detach() - found.activations[3] + pull
+        leaf.grad = leaf.detach() - result.activations[3] + pull
         by_torch.step()
-    bound = 64 * ULP * 6 * amplification(optimizer, 0.05) * float(found.beliefs[3].norm())
-    assert float((leaf.detach() - found.beliefs[3]).norm()) <= bound
+    bound = 64 * ULP * 6 * amplification(optimizer, 0.05) * float(result.beliefs[3].norm())
+    assert float((leaf.detach() - result.beliefs[3]).norm()) <= bound
 
 
 # reference == eager ---------------------------------------------------------------------------------------------
@@ -324,14 +324,14 @@ def test_eager_equals_reference(architecture, loss_name, method, optimizer, size
     # a relaxation that runs away amplifies rounding without bound
     assume(all(e is None or float(e.norm()) < 1e3 for e in truth.errors))
     for energies in (False, True):  # with and without the Gram form
-        found = pcfast.relax(model, x, y, backend="eager", energies=energies, **arguments)
-        assert (truth.run.plan.backend, found.run.plan.backend) == ("reference", "eager")
+        result = pcfast.relax(model, x, y, backend="eager", energies=energies, **arguments)
+        assert (truth.run.plan.backend, result.run.plan.backend) == ("reference", "eager")
         counted = num_steps * amplification(optimizer, step_size if num_steps else 0.0)
-        assert_states_agree(found, truth, counted)
+        assert_states_agree(result, truth, counted)
     if num_steps:
         scale = 1 + float(truth.energies.abs().max()) + max(float(v.norm()) ** 2 for v in truth.beliefs)
         allowed = 64 * ULP * counted * scale
-        assert float((found.energies - truth.energies).abs().max()) <= allowed
+        assert float((result.energies - truth.energies).abs().max()) <= allowed
     assert_gradients_agree(
         gradients(model, x, y, backend="eager", **arguments),
         gradients(model, x, y, backend="reference", **arguments),
@@ -350,8 +350,8 @@ def test_none_is_plain_gradient_descent_and_a_constant_schedule_one_step_size():
         {"step_size": np.full(5, 0.1)},
         {"step_size": torch.full((5,), 0.1, dtype=torch.float64)},
     ):
-        found = gradients(model, x, y, **{"step_size": 0.1, "num_steps": 5, **same})
-        assert all(torch.equal(found[p], plain[p]) for p in plain)
+        result = gradients(model, x, y, **{"step_size": 0.1, "num_steps": 5, **same})
+        assert all(torch.equal(result[p], plain[p]) for p in plain)
     assert gradients(model, x, y, step_size=[], num_steps=0)
 
 
@@ -362,8 +362,8 @@ def test_float32_loses_no_more_with_momentum_than_without():
         arguments = dict(belief_optimizer=optimizer, step_size=step_size)
         truth = gradients(model.double(), x, y, backend="reference", **arguments)
         truth = [g.clone() for g in truth.values()]
-        found = gradients(model.float(), x.float(), y, backend="eager", **arguments)
-        for g, expected in zip(found.values(), truth, strict=True):
+        result = gradients(model.float(), x.float(), y, backend="eager", **arguments)
+        for g, expected in zip(result.values(), truth, strict=True):
             # 20 iterations, each with products over at most 40 terms
             assert float((g.double() - expected).norm()) <= 20 * 40**0.5 * 2**-24 * float(expected.norm())
 
@@ -388,12 +388,12 @@ RUNAWAY = {
 )
 def test_divergence_is_found_where_the_reference_finds_it(method, name):
     model, x, y = mlp().float(), torch.randn(7, 20), torch.randint(0, 3, (7,))
-    sizes, found = RUNAWAY[name]["step_size"], []
+    sizes, result = RUNAWAY[name]["step_size"], []
     for backend in ("reference", "eager"):
         with pytest.raises(pcfast.RelaxationDiverged) as caught:
             pcfast.pc_loss(model, x, y, method=method, num_steps=200, backend=backend, **RUNAWAY[name])
         error = caught.value
-        found.append((error.iteration, error.layer))
+        result.append((error.iteration, error.layer))
         assert f"with step size {sizes if name != 'schedule' else sizes[error.iteration - 1]:g}." in str(
             error
         )
@@ -401,7 +401,7 @@ def test_divergence_is_found_where_the_reference_finds_it(method, name):
         assert str(again) == str(error) and again.step_size == error.step_size == sizes
     if method == "strict":
         # the literal loop and its deviations overflow within an iteration of each other
-        assert abs(found[0][0] - found[1][0]) <= 1
+        assert abs(result[0][0] - result[1][0]) <= 1
         with pytest.raises(pcfast.RelaxationDiverged, match="with step size"):
             pcfast.pc_loss(model, x, y, num_steps=200, check="deferred", **RUNAWAY[name])
             pcfast.synchronize()
@@ -490,9 +490,9 @@ def test_kernels_refuse_what_they_do_not_run(name, settings, reason, monkeypatch
 
 def test_explain_says_how_beliefs_move_and_why_there_is_no_gram_form():
     model = mlp().float()
-    found = pcfast.explain(model, (7, 20), belief_optimizer=GradientDescent(0.5, 0.1), step_size=WANING)
-    assert "beliefs move by GradientDescent(momentum=0.5, weight_decay=0.1)" in repr(found)
-    assert not found.plan.gram and "not linear" in found.plan.gram_reason
+    result = pcfast.explain(model, (7, 20), belief_optimizer=GradientDescent(0.5, 0.1), step_size=WANING)
+    assert "beliefs move by GradientDescent(momentum=0.5, weight_decay=0.1)" in repr(result)
+    assert not result.plan.gram and "not linear" in result.plan.gram_reason
     assert "beliefs move by" not in repr(pcfast.explain(model, (7, 20)))
     assert pcfast.explain(model, (7, 20), belief_optimizer=GradientDescent(0.5)).plan.gram
 

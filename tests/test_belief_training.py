@@ -164,8 +164,8 @@ def test_options_reach_the_run_and_its_resumption(options, settings, tmp_path):
     expected = {**dict.fromkeys(("belief_optimizer", "nudging", "nudging_growth")), **settings}
     for more in (options, ("--resume", "--epochs", 3)):
         assert run(*QUICK, "--out", tmp_path / "run", *more) == 0
-        found = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
-        assert {name: found[name] for name in expected} == expected
+        result = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+        assert {name: result[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(

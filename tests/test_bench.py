@@ -86,9 +86,9 @@ def test_the_compiled_body_is_the_same_iteration(kind):
     model, x, y = SMALL[kind].draw(CPU)
     with torch.no_grad():
         graph = torch.compile(loops.iterate, fullgraph=True, backend="eager")
-        found = loops.plain_step(model, x, y, "strict", 0.1, 3, body=graph)
+        result = loops.plain_step(model, x, y, "strict", 0.1, 3, body=graph)
         expected = loops.plain_step(model, x, y, "strict", 0.1, 3)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 def test_every_workload_is_known_to_the_baselines():
@@ -434,8 +434,8 @@ def test_contenders_take_turns():
 
 def test_peak_memory_is_that_of_the_step():
     """mlp_600's literal loop holds a handful of (300, 600) tensors: megabytes, and not hundreds of them."""
-    found = memory.in_a_process("mlp_600", "plain", "ieee")
-    assert 1e6 < found < 3e8
+    result = memory.in_a_process("mlp_600", "plain", "ieee")
+    assert 1e6 < result < 3e8
 
 
 # ------------------------------------------------------------------------------------- tables and README
@@ -500,13 +500,13 @@ def test_the_digest_follows_the_sources(monkeypatch, tmp_path):
     (package / "__init__.py").write_text("")
     (package / "cli" / "x.py").write_text("1")
     monkeypatch.setattr(pcfast, "__file__", str(package / "__init__.py"))
-    found = sources.digest()
-    assert found != before
+    result = sources.digest()
+    assert result != before
     (package / "cli" / "x.py").write_text("2")  # no training step runs through it
-    assert sources.digest() == found
+    assert sources.digest() == result
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "kernel.cu").write_text("")
-    assert sources.digest() != found
+    assert sources.digest() != result
 
 
 def test_the_picture_is_drawn(tmp_path):
@@ -570,7 +570,7 @@ def test_only_full_runs_of_committed_sources_are_recorded(change, message, tmp_p
     assert kept == tmp_path / "results" / "cpu" / "2026-01-02-abc1234.json"
     with pytest.raises(Exception, match="never replaced"):
         report.record(path)
-    assert [found["commit"] for found in report.newest()] == ["abc1234"]
+    assert [result["commit"] for result in report.newest()] == ["abc1234"]
 
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -608,9 +608,9 @@ def test_the_kernels_gate_knows_rounding_from_mistakes(window, precision):
 
 def test_one_bad_element_closes_the_kernels_gate():
     _, _, _, truth = predicted((2, 2), "tf32x3")
-    found = truth.error.clone()
-    found[1, 2, 0, 1] += 1e-3
-    assert not rounding.judged((found, truth.error, truth.error_bound)).right
+    result = truth.error.clone()
+    result[1, 2, 0, 1] += 1e-3
+    assert not rounding.judged((result, truth.error, truth.error_bound)).right
     nothing = torch.full_like(truth.error_bound, float("inf"))
     assert not rounding.judged((truth.error, truth.error, nothing)).right  # nothing was looked at
 
@@ -815,8 +815,8 @@ def test_probes_and_sanitizers_have_tests_to_run(selection):
     names = re.search(rf'^{selection}="(.*?)"', script, flags=re.M)[1].split(" or ")
     tests = ["resident"] if selection == "SANITIZED" else ["kernels", "resident", "triton"]
     text = "".join((ROOT / "tests" / "gpu" / f"test_{name}_cuda.py").read_text() for name in tests)
-    found = re.findall(r"def (test_\w+)", text) + re.findall(r'^    "(\w+)": Case', text, flags=re.M)
-    assert all(any(name in each for each in found) for name in names)
+    result = re.findall(r"def (test_\w+)", text) + re.findall(r'^    "(\w+)": Case', text, flags=re.M)
+    assert all(any(name in each for each in result) for name in names)
 
 
 def steps(folder: Path, seconds: int, commands: str) -> tuple[str, str, int]:

@@ -158,11 +158,11 @@ def test_the_installed_command_runs(tmp_path):
 
 def test_info_as_json(capsys):
     assert main(["info", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["versions"]["pcfast"] == pcfast.__version__
-    assert found["versions"]["torch"] == str(torch.__version__)
-    assert found["devices"][0]["device"] == "cpu" and found["devices"][0]["name"]
-    on_cpu = {row["backend"]: row["reason"] for row in found["backends"] if row["device"] == "cpu"}
+    result = json.loads(capsys.readouterr().out)
+    assert result["versions"]["pcfast"] == pcfast.__version__
+    assert result["versions"]["torch"] == str(torch.__version__)
+    assert result["devices"][0]["device"] == "cpu" and result["devices"][0]["name"]
+    on_cpu = {row["backend"]: row["reason"] for row in result["backends"] if row["device"] == "cpu"}
     assert on_cpu == {
         **dict.fromkeys(BACKENDS, ""),
         **dict.fromkeys(("cuda", "triton"), "it needs a CUDA device"),

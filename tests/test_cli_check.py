@@ -125,15 +125,15 @@ def test_json_is_the_librarys_report(capsys):
         "mse",
     ]
     assert run("--json", *arguments) == 0
-    found = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     torch.manual_seed(3)
     model = networks.digits_mlp()
     batches = random_batches(model, (4, 64), loss="mse", draws=1, seed=3)
     report = checking.check(
         model, batches, loss="mse", step_size=0.2, num_steps=6, precisions=["ieee", "fp64"], seed=3
     )
-    assert found["ok"] is True and len(found["reports"]) == 1
-    (shown,) = found["reports"]
+    assert result["ok"] is True and len(result["reports"]) == 1
+    (shown,) = result["reports"]
     assert shown["method"] == "strict" and shown["x_shape"] == [4, 64] and shown["step_size"] == 0.2
     assert [(row["layer"], row["quantity"], row["error"], row["bound"]) for row in shown["rows"]] == [
         (row.layer, row.quantity, row.error, row.bound) for row in report.rows
@@ -142,8 +142,8 @@ def test_json_is_the_librarys_report(capsys):
 
 def test_json_of_a_failure(faulty, capsys):
     assert run("--json", "--precision", "ieee") == 1
-    found = json.loads(capsys.readouterr().out)
-    assert found["ok"] is False and found["reports"][0]["ok"] is False
+    result = json.loads(capsys.readouterr().out)
+    assert result["ok"] is False and result["reports"][0]["ok"] is False
 
 
 @pytest.mark.parametrize(

@@ -109,15 +109,15 @@ def test_float64_json_same_seed_same_tables_and_earlier_results_are_kept(capsys)
         "exact",
     ]
     assert run(*options) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["ended"] == {} and found["earlier_results"] is None
-    whole = [row for row in found["iterations"] if row["step_size"] == 1 and row["num_steps"] == 3]
+    result = json.loads(capsys.readouterr().out)
+    assert result["ended"] == {} and result["earlier_results"] is None
+    whole = [row for row in result["iterations"] if row["step_size"] == 1 and row["num_steps"] == 3]
     assert len(whole) == 8 and all(row["angle_degrees"] < 1e-6 for row in whole)
     assert all(row["relative_error"] < 1e-13 for row in whole)
-    assert found["training"]["final"]["exact"]["test_loss"] == pytest.approx(
-        found["training"]["final"]["backpropagation"]["test_loss"], rel=1e-9
+    assert result["training"]["final"]["exact"]["test_loss"] == pytest.approx(
+        result["training"]["final"]["backpropagation"]["test_loss"], rel=1e-9
     )
-    first = [row for row in found["iterations"] if row["layer"] == 1 and row["num_steps"] == 1]
+    first = [row for row in result["iterations"] if row["layer"] == 1 and row["num_steps"] == 1]
     assert {row["angle_degrees"] for row in first if row["method"] == "fixed_prediction"} == {None}
 
     names = ("training.csv", "updates.csv", "iterations.csv")

@@ -29,7 +29,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 @pytest.fixture
 def no_figures(monkeypatch):
     monkeypatch.setattr(
-        diagnostics_plots, "diagnosis_figure", lambda found, path, title: Path(path).write_text(title)
+        diagnostics_plots, "diagnosis_figure", lambda result, path, title: Path(path).write_text(title)
     )
 
 
@@ -88,13 +88,13 @@ def test_defaults_on_digits_against_the_literal_loop(capsys):
 def test_json_and_earlier_results_are_kept(capsys):
     options = ["--method", "fixed-prediction", "--step-size", "1", "--precision", "fp64", "--out", "x"]
     assert run(*options, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["diverged"] is None and found["rising"] is None and found["earlier_results"] is None
-    assert found["backend"] == "eager" and {Path(file).name for file in found["files"]} == FILES
-    assert len(found["energies"]) == 4 and len(found["belief_gradients"][0]) == 2
+    result = json.loads(capsys.readouterr().out)
+    assert result["diverged"] is None and result["rising"] is None and result["earlier_results"] is None
+    assert result["backend"] == "eager" and {Path(file).name for file in result["files"]} == FILES
+    assert len(result["energies"]) == 4 and len(result["belief_gradients"][0]) == 2
     # n = 4 > L = 3: rest, and backpropagation
-    assert found["iterations"][-1]["relaxed"] == 1 and found["iterations"][-1]["rising"] is None
-    assert all(row["relative_error"] < 1e-13 for row in found["updates"])
+    assert result["iterations"][-1]["relaxed"] == 1 and result["iterations"][-1]["rising"] is None
+    assert all(row["relative_error"] < 1e-13 for row in result["updates"])
     texts = {name: Path("x", name).read_text() for name in FILES}
     assert run(*options) == 0
     assert {name: Path("x/earlier-1", name).read_text() for name in FILES} == texts

@@ -58,10 +58,10 @@ def test_the_default_run_learns_digits(tmp_path, capsys, monkeypatch):
 def test_json_is_the_only_output(tmp_path, capsys):
     assert run("--out", tmp_path / "run", "--epochs", 2, *QUICK, "--json") == 0
     output = capsys.readouterr()
-    found = json.loads(output.out)
+    result = json.loads(output.out)
     assert output.err == ""
-    assert len(found["history"]["test_accuracy"]) == 2
-    assert found["files"] == [str(tmp_path / "run" / name) for name in FILES]
+    assert len(result["history"]["test_accuracy"]) == 2
+    assert result["files"] == [str(tmp_path / "run" / name) for name in FILES]
 
 
 def test_a_resumed_run_takes_its_options_from_its_folder(tmp_path, capsys):

@@ -41,9 +41,9 @@ def call(record, *options, model="nested", steps=12) -> int:
 def test_the_program_is_found(folder, capsys):
     assert load(NAME).meta["iterations"] == 12 and load(NAME).meta["step_size"] == 0.05
     assert call(FOLDER / f"{NAME}.npz", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert {match["preset"] for match in found["meets"]} == {"pctrainer"}
-    assert found["others"][0]["difference"] > 1e-2
+    result = json.loads(capsys.readouterr().out)
+    assert {match["preset"] for match in result["meets"]} == {"pctrainer"}
+    assert result["others"][0]["difference"] > 1e-2
     assert call(FOLDER / f"{NAME}.npz") == 0
     assert "agrees: pctrainer" in capsys.readouterr().out
 

@@ -63,9 +63,9 @@ def gradients(model: nn.Sequential, x, y, loss=F.cross_entropy) -> list[torch.Te
 
 
 def literal_updates(model: nn.Sequential, x, y, **settings) -> list[torch.Tensor]:
-    found = relax_literally(model, x, y, loss=F.cross_entropy, **settings).gradients
+    result = relax_literally(model, x, y, loss=F.cross_entropy, **settings).gradients
     return [
-        torch.cat([found[f"{l}.{name}"].flatten() for name, _ in layer.named_parameters()])
+        torch.cat([result[f"{l}.{name}"].flatten() for name, _ in layer.named_parameters()])
         for l, layer in enumerate(model)
     ]
 
@@ -416,6 +416,6 @@ def test_regression_has_no_accuracy_and_no_grad_is_no_matter():
     data = toy_data()
     values = data._replace(y_train=data.x_train[:, :3] * 2, y_test=data.x_test[:, :3] * 2)
     with torch.no_grad():
-        found = compare_training(toy_model(), values, methods=["exact"], batch_size=20, loss="mse")
-    assert all(math.isnan(row.train_accuracy) and math.isnan(row.test_accuracy) for row in found.steps)
-    assert found.curve("exact")[-1].test_loss < found.curve("exact")[0].test_loss
+        result = compare_training(toy_model(), values, methods=["exact"], batch_size=20, loss="mse")
+    assert all(math.isnan(row.train_accuracy) and math.isnan(row.test_accuracy) for row in result.steps)
+    assert result.curve("exact")[-1].test_loss < result.curve("exact")[0].test_loss

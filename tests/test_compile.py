@@ -139,10 +139,10 @@ def loss_of(model, x, y, **settings):
     return pcfast.pc_loss(model, x, y, **{**STEPS, **settings})
 
 
-def assert_same(found, truth) -> None:
+def assert_same(result, truth) -> None:
     """Equal to the bit; None equals None."""
-    assert len(found) == len(truth)
-    for ours, theirs in zip(found, truth, strict=True):
+    assert len(result) == len(truth)
+    for ours, theirs in zip(result, truth, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
@@ -213,14 +213,14 @@ def test_a_step_among_other_work_by_inductor(name):
     optimisers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in (ours, theirs)]
     for _ in range(3):
         x, y = batch(width)
-        found = []
+        result = []
         for model, function, optimiser in zip((ours, theirs), (step, train), optimisers, strict=True):
             optimiser.zero_grad()
             loss, before = function(model, x, y)
             loss.backward()
             optimiser.step()
-            found.append([loss.detach(), before, *model.state_dict().values()])
-        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+            result.append([loss.detach(), before, *model.state_dict().values()])
+        torch.testing.assert_close(*result, rtol=1e-5, atol=1e-6)
     assert step.steps == [1]
 
 
@@ -386,17 +386,17 @@ def test_copies_of_a_model_are_told_apart():
 
 
 def test_threads_agree_on_keys():
-    models, found = [mlp() for _ in range(4)], []
+    models, result = [mlp() for _ in range(4)], []
 
     def work() -> None:
-        found.append([compiled.MODELS.key(model) for model in models])
+        result.append([compiled.MODELS.key(model) for model in models])
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found[0])) == 4 and all(keys == found[0] for keys in found)
+    assert len(set(result[0])) == 4 and all(keys == result[0] for keys in result)
 
 
 # Arguments ------------------------------------------------------------------------------------------------------
@@ -633,9 +633,9 @@ def test_errors_are_those_of_an_eager_call(name):
     ours = with_batchnorm()
     theirs = copy.deepcopy(ours)
     step = Compiled(loss_of, "eager")
-    found = failure(step, ours, x, y, **settings)
+    result = failure(step, ours, x, y, **settings)
     expected = failure(loss_of, theirs, x, y, **settings)
-    assert type(found) is type(expected) and str(found) == str(expected)
+    assert type(result) is type(expected) and str(result) == str(expected)
     assert_same(list(ours.state_dict().values()), list(theirs.state_dict().values()))
     assert step.steps == [1]
     assert_same_step(step, ours, *batch())  # and nothing is left behind
@@ -661,8 +661,8 @@ def test_incremental_step_runs_outside_the_graph(belief_optimizer):
     optimisers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (ours, theirs)]
     for _ in range(2):
         x, y = batch()
-        found = [f(m, x, y, o) for f, m, o in zip((step, step_of), (ours, theirs), optimisers, strict=True)]
-        assert_same([found[0], *ours.parameters()], [found[1], *theirs.parameters()])
+        result = [f(m, x, y, o) for f, m, o in zip((step, step_of), (ours, theirs), optimisers, strict=True)]
+        assert_same([result[0], *ours.parameters()], [result[1], *theirs.parameters()])
     assert not any(step.steps)
     torch.compiler.reset()
     with pytest.raises(Unsupported, match="moves the parameters with an optimiser between iterations"):

@@ -304,26 +304,26 @@ def written(tmp_path, record) -> Path:
 
 
 def test_measured_values_stand_before_defaults(tmp_path):
-    found = load(written(tmp_path, SAMPLE))
-    assert found.device == "NVIDIA H200"
-    assert (found.sm_count, found.l2_bytes, found.sm_clock_mhz) == (132, 62914560, 1755.5)
-    assert found.source["sm_clock_mhz"] == LABEL and found.is_measured("sm_clock_mhz")
-    assert found.matmul_bf16_tflops == DEFAULTS["matmul_bf16_tflops"][0]
-    assert found.source["matmul_bf16_tflops"] == DEFAULTS["matmul_bf16_tflops"][1]
-    assert found.copy_bandwidth_gbs == 4300
-    assert found.source["copy_bandwidth_gbs"].endswith(
+    result = load(written(tmp_path, SAMPLE))
+    assert result.device == "NVIDIA H200"
+    assert (result.sm_count, result.l2_bytes, result.sm_clock_mhz) == (132, 62914560, 1755.5)
+    assert result.source["sm_clock_mhz"] == LABEL and result.is_measured("sm_clock_mhz")
+    assert result.matmul_bf16_tflops == DEFAULTS["matmul_bf16_tflops"][0]
+    assert result.source["matmul_bf16_tflops"] == DEFAULTS["matmul_bf16_tflops"][1]
+    assert result.copy_bandwidth_gbs == 4300
+    assert result.source["copy_bandwidth_gbs"].endswith(
         "not measured: less than 3 GiB of device memory are free"
     )
-    assert not found.is_measured("copy_bandwidth_gbs")
+    assert not result.is_measured("copy_bandwidth_gbs")
 
 
 def test_without_a_file_all_are_defaults(monkeypatch, caplog):
     monkeypatch.delenv(gpu_constants.PATH_VARIABLE, raising=False)
     with caplog.at_level(logging.INFO, "pcfast"):
-        found = load()
-    assert {name: (getattr(found, name), found.source[name]) for name in NAMES} == DEFAULTS
+        result = load()
+    assert {name: (getattr(result, name), result.source[name]) for name in NAMES} == DEFAULTS
     assert caplog.messages == []
-    assert hash(found) == hash(load())
+    assert hash(result) == hash(load())
 
 
 def test_the_environment_names_a_file(tmp_path, monkeypatch):
@@ -342,9 +342,9 @@ def test_an_unknown_device_gets_the_defaults_and_says_so(monkeypatch, caplog):
     monkeypatch.delenv(gpu_constants.PATH_VARIABLE, raising=False)
     monkeypatch.setattr(log, "_said", set())
     with caplog.at_level(logging.INFO, "pcfast"):
-        found = load(device="NVIDIA A100-SXM4-80GB")
-    assert found.device == "NVIDIA A100-SXM4-80GB" and found.sm_count == 132
-    assert all("not of NVIDIA A100" in source for source in found.source.values())
+        result = load(device="NVIDIA A100-SXM4-80GB")
+    assert result.device == "NVIDIA A100-SXM4-80GB" and result.sm_count == 132
+    assert all("not of NVIDIA A100" in source for source in result.source.values())
     assert caplog.messages == [
         "constants: what was not measured on NVIDIA A100-SXM4-80GB is taken from an H100 or H200"
     ]
@@ -353,8 +353,8 @@ def test_an_unknown_device_gets_the_defaults_and_says_so(monkeypatch, caplog):
 def test_a_file_of_another_device_is_not_used(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(log, "_said", set())
     with caplog.at_level(logging.INFO, "pcfast"):
-        found = load(written(tmp_path, SAMPLE), device="NVIDIA H100 80GB HBM3")
-    assert not any(found.is_measured(name) for name in NAMES)
+        result = load(written(tmp_path, SAMPLE), device="NVIDIA H100 80GB HBM3")
+    assert not any(result.is_measured(name) for name in NAMES)
     assert "was measured on NVIDIA H200, not on NVIDIA H100 80GB HBM3" in caplog.text
 
 

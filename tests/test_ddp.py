@@ -96,23 +96,23 @@ def single(name: str):
     return first_update_and_trained(module, module.model, *full_batch(), 1)
 
 
-def distance(found: list, truth: list) -> float:
-    return max(float((f - t).norm() / t.norm()) for f, t in zip(found, truth, strict=True))
+def distance(result: list, truth: list) -> float:
+    return max(float((f - t).norm() / t.norm()) for f, t in zip(result, truth, strict=True))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_processes_equal_the_full_batch(name, distributed):
     gradients, trained = single(name)
     for rank in range(WORLD):
-        found, weights = distributed[rank][name]
-        assert distance(found, gradients) < 1e-12
+        result, weights = distributed[rank][name]
+        assert distance(result, gradients) < 1e-12
         assert distance(weights, trained) < 1e-12
 
 
 def test_strict_with_a_plain_mean_differs(distributed):
     gradients, _ = single(PLAIN_MEAN_STRICT)
-    found, _ = distributed[0][PLAIN_MEAN_STRICT]
-    assert distance(found, gradients) > 1e-3
+    result, _ = distributed[0][PLAIN_MEAN_STRICT]
+    assert distance(result, gradients) > 1e-3
 
 
 def test_processes_stay_together(distributed):

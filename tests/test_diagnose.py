@@ -50,16 +50,16 @@ def batch(rows: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 
 def beliefs_before(model, x, y, *, loss, step_size, num_steps) -> list[list[torch.Tensor]]:
     """v_0..v_{L-1} as every iteration of strict relaxation finds them."""
-    found = []
+    result = []
     vhat = [x]
     for layer in model:
         vhat.append(evaluate(layer, vhat[-1]).detach())
-    found.append(vhat[:-1])
+    result.append(vhat[:-1])
     relax_literally(
         model, x, y, loss=loss, method="strict", step_size=step_size, num_steps=num_steps,
-        watch=lambda t, v, errors: found.append([value.clone() for value in v[:-1]]),
+        watch=lambda t, v, errors: result.append([value.clone() for value in v[:-1]]),
     )  # fmt: skip
-    return found[:-1]
+    return result[:-1]
 
 
 def energy_gradients(model, beliefs, y, loss, weight_decay: float = 0.0) -> list[torch.Tensor]:
@@ -80,17 +80,17 @@ def angle(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_strict_against_autograd_of_the_explicit_energy(backend):
     model, (x, y) = network(), batch()
     settings = {"step_size": 0.3, "num_steps": 9}
-    found = diagnose(model, x, y, backend=backend, **settings)
-    assert found.run.plan.backend == backend
+    result = diagnose(model, x, y, backend=backend, **settings)
+    assert result.run.plan.backend == backend
     points = beliefs_before(model, x, y, loss=F.cross_entropy, **settings)
     gradients = [energy_gradients(model, v, y, F.cross_entropy) for v in points]
     norms = torch.tensor([[float(g.norm()) for g in row] for row in gradients], dtype=torch.float64)
-    torch.testing.assert_close(found.belief_gradients, norms, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(result.belief_gradients, norms, rtol=1e-9, atol=1e-15)
     sizes = torch.stack([torch.cat([g.flatten() for g in row]).norm() for row in gradients])
-    torch.testing.assert_close(found.relaxed, 1 - sizes / sizes[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(result.relaxed, 1 - sizes / sizes[0], rtol=0, atol=1e-9)
     totals = torch.stack([energy(model, v, y, F.cross_entropy).detach() for v in points])
-    torch.testing.assert_close(found.energies.sum(1), totals, rtol=1e-12, atol=0)
-    assert not found.rising.any() and 0.5 < float(found.relaxed[-1]) < 1 and float(found.relaxed[0]) == 0
+    torch.testing.assert_close(result.energies.sum(1), totals, rtol=1e-12, atol=0)
+    assert not result.rising.any() and 0.5 < float(result.relaxed[-1]) < 1 and float(result.relaxed[0]) == 0
 
     updates = relax_literally(model, x, y, loss=F.cross_entropy, method="strict", **settings).gradients
     copied = copy.deepcopy(model)
@@ -99,18 +99,18 @@ def test_strict_against_autograd_of_the_explicit_energy(backend):
     for l, layer in enumerate(copied):
         names = [(f"{l}.{name}", p) for name, p in layer.named_parameters()]
         if not names:
-            assert math.isnan(found.relative_error[l]) and math.isnan(found.angle_degrees[l])
+            assert math.isnan(result.relative_error[l]) and math.isnan(result.angle_degrees[l])
             continue
         update = torch.cat([updates[name].flatten() for name, _ in names])
         gradient = torch.cat([p.grad.flatten() for _, p in names])
         vectors.append((update, gradient))
         error = float((update - gradient).norm() / gradient.norm())
-        assert float(found.relative_error[l]) == pytest.approx(error, rel=1e-7)
-        assert float(found.angle_degrees[l]) == pytest.approx(angle(update, gradient), rel=1e-6)
+        assert float(result.relative_error[l]) == pytest.approx(error, rel=1e-7)
+        assert float(result.angle_degrees[l]) == pytest.approx(angle(update, gradient), rel=1e-6)
     update, gradient = (torch.cat(parts) for parts in zip(*vectors, strict=True))
-    assert float(found.whole_angle_degrees) == pytest.approx(angle(update, gradient), rel=1e-6)
+    assert float(result.whole_angle_degrees) == pytest.approx(angle(update, gradient), rel=1e-6)
     error = float((update - gradient).norm() / gradient.norm())
-    assert float(found.whole_relative_error) == pytest.approx(error, rel=1e-7)
+    assert float(result.whole_relative_error) == pytest.approx(error, rel=1e-7)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,19 +119,19 @@ def test_gradients_with_weight_decay_are_those_that_move_beliefs(backend):
     model, (x, y) = network(), batch()
     optimizer = pcfast.GradientDescent(weight_decay=0.05)
     settings = {"belief_optimizer": optimizer, "step_size": 0.2, "backend": backend}
-    found = diagnose(model, x, y, num_steps=5, **settings)
-    assert found.rising is None
+    result = diagnose(model, x, y, num_steps=5, **settings)
+    assert result.rising is None
     paths = [pcfast.relax(model, x, y, num_steps=n, **settings).beliefs for n in range(6)]
     moves = [
         [float((b - a).norm()) / 0.2 for a, b in zip(now[1:-1], then[1:-1], strict=True)]
         for now, then in pairwise(paths)
     ]
     torch.testing.assert_close(
-        found.belief_gradients, torch.tensor(moves, dtype=torch.float64), rtol=1e-9, atol=0
+        result.belief_gradients, torch.tensor(moves, dtype=torch.float64), rtol=1e-9, atol=0
     )
     start = energy_gradients(model, paths[0][:-1], y, F.cross_entropy, weight_decay=0.05)
     torch.testing.assert_close(
-        found.belief_gradients[0], torch.stack([g.norm() for g in start]), rtol=1e-9, atol=0
+        result.belief_gradients[0], torch.stack([g.norm() for g in start]), rtol=1e-9, atol=0
     )
 
 
@@ -139,10 +139,10 @@ def test_gradients_with_weight_decay_are_those_that_move_beliefs(backend):
 def test_measuring_changes_no_result_beyond_rounding(optimizer):
     model, (x, y) = network(), batch()
     settings = {"belief_optimizer": optimizer, "step_size": 0.01, "num_steps": 7}
-    found, plain = diagnose(model, x, y, **settings), pcfast.relax(model, x, y, energies=True, **settings)
-    torch.testing.assert_close(found.energies, plain.energies, rtol=1e-12, atol=1e-18)
+    result, plain = diagnose(model, x, y, **settings), pcfast.relax(model, x, y, energies=True, **settings)
+    torch.testing.assert_close(result.energies, plain.energies, rtol=1e-12, atol=1e-18)
     literal = diagnose(model, x, y, backend="reference", **settings)
-    torch.testing.assert_close(found.belief_gradients, literal.belief_gradients, rtol=1e-8, atol=1e-15)
+    torch.testing.assert_close(result.belief_gradients, literal.belief_gradients, rtol=1e-8, atol=1e-15)
 
 
 @examples(60)
@@ -167,11 +167,11 @@ def test_eager_equals_reference(architecture, loss_name, method, num_steps, step
     except pcfast.RelaxationDiverged:
         assume(False)
     assume(all(e is None or float(e.norm()) < 1e3 for e in relaxed.errors))
-    truth, found = (diagnose(model, x, y, backend=name, **arguments) for name in BACKENDS)
+    truth, result = (diagnose(model, x, y, backend=name, **arguments) for name in BACKENDS)
     # the literal loop's errors carry the rounding of the beliefs, and J^T passes it on
     rounding = 64 * ULP * max(num_steps, 1) * max(float(v.norm()) for v in relaxed.beliefs)
     for name in ("energies", "belief_gradients"):
-        torch.testing.assert_close(getattr(found, name), getattr(truth, name), rtol=1e-9, atol=rounding)
+        torch.testing.assert_close(getattr(result, name), getattr(truth, name), rtol=1e-9, atol=rounding)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -179,7 +179,7 @@ def test_eager_equals_reference(architecture, loss_name, method, num_steps, step
 def test_fixed_prediction_relaxes_as_its_scalars_do(backend, momentum):
     model, (x, y) = network(), batch()
     settings = {"method": "fixed_prediction", "step_size": 0.3, "num_steps": 12, "backend": backend}
-    found = diagnose(model, x, y, belief_optimizer=pcfast.GradientDescent(momentum), **settings)
+    result = diagnose(model, x, y, belief_optimizer=pcfast.GradientDescent(momentum), **settings)
     exact = pcfast.relax(model, x, y, method="exact").errors
     c, velocity, rows = [1.0] + [0.0] * 5, [0.0] * 6, []
     for _ in range(12):
@@ -188,17 +188,17 @@ def test_fixed_prediction_relaxes_as_its_scalars_do(backend, momentum):
         velocity = [0.0] + [momentum * velocity[d] + c[d] - c[d - 1] for d in range(1, 6)]
         c = [a - 0.3 * m for a, m in zip(c, velocity, strict=True)]
     expected = torch.tensor(rows, dtype=torch.float64)
-    torch.testing.assert_close(found.belief_gradients, expected, rtol=1e-8, atol=1e-15)
+    torch.testing.assert_close(result.belief_gradients, expected, rtol=1e-8, atol=1e-15)
     sizes = expected.square().sum(1).sqrt()
-    torch.testing.assert_close(found.relaxed, 1 - sizes / sizes[0], rtol=0, atol=1e-8)
-    assert found.rising is None
+    torch.testing.assert_close(result.relaxed, 1 - sizes / sizes[0], rtol=0, atol=1e-8)
+    assert result.rising is None
 
 
 def test_with_step_size_1_and_l_iterations_fixed_prediction_is_backpropagation():
     model, (x, y) = network(), batch()
-    found = diagnose(model, x, y, method="fixed_prediction", step_size=1.0, num_steps=5)
-    assert float(found.whole_relative_error) < 1e-14 and float(found.whole_angle_degrees) < 1e-12
-    assert found.relaxed[:5].tolist()[0] == 0
+    result = diagnose(model, x, y, method="fixed_prediction", step_size=1.0, num_steps=5)
+    assert float(result.whole_relative_error) < 1e-14 and float(result.whole_angle_degrees) < 1e-12
+    assert result.relaxed[:5].tolist()[0] == 0
 
 
 def test_a_step_size_above_the_limit_lets_the_energy_rise():
@@ -213,11 +213,13 @@ def test_a_step_size_above_the_limit_lets_the_energy_rise():
 
     for step_size, above in ((0.39, False), (0.41, True)):
         for backend in BACKENDS:
-            found = diagnose(model, x, y, loss=half_square, step_size=step_size, num_steps=8, backend=backend)
-            assert found.rising.tolist() == [False] + [above] * 7
+            result = diagnose(
+                model, x, y, loss=half_square, step_size=step_size, num_steps=8, backend=backend
+            )
+            assert result.rising.tolist() == [False] + [above] * 7
             factor = 1 - step_size * 5  # of the gradient in every iteration
             expected = [1 - abs(factor) ** t for t in range(8)]
-            assert found.relaxed.tolist() == pytest.approx(expected, abs=1e-12)
+            assert result.relaxed.tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("method", [m for m in planning.METHODS if m not in ("strict", "fixed_prediction")])
@@ -298,7 +300,7 @@ def test_nothing_waits_for_the_device(method, loss):
     model, (x, y) = network(), batch()
     y = F.one_hot(y, 3).double()
     with NoReading():
-        found = diagnose(model, x, y, loss=loss, method=method, check="off", backend="eager")
+        result = diagnose(model, x, y, loss=loss, method=method, check="off", backend="eager")
         with pytest.raises(AssertionError):
-            found.relaxed[0].item()
-    assert 0 < float(found.whole_angle_degrees) < 90
+            result.relaxed[0].item()
+    assert 0 < float(result.whole_angle_degrees) < 90

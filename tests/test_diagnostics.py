@@ -69,15 +69,15 @@ def test_energies(name, method, num_steps, loss, backend):
 
     settings = {"loss": loss, "method": method, "step_size": 0.2, "num_steps": num_steps}
     truth = relax_literally(model, x, y, **settings)
-    found = pcfast.relax(model, x, y, energies=True, backend=backend, **settings)
+    result = pcfast.relax(model, x, y, energies=True, backend=backend, **settings)
     depth = len(model)
-    assert found.energies.shape == (num_steps, depth)
-    assert found.energies.dtype == torch.float64
+    assert result.energies.shape == (num_steps, depth)
+    assert result.energies.dtype == torch.float64
     expected = torch.tensor(truth.energies, dtype=torch.float64).reshape(num_steps, depth)
-    torch.testing.assert_close(found.energies, expected, rtol=1e-9, atol=64 * ULP * max(num_steps, 1))
+    torch.testing.assert_close(result.energies, expected, rtol=1e-9, atol=64 * ULP * max(num_steps, 1))
     if num_steps:
         assert bool((expected[0, :-1] == 0).all())  # from the forward pass no hidden layer has an error yet
-        assert float(expected[0, -1]) == pytest.approx(float(found.loss))
+        assert float(expected[0, -1]) == pytest.approx(float(result.loss))
     if num_steps == 9:
         assert bool((expected[-1, :-1] > 0).all())
 
@@ -107,8 +107,8 @@ def test_energies_are_none_unless_asked_for(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_energies_of_lower_precisions_are_float32(dtype):
     model, x, y = problem("mlp")
-    found = pcfast.relax(model.to(dtype), x.to(dtype), y, energies=True, num_steps=2, backend="eager")
-    assert found.energies.dtype == torch.float32
+    result = pcfast.relax(model.to(dtype), x.to(dtype), y, energies=True, num_steps=2, backend="eager")
+    assert result.energies.dtype == torch.float32
 
 
 # what relax gives back ------------------------------------------------------------------------------------

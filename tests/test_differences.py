@@ -100,9 +100,9 @@ def worst(name, **settings):
     with torch.autocast("cpu", enabled=False):
         truth = pcfast.relax(exact, x.double(), y, **settings)
         pcfast.pc_loss(exact, x.double(), y, **settings).backward()
-    found = pcfast.relax(model, x, y, **settings)
+    result = pcfast.relax(model, x, y, **settings)
     pcfast.pc_loss(model, x, y, **settings).backward()
-    pairs = list(zip(found.errors[1:], truth.errors[1:], strict=True))
+    pairs = list(zip(result.errors[1:], truth.errors[1:], strict=True))
     largest = max(p.grad.norm() for p in exact.parameters())
     pairs += [
         (p.grad, q.grad)

@@ -72,12 +72,12 @@ def first_overflow(model, x, y, step_size, *, gram):
             if float(value.abs().max()) > LARGEST:
                 raise Found(t, l)
 
-    with pytest.raises(Found) as found:
+    with pytest.raises(Found) as result:
         relax_literally(
             model, x, y, loss=LOSS, method="strict", step_size=step_size, num_steps=300, watch=watch
         )
     model.float()
-    return found.value.args
+    return result.value.args
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -239,9 +239,9 @@ def test_fixed_prediction_overflow_of_factor_times_error(call, scale, backend):
                 raise Found(t, max(l, 1))
 
     literal = {"loss": loss, "method": "fixed_prediction", "step_size": 5.0, "num_steps": 80}
-    with pytest.raises(Found) as found:
+    with pytest.raises(Found) as result:
         relax_literally(net(PLAIN)[0].double(), x.double(), y, **literal, watch=watch)
-    t, layer = found.value.args
+    t, layer = result.value.args
     run = getattr(pcfast, call)
 
     def step(num_steps):
@@ -260,10 +260,10 @@ def test_a_single_layer_has_no_belief_that_could_diverge(backend):
     pcfast.pc_loss(
         model, x, y, method="fixed_prediction", step_size=5.0, num_steps=200, backend=backend
     ).backward()
-    found = model[0].weight.grad.clone()
+    result = model[0].weight.grad.clone()
     model.zero_grad()
     LOSS(model(x), y).backward()
-    torch.testing.assert_close(found, model[0].weight.grad)
+    torch.testing.assert_close(result, model[0].weight.grad)
     error = diverged(
         lambda: pcfast.relax(
             model, x, y, method="fixed_prediction", step_size=5.0, num_steps=200, backend=backend

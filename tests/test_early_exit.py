@@ -89,23 +89,23 @@ def test_it_is_the_literal_loop_with_that_many_iterations(make, tolerance, backe
     literally = {"loss": total, "method": "strict", "step_size": 0.1}
     whole = relax_literally(model, x, y, num_steps=STEPS, **literally)
     expected = last_iteration(whole.energies, len(model), tolerance)
-    found = pcfast.relax(
+    result = pcfast.relax(
         model, x, y, num_steps=STEPS, tolerance=tolerance, backend=backend, energies=True, **settings
     )
-    assert found.run.plan.backend == backend and not found.run.plan.gram
-    assert found.iterations.shape == () and found.iterations.dtype == torch.int64
-    assert int(found.iterations) == expected
+    assert result.run.plan.backend == backend and not result.run.plan.gram
+    assert result.iterations.shape == () and result.iterations.dtype == torch.int64
+    assert int(result.iterations) == expected
     if tolerance == 0.3:  # at rest at once by that measure
         assert expected == len(model)
     if tolerance == 1e-3:
         assert len(model) < expected < STEPS
     truth = relax_literally(model, x, y, num_steps=expected, **literally)
     for l in range(1, len(model) + 1):
-        torch.testing.assert_close(found.errors[l], truth.errors[l], rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(found.beliefs[l], truth.beliefs[l], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(result.errors[l], truth.errors[l], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(result.beliefs[l], truth.beliefs[l], rtol=1e-9, atol=1e-12)
     rows = truth.energies + truth.energies[-1:] * (STEPS - expected)
     torch.testing.assert_close(
-        found.energies, torch.tensor(rows, dtype=torch.float64), rtol=1e-10, atol=1e-14
+        result.energies, torch.tensor(rows, dtype=torch.float64), rtol=1e-10, atol=1e-14
     )
     gradients = updates(model, x, y, num_steps=STEPS, tolerance=tolerance, backend=backend, **settings)
     for name, gradient in gradients.items():
@@ -136,9 +136,9 @@ def test_eager_equals_reference(architecture, loss_name, tolerance, step_size, l
     assume(all(e is None or float(e.norm()) < 1e3 for e in truth.errors))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "readable", lambda device: leaves)
-        found = pcfast.relax(model, x, y, backend="eager", **arguments)
-    assert int(found.iterations) == int(truth.iterations)
-    assert_states_agree(found, truth, int(truth.iterations))
+        result = pcfast.relax(model, x, y, backend="eager", **arguments)
+    assert int(result.iterations) == int(truth.iterations)
+    assert_states_agree(result, truth, int(truth.iterations))
 
 
 def test_masks_are_those_of_the_last_beliefs(backend):
@@ -149,8 +149,8 @@ def test_masks_are_those_of_the_last_beliefs(backend):
         return 10 * total(output, target)
 
     settings = {"loss": loss, "step_size": 0.1}
-    found = pcfast.relax(model, x, y, num_steps=STEPS, tolerance=6e-3, backend=backend, **settings)
-    k = int(found.iterations)
+    result = pcfast.relax(model, x, y, num_steps=STEPS, tolerance=6e-3, backend=backend, **settings)
+    k = int(result.iterations)
     before, after = (
         relax_literally(model, x, y, method="strict", num_steps=n, **settings) for n in (k - 1, k)
     )
@@ -170,31 +170,31 @@ def test_the_same_bits_as_that_many_iterations(optimizer, backend):
     """In the same form: with energies neither runs in Gram form."""
     model, (x, y) = mlp(), batch(6)
     settings = {"loss": total, "step_size": 0.05, "belief_optimizer": optimizer, "backend": backend}
-    found = pcfast.relax(model, x, y, num_steps=STEPS, tolerance=4e-3, energies=True, **settings)
-    k = int(found.iterations)
+    result = pcfast.relax(model, x, y, num_steps=STEPS, tolerance=4e-3, energies=True, **settings)
+    k = int(result.iterations)
     assert 4 < k < STEPS
     plain = pcfast.relax(model, x, y, num_steps=k, energies=True, **settings)
     for l in range(1, 5):
-        assert torch.equal(found.beliefs[l], plain.beliefs[l]) and torch.equal(
-            found.errors[l], plain.errors[l]
+        assert torch.equal(result.beliefs[l], plain.beliefs[l]) and torch.equal(
+            result.errors[l], plain.errors[l]
         )
-    assert torch.equal(found.energies[:k], plain.energies)
-    assert torch.equal(found.energies[k:], plain.energies[-1:].expand(STEPS - k, -1))
+    assert torch.equal(result.energies[:k], plain.energies)
+    assert torch.equal(result.energies[k:], plain.energies[-1:].expand(STEPS - k, -1))
 
 
 def test_momentum_against_torch_optim(backend):
     model, (x, y) = mlp(), batch(6)
     optimizer = pcfast.GradientDescent(0.6)
     settings = {"loss": total, "step_size": 0.05, "belief_optimizer": optimizer, "backend": backend}
-    found = pcfast.relax(model, x, y, num_steps=STEPS, tolerance=4e-3, **settings)
-    k = int(found.iterations)
+    result = pcfast.relax(model, x, y, num_steps=STEPS, tolerance=4e-3, **settings)
+    k = int(result.iterations)
     truth = relax_by_optimizer(
         model, x, y, loss=total, step_sizes=[0.05] * k,
         make=lambda leaves: torch.optim.SGD(leaves, lr=0.05, momentum=0.6),
     )  # fmt: skip
     assert 4 < k < STEPS
     for l in range(1, 4):
-        torch.testing.assert_close(found.beliefs[l], truth.beliefs[l], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(result.beliefs[l], truth.beliefs[l], rtol=1e-9, atol=1e-12)
     gradients = updates(model, x, y, num_steps=STEPS, tolerance=4e-3, **settings)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, truth.gradients[name], rtol=1e-9, atol=1e-12)
@@ -234,10 +234,10 @@ def test_edges(backend):
     assert int(pcfast.relax(single, x, y, **settings).iterations) == 2
     assert pcfast.relax(model, x, y, backend=backend).iterations is None
     vinit = [None, torch.zeros(5, 9, dtype=torch.float64), None, None, None]
-    found = pcfast.relax(model, x, y, vinit=vinit, num_steps=STEPS, tolerance=1e-2, backend=backend)
-    k = int(found.iterations)
+    result = pcfast.relax(model, x, y, vinit=vinit, num_steps=STEPS, tolerance=1e-2, backend=backend)
+    k = int(result.iterations)
     plain = pcfast.relax(model, x, y, vinit=vinit, num_steps=k, backend=backend)
-    assert 4 < k < STEPS and all(map(torch.equal, found.beliefs, plain.beliefs))
+    assert 4 < k < STEPS and all(map(torch.equal, result.beliefs, plain.beliefs))
 
 
 def test_a_relaxation_that_diverges_is_not_at_rest(backend):
@@ -290,8 +290,8 @@ def test_where_the_host_cannot_read_nothing_waits(monkeypatch):
     left = pcfast.relax(model, x, y, **settings)
     monkeypatch.setattr(host, "readable", lambda device: False)
     with NoReading():
-        found = pcfast.relax(model, x, y, **settings)
-    assert torch.equal(found.iterations, left.iterations) and int(left.iterations) < STEPS
+        result = pcfast.relax(model, x, y, **settings)
+    assert torch.equal(result.iterations, left.iterations) and int(left.iterations) < STEPS
 
 
 def test_a_recorded_graph_belongs_to_one_tolerance():

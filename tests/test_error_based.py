@@ -46,8 +46,8 @@ def relax(model, x, y, **settings):
     return pcfast.relax(model, x, y, method="error_based", **settings)
 
 
-def worst(found: list[Tensor], truth: list[Tensor]) -> float:
-    return max(relative_error(f, t) for f, t in zip(found, truth, strict=True))
+def worst(result: list[Tensor], truth: list[Tensor]) -> float:
+    return max(relative_error(f, t) for f, t in zip(result, truth, strict=True))
 
 
 # The energy -----------------------------------------------------------------------------------------------------
@@ -86,15 +86,15 @@ def test_updates_descend_the_local_energies_at_the_final_states(backend):
 
 def test_energies_are_those_of_every_iteration_and_fall(backend):
     model, x, y = tanh_net()
-    found = relax(model, x, y, step_size=ETA, num_steps=6, backend=backend, energies=True).energies
+    result = relax(model, x, y, step_size=ETA, num_steps=6, backend=backend, energies=True).energies
     errors = [relax(model, x, y, step_size=ETA, num_steps=n, backend=backend).errors for n in range(6)]
     f = [None, *model]
-    for row, eps in zip(found, errors, strict=True):
+    for row, eps in zip(result, errors, strict=True):
         total = perturbed_energy(f, x, y, F.cross_entropy, [None, *eps[1:-1], None])[0].detach()
         assert float(row.sum()) == pytest.approx(float(total), rel=1e-13)
         for value, e in zip(row[:-1], eps[1:-1], strict=True):
             assert float(value) == pytest.approx(0.5 * float(e.square().sum()), rel=1e-13)
-    totals = found.sum(1)
+    totals = result.sum(1)
     assert bool((totals[1:] < totals[:-1]).all())
 
 
@@ -126,7 +126,7 @@ def closed_form(model, x, y, num_steps: int | None, eta: float = ETA) -> list[Te
 def test_linear_nets_in_closed_form(widths, num_steps, backend):
     model, x, y = linear_net(*widths)
     settings = dict(loss=SUM_OF_SQUARES, step_size=ETA, num_steps=num_steps, backend=backend)
-    found = relax(model, x, y, **settings)
+    result = relax(model, x, y, **settings)
     eps = closed_form(model, x, y, num_steps)
     v = [x]
     for layer, e in zip(model, eps, strict=False):
@@ -136,8 +136,8 @@ def test_linear_nets_in_closed_form(widths, num_steps, backend):
     for l in range(1, len(model) + 1):
         # of the largest error: where the truth is small it is a sum of such terms
         bound = allowed_error(max(eps, key=Tensor.norm), v[l], num_steps)
-        assert float((found.errors[l] - eps[l - 1]).norm()) <= bound
-        assert float((found.beliefs[l] - v[l]).norm()) <= bound
+        assert float((result.errors[l] - eps[l - 1]).norm()) <= bound
+        assert float((result.beliefs[l] - v[l]).norm()) <= bound
     truth = [g for e, below in zip(eps, v, strict=False) for g in (e.T @ below, e.sum(0))]
     scale = max(float(t.norm()) for t in truth)
     for f, t in zip(updates(model, x, y, **settings), truth, strict=True):
@@ -153,9 +153,9 @@ def test_the_fixed_point_is_strict_s(widths, backend):
     model, x, y = linear_net(*widths)
     truth = closed_form(model, x, y, None)
     for method, step_size in (("error_based", ETA), ("strict", 0.1)):
-        found = converged(method, model, x, y, step_size=step_size, num_steps=1500, backend=backend)
+        result = converged(method, model, x, y, step_size=step_size, num_steps=1500, backend=backend)
         # the loops' own rounding, 2^-53 |v|, times the condition number of the Hessian, < 100
-        for e, t, v in zip(found.errors[1:], truth, found.beliefs[1:], strict=False):
+        for e, t, v in zip(result.errors[1:], truth, result.beliefs[1:], strict=False):
             assert float((e - t).norm()) <= 100 * 2**-52 * float(v.norm()) + 1e-12 * float(t.norm())
 
 
@@ -201,24 +201,24 @@ def test_updates_are_not_those_of_backpropagation_through_the_perturbed_net(back
         settings = dict(step_size=ETA, num_steps=num_steps, backend=backend)
         errors = relax(model, x, y, **settings).errors
         wrong = backpropagated_through_the_perturbed_net(model, x, y, errors)
-        found = updates(model, x, y, **settings)
+        result = updates(model, x, y, **settings)
         # eps_l(2) = (1 - 0.8^2) lambda_l, nearly: 64 % off below the last layer, which has its own error; at the
         # fixed point eps_l = lambda_l and the two agree
-        distances = [relative_error(f, w) for f, w in zip(found[:-2], wrong[:-2], strict=True)]
+        distances = [relative_error(f, w) for f, w in zip(result[:-2], wrong[:-2], strict=True)]
         assert least <= min(distances) and max(distances) <= most
-        assert worst(found[-2:], wrong[-2:]) < 1e-12
+        assert worst(result[-2:], wrong[-2:]) < 1e-12
 
 
 def test_the_output_error_is_not_a_free_variable(backend):
     model, x, y = tanh_net()
     for num_steps in (3, 400):
-        found = relax(model, x, y, step_size=ETA, num_steps=num_steps, backend=backend)
-        mu = evaluate(model[-1], found.beliefs[-2]).detach()
+        result = relax(model, x, y, step_size=ETA, num_steps=num_steps, backend=backend)
+        mu = evaluate(model[-1], result.beliefs[-2]).detach()
         # the gradient of the loss at the output itself, whatever the number of iterations
-        assert relative_error(found.errors[-1], output_error(F.cross_entropy, mu, y)) < 1e-14
+        assert relative_error(result.errors[-1], output_error(F.cross_entropy, mu, y)) < 1e-14
         wrong = with_a_free_output_error(model, x, y, num_steps)
-        assert relative_error(wrong[-1], found.errors[-1]) > 0.01
-        assert relative_error(wrong[0], found.errors[1]) > 0.01
+        assert relative_error(wrong[-1], result.errors[-1]) > 0.01
+        assert relative_error(wrong[0], result.errors[1]) > 0.01
 
 
 # Around it ------------------------------------------------------------------------------------------------------
@@ -232,10 +232,10 @@ def test_one_layer_is_backpropagation(backend):
 
 def test_without_iterations_only_the_last_layer_learns(backend):
     model, x, y = tanh_net()
-    found = updates(model, x, y, num_steps=0, backend=backend)
+    result = updates(model, x, y, num_steps=0, backend=backend)
     truth = torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
-    assert not any(bool(g.any()) for g in found[:-2])
-    assert worst(found[-2:], truth[-2:]) < 1e-14
+    assert not any(bool(g.any()) for g in result[:-2])
+    assert worst(result[-2:], truth[-2:]) < 1e-14
 
 
 def test_given_beliefs_are_refused(backend):
@@ -284,8 +284,8 @@ def test_deviations_keep_float32_s_digits_where_errors_are_tiny():
     x, y = x.repeat(400, 1) + 3 * torch.randn(1200, 5, dtype=torch.float64), y.repeat(400)
     settings = dict(step_size=ETA, num_steps=20)
     truth = relax(model, x, y, backend="reference", **settings)
-    found = relax(model.float(), x.float(), y, backend="eager", **settings)
-    for e, t in zip(found.errors[1:], truth.errors[1:], strict=True):
+    result = relax(model.float(), x.float(), y, backend="eager", **settings)
+    for e, t in zip(result.errors[1:], truth.errors[1:], strict=True):
         assert relative_error(e, t) < 1e-5
 
 
@@ -293,14 +293,14 @@ def test_a_schedule_of_step_sizes(backend):
     """eta_t of every iteration, as the linear net's closed form has it: eps(t) - eps* shrinks by 1 - eta_t H."""
     model, x, y = linear_net(4, 6, 5, 3)
     sizes = [0.3, 0.1, 0.05]
-    found = relax(model, x, y, loss=SUM_OF_SQUARES, step_size=sizes, num_steps=3, backend=backend).errors
+    result = relax(model, x, y, loss=SUM_OF_SQUARES, step_size=sizes, num_steps=3, backend=backend).errors
     middle, top = (layer.weight.detach() for layer in model[1:])
     stacked = torch.cat([top @ middle, top], 1)
     fixed = torch.cat(closed_form(model, x, y, None), 1)
     away = -fixed
     for eta in sizes:
         away = away - eta * (away + 2 * away @ stacked.T @ stacked)
-    for e, t in zip(found[1:-1], (fixed + away).split([6, 5], 1), strict=True):
+    for e, t in zip(result[1:-1], (fixed + away).split([6, 5], 1), strict=True):
         assert relative_error(e, t) < 1e-11
 
 
@@ -357,8 +357,8 @@ def test_jpcs_epc_is_another_algorithm(backend):
         settings = dict(loss=loss, step_size=rate / len(x), num_steps=n, backend=backend)
         return [update / len(x) for update in updates(model, x, y, **settings)]
 
-    def ratios(found, truth):
-        return [float(f.norm() / t.norm()) for f, t in zip(found, truth, strict=True)]
+    def ratios(result, truth):
+        return [float(f.norm() / t.norm()) for f, t in zip(result, truth, strict=True)]
 
     for rate in (0.05, 1.5):
         assert worst(ours(rate), jpc_updates(model, x, y, rate, n, output_error=False, held=True)) < 1e-13

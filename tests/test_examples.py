@@ -111,15 +111,15 @@ def test_a_plain_loop_down_jpcs_energy(parts, depth):
     truth = plain_loop(model, x, y, **settings, **parts)[1]
     written = example("Output energy scaling and activity decay")["settings"] if parts else {}
     page["jpc_step"](model, x, y, **settings, **written)
-    found = [p.grad.clone() for p in model.parameters()]
-    assert max(relative_errors(found, truth)) < 1e-12
+    result = [p.grad.clone() for p in model.parameters()]
+    assert max(relative_errors(result, truth)) < 1e-12
     if parts:
         page["jpc_step"](model, x, y, **settings)
         assert worst([p.grad for p in model.parameters()], truth) > 0.1  # they matter
 
 
-def relative_errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:
-    return [float((f.double() - t).norm() / t.norm()) for f, t in zip(found, truth, strict=True)]
+def relative_errors(result: list[Tensor], truth: list[Tensor]) -> list[float]:
+    return [float((f.double() - t).norm() / t.norm()) for f, t in zip(result, truth, strict=True)]
 
 
 def test_twenty_layers():
@@ -141,6 +141,6 @@ def test_twenty_layers():
     assert min(relative_errors(literal[1:4], truth[20].errors[1:4])) > 0.9
 
     beliefs, _ = plain_loop(exact, x, y, step_size=settings["step_size"], iterations=400, rows=1)
-    found = truth[400].beliefs
-    for v, belief in zip(found[1:-1], beliefs, strict=True):
+    result = truth[400].beliefs
+    for v, belief in zip(result[1:-1], beliefs, strict=True):
         assert float((v - belief).norm()) < 1e-11 * float(belief.norm())

@@ -42,9 +42,9 @@ def run(names: list[str], selected: str, **environment: str) -> tuple[dict[str, 
     counts = re.findall(
         r"(\d+) (passed|skipped|failed|error)", done.stdout.rpartition("\n= ")[2] or done.stdout
     )
-    found = {outcome: int(count) for count, outcome in counts}
+    result = {outcome: int(count) for count, outcome in counts}
     assert done.returncode == 0, done.stdout + done.stderr
-    return found, done.stdout
+    return result, done.stdout
 
 
 def reasons(said: str) -> set[str]:
@@ -53,8 +53,8 @@ def reasons(said: str) -> set[str]:
 
 def test_eagers():
     slow = "float64_plain or (float32_plain and fixed)"  # as others
-    found, said = run(["eager"], f"not ({slow})")
-    assert found == {"passed": 22, "skipped": 3}
+    result, said = run(["eager"], f"not ({slow})")
+    assert result == {"passed": 22, "skipped": 3}
     assert reasons(said) == {
         "a graph that the caller captures needs a device",
         "it is torch's capture that fails",
@@ -69,8 +69,8 @@ def test_the_resident_kernels(tmp_path_factory):
         "mlp and not mlp_128 and (does_not_depend or one_step or deferred or inputs_that or another_stream or "
         "never_waits) or batch_of_one or what_the_kernel"
     )
-    found, said = run(["kernels", "resident"], selected, PCFAST_CUDA_ON_HOST=str(module))
-    assert found == {"passed": 14, "skipped": 7}
+    result, said = run(["kernels", "resident"], selected, PCFAST_CUDA_ON_HOST=str(module))
+    assert result == {"passed": 14, "skipped": 7}
     assert reasons(said) == {
         "streams need a device",
         "the CPU has no TF32, of which the bounds are made",
@@ -82,6 +82,6 @@ def test_the_resident_kernels(tmp_path_factory):
 def test_the_streamed_kernels():
     ours = "one_launch and (one_step or does_not_depend and ieee-False) or refused"
     selected = f"{ours} or two_to_the_31 or where_tiles_grow"
-    found, said = run(["kernels", "triton"], selected, TRITON_INTERPRET="1")
-    assert found == {"passed": 3, "skipped": 2}
+    result, said = run(["kernels", "triton"], selected, TRITON_INTERPRET="1")
+    assert result == {"passed": 3, "skipped": 2}
     assert reasons(said) == {"it takes a GPU's memory or speed"}

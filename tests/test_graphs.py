@@ -71,13 +71,13 @@ def loss_and_updates(model, x, y, **settings) -> list[Tensor]:
     model.zero_grad(set_to_none=True)
     loss, output = pcfast.pc_loss(model, x, y, return_output=True, **{**STEPS, **settings})
     loss.backward()
-    found = [loss.detach(), output, *(p.grad for p in model.parameters() if p.grad is not None)]
+    result = [loss.detach(), output, *(p.grad for p in model.parameters() if p.grad is not None)]
     model.zero_grad(set_to_none=True)
-    return found
+    return result
 
 
-def same_bits(found: list[Tensor], truth: list[Tensor]) -> bool:
-    return len(found) == len(truth) > 0 and all(map(torch.equal, found, truth))
+def same_bits(result: list[Tensor], truth: list[Tensor]) -> bool:
+    return len(result) == len(truth) > 0 and all(map(torch.equal, result, truth))
 
 
 # Keys ----------------------------------------------------------------------------------------------------------
@@ -196,8 +196,8 @@ def test_the_keys_tensors_are_torchs_in_torchs_order():
         shared, nn.Sequential(nn.BatchNorm1d(3, affine=False), shared, tied), nn.Linear(3, 1)
     )
     parameters, buffers = network.tensors_of(model)
-    for found, expected in ((parameters, model.parameters()), (buffers, model.buffers())):
-        assert list(map(id, found)) == list(map(id, expected))
+    for result, expected in ((parameters, model.parameters()), (buffers, model.buffers())):
+        assert list(map(id, result)) == list(map(id, expected))
 
 
 def test_shapes_strides_and_dtypes_change_the_key(monkeypatch):
@@ -302,14 +302,14 @@ def test_results_share_no_memory_with_the_graph_or_each_other(method, install):
     install(recorder=recorder)
     results = []
     for data, expected in zip(batches, plain, strict=True):
-        found = tensors_of(pcfast.relax(model, *data, method=method, **STEPS))
-        assert same_bits(found, expected)
-        results.append(found)
+        result = tensors_of(pcfast.relax(model, *data, method=method, **STEPS))
+        assert same_bits(result, expected)
+        results.append(result)
     assert pcfast.last_run().replayed
-    for found, expected in zip(results, plain, strict=True):
-        assert same_bits(found, expected)  # no later call has changed an earlier result
+    for result, expected in zip(results, plain, strict=True):
+        assert same_bits(result, expected)  # no later call has changed an earlier result
     replayed = results[1:]
-    memory = [{t.untyped_storage().data_ptr() for t in found} for found in replayed]
+    memory = [{t.untyped_storage().data_ptr() for t in result} for result in replayed]
     memory += [{t.untyped_storage().data_ptr() for t in recorder.static}]
     memory += [{t.untyped_storage().data_ptr() for data in batches for t in data}]
     assert sum(map(len, memory)) == len(set.union(*memory))
@@ -389,9 +389,9 @@ def test_parameters_that_moved_are_not_replayed(install):
         loss_and_updates(model, x, y)
     old = model[2].bias.data
     model[2].bias.data = old + 1.0
-    found = loss_and_updates(model, x, y)
+    result = loss_and_updates(model, x, y)
     assert not pcfast.last_run().replayed
-    torch.testing.assert_close(found[0], F.cross_entropy(model(x), y).detach())
+    torch.testing.assert_close(result[0], F.cross_entropy(model(x), y).detach())
 
 
 def test_frozen_and_shared_parameters_keep_their_updates(install):
@@ -414,9 +414,9 @@ def test_a_failing_step_under_replay_zeroes_its_updates_and_is_reported(install)
     install()
     for _ in range(2):
         loss_and_updates(model, good[0], y, **settings)
-    found = loss_and_updates(model, 1e37 * good[0], y, **settings)
+    result = loss_and_updates(model, 1e37 * good[0], y, **settings)
     assert pcfast.last_run().replayed
-    assert not any(update.any() for update in found[2:])
+    assert not any(update.any() for update in result[2:])
     with pytest.raises(pcfast.NonFiniteError):
         pcfast.synchronize()
     pcfast.synchronize()  # reported once
@@ -668,18 +668,18 @@ def test_early_exit_and_diagnoses_are_replayed_with_every_batch(install, monkeyp
     for index in range(6):
         x, y = batch()
         x = x.double() * (1 + index)
-        found = pcfast.relax(
+        result = pcfast.relax(
             model, x, y, energies=True, loss=nn.CrossEntropyLoss(reduction="sum"), **settings
         )
-        assert found.run.replayed == (index > 0)
-        k = int(found.iterations)
+        assert result.run.replayed == (index > 0)
+        k = int(result.iterations)
         plain = pcfast.relax(
             model, x, y, energies=True, loss=nn.CrossEntropyLoss(reduction="sum"), backend="reference",
             step_size=0.2, num_steps=k,
         )  # fmt: skip
-        for v, truth in zip(found.beliefs, plain.beliefs, strict=True):
+        for v, truth in zip(result.beliefs, plain.beliefs, strict=True):
             torch.testing.assert_close(v, truth, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(found.energies[:k], plain.energies, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(result.energies[:k], plain.energies, rtol=1e-10, atol=1e-12)
         ends.add(k)
         seen = diagnose(model, x, y, step_size=0.2, num_steps=7, backend="eager")
         assert seen.run.replayed == (index > 0)

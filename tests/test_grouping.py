@@ -102,10 +102,10 @@ def test_pooling_and_reshaping_open_the_next_layer():
         ["MaxPool2d", "ReLU", "Conv2d", "BatchNorm2d"],
         ["ReLU", "Flatten", "Linear"],
     ]
-    found = pcfast.relax(
+    result = pcfast.relax(
         grouped, torch.randn(ROWS, 2, 8, 8), torch.zeros(ROWS, dtype=torch.long), num_steps=3
     )
-    assert [tuple(v.shape[1:]) for v in found.beliefs] == [(2, 8, 8), (4, 6, 6), (3, 2, 2), (CLASSES,)]
+    assert [tuple(v.shape[1:]) for v in result.beliefs] == [(2, 8, 8), (4, 6, 6), (3, 2, 2), (CLASSES,)]
 
 
 @pytest.mark.parametrize("inner", [[nn.ReLU()], [nn.ReLU(), nn.MaxPool2d(2)], [seq(nn.PReLU())]])

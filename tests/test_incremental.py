@@ -127,8 +127,8 @@ def parameters(model) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-def apart(found, truth) -> float:
-    return max(float((f - t).norm()) for f, t in zip(found, truth, strict=True))
+def apart(result, truth) -> float:
+    return max(float((f - t).norm()) for f, t in zip(result, truth, strict=True))
 
 
 # The mathematics ------------------------------------------------------------------------------------------------
@@ -153,8 +153,8 @@ def test_a_loop_written_by_hand(name, beliefs, num_steps, backend):
     assert apart(parameters(model), parameters(same)) <= bound
     if num_steps:
         assert apart(parameters(model), parameters(tanh_net()[0])) > 1e-3
-        found, truth = ([p.grad for p in m.parameters()] for m in (model, same))
-        assert apart(found, truth) < 1e-10 * rounding_grows(optimizer, step_size)
+        result, truth = ([p.grad for p in m.parameters()] for m in (model, same))
+        assert apart(result, truth) < 1e-10 * rounding_grows(optimizer, step_size)
     # momentum and a schedule are felt in the second move of the beliefs, and no parameter sees the last one
     if num_steps == 9 and beliefs != "plain":
         by_hand(plain, x, y, make(plain.parameters()), num_steps=num_steps)
@@ -162,17 +162,17 @@ def test_a_loop_written_by_hand(name, beliefs, num_steps, backend):
 
 
 def test_a_schedule_of_step_sizes(backend):
-    found = []
+    result = []
     for sizes in ([0.3, 0.1, 0.2], [0.3, 0.1, 0.4], [0.3, 0.3, 0.3], 0.3):
         model, x, y = tanh_net()
         optimizer = OPTIMIZERS["sgd"](model.parameters())
         pcfast.incremental_step(
             model, x, y, optimizer, loss=SUM, step_size=sizes, num_steps=3, backend=backend
         )
-        found.append(parameters(model))
-    assert apart(found[0], found[1]) == 0  # the last move of the beliefs reaches no parameter
-    assert apart(found[2], found[3]) == 0
-    assert apart(found[0], found[2]) > 1e-6
+        result.append(parameters(model))
+    assert apart(result[0], result[1]) == 0  # the last move of the beliefs reaches no parameter
+    assert apart(result[2], result[3]) == 0
+    assert apart(result[0], result[2]) > 1e-6
 
 
 @pytest.mark.parametrize("beliefs", ["plain", "momentum", "adam"])
@@ -341,14 +341,14 @@ def test_the_program_of_pcx(backend):
 
 
 def test_none_is_plain_gradient_descent(backend):
-    found = []
+    result = []
     for optimizer in (None, GradientDescent()):
         model, x, y = tanh_net()
         pcfast.incremental_step(
             model, x, y, OPTIMIZERS["adam"](model.parameters()), belief_optimizer=optimizer, backend=backend
         )
-        found.append(parameters(model))
-    assert apart(*found) == 0
+        result.append(parameters(model))
+    assert apart(*result) == 0
 
 
 # Any network ----------------------------------------------------------------------------------------------------
@@ -395,10 +395,10 @@ def test_both_backends_meet_the_loop_by_hand(architecture, loss_name, optimizer,
 
     by_hand(truth, x, y, torch.optim.SGD(truth.parameters(), lr=lr), watch=watch, **arguments)
     for backend in BACKENDS:
-        found = copy.deepcopy(model)
-        mover = torch.optim.SGD(found.parameters(), lr=lr)
-        pcfast.incremental_step(found, x, y, mover, backend=backend, **arguments)
-        for p, true, bound in zip(found.parameters(), truth.parameters(), bounds, strict=True):
+        result = copy.deepcopy(model)
+        mover = torch.optim.SGD(result.parameters(), lr=lr)
+        pcfast.incremental_step(result, x, y, mover, backend=backend, **arguments)
+        for p, true, bound in zip(result.parameters(), truth.parameters(), bounds, strict=True):
             assert float((p - true).detach().norm()) <= bound, backend
 
 
@@ -468,13 +468,13 @@ def test_kinds_of_layers(name, beliefs):
     x, y = torch.randn(7, 6, dtype=torch.float64), torch.randint(0, 4, (7,))
     belief_optimizer, step_size = BELIEFS[beliefs]
     how = dict(belief_optimizer=belief_optimizer, step_size=steps(step_size, 6), num_steps=6)
-    found = {}
+    result = {}
     for backend in BACKENDS:
-        found[backend] = copy.deepcopy(model)
-        optimizer = OPTIMIZERS["momentum"](found[backend].parameters())
+        result[backend] = copy.deepcopy(model)
+        optimizer = OPTIMIZERS["momentum"](result[backend].parameters())
         torch.manual_seed(5)  # of the masks
-        pcfast.incremental_step(found[backend], x, y, optimizer, loss=SUM, backend=backend, **how)
-    reference, eager = found.values()
+        pcfast.incremental_step(result[backend], x, y, optimizer, loss=SUM, backend=backend, **how)
+    reference, eager = result.values()
     for (key, a), b in zip(reference.named_parameters(), eager.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), key
         # beliefs of norm < 20 lose 2^-53 of it an iteration in the literal loop
@@ -511,7 +511,7 @@ def test_part_of_the_parameters_moves(backend):
 
 
 def test_normalizer_makes_a_part_s_loss_its_share(backend):
-    found = []
+    result = []
     for settings_of in (
         {"normalizer": 24},
         {"loss": lambda o, y: F.cross_entropy(o, y, reduction="sum") / 24},
@@ -519,8 +519,8 @@ def test_normalizer_makes_a_part_s_loss_its_share(backend):
         model, x, y = tanh_net()
         optimizer = OPTIMIZERS["sgd"](model.parameters())
         pcfast.incremental_step(model, x, y, optimizer, num_steps=4, backend=backend, **settings_of)
-        found.append(parameters(model))
-    assert apart(*found) < 1e-14
+        result.append(parameters(model))
+    assert apart(*result) < 1e-14
 
 
 # Precision ------------------------------------------------------------------------------------------------------
@@ -590,12 +590,12 @@ def test_what_it_returns_and_leaves(backend):
     for p in model.parameters():
         p.grad = torch.full_like(p, 7.0)
     with torch.no_grad():  # nothing here is recorded anyway
-        loss, found = pcfast.incremental_step(
+        loss, result = pcfast.incremental_step(
             model, x, y, OPTIMIZERS["sgd"](model.parameters()), return_output=True, backend=backend
         )
-    torch.testing.assert_close(found, output, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(result, output, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(loss, F.cross_entropy(output, y), rtol=1e-14, atol=0)
-    assert loss.dim() == 0 and not found.requires_grad
+    assert loss.dim() == 0 and not result.requires_grad
     assert all(float(p.grad.abs().max()) < 7 for p in model.parameters())
     assert not pcfast.last_run().replayed
     same = tanh_net()[0]
@@ -702,7 +702,7 @@ def test_divergence_leaves_the_parameters_of_the_iteration_before(backend):
     "step_size", [30.0, (0.1, 0.1, *(40.0 + t for t in range(198)))], ids=["eta", "schedule"]
 )
 def test_beliefs_that_run_away_are_reported(step_size, belief_optimizer):
-    found = []
+    result = []
     for backend in BACKENDS:
         model, x, y = tanh_net()
         model, x, steps_done = model.float(), x.float(), []
@@ -721,9 +721,9 @@ def test_beliefs_that_run_away_are_reported(step_size, belief_optimizer):
         )
         assert error.iteration == len(steps_done) + 1
         assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
-        found.append(error.iteration)
+        result.append(error.iteration)
     # the literal loop and its deviations overflow within an iteration of each other
-    assert abs(found[0] - found[1]) <= 1
+    assert abs(result[0] - result[1]) <= 1
 
 
 def test_deferred_divergence_zeroes_updates_and_is_reported_later():
@@ -751,15 +751,15 @@ def test_deferred_bad_labels_move_nothing(num_steps):
 
 
 def test_deferred_checks_change_no_number():
-    found = []
+    result = []
     for check in ("sync", "deferred", "off"):
         model, x, y = tanh_net()
         pcfast.incremental_step(
             model, x, y, OPTIMIZERS["adam"](model.parameters()), check=check, backend="eager"
         )
         pcfast.synchronize()
-        found.append(parameters(model))
-    assert apart(found[0], found[1]) == apart(found[0], found[2]) == 0
+        result.append(parameters(model))
+    assert apart(result[0], result[1]) == apart(result[0], result[2]) == 0
 
 
 # Training -------------------------------------------------------------------------------------------------------

@@ -39,10 +39,10 @@ def test_layer_1_takes_integers(first, check, backend):
     for p, gradient in zip(model.parameters(), want, strict=True):
         torch.testing.assert_close(p.grad.to_dense(), gradient.to_dense())
     for method in ("fixed_prediction", "strict", "error_based", "zero_divergence"):
-        found = pcfast.relax(model, x, Y, method=method, check=check, backend=backend)
-        assert torch.equal(found.beliefs[0], x)
-        assert found.errors[0] is None
-        assert all(e.isfinite().all() for e in found.errors[1:])
+        result = pcfast.relax(model, x, Y, method=method, check=check, backend=backend)
+        assert torch.equal(result.beliefs[0], x)
+        assert result.errors[0] is None
+        assert all(e.isfinite().all() for e in result.errors[1:])
 
 
 class Moves(nn.Module):
@@ -111,9 +111,9 @@ def test_complex_energies_are_real():
     model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).to(torch.complex128)
     x, y = torch.randn(6, 4, dtype=torch.complex128), torch.randn(6, 3, dtype=torch.complex128)
     settings = dict(loss=lambda out, t: (out - t).abs().square().sum(), step_size=0.02, num_steps=80)
-    found = pcfast.relax(model, x, y, energies=True, **settings)
-    torch.testing.assert_close(found.energies[-1, 0], 0.5 * found.errors[1].abs().square().sum())
-    assert bool((found.energies.sum(1).diff() <= 0).all())
+    result = pcfast.relax(model, x, y, energies=True, **settings)
+    torch.testing.assert_close(result.energies[-1, 0], 0.5 * result.errors[1].abs().square().sum())
+    assert bool((result.energies.sum(1).diff() <= 0).all())
     assert 2 <= int(pcfast.relax(model, x, y, tolerance=1e-2, **settings).iterations) < 80
     for loss in ("mse", "cross_entropy", lambda out, t: out.sum()):
         with pytest.raises(pcfast.ArgumentError, match="complex"):

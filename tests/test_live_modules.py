@@ -104,8 +104,8 @@ def test_functional_call(computed, backend):
     want = torch.autograd.grad(
         F.cross_entropy(functional_call(pc, lent, (X,)), Y), list(leaves.values()), retain_graph=True
     )
-    found = torch.autograd.grad(functional_call(pc, lent, (X, Y)), list(leaves.values()))
-    torch.testing.assert_close(found, want)
+    result = torch.autograd.grad(functional_call(pc, lent, (X, Y)), list(leaves.values()))
+    torch.testing.assert_close(result, want)
 
 
 def test_functional_transforms_are_refused():
@@ -122,13 +122,13 @@ def test_checkpoints(method, backend):
     """Reentrant ones are refused by name; others give the same numbers, dropout's masks included."""
     with pytest.raises(pcfast.ModelError, match="use_reentrant=True"):
         pcfast.pc_loss(net(lambda: Checkpointed(True)), X, Y, method=method, backend=backend)
-    found = []
+    result = []
     for reentrant in (None, False):
         model = net(lambda r=reentrant: Checkpointed(r, 0.5))
         torch.manual_seed(7)
         pcfast.pc_loss(model, X, Y, method=method, backend=backend).backward()
-        found.append([*(p.grad for p in model.parameters()), torch.rand(3)])
-    torch.testing.assert_close(*found)
+        result.append([*(p.grad for p in model.parameters()), torch.rand(3)])
+    torch.testing.assert_close(*result)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -136,9 +136,9 @@ def test_inference_mode(backend):
     model = net()
     want = pcfast.relax(model, X, Y, backend=backend)
     with torch.inference_mode():
-        found = pcfast.relax(model, X.clone(), Y.clone(), backend=backend)
+        result = pcfast.relax(model, X.clone(), Y.clone(), backend=backend)
         made_there = net()
-    torch.testing.assert_close(found.errors[1:], want.errors[1:], rtol=0, atol=0)
+    torch.testing.assert_close(result.errors[1:], want.errors[1:], rtol=0, atol=0)
     with pytest.raises(pcfast.ModelError, match="inference_mode"):
         pcfast.pc_loss(made_there, X, Y, backend=backend)
 

@@ -237,7 +237,7 @@ def test_the_table():
     exact = Entry("exact", "exact")
     waning = Entry("waning", waning=1.0, step_size={"digits": 0.25})
     slow = Entry("slow", "incremental", lr={"mnist": 1e-4})
-    found = report.methods_text(
+    result = report.methods_text(
         [
             fake_record(
                 fake_row(exact, 2e-3, 0.5, 0.75, 0.625),
@@ -248,30 +248,30 @@ def test_the_table():
             )
         ]
     ).split("\n\n")
-    assert found[0] == (
+    assert result[0] == (
         "**digits: 64-128-128-10, loss mse, n = 20, adamw with learning rate 0.0005, weight decay 0.3, "
         "batches of 32, epochs: 40, seeds: 3**"
     )
-    assert found[1].split("\n") == [
+    assert result[1].split("\n") == [
         "| method | step size | learning rate | test accuracy | training step | of backpropagation's time |",
         "|---|---|---|---|---|---|",
         "| exact |  |  | 62.50 % (50.00 - 75.00) | 2 ms (2 ms - 2 ms) | 1.00x |",
         "| waning | 0.25 to 0.013 |  | 50.00 % (25.00 - 75.00), 1 of 3 diverged | 7 ms (7 ms - 7 ms) | 3.50x |",
         "| strict, too far | 1e+30 |  | diverged |  |  |",
     ]
-    assert found[2:4] == [
+    assert result[2:4] == [
         "waning diverged with seed 1 in iteration 3, layer 2.",
         "strict, too far diverged with seed 0 in iteration 3, layer 2.",
     ]
-    assert found[4].startswith(
+    assert result[4].startswith(
         "**mnist: the paper's network, loss mse, n = 20, adam with learning rate 0.002, batches"
     )
     assert (
-        found[5].split("\n")[-1]
+        result[5].split("\n")[-1]
         == "| slow | 0.1 | 0.0001 | 50.00 % (50.00 - 50.00) | 500 ms (500 ms - 500 ms) | 0.50x |"
     )
-    assert found[6].startswith("A CPU, 2 threads, Python 3.11, torch 2.13, 2026-01-02, commit abc1234.")
-    assert len(found) == 7
+    assert result[6].startswith("A CPU, 2 threads, Python 3.11, torch 2.13, 2026-01-02, commit abc1234.")
+    assert len(result) == 7
 
 
 @pytest.mark.parametrize(

@@ -283,12 +283,12 @@ def problem(case, seed=3):
     return model, x, torch.randint(0, CLASSES, (BATCH,))
 
 
-def agree_all(found, truth, num_steps=1):
+def agree_all(result, truth, num_steps=1):
     """Updates by name. A gradient that cancels to zero keeps the rounding of the largest one."""
-    assert set(found) == set(truth)
+    assert set(result) == set(truth)
     scale = max(1.0, *(float(gradient.norm()) for gradient in truth.values()))
     for name, gradient in truth.items():
-        agree(found[name], gradient, num_steps, scale)
+        agree(result[name], gradient, num_steps, scale)
 
 
 def updates(model, x, y, **arguments):
@@ -298,11 +298,11 @@ def updates(model, x, y, **arguments):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def agree(found, truth, num_steps=1, scale=1.0):
+def agree(result, truth, num_steps=1, scale=1.0):
     """float64: to the error that docs/method.md allows of states of norm ``scale``."""
     bound = 1e-10 * float(truth.norm()) + 64 * ULP * max(num_steps, 1) * max(scale, float(truth.norm()))
-    assert found.shape == truth.shape
-    assert float((found - truth).norm()) <= bound
+    assert result.shape == truth.shape
+    assert float((result - truth).norm()) <= bound
 
 
 def check_against_literal(model, x, y, method, num_steps, backend, step_size=0.1):
@@ -311,12 +311,12 @@ def check_against_literal(model, x, y, method, num_steps, backend, step_size=0.1
     plain = copy.deepcopy(model)
     plain(x.clone())
 
-    found = pcfast.relax(copy.deepcopy(model), x, y, loss=LOSS, backend=backend, **arguments)
-    assert found.run.plan.backend == backend
-    for l, (v, v_true) in enumerate(zip(found.beliefs, truth.beliefs, strict=True)):
+    result = pcfast.relax(copy.deepcopy(model), x, y, loss=LOSS, backend=backend, **arguments)
+    assert result.run.plan.backend == backend
+    for l, (v, v_true) in enumerate(zip(result.beliefs, truth.beliefs, strict=True)):
         if method != "exact" or l:
             agree(v, v_true, num_steps)
-    for e, e_true, v_true in zip(found.errors, truth.errors, truth.beliefs, strict=True):
+    for e, e_true, v_true in zip(result.errors, truth.errors, truth.beliefs, strict=True):
         assert (e is None) == (e_true is None)
         if e is not None:
             assert float((e - e_true).norm()) <= allowed_error(e_true, v_true, num_steps)
@@ -344,9 +344,9 @@ def test_modules(case, method, num_steps, backend):
 def test_exact_is_backpropagation_through_the_whole_model(case):
     model, x, y = problem(case)
     LOSS(copy.deepcopy(model)(x.clone()), y)  # the model itself runs
-    found = updates(copy.deepcopy(model), x, y, method="exact", backend="eager")
+    result = updates(copy.deepcopy(model), x, y, method="exact", backend="eager")
     LOSS(model(x.clone()), y).backward()
-    agree_all(found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    agree_all(result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -460,9 +460,9 @@ def test_one_dropout_mask_a_step_as_torch_draws_it(name, method, num_steps, back
     truth = relax_literally(fixed, x, y, loss=LOSS, **arguments)
 
     torch.manual_seed(11)
-    found = pcfast.relax(model, x, y, loss=LOSS, backend=backend, **arguments)
+    result = pcfast.relax(model, x, y, loss=LOSS, backend=backend, **arguments)
     after = torch.get_rng_state()
-    for v, v_true in zip(found.beliefs[1:], truth.beliefs[1:], strict=True):
+    for v, v_true in zip(result.beliefs[1:], truth.beliefs[1:], strict=True):
         agree(v, v_true, num_steps)
     torch.manual_seed(11)
     agree_all(updates(model, x, y, backend=backend, **arguments), truth.gradients, num_steps)
@@ -484,17 +484,17 @@ RANDOM = {
 @pytest.mark.parametrize("name", RANDOM)
 def test_random_layers_draw_alike_in_both_backends(name, method):
     model, x, y = problem(RANDOM[name])
-    found = {}
+    result = {}
     for backend in BACKENDS:
         for seed in (1, 2):
             torch.manual_seed(seed)
-            found[backend, seed] = updates(model, x, y, method=method, num_steps=12, backend=backend)
-            found[backend, seed, "next"] = torch.rand(3)
+            result[backend, seed] = updates(model, x, y, method=method, num_steps=12, backend=backend)
+            result[backend, seed, "next"] = torch.rand(3)
     for seed in (1, 2):
-        agree_all(found["eager", seed], found["reference", seed], 12)
-    assert torch.equal(found["eager", 1, "next"], found["reference", 1, "next"])
-    first = next(iter(found["eager", 1]))
-    assert not torch.equal(found["eager", 1][first], found["eager", 2][first])
+        agree_all(result["eager", seed], result["reference", seed], 12)
+    assert torch.equal(result["eager", 1, "next"], result["reference", 1, "next"])
+    first = next(iter(result["eager", 1]))
+    assert not torch.equal(result["eager", 1][first], result["eager", 2][first])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -505,10 +505,10 @@ def test_dropout_in_eval_mode_does_nothing(name, backend):
     plain = make(nn.Identity()).double()
     plain.load_state_dict(model.state_dict())
     state = torch.get_rng_state()
-    found = updates(model, x, y, backend=backend)
+    result = updates(model, x, y, backend=backend)
     assert torch.equal(state, torch.get_rng_state())
     for key, gradient in updates(plain, x, y, backend=backend).items():
-        assert torch.equal(gradient, found[key])
+        assert torch.equal(gradient, result[key])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -548,8 +548,8 @@ def test_frozen_parameters_change_nothing_else(case, method, num_steps, backend)
     for frozen in truth:
         model, x, y = problem(case)
         model.get_parameter(frozen).requires_grad_(False)
-        found = updates(model, x, y, **arguments)
-        agree_all(found, {name: gradient for name, gradient in truth.items() if name != frozen}, num_steps)
+        result = updates(model, x, y, **arguments)
+        agree_all(result, {name: gradient for name, gradient in truth.items() if name != frozen}, num_steps)
 
 
 # layouts and ties -----------------------------------------------------------------------------------------
@@ -636,10 +636,10 @@ def test_the_first_of_a_tied_window_gets_the_error():
     model = seq(nn.Conv2d(1, 1, 1), seq(nn.MaxPool2d(2), nn.Flatten())).double()
     x = torch.ones(1, 1, 2, 2, dtype=torch.float64)
     for backend in BACKENDS:
-        found = pcfast.relax(
+        result = pcfast.relax(
             model, x, torch.zeros(1), loss=lambda o, y: o.sum(), method="exact", backend=backend
         )
-        assert found.errors[1].flatten().tolist() == [1, 0, 0, 0]
+        assert result.errors[1].flatten().tolist() == [1, 0, 0, 0]
 
 
 # group_layers ---------------------------------------------------------------------------------------------

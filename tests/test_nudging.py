@@ -45,17 +45,17 @@ def by_hand(model, x, y, kind, beta, *, loss, make=torch.optim.SGD, step_sizes=(
     with torch.no_grad():
         vhat = model(x)
     signs = {"positive": (1,), "negative": (-1,), "centred": (1, -1)}[kind]
-    found = [
+    result = [
         (sign, relax_by_optimizer(
             model, x, vhat - sign * beta * (vhat - y), loss=loss, step_sizes=step_sizes, make=make
         ))
         for sign in signs
     ]  # fmt: skip
     updates = {
-        parameter: sum(run.gradients[name] / (sign * beta) for sign, run in found) / len(found)
+        parameter: sum(run.gradients[name] / (sign * beta) for sign, run in result) / len(result)
         for name, parameter in model.named_parameters()
     }
-    return updates, found[0][1]
+    return updates, result[0][1]
 
 
 @BOTH
@@ -67,12 +67,12 @@ def test_updates_are_those_towards_the_nudged_target(kind, beta, reduction, back
     loss = nn.MSELoss(reduction=reduction)
     truth, states = by_hand(model, x, y, kind, beta, loss=loss)
     arguments = dict(loss=loss, nudging=Nudging(kind, beta), backend=backend)
-    found = gradients(model, x, y, **arguments)
+    result = gradients(model, x, y, **arguments)
     plan = pcfast.last_run().plan
     assert plan.backend == backend and plan.relaxations == (2 if kind == "centred" else 1)
     assert plan.gram == (backend == "eager")
     # rounding of beliefs counts 1 / beta times
-    assert_gradients_agree(found, truth, model, states, 20 * max(1, 1 / beta))
+    assert_gradients_agree(result, truth, model, states, 20 * max(1, 1 / beta))
     if kind != "centred":
         relaxed = pcfast.relax(model, x, y, energies=True, **arguments)
         assert_states_agree(relaxed, states, 20)
@@ -113,8 +113,8 @@ def test_small_nudges_give_the_limit_and_centring_cancels_the_first_order(backen
     loss = nn.MSELoss(reduction="sum")
 
     def update(kind, beta):
-        found = gradients(model, x, y, loss=loss, nudging=Nudging(kind, beta), backend=backend)
-        return torch.cat([g.flatten() for g in found.values()])
+        result = gradients(model, x, y, loss=loss, nudging=Nudging(kind, beta), backend=backend)
+        return torch.cat([g.flatten() for g in result.values()])
 
     limit = update("centred", 1e-3)
     for kind, order in (("positive", 1), ("negative", 1), ("centred", 2)):
@@ -172,10 +172,10 @@ def test_eager_equals_reference(
         assume(False)
     # a relaxation that runs away amplifies rounding without bound
     assume(all(e is None or float(e.norm()) < 1e3 for e in truth.errors))
-    found = pcfast.relax(model, x, y, backend="eager", nudging=side, **arguments)
+    result = pcfast.relax(model, x, y, backend="eager", nudging=side, **arguments)
     # momentum sums gradients; Adam divides by eps at most
     counted = num_steps * (5 if isinstance(optimizer, GradientDescent) else 2)
-    assert_states_agree(found, truth, counted)
+    assert_states_agree(result, truth, counted)
     nudging = Nudging(kind, beta)
     assert_gradients_agree(
         gradients(model, x, y, backend="eager", nudging=nudging, **arguments),
@@ -194,9 +194,9 @@ def test_small_nudges_in_float32_keep_their_digits():
     model.float()
     errors = {}
     for backend in ("eager", "reference"):
-        found = gradients(model, x.float(), y.float(), nudging=nudging, backend=backend).values()
+        result = gradients(model, x.float(), y.float(), nudging=nudging, backend=backend).values()
         errors[backend] = max(
-            float((g.double() - t).norm() / t.norm()) for g, t in zip(found, truth, strict=True)
+            float((g.double() - t).norm() / t.norm()) for g, t in zip(result, truth, strict=True)
         )
     # 20 iterations, each with products over at most 40 terms
     assert errors["eager"] <= 20 * 40**0.5 * 2**-24
@@ -211,15 +211,15 @@ def test_dropout_and_batchnorm_are_evaluated_once_a_step_for_both_relaxations():
         nn.Linear(8, 3),
     ).double()
     x, y = torch.randn(11, 6, dtype=torch.float64), torch.randn(11, 3, dtype=torch.float64)
-    found = []
+    result = []
     for backend in ("reference", "eager"):
         torch.manual_seed(5)
         tracked = int(model[1][1].num_batches_tracked)
         update = gradients(model, x, y, nudging=Nudging("centred", 0.5), backend=backend)
         assert int(model[1][1].num_batches_tracked) == tracked + 1
-        found.append(update)
-    for p, update in found[0].items():
-        assert float((found[1][p] - update).norm()) <= 1e-11 * max(float(update.norm()), 1e-2)
+        result.append(update)
+    for p, update in result[0].items():
+        assert float((result[1][p] - update).norm()) <= 1e-11 * max(float(update.norm()), 1e-2)
 
 
 def test_a_relaxation_that_diverges_on_either_side_raises():

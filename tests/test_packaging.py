@@ -138,11 +138,11 @@ def test_an_uninstalled_checkout_names_the_remedy_in_one_line(tmp_path):
 def test_the_metadata_says_what_it_is(wheel):
     with ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        found = email.message_from_bytes(archive.read(name))
-    assert found["Author"] and found.get_all("Project-URL") and found["Requires-Python"] == ">=3.10"
-    assert found["Description-Content-Type"] == "text/markdown"
-    assert found.get_payload(decode=True).decode().strip() == (ROOT / "README.md").read_text().strip()
-    classifiers = found.get_all("Classifier")
+        result = email.message_from_bytes(archive.read(name))
+    assert result["Author"] and result.get_all("Project-URL") and result["Requires-Python"] == ">=3.10"
+    assert result["Description-Content-Type"] == "text/markdown"
+    assert result.get_payload(decode=True).decode().strip() == (ROOT / "README.md").read_text().strip()
+    classifiers = result.get_all("Classifier")
     assert "Operating System :: POSIX :: Linux" in classifiers
     assert sum(c.startswith("Programming Language :: Python :: 3.") for c in classifiers) >= 3
 
@@ -172,5 +172,5 @@ def test_the_source_distribution_holds_what_its_tests_need(tmp_path):
 
 
 def test_the_least_releases_are_those_declared():
-    found = dict(line.split("==") for line in lowest())
-    assert found.keys() == {"torch", "numpy", "click", "rich", "scikit-learn", "matplotlib"}
+    result = dict(line.split("==") for line in lowest())
+    assert result.keys() == {"torch", "numpy", "click", "rich", "scikit-learn", "matplotlib"}

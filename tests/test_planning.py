@@ -105,9 +105,9 @@ def test_work_is_what_torch_multiplies(net, method, num_steps):
     build, shape = NETS[net]
     model, x = build(), torch.rand(*shape)
     y = torch.randint(0, 3, (shape[0],))
-    found = multiplied(model, x, y, method=method, num_steps=num_steps)
+    result = multiplied(model, x, y, method=method, num_steps=num_steps)
     plan = pcfast.last_run().plan
-    assert plan.work.total == found
+    assert plan.work.total == result
     assert pcfast.explain(model, shape, method=method, num_steps=num_steps).plan.work == plan.work
 
 
@@ -115,10 +115,10 @@ def test_work_from_a_given_start():
     model, x = mlp(9, 30, 8, 3), torch.rand(5, 9)
     y = torch.randint(0, 3, (5,))
     vinit = [v + 0.1 if l else v for l, v in enumerate(pcfast.relax(model, x, y).activations)]
-    found = multiplied(model, x, y, num_steps=6, vinit=vinit)
+    result = multiplied(model, x, y, num_steps=6, vinit=vinit)
     plan = pcfast.last_run().plan
     assert not plan.gram and not plan.fresh
-    assert plan.work.total == found
+    assert plan.work.total == result
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 20])
@@ -140,9 +140,9 @@ def test_work_with_other_optimisers_and_targets(settings, net, num_steps):
     model, x = build(), torch.rand(*shape)
     with torch.no_grad():
         y = torch.rand_like(model(x))
-    found = multiplied(model, x, y, num_steps=num_steps, loss="mse", **settings)
+    result = multiplied(model, x, y, num_steps=num_steps, loss="mse", **settings)
     plan = pcfast.last_run().plan
-    assert plan.work.total == found
+    assert plan.work.total == result
     assert pcfast.explain(model, shape, num_steps=num_steps, **settings).plan.work == plan.work
 
 

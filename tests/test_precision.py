@@ -4,7 +4,7 @@ Allowed: 3 times the larger of (a) same-precision backpropagation's gradient err
 tensor) and (b) what a forward pass in that precision costs any program: how far the float64 reference itself
 moves when its pre-activations carry the rounding errors of torch's own forward pass. (b) holds the relu kinks
 that rounding pushes units over; it is independent of the backend under test. Errors are medians over draws of
-the data, since a single run is a coin toss: one unit within rounding of its kink moves a gradient 1000 times.
+the data, since a single run is a matter of chance: one unit within rounding of its kink moves a gradient 1000 times.
 """
 
 import copy
@@ -60,7 +60,7 @@ def case(request):
 def median_errors(case, run, truth):
     """Parameter name -> median over the draws of its relative error; ``run(x, y) -> updates``."""
     rows = [
-        [relative_error(found, true) for found, true in zip(run(*draw), updates, strict=True)]
+        [relative_error(result, true) for result, true in zip(run(*draw), updates, strict=True)]
         for draw, updates in zip(case["draws"], case[truth], strict=True)
     ]
     names = [name for name, _ in case["model"].named_parameters()]
@@ -101,15 +101,15 @@ def belief_form(model, x, y, operand):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_belief_form_is_not(case, dtype):
     """The same rule fails for the same network, data and precision where beliefs are the operands."""
-    found = median_errors(case, lambda x, y: belief_form(case["model"], x, y, dtype), "truth")
+    result = median_errors(case, lambda x, y: belief_form(case["model"], x, y, dtype), "truth")
     bound = allowed(case, dtype)
     # layer 2 suffers most: its errors are the smallest against its beliefs
-    assert found["0.0.weight"] > bound["0.0.weight"]
-    assert found["1.0.weight"] > bound["1.0.weight"]
+    assert result["0.0.weight"] > bound["0.0.weight"]
+    assert result["1.0.weight"] > bound["1.0.weight"]
 
 
 def test_belief_form_is_right_in_float64(case):
     """The contender is implemented correctly: in float64 it meets the reference."""
     (x, y), truth = case["draws"][0], case["truth"][0]
-    found = belief_form(copy.deepcopy(case["model"]).double(), x.double(), y, torch.float32)
-    assert max(relative_error(f, t) for f, t in zip(found, truth, strict=True)) < 1e-6
+    result = belief_form(copy.deepcopy(case["model"]).double(), x.double(), y, torch.float32)
+    assert max(relative_error(f, t) for f, t in zip(result, truth, strict=True)) < 1e-6

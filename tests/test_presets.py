@@ -61,11 +61,11 @@ def updates(model, x, y, preset, **settings) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def assert_same(found: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+def assert_same(result: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
     """To 1e-10; where no error has arrived the truth is the rounding of beliefs of size 1, less than 1e-13."""
-    assert found.keys() == truth.keys()
+    assert result.keys() == truth.keys()
     for name, true in truth.items():
-        assert float((found[name] - true).norm()) <= 1e-10 * float(true.norm()) + 1e-13, name
+        assert float((result[name] - true).norm()) <= 1e-10 * float(true.norm()) + 1e-13, name
 
 
 # Closed forms --------------------------------------------------------------------------------------------------
@@ -182,14 +182,14 @@ def program_updates(model, x, h, name, *, rate, num_steps, mean, momentum=0.0) -
             hidden.append(below.clone().requires_grad_())
         velocity = [torch.zeros_like(belief) for belief in hidden]
         for _ in range(num_steps):
-            found = torch.autograd.grad(energy(model, row, hidden, target, name) / divisor, hidden)
-            velocity = [momentum * m + g for m, g in zip(velocity, found, strict=True)]
+            result = torch.autograd.grad(energy(model, row, hidden, target, name) / divisor, hidden)
+            velocity = [momentum * m + g for m, g in zip(velocity, result, strict=True)]
             hidden = [(b - rate * m).detach().requires_grad_() for b, m in zip(hidden, velocity, strict=True)]
         settled = [belief.detach() for belief in hidden]
-        found = torch.autograd.grad(
+        result = torch.autograd.grad(
             energy(model, row, settled, target, name) / divisor, list(model.parameters())
         )
-        for key, gradient in zip(totals, found, strict=True):
+        for key, gradient in zip(totals, result, strict=True):
             totals[key] += gradient
     return totals
 
@@ -213,8 +213,8 @@ def test_updates_are_those_of_the_programs_loop(program, loss, momentum, backend
     assert_same(updates(model, x, h, preset, belief_optimizer=optimizer, backend=backend), truth)
     assert pcfast.last_run().plan.gram == (backend == "eager")
     if loss == "cross_entropy":  # labels are the one-hot rows
-        found = updates(model, x, h.argmax(1), preset, belief_optimizer=optimizer, backend=backend)
-        assert_same(found, truth)
+        result = updates(model, x, h.argmax(1), preset, belief_optimizer=optimizer, backend=backend)
+        assert_same(result, truth)
 
 
 @BACKENDS
@@ -226,8 +226,8 @@ def test_pcx_nudged(beta, nudging, backend):
         u = model(x)
     truth = program_updates(model, x, u - beta * (u - y), "mse", rate=0.5, num_steps=9, mean=True)
     preset = presets.pcx(step_size=0.5, num_steps=9, reduction="mean")
-    found = updates(model, x, y, preset, nudging=Nudging(*nudging), backend=backend)
-    assert_same(found, {name: update / beta for name, update in truth.items()})
+    result = updates(model, x, y, preset, nudging=Nudging(*nudging), backend=backend)
+    assert_same(result, {name: update / beta for name, update in truth.items()})
 
 
 @BACKENDS
@@ -247,8 +247,8 @@ def test_updates_are_those_of_epcs_loop(rate, num_steps, loss, backend):
         for layer, e in zip(model[:-1], errors, strict=True):
             state = layer(state) + e
         total = sum(0.5 * (e * e).sum() for e in errors) + output_energy(loss, model[-1](state), h)
-        found = torch.autograd.grad(total, errors)
-        errors = [(e - rate * g).detach() for e, g in zip(errors, found, strict=True)]
+        result = torch.autograd.grad(total, errors)
+        errors = [(e - rate * g).detach() for e, g in zip(errors, result, strict=True)]
     local, state = 0.0, x
     for layer, e in zip(model[:-1], errors, strict=True):
         prediction = layer(state)
@@ -256,9 +256,9 @@ def test_updates_are_those_of_epcs_loop(rate, num_steps, loss, backend):
         local = local + 0.5 * ((prediction - state) ** 2).sum()
     local = local + output_energy(loss, model[-1](state), h)
     weights = dict(model.named_parameters())
-    found = torch.autograd.grad(local / (ROWS * min(1.0, rate * num_steps)), list(weights.values()))
+    result = torch.autograd.grad(local / (ROWS * min(1.0, rate * num_steps)), list(weights.values()))
     preset = presets.epc(step_size=rate, num_steps=num_steps, loss=loss)
-    assert_same(updates(model, x, h, preset, backend=backend), dict(zip(weights, found, strict=True)))
+    assert_same(updates(model, x, h, preset, backend=backend), dict(zip(weights, result, strict=True)))
 
 
 METHODS = {"Strict": "strict", "FixedPred": "fixed_prediction", "Exact": "exact"}
@@ -274,10 +274,10 @@ def test_torch2pc_against_its_recorded_outputs(path, backend):
         step_size=meta["eta"],
         num_steps=meta["n"],
     )
-    found = updates(model, arrays["x"], arrays["y"], preset, backend=backend)
+    result = updates(model, arrays["x"], arrays["y"], preset, backend=backend)
     parameters = dict(model.named_parameters())
     assert_gradients_agree(
-        {parameters[name]: update for name, update in found.items()},
+        {parameters[name]: update for name, update in result.items()},
         {p: arrays[f"grad.{name}"] for name, p in parameters.items()},
         model,
         golden.states(arrays, len(model)),
@@ -291,9 +291,9 @@ def test_torch2pc_against_its_recorded_outputs(path, backend):
 def test_code_on_the_page_runs():
     page = (Path(__file__).resolve().parent.parent / "docs" / "conventions.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
-    found: dict = {}
-    exec(compile(block, "conventions.md", "exec"), found)
-    assert all(parameter.grad is not None for parameter in found["model"].parameters())
+    result: dict = {}
+    exec(compile(block, "conventions.md", "exec"), result)
+    assert all(parameter.grad is not None for parameter in result["model"].parameters())
 
 
 def test_the_loss_is_the_programs_output_energy():
@@ -341,8 +341,8 @@ def test_parts_of_a_batch_add_up_with_a_normalizer(name):
         model.zero_grad()
         for rows in (slice(0, 2), slice(2, ROWS)):
             pcfast.pc_loss(model, x[rows], y[rows], normalizer=normalizer, **preset).backward()
-        for found, expected in zip((p.grad for p in model.parameters()), whole, strict=True):
-            assert torch.allclose(found, expected, rtol=1e-11, atol=1e-13) is same
+        for result, expected in zip((p.grad for p in model.parameters()), whole, strict=True):
+            assert torch.allclose(result, expected, rtol=1e-11, atol=1e-13) is same
 
 
 def test_a_mean_of_the_energy_is_what_optimisers_see_there():
@@ -365,8 +365,8 @@ def test_a_mean_of_the_energy_is_what_optimisers_see_there():
             moving.step()
         preset = presets.jpc(step_size=0.05, num_steps=7, belief_optimizer=optimizer)
         for backend in ("reference", "eager"):
-            found = pcfast.relax(model, x, y, backend=backend, **preset)
-            for ours, theirs in zip(found.beliefs[1:], v, strict=False):
+            result = pcfast.relax(model, x, y, backend=backend, **preset)
+            for ours, theirs in zip(result.beliefs[1:], v, strict=False):
                 torch.testing.assert_close(ours, theirs.detach(), rtol=1e-11, atol=1e-13)
 
 
@@ -375,13 +375,13 @@ def test_relax_gives_the_errors_of_the_updates():
     model, (x, y) = curved_net(), batch()
     preset = presets.pcx(step_size=[0.1, 0.2, 0.1], num_steps=3)
     assert dict(preset)["step_size"] == (0.1, 0.2, 0.1, 0.0) and preset["num_steps"] == 4
-    found = pcfast.relax(model, x, y, **preset)
+    result = pcfast.relax(model, x, y, **preset)
     shorter = pcfast.relax(model, x, y, loss=preset.loss, step_size=[0.1, 0.2, 0.1], num_steps=3)
     for l in range(1, 4):
-        assert torch.equal(found.beliefs[l], shorter.beliefs[l])
+        assert torch.equal(result.beliefs[l], shorter.beliefs[l])
         with torch.no_grad():
-            mu = model[l - 1](found.beliefs[l - 1])
-        torch.testing.assert_close(found.errors[l], mu - found.beliefs[l], rtol=1e-10, atol=1e-13)
+            mu = model[l - 1](result.beliefs[l - 1])
+        torch.testing.assert_close(result.errors[l], mu - result.beliefs[l], rtol=1e-10, atol=1e-13)
     with pytest.raises(KeyError):
         preset["scale"]
 

@@ -59,8 +59,8 @@ def test_beliefs_and_errors(path):
 
     for prefix, key, states in (("v.", "v_moves", "beliefs"), ("eps.", "eps_moves", "errors")):
         if expected := recorded.under(prefix):
-            found = getattr(relaxed(meta.get(key, meta["belief_moves"])), states)
-            assert recorded.difference({l: found[int(l)] for l in expected}, prefix) < allowed(recorded), (
+            result = getattr(relaxed(meta.get(key, meta["belief_moves"])), states)
+            assert recorded.difference({l: result[int(l)] for l in expected}, prefix) < allowed(recorded), (
                 prefix
             )
 
@@ -72,14 +72,14 @@ def identified(recorded, model, **settings):
     own = recorded.settings()
     last = list(recorded.under("grad_last.").values())
     vinit = own.get("vinit")
-    found = dict(
+    result = dict(
         step_size=recorded.meta["step_size"], num_steps=recorded.meta["iterations"],
         belief_optimizer=recorded.belief_optimizer, nudging=own.get("nudging"),
         vinit=None if isinstance(vinit, float) else vinit, last_updates=last or None,
         optimizer=(lambda parameters: recorded.optimizer(parameters)[0]) if last else None,
     )  # fmt: skip
     return identify(
-        model, recorded.arrays["x"], recorded.arrays["y"], list(updates.values()), **{**found, **settings}
+        model, recorded.arrays["x"], recorded.arrays["y"], list(updates.values()), **{**result, **settings}
     )
 
 
@@ -93,8 +93,8 @@ def pcfast_settings_agree(match, recorded, model) -> bool:
         return True
     model.zero_grad()
     pcfast.pc_loss(model, recorded.arrays["x"], recorded.arrays["y"], **match.settings).backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return recorded.difference(found, "grad.") < allowed(recorded)
+    result = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return recorded.difference(result, "grad.") < allowed(recorded)
 
 
 @EVERY_RUN
@@ -141,12 +141,12 @@ def test_another_sign_or_scale_is_told(factor):
     grads = [factor * g for g in recorded.under("grad.").values()]
     arguments = recorded.model(), recorded.arrays["x"], recorded.arrays["y"]
     settings = {"step_size": recorded.meta["step_size"], "num_steps": recorded.meta["iterations"]}
-    found = [m for m in identify(*arguments, grads, **settings) if not m.meets]
-    (preco,) = (m for m in found if m.preset == "preco" and m.same_but_for_a_factor)
+    result = [m for m in identify(*arguments, grads, **settings) if not m.meets]
+    (preco,) = (m for m in result if m.preset == "preco" and m.same_but_for_a_factor)
     assert preco.factor == pytest.approx(factor) and preco.after_factor < 1e-12
-    assert found[0].same_but_for_a_factor and "when multiplied by" in str(found[0])
+    assert result[0].same_but_for_a_factor and "when multiplied by" in str(result[0])
     if factor == -1:
-        assert found[0].factor == pytest.approx(-1)
+        assert result[0].factor == pytest.approx(-1)
     assert not any(
         m.meets or m.same_but_for_a_factor for m in identify(*arguments, grads, step_size=0.2, num_steps=20)
     )
@@ -173,8 +173,8 @@ def test_a_start_is_of_the_programs_layers():
     preset = pcfast.presets.pctrainer(step_size=0.1, num_steps=6)
     pcfast.pc_loss(nested, x, y, **preset, vinit=vinit).backward()
     grads = [p.grad for p in nested.parameters()]
-    found = identify(flattened(nested), x, y, grads, step_size=0.1, num_steps=6, vinit=vinit)
-    assert {(m.preset, m.layers) for m in found if m.meets} == {("pctrainer", "beliefs='before_activation'")}
+    result = identify(flattened(nested), x, y, grads, step_size=0.1, num_steps=6, vinit=vinit)
+    assert {(m.preset, m.layers) for m in result if m.meets} == {("pctrainer", "beliefs='before_activation'")}
 
 
 @pytest.mark.parametrize("preset", pcfast.presets.PRESETS)

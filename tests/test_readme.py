@@ -42,17 +42,17 @@ def test_the_numbers_of_the_mnist_page_are_those_of_its_runs():
     """Every row of the table, in the order of the file: five seeds, then their median."""
     with open(ROOT / "docs" / "mnist.csv") as file:
         runs = [row for row in csv.DictReader(file) if row["epoch"] == "2"]
-    found: dict[tuple, list[float]] = {}
+    result: dict[tuple, list[float]] = {}
     for row in runs:
         key = (row["loss"], row["method"], row["step_size"])
-        found.setdefault(key, []).append(100 * float(row["test_accuracy"]))
+        result.setdefault(key, []).append(100 * float(row["test_accuracy"]))
     page = (ROOT / "docs" / "mnist.md").read_text()
     table = re.findall(r"^\| (\w+) \| (\w+)[^|]*\| ([\d.]*) ?\|(.*)\|$", page, flags=re.M)
-    assert [row[:3] for row in table if row[0] != "loss"] == list(found)
+    assert [row[:3] for row in table if row[0] != "loss"] == list(result)
     for *key, cells in table[1:]:
-        expected = [*found[tuple(key)], median(found[tuple(key)])]
+        expected = [*result[tuple(key)], median(result[tuple(key)])]
         assert [float(cell) for cell in cells.split("|")] == [round(value, 2) for value in expected]
-    assert min(found["mse", "strict", "0.1"]) >= 95
+    assert min(result["mse", "strict", "0.1"]) >= 95
 
 
 def test_the_accuracies_of_the_recipes_page_are_those_of_its_runs():
@@ -63,5 +63,5 @@ def test_the_accuracies_of_the_recipes_page_are_those_of_its_runs():
     assert all(len(runs[name]) == RECIPES[name].epochs for name in runs)
     page = (ROOT / "docs" / "recipes.md").read_text()
     table = re.findall(r"^\| `([\w-]+)` \| ([\d.]+) \| ([\d.]+) \|$", page, flags=re.M)
-    expected = [(name, f"{found[-1]:.2f}", f"{max(found):.2f}") for name, found in runs.items()]
+    expected = [(name, f"{result[-1]:.2f}", f"{max(result):.2f}") for name, result in runs.items()]
     assert table == expected

@@ -50,8 +50,8 @@ def test_pcx_configurations(name):
         assert getattr(recipe, key) == there[key], key
     if "se_flag" in there:
         assert (recipe.loss == "mse") == there["se_flag"]
-    found = [recipe.beta(epoch) for epoch in range(recipe.epochs)]
-    for epoch, nudging in enumerate(found):
+    result = [recipe.beta(epoch) for epoch in range(recipe.epochs)]
+    for epoch, nudging in enumerate(result):
         factor, size = there["beta_factor"], there["beta"] + there["beta_ir"] * epoch
         if factor == 0:
             beta = there["betas"][epoch]
@@ -266,12 +266,12 @@ class Program:
         descent = torch.optim.SGD(states, lr=rate, momentum=momentum)
         for _ in range(count):
             energy = state_energy(recipe, model, x, states, h) / rows
-            found = torch.autograd.grad(energy, states + weights)
-            for state, gradient in zip(states, found, strict=False):
+            result = torch.autograd.grad(energy, states + weights)
+            for state, gradient in zip(states, result, strict=False):
                 state.grad = gradient * rows
             descent.step()
             if incremental:
-                self.move([g / beta for g in found[len(states) :]])
+                self.move([g / beta for g in result[len(states) :]])
         if not incremental:
             energy = state_energy(recipe, model, x, [state.detach() for state in states], h) / rows
             self.move([g / beta for g in torch.autograd.grad(energy, weights)])
@@ -285,8 +285,8 @@ class Program:
             for layer, error in zip(model[:-1], errors, strict=True):
                 state = layer(state) + error
             energy = sum(0.5 * e.square().sum() for e in errors) + output_energy(recipe, model[-1](state), h)
-            found = torch.autograd.grad(energy, errors)
-            errors = [(e - recipe.lr * g).detach() for e, g in zip(errors, found, strict=True)]
+            result = torch.autograd.grad(energy, errors)
+            errors = [(e - recipe.lr * g).detach() for e, g in zip(errors, result, strict=True)]
         state, states = x, []
         with torch.no_grad():
             for layer, error in zip(model[:-1], errors, strict=True):
@@ -347,10 +347,10 @@ def test_updates_are_the_programs(name):
             rows = torch.from_numpy(order[k * batch : (k + 1) * batch])
             program.learn(next(inputs), one_hot[rows], epoch)
     assert program.step == program.steps
-    for old, found, true in zip(before, model.parameters(), other.parameters(), strict=True):
+    for old, result, true in zip(before, model.parameters(), other.parameters(), strict=True):
         moved = float((true.detach() - old).norm())
         assert moved > 0
-        assert float((found - true).detach().norm()) <= 1e-6 * moved
+        assert float((result - true).detach().norm()) <= 1e-6 * moved
 
 
 # Use -------------------------------------------------------------------------------------------------------------
@@ -374,8 +374,8 @@ def test_relaxations_run_on_eager(name):
         model = recipe.network()
     x = (2, 784) if recipe.shape == "flat" else (2, *datasets.SOURCES[recipe.data].image_shape)
     names = ("method", "step_size", "num_steps", "belief_optimizer")
-    found = pcfast.explain(model, x, "cpu", **{key: settings[key] for key in names if key in settings})
-    assert "eager" in str(found)
+    result = pcfast.explain(model, x, "cpu", **{key: settings[key] for key in names if key in settings})
+    assert "eager" in str(result)
 
 
 def idx(kind: int, content: np.ndarray) -> bytes:
@@ -400,8 +400,8 @@ def test_on_the_command_line(tmp_path, capsys):
     data, out = write_mnist(tmp_path / "mnist"), tmp_path / "run"
     common = ["train", "--recipe", "pcx-mlp-mnist-pn", "--data-dir", str(data), "--out", str(out)]
     assert main([*common, "--epochs", "2", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert len(found["history"]["test_accuracy"]) == 2
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["history"]["test_accuracy"]) == 2
     config = json.loads((out / "config.json").read_text())
     settings = config["settings"]
     assert settings["method"] == "strict" and settings["batch_size"] == 128 and settings["num_steps"] == 6

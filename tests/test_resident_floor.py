@@ -47,9 +47,9 @@ def placed(name: str, gram: bool, operands: Operands = OPERANDS[0]):
     make, shape = NETWORKS[name]
     network = describe(make())
     shapes = network.shapes(shape)
-    found = place(network, shapes, gram, "cross_entropy", operands, 4, CHIP)
-    assert isinstance(found, Placement)
-    return network, shapes, found
+    result = place(network, shapes, gram, "cross_entropy", operands, 4, CHIP)
+    assert isinstance(result, Placement)
+    return network, shapes, result
 
 
 @pytest.mark.parametrize("operands", OPERANDS, ids=lambda each: f"{each.linear}-{each.convolution}")
@@ -58,27 +58,27 @@ def placed(name: str, gram: bool, operands: Operands = OPERANDS[0]):
     [(name, gram) for name in NETWORKS for gram in (False, True) if not (gram and name == "padded_cnn")],
 )
 def test_multiply_adds_are_the_planners(name, gram, operands):
-    network, shapes, found = placed(name, gram, operands)
-    least = floors(found, KNOWN)
+    network, shapes, result = placed(name, gram, operands)
+    least = floors(result, KNOWN)
     batch, macs = shapes[0][0][0], layer_macs(network, shapes)
     for l in range(2, network.depth + 1):
         whole = gram_macs(network, shapes) if gram and l == 2 else 2 * macs[l - 1]
-        assert least[l].multiply_adds * batch == whole * found.samples
+        assert least[l].multiply_adds * batch == whole * result.samples
     assert least[0].multiply_adds == sum(least[l].multiply_adds for l in range(2, network.depth + 1))
     assert least[0].bytes == sum(least[l].bytes for l in range(2, network.depth + 1))
 
 
-def program_of(found: Placement) -> p.Program:
-    return p.Program.from_buffer_copy(found.program)
+def program_of(result: Placement) -> p.Program:
+    return p.Program.from_buffer_copy(result.program)
 
 
 def small_mlp(operand: str) -> Placement:
     """37-8-8-4, one sample a block, not in Gram form."""
     network = describe(networks.mlp([37, 8, 8, 4]))
     shapes = network.shapes((5, 37))
-    found = place(network, shapes, False, "cross_entropy", Operands(operand, operand), 4, CHIP)
-    assert found.samples == 1
-    return found
+    result = place(network, shapes, False, "cross_entropy", Operands(operand, operand), 4, CHIP)
+    assert result.samples == 1
+    return result
 
 
 # layer 2: scratch; uhat, s, delta written; d_2 read and written; r and d_1 read, d_1 written
@@ -129,7 +129,7 @@ def test_bytes_of_a_convolution_on_tensor_cores_counted_by_hand():
     )
     network = describe(model)
     shapes = network.shapes((1, 1, 3, 11))
-    found = place(network, shapes, False, "cross_entropy", Operands("ieee", "bf16"), 4, CHIP)
+    result = place(network, shapes, False, "cross_entropy", Operands("ieee", "bf16"), 4, CHIP)
     # Four terms at a time are read: taps 0..3, 4..7, 8 and padding, padding. Of eight places side by side, and of the
     # last one again in each of seven more groups; padding reads the first number.
     # taps 0, 1, 2 of a row and 0 of the next one: ten in a row and eight more; 1, 2 | 0, 1: nine each
@@ -139,15 +139,15 @@ def test_bytes_of_a_convolution_on_tensor_cores_counted_by_hand():
     # back to 33 places in rows of 11 from two channels: 18 terms, padded to 32
     feedback_table, feedback_weights = 2 * 32, 18
     scratch, pointwise = 18 + 33, 3 * 18 + 2 * 18 + 3 * 33
-    feedback = found_feedback_words(found)
-    assert floors(found, KNOWN)[2].bytes == 4 * (
+    feedback = found_feedback_words(result)
+    assert floors(result, KNOWN)[2].bytes == 4 * (
         predict + feedback_table + feedback_weights + feedback + scratch + pointwise
     )
 
 
-def found_feedback_words(found: Placement) -> int:
+def found_feedback_words(result: Placement) -> int:
     """Distinct numbers that layer 2's feedback reads of the errors, by instruction."""
-    product = program_of(found).layers[1].feedback
+    product = program_of(result).layers[1].feedback
     at, words = product.input, 0
     terms = [(c, y, x) for c in range(2) for y in range(3) for x in range(3)] + [None] * 14
     for rows in range(0, 64, 8):
@@ -189,9 +189,9 @@ def test_clocks_are_those_of_the_units_that_have_the_most():
 )
 @pytest.mark.parametrize("gram", [False, True])
 def test_words_name_the_binding_resource(gram, operands, rates):
-    network, _, found = placed("mnist_cnn", gram, operands)
-    lines = words(network, found, KNOWN)
-    least = floors(found, KNOWN)
+    network, _, result = placed("mnist_cnn", gram, operands)
+    lines = words(network, result, KNOWN)
+    least = floors(result, KNOWN)
     for l in range(2, network.depth + 1):
         line = next(line for line in lines if line.startswith(f"layer {l} "))
         assert f"floor {least[l].clocks:,.0f} clocks an iteration" in line and least[l].binding in line

@@ -88,11 +88,11 @@ def test_strict_descends_the_energy_with_the_skip_inside_the_prediction(make, mo
     )  # fmt: skip
     settings = dict(loss=loss, step_size=steps, num_steps=12, backend=backend)
     settings["belief_optimizer"] = pcfast.GradientDescent(momentum)
-    found = pcfast.relax(copy.deepcopy(model), x, y, **settings)
+    result = pcfast.relax(copy.deepcopy(model), x, y, **settings)
     for l in range(1, len(model)):
         bound = allowed_error(truth.errors[l], truth.beliefs[l], 12)
-        assert float((found.beliefs[l] - truth.beliefs[l]).norm()) <= bound
-        assert float((found.errors[l] - truth.errors[l]).norm()) <= bound
+        assert float((result.beliefs[l] - truth.beliefs[l]).norm()) <= bound
+        assert float((result.errors[l] - truth.errors[l]).norm()) <= bound
     for (name, _), update in zip(model.named_parameters(), updates(model, x, y, **settings), strict=True):
         expected = truth.gradients[name]
         # a bias below BatchNorm has an update of rounding alone
@@ -137,13 +137,13 @@ def test_skips_lose_no_digits(activation, dtype):
     def relaxed_in_eager(net, *xy):
         return in_precision(updates, net, *xy, backend="eager")
 
-    found = errors(functools.partial(relaxed_in_eager, model), relaxed)
+    result = errors(functools.partial(relaxed_in_eager, model), relaxed)
     pcfast.use_precise_deviations(False)
     try:
         lost = errors(functools.partial(relaxed_in_eager, unknown), relaxed)
     finally:
         pcfast.use_precise_deviations(True)
-    assert all(error <= bound for error, bound in zip(found, bounds, strict=True))
+    assert all(error <= bound for error, bound in zip(result, bounds, strict=True))
     # only the output layer, whose error does not come through a block, keeps its digits
     assert all(error > 5 * bound for error, bound in zip(lost[:-2], bounds[:-2], strict=True))
 
@@ -226,13 +226,13 @@ def test_dropout_draws_one_mask_a_step(method):
         nn.Sequential(pcfast.Residual(nn.Dropout(0.2), pcfast.Residual(nn.Dropout(0.5))), nn.Linear(8, 3)),
     ).double()
     x, y = torch.randn(9, 6, dtype=torch.float64), torch.randint(0, 3, (9,))
-    found = []
+    result = []
     for backend in ("reference", "eager"):
         torch.manual_seed(3)
-        found.append(
+        result.append(
             updates(model, x, y, method=method, backend=backend, loss=nn.CrossEntropyLoss(reduction="sum"))
         )
-    for truth, update in zip(*found, strict=True):
+    for truth, update in zip(*result, strict=True):
         assert relative_error(update, truth) < 1e-11
 
 

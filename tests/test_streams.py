@@ -112,7 +112,7 @@ def test_a_thread_captures_on_one_stream_beside_each_of_the_callers(cuda):
     thread.join()
     cuda.current = cuda.stream(CUDA)
     beside_another = {captured_on() for _ in range(3)}
-    assert [len(found) for found in (here, elsewhere, beside_another)] == [1, 1, 1]
+    assert [len(result) for result in (here, elsewhere, beside_another)] == [1, 1, 1]
     assert len(here | elsewhere | beside_another) == 3
 
 

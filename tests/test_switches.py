@@ -15,7 +15,7 @@ CUDA = torch.device("cuda")  # switches need none
 def switches() -> dict[str, object]:
     """All of them, as they read; the type of the error where torch refuses to tell."""
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    found = {
+    result = {
         "products": lambda: products.fp32_precision,
         "products, older": torch.get_float32_matmul_precision,
         "products, oldest": lambda: products.allow_tf32,
@@ -24,7 +24,7 @@ def switches() -> dict[str, object]:
         "recurrent layers": lambda: cudnn.rnn.fp32_precision,
         "cuDNN, older": lambda: cudnn.allow_tf32,
     }
-    return {name: _told(read) for name, read in found.items()}
+    return {name: _told(read) for name, read in result.items()}
 
 
 def _told(read):

@@ -74,10 +74,10 @@ def grads(model: nn.Module) -> list[Tensor | None]:
     return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
-def assert_same(found, truth, rtol: float = 1e-11) -> None:
+def assert_same(result, truth, rtol: float = 1e-11) -> None:
     """Lists of tensors and None, entry by entry; ``rtol`` is relative to the truth's norm."""
-    assert len(found) == len(truth)
-    for index, (f, t) in enumerate(zip(found, truth, strict=True)):
+    assert len(result) == len(truth)
+    for index, (f, t) in enumerate(zip(result, truth, strict=True)):
         if t is None:
             assert f is None, index
         else:
@@ -120,10 +120,10 @@ def literal_exact(model, loss, y, vhat):
 
 
 def literal_grads(model, epsilon, v) -> list[Tensor]:
-    found = []
+    result = []
     for l, layer in enumerate(model, start=1):
-        found += torch.autograd.grad(layer(v[l - 1]), list(layer.parameters()), epsilon[l])
-    return found
+        result += torch.autograd.grad(layer(v[l - 1]), list(layer.parameters()), epsilon[l])
+    return result
 
 
 # Names and signatures ------------------------------------------------------------------------------------------
@@ -217,9 +217,9 @@ def test_pcinfer_equals_the_literal_algorithms(err_type, network, backend):
         v, epsilon = literal_strict(model, forward, LOSS, y, eta, n)
         points = v
     expected = literal_grads(model, epsilon, points)
-    found = PCInfer(model, LOSS, x, y, err_type, eta, n, backend=backend)
-    assert_same(found[3], v)
-    assert_same(found[4], epsilon, rtol=1e-10)
+    result = PCInfer(model, LOSS, x, y, err_type, eta, n, backend=backend)
+    assert_same(result[3], v)
+    assert_same(result[4], epsilon, rtol=1e-10)
     assert_same(grads(model), expected, rtol=1e-10)
 
 
@@ -377,9 +377,9 @@ def test_a_flat_model_has_a_layer_for_each_module(backend):
     flat, x, y = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, CLASSES)).double(), *problem()[1:]
     assert len(flat) == DEPTH
     v, epsilon = literal_strict(flat, forward_values(flat, x), LOSS, y, 0.3, 8)
-    found = PCInfer(flat, LOSS, x, y, "Strict", 0.3, 8, backend=backend)
-    assert_same(found[3], v)
-    assert_same(found[4], epsilon, rtol=1e-10)
+    result = PCInfer(flat, LOSS, x, y, "Strict", 0.3, 8, backend=backend)
+    assert_same(result[3], v)
+    assert_same(result[4], epsilon, rtol=1e-10)
     expected = grads(flat)
     PCInfer(pcfast.group_layers(flat), LOSS, x, y, "Strict", 0.3, 8, backend=backend)
     assert (flat[0].weight.grad - expected[0]).norm() > 0.01 * expected[0].norm()
@@ -419,10 +419,10 @@ def test_vinit_is_honoured(backend):
     vinit = [x, *random_like(forward_values(model, x)[1:])]
     v, epsilon = literal_strict(model, vinit, LOSS, y, 0.2, 4)
     expected = literal_grads(model, epsilon, v)
-    found = PCInfer(model, LOSS, x, y, "Strict", 0.2, 4, vinit=vinit, backend=backend)
-    assert_same(found[0], forward_values(model, x))  # vhat is the forward pass all the same
-    assert_same(found[3], v)
-    assert_same(found[4], epsilon)
+    result = PCInfer(model, LOSS, x, y, "Strict", 0.2, 4, vinit=vinit, backend=backend)
+    assert_same(result[0], forward_values(model, x))  # vhat is the forward pass all the same
+    assert_same(result[3], v)
+    assert_same(result[4], epsilon)
     assert_same(grads(model), expected)
 
 
@@ -502,10 +502,10 @@ def test_one_dropout_mask_a_step(backend):
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.randint(0, CLASSES, (6,))
     torch.manual_seed(5)
     PCInfer(model, LOSS, x, y, "FixedPred", eta=1.0, n=3, backend=backend)
-    found = grads(model)
+    result = grads(model)
     torch.manual_seed(5)
     expected = torch.autograd.grad(LOSS(model(x), y), list(model.parameters()))
-    assert_same(found, expected)
+    assert_same(result, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -522,9 +522,9 @@ def test_modules_that_work_in_place_are_safe(err_type, backend):
     for inplace in (False, True):
         model = net(inplace)
         results.append((PCInfer(model, LOSS, x, y, err_type, n=6, backend=backend), grads(model)))
-    (plain, expected), (found, found_grads) = results
+    (plain, expected), (result, found_grads) = results
     for index in (0, 3, 4):
-        assert_same(found[index], plain[index], rtol=0)
+        assert_same(result[index], plain[index], rtol=0)
     assert_same(found_grads, expected, rtol=0)
 
 
@@ -537,9 +537,9 @@ def test_float32_is_more_exact_than_the_literal_loop():
     errors = {}
     for backend in BACKENDS:
         PCInfer(model, LOSS, x.float(), y, "Strict", backend=backend)
-        found = grads(model)
+        result = grads(model)
         errors[backend] = max(
-            float((f.double() - t).norm() / t.norm()) for f, t in zip(found, truth, strict=True)
+            float((f.double() - t).norm() / t.norm()) for f, t in zip(result, truth, strict=True)
         )
     assert errors["eager"] < 1e-5 < errors["reference"]
     assert errors["eager"] < errors["reference"] / 10
@@ -556,9 +556,9 @@ def test_fixedpred_round_any_activations(eta, n, network, backend):
     vhat = random_like(forward_values(model, x))
     top = torch.randn_like(vhat[-1])
     v, epsilon = literal_fixed_prediction(model, vhat, top, eta, n)
-    found = FixedPredPCPredErrs(model, vhat, top, eta, n, backend=backend)
-    assert_same(found[0], v)
-    assert_same(found[1], epsilon, rtol=1e-10)
+    result = FixedPredPCPredErrs(model, vhat, top, eta, n, backend=backend)
+    assert_same(result[0], v)
+    assert_same(result[1], epsilon, rtol=1e-10)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -567,18 +567,18 @@ def test_exact_round_any_activations(network, backend):
     model, x, y = problem(network)
     vhat = random_like(forward_values(model, x))
     v, epsilon = literal_exact(model, LOSS, y, vhat)
-    found = ExactPredErrs(model, LOSS, x, y, vhat, backend=backend)
-    assert_same(found[0], v)
-    assert_same(found[1], epsilon)
+    result = ExactPredErrs(model, LOSS, x, y, vhat, backend=backend)
+    assert_same(result[0], v)
+    assert_same(result[1], epsilon)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exact_makes_its_own_forward_pass(backend):
     model, x, y = problem()
     v, epsilon = literal_exact(model, LOSS, y, forward_values(model, x))
-    found = ExactPredErrs(model, LOSS, x, y, backend=backend)
-    assert_same(found[0], v)
-    assert_same(found[1], epsilon)
+    result = ExactPredErrs(model, LOSS, x, y, backend=backend)
+    assert_same(result[0], v)
+    assert_same(result[1], epsilon)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -588,9 +588,9 @@ def test_strict_from_any_beliefs(n, network, backend):
     model, x, y = problem(network)
     vinit = random_like(forward_values(model, x))
     v, epsilon = literal_strict(model, vinit, LOSS, y, 0.2, n)
-    found = StrictPCPredErrs(model, vinit, LOSS, y, 0.2, n, backend=backend)
-    assert_same(found[0], v)
-    assert_same(found[1], epsilon)
+    result = StrictPCPredErrs(model, vinit, LOSS, y, 0.2, n, backend=backend)
+    assert_same(result[0], v)
+    assert_same(result[1], epsilon)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -142,11 +142,13 @@ def test_nudging_by_epoch():
         _, model = toy(epochs=epochs, nudging=nudging, num_steps=9, step_size=0.3)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    found = weights(by_epoch)
+    result = weights(by_epoch)
     assert asked == [0, 1]
     assert torch.equal(weights(by_epoch, epochs=1), weights(None, epochs=1))
-    assert not torch.equal(found, weights(None)) and not torch.equal(found, weights(Nudging("negative", 0.5)))
-    assert torch.equal(found, weights(lambda epoch: Nudging("negative", 0.5) if epoch else None))
+    assert not torch.equal(result, weights(None)) and not torch.equal(
+        result, weights(Nudging("negative", 0.5))
+    )
+    assert torch.equal(result, weights(lambda epoch: Nudging("negative", 0.5) if epoch else None))
     with pytest.raises(ArgumentError, match="nudging_growth"):
         toy(nudging=by_epoch, nudging_growth=0.1)
 

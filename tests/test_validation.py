@@ -254,10 +254,10 @@ def test_step_sizes_beyond_the_states_dtype(step_size, backend):
 def test_numpy_scalars_are_accepted(entry, num_steps, step_size):
     arguments = good()
     entry(**arguments, num_steps=num_steps, step_size=step_size)
-    found = pcfast.relax(**arguments, num_steps=num_steps, step_size=step_size)
+    result = pcfast.relax(**arguments, num_steps=num_steps, step_size=step_size)
     plain = pcfast.relax(**arguments, num_steps=3, step_size=0.5)
-    assert all(torch.equal(a, b) for a, b in zip(found.beliefs, plain.beliefs, strict=True))
-    assert type(found.run.plan.num_steps) is int
+    assert all(torch.equal(a, b) for a, b in zip(result.beliefs, plain.beliefs, strict=True))
+    assert type(result.run.plan.num_steps) is int
 
 
 def test_integer_step_sizes_are_accepted(entry):

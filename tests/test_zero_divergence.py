@@ -36,13 +36,13 @@ def test_it_is_backpropagation(backend, architecture, loss_name, batch, seed):
     torch.manual_seed(seed)
     x = torch.randn(batch, *shape, dtype=torch.float64)
     loss, y = loss_and_target(loss_name, batch, model[-1].out_features)
-    found = updates(model, x, y, loss=loss, backend=backend)
+    result = updates(model, x, y, loss=loss, backend=backend)
     truth = dict(
         zip(model.parameters(), torch.autograd.grad(loss(model(x), y), list(model.parameters())), strict=True)
     )
     states = pcfast.relax(model, x, y, loss=loss, method="exact", backend="reference")
     bounds = allowed_update_errors(model, states.beliefs, states.errors, truth, len(model))
-    for p, update in found.items():
+    for p, update in result.items():
         # eager forms no difference of beliefs: as near as two orders of summation
         tight = 1e-13 * max(float(truth[p].norm()), 1e-3)
         assert float((update - truth[p]).norm()) <= (tight if backend == "eager" else bounds[p])
@@ -82,7 +82,7 @@ def test_any_module(name, backend):
     x, y = torch.randn(7, 6, dtype=torch.float64), torch.randint(0, 4, (7,))
     state = {key: value.clone() for key, value in model.state_dict().items()}
     torch.manual_seed(5)  # of the masks
-    found = updates(model, x, y, backend=backend)
+    result = updates(model, x, y, backend=backend)
     moved = {key: value.clone() for key, value in model.state_dict().items()}
     model.load_state_dict(state)
     torch.manual_seed(5)
@@ -91,7 +91,7 @@ def test_any_module(name, backend):
     scale = max(float(t.norm()) for t in truth)
     for p, t in zip(parameters, truth, strict=True):
         # belief differences carry 2^-53 of a belief (norm < 30) through at most ten layers
-        assert float((found[p] - t).norm()) <= 1e-10 * scale + 64 * ULP * 30
+        assert float((result[p] - t).norm()) <= 1e-10 * scale + 64 * ULP * 30
     for key, value in model.state_dict().items():
         torch.testing.assert_close(moved[key], value, rtol=4 * ULP, atol=ULP)  # statistics moved once, too
 
@@ -100,15 +100,15 @@ def test_any_module(name, backend):
 def test_what_relax_gives_and_what_the_method_fixes(backend):
     """Errors g_l, beliefs vhat_l - g_l, as they are at t = L - l; step size and iterations are the method's own."""
     model, x, y = NETS["deep"]().double(), torch.randn(7, 6).double(), torch.randint(0, 4, (7,))
-    found = pcfast.relax(model, x, y, method="zero_divergence", backend=backend, step_size=0.3, num_steps=2)
+    result = pcfast.relax(model, x, y, method="zero_divergence", backend=backend, step_size=0.3, num_steps=2)
     truth = pcfast.relax(model, x, y, method="exact")
-    assert (found.run.plan.method, found.run.plan.num_steps) == ("zero_divergence", len(model))
+    assert (result.run.plan.method, result.run.plan.num_steps) == ("zero_divergence", len(model))
     assert pcfast.explain(model, x.shape, method="zero_divergence").plan.num_steps == len(model)
     for l in range(1, len(model) + 1):
         v = truth.beliefs[l] if l < len(model) else truth.activations[l]
-        assert float((found.errors[l] - truth.errors[l]).norm()) <= 64 * ULP * float(v.norm())
-        assert relative_error(found.beliefs[l], v) <= 64 * ULP
-    assert torch.equal(found.beliefs[0], x)
+        assert float((result.errors[l] - truth.errors[l]).norm()) <= 64 * ULP * float(v.norm())
+        assert relative_error(result.beliefs[l], v) <= 64 * ULP
+    assert torch.equal(result.beliefs[0], x)
 
 
 def test_a_later_reading_is_not_backpropagation():
@@ -117,11 +117,11 @@ def test_a_later_reading_is_not_backpropagation():
     model = model[-4:]
     x = torch.randn(7, 8, dtype=torch.float64)
     loss = nn.CrossEntropyLoss(reduction="sum")
-    found = updates(model, x, y, loss=loss)
+    result = updates(model, x, y, loss=loss)
     model.zero_grad()
     pcfast.pc_loss(model, x, y, loss=loss, step_size=1.0, num_steps=len(model)).backward()
     last = model[-1].weight
-    assert relative_error(last.grad, found[last]) > 0.01
+    assert relative_error(last.grad, result[last]) > 0.01
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,7 +143,7 @@ def test_kernel_backends_run_it_as_exact(name, monkeypatch):
     monkeypatch.setattr(cuda, "_unavailable", lambda device: "")
     monkeypatch.setattr(triton, "_unavailable", lambda kind, index: "")
     model, x, y = NETS["deep"](), torch.randn(7, 6), torch.randint(0, 4, (7,))
-    found = pcfast.relax(model, x, y, method="zero_divergence", backend=name)
+    result = pcfast.relax(model, x, y, method="zero_divergence", backend=name)
     truth = pcfast.relax(model, x, y, method="exact", backend=name)
-    assert found.run.plan.backend == name
-    assert all(torch.equal(e, t) for e, t in zip(found.errors[1:], truth.errors[1:], strict=True))
+    assert result.run.plan.backend == name
+    assert all(torch.equal(e, t) for e, t in zip(result.errors[1:], truth.errors[1:], strict=True))

@@ -57,11 +57,11 @@ def ours(backend, launches):
 
     def run(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:
         before = len(launches)
-        found = gpu_helpers.updates(model, x, y, backend=backend, **settings)
+        result = gpu_helpers.updates(model, x, y, backend=backend, **settings)
         name, replayed, _ = gpu_helpers.last()
         assert name == backend
         if backend == "cuda":
             assert set(launches[before:]) <= {0} and (replayed or len(launches) == before + 1)
-        return found
+        return result
 
     return run

@@ -95,8 +95,8 @@ class _SyncDebugMode:
 
 def _linear(x, weight, bias=None, _linear=F.linear):
     """As cuBLAS, which takes another kernel for a small batch: a row's last bits depend on the batch."""
-    found = _linear(x, weight, bias)
-    return found * (1 + 2**-22) if len(x) < 64 and found.dtype == torch.float32 else found
+    result = _linear(x, weight, bias)
+    return result * (1 + 2**-22) if len(x) < 64 and result.dtype == torch.float32 else result
 
 
 def _record(work):

@@ -40,9 +40,9 @@ TOO_FAST = {"loss": nn.MSELoss(reduction="sum"), "step_size": 1e3, "num_steps": 
 def updates(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:
     model.zero_grad(set_to_none=True)
     pcfast.pc_loss(model, x, y, **{**STEPS, **settings}).backward()
-    found = [parameter.grad for parameter in model.parameters()]
+    result = [parameter.grad for parameter in model.parameters()]
     model.zero_grad(set_to_none=True)
-    return found
+    return result
 
 
 def backpropagation(model: nn.Sequential, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -54,11 +54,11 @@ def in_float64(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[T
     return updates(model, x, y, backend="reference", **settings)
 
 
-def distance(found: list[Tensor], truth: list[Tensor]) -> float:
+def distance(result: list[Tensor], truth: list[Tensor]) -> float:
     """The largest relative Frobenius distance of a tensor from its truth, in float64 on the CPU."""
-    assert len(found) == len(truth)
+    assert len(result) == len(truth)
     pairs = [
-        (f.detach().double().cpu(), t.detach().double().cpu()) for f, t in zip(found, truth, strict=True)
+        (f.detach().double().cpu(), t.detach().double().cpu()) for f, t in zip(result, truth, strict=True)
     ]
     return max(float((f - t).norm() / t.norm()) for f, t in pairs)
 
@@ -82,8 +82,8 @@ def bound_of(model: nn.Sequential, x: Tensor, y: Tensor, truth: list[Tensor], pr
         return allowed(model, x, y, truth, torch.bfloat16 if precision == "bf16" else None, **settings)
 
 
-def same_bits(found: list[Tensor], truth: list[Tensor]) -> bool:
-    return len(found) == len(truth) > 0 and all(map(torch.equal, found, truth))
+def same_bits(result: list[Tensor], truth: list[Tensor]) -> bool:
+    return len(result) == len(truth) > 0 and all(map(torch.equal, result, truth))
 
 
 def last() -> tuple[str, bool, str]:
@@ -239,11 +239,11 @@ class Batch:
 
 def in_threads(works: Sequence[Callable[[], object]]) -> list:
     """What ``works`` give, all at the same time, each in a thread of its own."""
-    found, failures = [None] * len(works), []
+    result, failures = [None] * len(works), []
 
     def run(index: int) -> None:
         try:
-            found[index] = works[index]()
+            result[index] = works[index]()
             torch.cuda.current_stream().synchronize()
         except Exception as error:
             failures.append(error)
@@ -254,4 +254,4 @@ def in_threads(works: Sequence[Callable[[], object]]) -> list:
     for thread in threads:
         thread.join()
     assert not failures, failures
-    return found
+    return result

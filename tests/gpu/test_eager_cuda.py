@@ -77,9 +77,9 @@ def test_float32_plain_recorded_and_replayed(method, network):
         _, x, y = problem(network)
         truth = in_float64(model, x, y, method=method)
         bound = allowed(model, x.to(DEVICE), y.to(DEVICE), truth, method=method)
-        found = updates(model, x.to(DEVICE), y.to(DEVICE), method=method, backend="eager")
+        result = updates(model, x.to(DEVICE), y.to(DEVICE), method=method, backend="eager")
         assert last() == now
-        assert distance(found, truth) <= bound
+        assert distance(result, truth) <= bound
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -107,10 +107,10 @@ def test_bfloat16_autocast(network):
     bound = allowed(model, x, y, truth, torch.bfloat16)
     for _ in range(3):
         with torch.autocast("cuda", torch.bfloat16):
-            found = updates(model, x, y, backend="eager")
+            result = updates(model, x, y, backend="eager")
         assert pcfast.last_run().plan.precision.operand == torch.bfloat16
-        assert {update.dtype for update in found} == {torch.float32}
-        assert 1e-5 < distance(found, truth) <= bound
+        assert {update.dtype for update in result} == {torch.float32}
+        assert 1e-5 < distance(result, truth) <= bound
     assert last() == ("eager", True, "")
 
 
@@ -120,10 +120,10 @@ def test_states_agree_with_float64():
     truth = pcfast.relax(copy.deepcopy(model).double(), x.double(), y, backend="reference", **settings)
     model.double().to(DEVICE)
     for _ in range(3):
-        found = pcfast.relax(model, x.double().to(DEVICE), y.to(DEVICE), backend="eager", **settings)
-        assert distance(found.beliefs, truth.beliefs) < 1e-12
-        assert distance(found.errors[1:], truth.errors[1:]) < 1e-10
-    assert found.run.replayed
+        result = pcfast.relax(model, x.double().to(DEVICE), y.to(DEVICE), backend="eager", **settings)
+        assert distance(result.beliefs, truth.beliefs) < 1e-12
+        assert distance(result.errors[1:], truth.errors[1:]) < 1e-10
+    assert result.run.replayed
 
 
 def test_channels_last_networks():
@@ -165,8 +165,8 @@ def test_two_losses_then_two_backwards():
     outputs = [output.clone() for _, output in pairs]
     for loss, _ in pairs:
         loss.backward()
-    found = [parameter.grad for parameter in model.parameters()]
-    assert same_bits(found, [a + b for a, b in zip(*single, strict=True)])
+    result = [parameter.grad for parameter in model.parameters()]
+    assert same_bits(result, [a + b for a, b in zip(*single, strict=True)])
     for (loss, output), kept, (x, y) in zip(pairs, outputs, batches[2:], strict=True):
         assert torch.equal(output, kept)
         torch.testing.assert_close(loss.detach(), F.cross_entropy(model(x), y).detach())
@@ -224,10 +224,10 @@ def test_another_stream():
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for expected in (False, True, True):  # a graph of its own
-            found = updates(model, x, y, backend="eager")
+            result = updates(model, x, y, backend="eager")
             assert last()[1] == expected
     torch.cuda.current_stream().wait_stream(stream)
-    assert distance(found, truth) <= bound
+    assert distance(result, truth) <= bound
 
 
 def test_inside_a_capture_of_the_callers():
@@ -278,8 +278,8 @@ def test_a_failing_step_under_replay_zeroes_its_updates_and_is_reported_once():
     for _ in range(3):  # the first call is plain, all others are replayed
         assert all(update.any() for update in updates(model, x, y, **settings))
         pcfast.synchronize()
-        found = updates(model, 1e37 * x, y, **settings)  # the forward pass is finite, its loss is not
-        assert not any(update.any() for update in found)
+        result = updates(model, 1e37 * x, y, **settings)  # the forward pass is finite, its loss is not
+        assert not any(update.any() for update in result)
         with pytest.raises(pcfast.NonFiniteError, match="loss"):
             pcfast.synchronize()
         pcfast.synchronize()
@@ -291,8 +291,8 @@ def test_deferred_divergence_zeroes_the_updates_and_is_reported_once():
     model, x, y = model.to(DEVICE), x.to(DEVICE), y.to(DEVICE)
     target = 1e3 * torch.ones(ROWS, CLASSES, device=DEVICE)
     for _ in range(3):
-        found = updates(model, x, target, backend="eager", check="deferred", **TOO_FAST)
-        assert not any(update.any() for update in found)
+        result = updates(model, x, target, backend="eager", check="deferred", **TOO_FAST)
+        assert not any(update.any() for update in result)
         with pytest.raises(pcfast.RelaxationDiverged) as failure:
             pcfast.synchronize()
         assert failure.value.step_size == TOO_FAST["step_size"]
@@ -343,8 +343,8 @@ def test_labels_out_of_range_do_not_kill_the_context(check):
     torch.cuda.synchronize()
     assert torch.ones(3, device=DEVICE).sum().item() == 3
     truth = in_float64(model, x, y)
-    found = updates(model, x, y.to(DEVICE), backend="eager", check=check)
-    assert distance(found, truth) <= allowed(model, x, y.to(DEVICE), truth)
+    result = updates(model, x, y.to(DEVICE), backend="eager", check=check)
+    assert distance(result, truth) <= allowed(model, x, y.to(DEVICE), truth)
 
 
 @pytest.mark.parametrize("check", ["auto", "off"])

@@ -60,9 +60,9 @@ def test_one_step_agrees_plain_recorded_and_replayed(name, precision, backend, o
         _, x, y = problem(*SMOOTH[backend][name])
         truth = in_float64(model, x, y)
         with use_precision(precision, DEVICE):
-            found = ours(model, x, y)
+            result = ours(model, x, y)
         assert last() == now
-        assert distance(found, truth) <= bound_of(model, x, y, truth, precision)
+        assert distance(result, truth) <= bound_of(model, x, y, truth, precision)
 
 
 @both
@@ -70,9 +70,9 @@ def test_one_step_agrees_plain_recorded_and_replayed(name, precision, backend, o
 def test_methods_without_a_loop_are_those_of_eager(method, backend, launches):
     model, x, y = problem(*MLP)
     eager = updates(model, x, y, method=method, backend="eager")
-    found = updates(model, x, y, method=method, backend=backend)
+    result = updates(model, x, y, method=method, backend=backend)
     assert last()[0] == backend and launches == []
-    assert distance(found, eager) < 1e-6
+    assert distance(result, eager) < 1e-6
 
 
 @smooth
@@ -98,7 +98,7 @@ def test_replays_follow_weights_updated_in_place_and_new_inputs(name, backend, o
 @smooth
 def test_step_size_and_number_of_steps_may_change(name, backend, ours):
     model, x, y = problem(*SMOOTH[backend][name])
-    found = {}
+    result = {}
     for settings in [*[(0.1, 8)] * 2, *[(0.05, 8)] * 2, *[(0.1, 3)] * 2, (0.1, 1), (0.1, 0), (0.1, 8)]:
         now = dict(zip(("step_size", "num_steps"), settings, strict=True))
         truth = in_float64(model, x, y, **now)
@@ -109,9 +109,9 @@ def test_step_size_and_number_of_steps_may_change(name, backend, ours):
         assert all(not update.any() for index, update in enumerate(got) if index not in reached)
         bound = allowed(model, x, y, in_float64(model, x, y))
         assert distance([got[i] for i in reached], [truth[i] for i in reached]) <= bound
-        found.setdefault(settings, []).append(got)
-    assert same_bits(found[0.1, 8][-1], found[0.1, 8][1])
-    assert not same_bits(found[0.1, 8][0], found[0.05, 8][0])
+        result.setdefault(settings, []).append(got)
+    assert same_bits(result[0.1, 8][-1], result[0.1, 8][1])
+    assert not same_bits(result[0.1, 8][0], result[0.05, 8][0])
 
 
 @both
@@ -159,10 +159,10 @@ def test_another_stream(name, backend, ours):
         torch.cuda._sleep(10**7)  # what does not wait for this stream is too early
         x = x.clone()
         for expected in (False, True, True):  # a graph of its own
-            found = ours(model, x, y)
+            result = ours(model, x, y)
             assert last()[1] == expected
     torch.cuda.current_stream().wait_stream(stream)
-    assert distance(found, truth) <= bound
+    assert distance(result, truth) <= bound
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -173,10 +173,10 @@ def test_another_device_than_the_current_one(name, backend, ours):
     bound = allowed(model, x, y, truth)
     model, x, y = model.to("cuda:1"), x.to("cuda:1"), y.to("cuda:1")
     for expected in (False, True, True):
-        found = ours(model, x, y)
-        assert last()[1] == expected and found[0].device == x.device
+        result = ours(model, x, y)
+        assert last()[1] == expected and result[0].device == x.device
         assert torch.cuda.current_device() == 0
-        assert distance(found, truth) <= bound
+        assert distance(result, truth) <= bound
 
 
 @pytest.mark.parametrize(("backend", "name"), [each for each in NAMED if each[0] == "triton"])
@@ -213,14 +213,14 @@ def test_inside_a_capture_of_the_callers(name, precision, backend, ours):
         torch.clear_autocast_cache()  # casts made before would not be repeated in the graph
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = ours(model, x, y)
+            result = ours(model, x, y)
         assert last() == (backend, False, "the caller is capturing a graph already")
     x.copy_(other)
     graph.replay()
     torch.cuda.synchronize()
     truth = in_float64(model, x, y)
     bound = bound_of(model, x, y, truth, precision)
-    assert distance(found, truth) <= bound and distance(expected, truth) <= bound
+    assert distance(result, truth) <= bound and distance(expected, truth) <= bound
     pcfast.synchronize()
 
 
@@ -236,8 +236,8 @@ def test_threads_do_not_disturb_each_other(backend, ours):
     def work(case) -> list[list[Tensor]]:
         return [gradients(*case) for _ in range(4)]
 
-    found = in_threads([functools.partial(work, case) for case in cases])
-    for expected, runs in zip(alone, found, strict=True):
+    result = in_threads([functools.partial(work, case) for case in cases])
+    for expected, runs in zip(alone, result, strict=True):
         assert all(distance(run, expected) < 1e-5 for run in runs)
     pcfast.synchronize()
 
@@ -267,10 +267,10 @@ def test_divergence_names_iteration_and_layer(name, backend):
     with pytest.raises(pcfast.RelaxationDiverged) as truth:
         updates(copy.deepcopy(model).cpu(), x.cpu(), target.cpu(), backend="eager", check="sync", **TOO_FAST)
     for _ in range(3):  # plain, recorded, replayed
-        with pytest.raises(pcfast.RelaxationDiverged) as found:
+        with pytest.raises(pcfast.RelaxationDiverged) as result:
             updates(model, x, target, backend=backend, check="sync", **TOO_FAST)
-        assert abs(found.value.iteration - truth.value.iteration) <= 1
-        assert 1 <= found.value.layer <= len(model)
+        assert abs(result.value.iteration - truth.value.iteration) <= 1
+        assert 1 <= result.value.layer <= len(model)
 
 
 @smooth
@@ -278,8 +278,8 @@ def test_deferred_divergence_zeroes_the_updates_and_is_reported_once(name, backe
     model, x, y = problem(*SMOOTH[backend][name])
     target = 1e3 * torch.ones(ROWS, CLASSES, device=DEVICE)
     for _ in range(3):
-        found = updates(model, x, target, backend=backend, check="deferred", **TOO_FAST)
-        assert not any(update.any() for update in found)
+        result = updates(model, x, target, backend=backend, check="deferred", **TOO_FAST)
+        assert not any(update.any() for update in result)
         with pytest.raises(pcfast.RelaxationDiverged) as failure:
             pcfast.synchronize()
         assert failure.value.iteration is not None and failure.value.step_size == TOO_FAST["step_size"]

@@ -131,13 +131,13 @@ def test_any_number_of_steps_agrees(name, num_steps, precision, ours):
     # few steps: upper layers alone are reached
     reached = [index for index, update in enumerate(truth) if update.any()]
     with use_precision(precision, DEVICE):
-        found = ours(model, x, y, num_steps=num_steps)
-    assert all(not update.any() for index, update in enumerate(found) if index not in reached)
+        result = ours(model, x, y, num_steps=num_steps)
+    assert all(not update.any() for index, update in enumerate(result) if index not in reached)
     # what is not reached has no relative error; the bound of more steps is not smaller
     bound = bound_of(model, x, y, in_float64(model, x, y), precision)
     if num_steps > STEPS["num_steps"]:
         bound = max(bound, bound_of(model, x, y, truth, precision, num_steps=num_steps))
-    assert distance([found[i] for i in reached], [truth[i] for i in reached]) <= bound
+    assert distance([result[i] for i in reached], [truth[i] for i in reached]) <= bound
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -148,9 +148,9 @@ def test_states_agree_with_float64_from_the_forward_pass_and_from_given_beliefs(
     start = [None, *(v + 0.1 for v in truth.beliefs[1:-1]), None]
     moved = pcfast.relax(wide, x.double(), y, backend="reference", vinit=start, **settings)
     for expected, vinit in ((truth, None), (moved, [None if v is None else v.float() for v in start])):
-        found = pcfast.relax(model, x, y, backend="cuda", vinit=vinit, **settings)
-        assert distance(found.beliefs, expected.beliefs) < 1e-5
-        assert distance(found.errors[1:], expected.errors[1:]) < 1e-4
+        result = pcfast.relax(model, x, y, backend="cuda", vinit=vinit, **settings)
+        assert distance(result.beliefs, expected.beliefs) < 1e-5
+        assert distance(result.errors[1:], expected.errors[1:]) < 1e-4
     assert launches == [0, 0]
 
 

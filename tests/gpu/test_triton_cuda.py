@@ -144,9 +144,9 @@ def implicit(monkeypatch):
 
 def ours(model: nn.Sequential, x: Tensor, y: Tensor, **settings) -> list[Tensor]:
     """Updates of the triton backend."""
-    found = updates(model, x, y, backend="triton", **settings)
+    result = updates(model, x, y, backend="triton", **settings)
     assert last()[0] == "triton"
-    return found
+    return result
 
 
 # Right ---------------------------------------------------------------------------------------------------------
@@ -224,14 +224,15 @@ def test_energies_and_given_beliefs_take_the_stages_one_by_one():
     model, x, y = problem(*SMOOTH["one_launch"])
     wide, settings = copy.deepcopy(model).double(), {"loss": nn.CrossEntropyLoss(reduction="sum"), **STEPS}
     truth = pcfast.relax(wide, x.double(), y, backend="reference", energies=True, **settings)
-    found = pcfast.relax(model, x, y, backend="triton", energies=True, **settings)
-    torch.testing.assert_close(found.energies.double(), truth.energies, rtol=1e-4, atol=1e-6)
+    result = pcfast.relax(model, x, y, backend="triton", energies=True, **settings)
+    torch.testing.assert_close(result.energies.double(), truth.energies, rtol=1e-4, atol=1e-6)
     start = [None, *(v + 0.1 for v in truth.beliefs[1:3]), None]
     truth = pcfast.relax(wide, x.double(), y, backend="reference", vinit=start, **settings)
     start = [None if v is None else v.float() for v in start]
-    found = pcfast.relax(model, x, y, backend="triton", vinit=start, **settings)
+    result = pcfast.relax(model, x, y, backend="triton", vinit=start, **settings)
     assert (
-        distance(found.beliefs, truth.beliefs) < 1e-5 and distance(found.errors[1:], truth.errors[1:]) < 1e-4
+        distance(result.beliefs, truth.beliefs) < 1e-5
+        and distance(result.errors[1:], truth.errors[1:]) < 1e-4
     )
 
 
@@ -259,12 +260,12 @@ def test_momentum_and_schedules(name, way, convolutions, precision, request):
     with use_precision(precision, DEVICE):
         truth = in_float64(model, x, y, **settings)
         bound = allowed_moving(model, x, y, truth, precision, settings)
-        found = []
+        result = []
         for now in (("triton", False, FIRST), ("triton", True, ""), ("triton", True, "")):
-            found.append(ours(model, x, y, **settings))
+            result.append(ours(model, x, y, **settings))
             assert last() == now
-            assert distance(found[-1], truth) <= bound
-    assert same_bits(found[1], found[2])
+            assert distance(result[-1], truth) <= bound
+    assert same_bits(result[1], result[2])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

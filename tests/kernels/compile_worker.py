@@ -109,8 +109,8 @@ def answer(case: dict) -> dict:
 def _overwritten(case: dict, compiled) -> list[str]:
     if case["capability"] != 90:
         return []
-    found = machine_code.overwritten(machine_code.disassembled(compiled.asm["cubin"]))
-    return [f"a pending product's left operand is overwritten: {line}" for line in found[:1]]
+    result = machine_code.overwritten(machine_code.disassembled(compiled.asm["cubin"]))
+    return [f"a pending product's left operand is overwritten: {line}" for line in result[:1]]
 
 
 def main() -> None:

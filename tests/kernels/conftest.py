@@ -37,10 +37,10 @@ def made(monkeypatch):
     """The designs that the backend makes."""
     from pcfast.backends.triton import designs
 
-    found = []
+    result = []
     find = designs.design
-    monkeypatch.setattr(designs, "design", lambda *a: found.append(find(*a)) or found[-1])
-    return found
+    monkeypatch.setattr(designs, "design", lambda *a: result.append(find(*a)) or result[-1])
+    return result
 
 
 @pytest.fixture

@@ -220,18 +220,18 @@ def still_cases(chips, names) -> list[Case]:
 
 def before_max_pools(capability: int) -> list[tuple[Case, int]]:
     """(kernel with an activation in front of a max pool, elements of windows a thread), for every activation."""
-    found = []
+    result = []
     (pooled,) = (c for c in pointwise_cases((capability,)) if c.name == "pointwise_error, max 2x2")
     elements = 4 * pooled.constexprs["BLOCK_M"] * pooled.constexprs["BLOCK_N"]
     for activation in _ALL_ACTIVATIONS:
         before, negative_slope = activation_code(activation)
         constants = dict(BEFORE=before, BEFORE_NEGATIVE_SLOPE=negative_slope)
         case = replace(pooled, constexprs={**pooled.constexprs, **constants})
-        found.append((case, elements // (32 * case.warps)))
+        result.append((case, elements // (32 * case.warps)))
         tiles = conv_predict.predict_tiles(SMALL_MAX_POOLED, "bf16", activation, None)
         case = _conv_predict("small", SMALL_MAX_POOLED, "bf16", capability, activation, None)
-        found.append((case, tiles.block_m * tiles.block_n // (32 * case.warps)))
-    return found
+        result.append((case, tiles.block_m * tiles.block_n // (32 * case.warps)))
+    return result
 
 
 _PLACE = ("batch", "row", "column")
@@ -359,7 +359,7 @@ def moving_cases(cases, ways=_BOTH) -> list[Case]:
 
     Only mlp_relaxation knows a schedule: launches of one iteration have a step size.
     """
-    found = {}
+    result = {}
     for case, way in itertools.product(cases, ways):
         known = [word for word in way if not _MOVING[word].keys().isdisjoint(case.constexprs)]
         types = {a: kind for word in known for a, kind in _MOVING[word].items() if a in case.constexprs}
@@ -378,8 +378,8 @@ def moving_cases(cases, ways=_BOTH) -> list[Case]:
             constexprs=constexprs,
             divisible=(*case.divisible, *(argument for argument, kind in types.items() if kind == "*fp32")),
         )
-        found[moving.name, moving.capability] = moving
-    return list(found.values())
+        result[moving.name, moving.capability] = moving
+    return list(result.values())
 
 
 _TANH, _RELU, _GELU = activations.Tanh(), activations.Relu(), activations.Gelu()

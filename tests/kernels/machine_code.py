@@ -41,8 +41,8 @@ def overwritten(code: str) -> list[str]:
     for line in code.splitlines():
         if label := _LABEL.match(line):
             labels[label.group(1)] = len(instructions)
-        elif found := _INSTRUCTION.match(line):
-            instructions.append(found.group(1))
+        elif result := _INSTRUCTION.match(line):
+            instructions.append(result.group(1))
     problems = dict.fromkeys(_overwritten(instructions))
     for at, instruction in enumerate(instructions):
         branch = _BRANCH.match(instruction)

@@ -196,19 +196,19 @@ class Launch:
             argument = self._arguments[numbers[0] - 1]
             yield argument, slice(None), addresses.astype(np.int64) - argument.address
             return
-        found = np.zeros(addresses.shape, bool)
+        result = np.zeros(addresses.shape, bool)
         for number, argument in enumerate(self._arguments, start=1):
             own = numbers == number
             # A pointer that the kernel loaded from memory, as from a table of pointers, is a real address.
             loaded = (numbers == 0) & (addresses.astype(np.int64) - argument.real < argument.bytes)
-            loaded &= (addresses.astype(np.int64) >= argument.real) & ~found
+            loaded &= (addresses.astype(np.int64) >= argument.real) & ~result
             for lanes, base in ((own, argument.address), (loaded, argument.real)):
                 if lanes.any():
                     yield argument, lanes, addresses[lanes].astype(np.int64) - base
-            found |= own | loaded
-        if not found.all():
+            result |= own | loaded
+        if not result.all():
             raise OutOfBounds(
-                f"{self.where()}: {int((~found).sum())} of {found.size} addresses to {kind} are no tensor argument's"
+                f"{self.where()}: {int((~result).sum())} of {result.size} addresses to {kind} are no argument's"
             )
 
     def _check_bounds(self, kind: str, argument: _Argument, offsets: np.ndarray, size: int) -> None:

@@ -212,8 +212,8 @@ def kernel(ptx: str | None, capability: int = 90, hash_: str = "a"):
 def test_each_compiled_kernel_is_judged_once(monkeypatch):
     monkeypatch.setattr("pcfast.kernels.launching._safe", set())
     judged = []
-    found = async_proxy.hazards
-    monkeypatch.setattr(async_proxy, "hazards", lambda ptx: judged.append(ptx) or found(ptx))
+    result = async_proxy.hazards
+    monkeypatch.setattr(async_proxy, "hazards", lambda ptx: judged.append(ptx) or result(ptx))
     for _ in range(2):
         launch(kernel(loop(WAIT, FENCE, WGMMA), hash_="safe"), (1,))
         with pytest.raises(

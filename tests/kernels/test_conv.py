@@ -187,7 +187,7 @@ def unpool(g: ConvGeometry, delta: Tensor, winner: Tensor | None) -> Tensor:
     return pooled
 
 
-def check_predict(case: Case, precision: str, inputs: dict[str, Tensor], found: Predicted) -> None:
+def check_predict(case: Case, precision: str, inputs: dict[str, Tensor], result: Predicted) -> None:
     g = case.geometry
     d, weight = (first(inputs[name]).double() for name in ("d", "weight"))
     uhat, d_out = first(inputs["uhat"]).double(), first(inputs["d_out"]).double()
@@ -220,18 +220,18 @@ def check_predict(case: Case, precision: str, inputs: dict[str, Tensor], found: 
         delta_bound /= g.window[0] * g.window[1]
     lost = {"bf16": 2.0**-8, "tf32": 2.0**-11, "tf32x3": 0.0}[precision]
     delta_bound += lost * (delta_bound + window_elements(g, pulled).abs().amax(-1))
-    assert torch.equal(found.delta, stored(found.delta.float(), precision))
+    assert torch.equal(result.delta, stored(result.delta.float(), precision))
 
-    assert_within(first(found.error), error, bound)
+    assert_within(first(result.error), error, bound)
     assert decided.double().mean() > 0.97
-    grown = window_elements(g, unpool(g, found.delta, found.winner) - pulled).abs().amax(-1)
+    grown = window_elements(g, unpool(g, result.delta, result.winner) - pulled).abs().amax(-1)
     assert bool((grown[decided] <= delta_bound[decided]).all()), (grown / delta_bound)[decided].max()
-    if found.winner is not None:
-        assert torch.equal(first(found.winner)[decided].long(), after_before.argmax(-1)[decided])
+    if result.winner is not None:
+        assert torch.equal(first(result.winner)[decided].long(), after_before.argmax(-1)[decided])
 
 
-def assert_within(found: Tensor, truth: Tensor, bound: Tensor) -> None:
-    excess = (found.double() - truth).abs() / bound
+def assert_within(result: Tensor, truth: Tensor, bound: Tensor) -> None:
+    excess = (result.double() - truth).abs() / bound
     assert bool((excess <= 1).all()), f"{float(excess.max()):.3g} times the bound"
 
 
@@ -258,10 +258,10 @@ def test_predict_where_nothing_below_has_moved(name, precision):
     case = CASES[name]
     inputs = predict_inputs(case, precision)
     zero = predict(case, precision, {**inputs, "d": torch.zeros_like(inputs["d"])})
-    found = predict(case, precision, {**inputs, "d": None})
-    assert torch.equal(found.error, zero.error) and torch.equal(found.delta, zero.delta)
-    assert torch.equal(found.error, -inputs["d_out"])
-    assert found.winner is None or torch.equal(found.winner, zero.winner)
+    result = predict(case, precision, {**inputs, "d": None})
+    assert torch.equal(result.error, zero.error) and torch.equal(result.delta, zero.delta)
+    assert torch.equal(result.error, -inputs["d_out"])
+    assert result.winner is None or torch.equal(result.winner, zero.winner)
 
 
 @triton.jit
@@ -309,12 +309,12 @@ def test_nan_wins_its_window_and_no_other():
     clean = predict(case, "tf32x3", inputs)
     inputs["d"][0, 2, 2] = float("inf")  # element 0 of the window: either infinity, by the weight's sign
     inputs["d"][0, 3, 2] = float("nan")  # element 2
-    found = predict(case, "tf32x3", inputs)
+    result = predict(case, "tf32x3", inputs)
     hit = torch.zeros(clean.winner.shape, dtype=torch.bool)
     hit[0, 1, 1] = True
-    assert bool((found.winner[hit] == 2).all())
+    assert bool((result.winner[hit] == 2).all())
     for name in ("error", "delta"):
-        now, then = getattr(found, name), getattr(clean, name)
+        now, then = getattr(result, name), getattr(clean, name)
         assert bool(now[hit].isnan().all())
         assert torch.equal(now[~hit], then[~hit])
 
@@ -324,9 +324,9 @@ def test_nan_in_the_forward_pass_shows_in_error_and_delta(pooled):
     case = Case(conv(4, 4, 3, 5, 1, pool=pooled, window=2 if pooled else 1))
     inputs = predict_inputs(case, "tf32x3")
     inputs["uhat"][1, 1, 1] = float("nan")
-    found = predict(case, "tf32x3", inputs)
+    result = predict(case, "tf32x3", inputs)
     at = (1, 0, 0) if pooled else (1, 1, 1)
-    for tensor in (found.error, found.delta):
+    for tensor in (result.error, result.delta):
         assert bool(tensor[at].isnan().all()) and int(tensor.isnan().sum()) == 5
 
 
@@ -441,7 +441,7 @@ def check_feedback(name: str, precision: str, clamped: bool, momentum: float = 0
     inputs = feedback_inputs(case, precision)
     if momentum:
         inputs["velocity"] = torch.randn_like(inputs["d"])
-    found = feedback(case, precision, inputs, clamped, momentum=momentum)
+    result = feedback(case, precision, inputs, clamped, momentum=momentum)
 
     output_error = unpool(g, inputs["delta"], inputs.get("winner"))
     weight = first(inputs["weight"]).double()
@@ -450,9 +450,9 @@ def check_feedback(name: str, precision: str, clamped: bool, momentum: float = 0
     d, error = first(inputs["d"]).double(), first(inputs["error"]).double()
     if clamped:
         error = -d
-        assert torch.equal(found.error, -inputs["d"])
+        assert torch.equal(result.error, -inputs["d"])
     else:
-        assert torch.equal(found.error, inputs["error"])
+        assert torch.equal(result.error, inputs["error"])
     bound = ETA * EPS * (g.taps * g.out_channels + 16) * absolute
     bound += 2 * EPS * (d.abs() + ETA * (error.abs() + r.abs()))
     step = error - r
@@ -462,11 +462,11 @@ def check_feedback(name: str, precision: str, clamped: bool, momentum: float = 0
         bound += 2 * EPS * ETA * momentum * old.abs()
         lost = EPS * (g.taps * g.out_channels + 16) * absolute
         lost += 2 * EPS * (momentum * old.abs() + error.abs() + r.abs())
-        assert_within(first(found.velocity), step, lost)
-    assert_within(first(found.d), d + ETA * step, bound)
-    if found.copy is not None:
-        assert torch.equal(found.copy, stored(found.d, precision))
-    assert found.first_bad.tolist() == [1000] * 3
+        assert_within(first(result.velocity), step, lost)
+    assert_within(first(result.d), d + ETA * step, bound)
+    if result.copy is not None:
+        assert torch.equal(result.copy, stored(result.d, precision))
+    assert result.first_bad.tolist() == [1000] * 3
 
 
 def test_feedback_takes_the_winners_of_predict():
@@ -481,12 +481,12 @@ def test_feedback_takes_the_winners_of_predict():
     mu = act(case.after, pool(case.geometry, u))
     r = torch.autograd.grad(mu, v, first(stage.error).double())[0]
     start = torch.zeros_like(inputs["d"])
-    found = feedback(
+    result = feedback(
         case,
         "tf32x3",
         dict(delta=stage.delta, winner=stage.winner, weight=inputs["weight"], d=start, error=start),
     )
-    assert torch.allclose(found.d.double(), -ETA * r, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(result.d.double(), -ETA * r, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -495,8 +495,8 @@ def test_feedback_notes_the_first_iteration_with_a_bad_belief(value, iteration):
     case = CASES["1x1"]
     inputs = feedback_inputs(case, "tf32x3")
     inputs["error"][1, 2, 3, 1] = value
-    found = feedback(case, "tf32x3", inputs, layer=2, iteration=iteration)
-    assert found.first_bad.tolist() == [1000, 1000, min(1000, iteration)]
+    result = feedback(case, "tf32x3", inputs, layer=2, iteration=iteration)
+    assert result.first_bad.tolist() == [1000, 1000, min(1000, iteration)]
 
 
 # ------------------------------------------------------------------------------------------------------ both stages

@@ -17,12 +17,12 @@ from triton.language.extra import libdevice
 SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-40, 3.4e38, 1.0, -1.0]
 
 
-def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_same_bits(result: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal to the sign of zero; any NaN equals any other."""
-    assert found.dtype == expected.dtype
-    integers = {2: torch.int16, 4: torch.int32}[found.element_size()]
-    same = found.view(integers) == expected.view(integers)
-    assert bool((same | (found.isnan() & expected.isnan())).all())
+    assert result.dtype == expected.dtype
+    integers = {2: torch.int16, 4: torch.int32}[result.element_size()]
+    same = result.view(integers) == expected.view(integers)
+    assert bool((same | (result.isnan() & expected.isnan())).all())
 
 
 def special_and_random(count: int) -> torch.Tensor:
@@ -84,11 +84,11 @@ def bf16_operations(x, y, sums, differences, products, smaller, chosen, negative
 
 def test_bfloat16_arithmetic_is_that_of_torch():
     x, y = special_and_random(4096).bfloat16(), special_and_random(4096).bfloat16().roll(3)
-    found = [torch.empty_like(x) for _ in range(7)]
-    bf16_operations[(1,)](x, y, *found, 4096)
+    result = [torch.empty_like(x) for _ in range(7)]
+    bf16_operations[(1,)](x, y, *result, 4096)
     # A negative zero's negation is 0 - x, here as on a GPU.
     expected = [x + y, x - y, x * y, (x < y).bfloat16(), torch.where(x >= y, x, y), 0 - x, x.abs()]
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(result, expected, strict=True):
         assert_same_bits(a, b)
 
 
@@ -131,9 +131,9 @@ def test_reductions(dtype):
     assert torch.equal(most, x.amax(1))
     assert torch.equal(least, x.amin(1))
     first = torch.arange(16).expand(32, 16)
-    for found, extreme in ((where_most, most), (where_least, least)):
+    for result, extreme in ((where_most, most), (where_least, least)):
         expected = torch.where(x == extreme[:, None], first, 16).amin(1)
-        assert torch.equal(found.long(), expected)
+        assert torch.equal(result.long(), expected)
 
 
 def test_argmax_does_not_find_nan():
@@ -238,10 +238,10 @@ def test_functions_are_right_to_a_few_ulp(kernel, functions):
     x = torch.cat([4 * torch.randn(250), torch.tensor([-200.0, 200.0, 0.0, 1e-6, -1e-6, float("nan")])])
     out = torch.empty(len(functions), 256)
     kernel[(1,)](x, out, 256)
-    for found, function in zip(out, functions, strict=True):
+    for result, function in zip(out, functions, strict=True):
         # 2^-21: a few ulp; and denormal results keep fewer bits.
         expected = function(x.double()).float()
-        torch.testing.assert_close(found, expected, rtol=2**-21, atol=1e-44, equal_nan=True)
+        torch.testing.assert_close(result, expected, rtol=2**-21, atol=1e-44, equal_nan=True)
 
 
 @triton.jit
@@ -535,8 +535,8 @@ def test_a_fused_kernel(precision, dtype, least, most):
     predict[(triton.cdiv(m, 32), triton.cdiv(n, 16))](
         x, w, b, v, error, m, k, n, eta, precision, BM=32, BK=32, BN=16, num_warps=4, num_stages=2
     )
-    for found, truth in ((error, expected), (v, moved)):
-        assert least <= float((found - truth).norm() / truth.norm()) <= most
+    for result, truth in ((error, expected), (v, moved)):
+        assert least <= float((result - truth).norm() / truth.norm()) <= most
 
 
 def test_without_the_variable_the_error_says_what_to_set():

@@ -46,9 +46,9 @@ NETWORKS = {
 
 @pytest.fixture
 def loops(monkeypatch) -> list[Loop]:
-    found, run = [], Loop.run
-    monkeypatch.setattr(Loop, "run", lambda self, *arguments: (run(self, *arguments), found.append(self)))
-    return found
+    result, run = [], Loop.run
+    monkeypatch.setattr(Loop, "run", lambda self, *arguments: (run(self, *arguments), result.append(self)))
+    return result
 
 
 def relaxed(monkeypatch, name: str, precisions: tuple[str, str], num_steps: int):
@@ -63,11 +63,11 @@ def relaxed(monkeypatch, name: str, precisions: tuple[str, str], num_steps: int)
     y = torch.randint(0, 4, (BATCH,))
     beliefs = pcfast.relax(model, x, y, num_steps=0, backend="reference").beliefs[1:-1]
     start = [None, *(v + 0.1 * torch.randn_like(v) for v in beliefs), None]
-    found = pcfast.relax(model, x, y, num_steps=num_steps, backend="triton", vinit=start)
+    result = pcfast.relax(model, x, y, num_steps=num_steps, backend="triton", vinit=start)
     wide = [v if v is None else v.double() for v in start]
     truth = pcfast.relax(*in_double(model, x, y), num_steps=num_steps, backend="reference", vinit=wide)
     depth = len(truth.beliefs)
-    return max(relative_error(found.errors[l], truth.errors[l]) for l in range(2, depth))
+    return max(relative_error(result.errors[l], truth.errors[l]) for l in range(2, depth))
 
 
 @pytest.mark.parametrize("num_steps", [0, 3])

@@ -158,9 +158,9 @@ class Guarded:
         assert self.storage[~self.inside].isnan().all()
 
 
-def close(found, truth, roundings=16.0, scale=1.0, eps=EPS):
+def close(result, truth, roundings=16.0, scale=1.0, eps=EPS):
     bound = roundings * eps * (truth.abs() + scale)
-    assert ((found.double() - truth).abs() <= bound).all(), ((found.double() - truth).abs() / bound).max()
+    assert ((result.double() - truth).abs() <= bound).all(), ((result.double() - truth).abs() / bound).max()
 
 
 # pointwise_error --------------------------------------------------------------------------------------------
@@ -552,8 +552,8 @@ def test_gram_update_with_momentum(shape, dtype):
         )  # fmt: skip
         m, total_m = 0.7 * m - s - pulled.double(), 0.7 * total_m + delta.double() - total
         s, total = s + eta * m, total + eta * total_m
-        for found, truth in zip(state.values(), (s, total, m, total_m), strict=True):
-            close(found, truth, roundings=8)
+        for result, truth in zip(state.values(), (s, total, m, total_m), strict=True):
+            close(result, truth, roundings=8)
     assert (first_bad == MANY).all()
     state["velocity"].view(-1)[-1] = math.inf
     pointwise_gram.gram_update(

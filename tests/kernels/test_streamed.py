@@ -130,8 +130,8 @@ def test_the_gram_form(num_steps, whole, request):
         request.getfixturevalue("staged")
     torch.manual_seed(2)
     model, x, y = mlp(12, 60, 7, 5, 4), torch.randn(BATCH, 12), torch.randint(0, 4, (BATCH,))
-    found = pcfast.relax(model, x, y, num_steps=num_steps, backend="triton")
-    assert found.run.plan.gram == (num_steps > 2)
+    result = pcfast.relax(model, x, y, num_steps=num_steps, backend="triton")
+    assert result.run.plan.gram == (num_steps > 2)
     assert_close_to_float64(model, x, y, num_steps=num_steps)
     two = mlp(12, 60, 4)
     assert pcfast.relax(two, x, y, num_steps=num_steps, backend="triton").run.plan.gram == (num_steps > 1)
@@ -142,8 +142,8 @@ def test_the_gram_form(num_steps, whole, request):
 @pytest.mark.parametrize("tail", GRAM_TAILS)
 def test_the_gram_form_of_a_convolution(tail, num_steps, launches):
     model, x, y = narrowing_conv_net(tail)
-    found = pcfast.relax(model, x, y, num_steps=num_steps, backend="triton")
-    assert found.run.plan.gram
+    result = pcfast.relax(model, x, y, num_steps=num_steps, backend="triton")
+    assert result.run.plan.gram
     counted = Counter(name for name, _ in launches)
     by_torch = "torch" in tail
     # layer 2 of 4 has an error from iteration 3 on, and layer 1 would move from then on
@@ -178,10 +178,10 @@ def test_losses(loss_name, width):
     truth = pcfast.relax(model, x, y, loss=loss, num_steps=4, backend="reference")
     single = loss.float() if isinstance(loss, nn.Module) else loss
     y = y.float() if y.is_floating_point() else y
-    found = pcfast.relax(
+    result = pcfast.relax(
         copy.deepcopy(model).float(), x.float(), y, loss=single, num_steps=4, backend="triton"
     )
-    for eps, eps_true in zip(found.errors[1:], truth.errors[1:], strict=True):
+    for eps, eps_true in zip(result.errors[1:], truth.errors[1:], strict=True):
         assert relative_error(eps, eps_true) < 3e-6
 
 
@@ -205,17 +205,17 @@ def test_the_cnn_within_the_projects_bounds():
 def test_tf32_where_torch_allows_it():
     model, x, y = drawn("mlp")
     truth = pcfast.relax(*in_double(model, x, y), num_steps=5, backend="reference").errors[2]
-    found = {}
+    result = {}
     before = torch.backends.cuda.matmul.fp32_precision
     for precision in ("ieee", "tf32"):
         torch.backends.cuda.matmul.fp32_precision = precision
         try:
-            found[precision] = relative_error(
+            result[precision] = relative_error(
                 pcfast.relax(model, x, y, num_steps=5, backend="triton").errors[2], truth
             )
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
-    assert found["ieee"] < 1e-6 < 1e-5 < found["tf32"] < 1e-2
+    assert result["ieee"] < 1e-6 < 1e-5 < result["tf32"] < 1e-2
 
 
 @examples(12)
@@ -258,26 +258,26 @@ def test_beliefs_to_start_from(staged):
     wide = [v if v is None else v.double() for v in vinit]
     for num_steps in (0, 1, 4):
         truth = pcfast.relax(double, x2, y, vinit=wide, num_steps=num_steps, backend="reference")
-        found = pcfast.relax(model, x, y, vinit=vinit, num_steps=num_steps, backend="triton")
+        result = pcfast.relax(model, x, y, vinit=vinit, num_steps=num_steps, backend="triton")
         for l in range(1, 5):
-            assert relative_error(found.errors[l], truth.errors[l]) < 3e-6, (num_steps, l)
-            assert relative_error(found.beliefs[l], truth.beliefs[l]) < 3e-6, (num_steps, l)
+            assert relative_error(result.errors[l], truth.errors[l]) < 3e-6, (num_steps, l)
+            assert relative_error(result.beliefs[l], truth.beliefs[l]) < 3e-6, (num_steps, l)
 
 
 @networks
 def test_energies(name):
     model, x, y = drawn(name)
     truth = pcfast.relax(*in_double(model, x, y), num_steps=5, energies=True, backend="reference")
-    found = pcfast.relax(model, x, y, num_steps=5, energies=True, backend="triton")
-    torch.testing.assert_close(found.energies.double(), truth.energies, rtol=1e-5, atol=1e-12)
+    result = pcfast.relax(model, x, y, num_steps=5, energies=True, backend="triton")
+    torch.testing.assert_close(result.energies.double(), truth.energies, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["exact", "fixed_prediction"])
 def test_methods_without_a_loop(method):
     model, x, y = drawn("conv")
-    found = updates(model, x, y, method=method, backend="triton")
+    result = updates(model, x, y, method=method, backend="triton")
     assert pcfast.last_run().plan.backend == "triton"
-    for p, q in zip(found, updates(model, x, y, method=method, backend="eager"), strict=True):
+    for p, q in zip(result, updates(model, x, y, method=method, backend="eager"), strict=True):
         assert torch.equal(p, q)
 
 
@@ -399,8 +399,8 @@ def test_momentum_and_schedules_from_given_beliefs(way, staged_or_whole, request
 def test_beliefs_that_no_error_has_reached_have_no_velocity(name):
     model, x, y = drawn(name)
     for num_steps in range(1, len(model)):
-        found = pcfast.relax(model, x, y, num_steps=num_steps, backend="triton", **MOVING["both"](num_steps))
-        moved = [not torch.equal(*pair) for pair in zip(found.beliefs, found.activations, strict=True)]
+        result = pcfast.relax(model, x, y, num_steps=num_steps, backend="triton", **MOVING["both"](num_steps))
+        moved = [not torch.equal(*pair) for pair in zip(result.beliefs, result.activations, strict=True)]
         expected = [l >= len(model) - num_steps for l in range(1, len(model))]
         assert moved == [False, *expected, False]
 
@@ -421,8 +421,8 @@ def test_energies_with_momentum_and_a_schedule(name):
     model, x, y = drawn(name)
     settings = dict(num_steps=5, energies=True, **MOVING["both"](5))
     truth = pcfast.relax(*in_double(model, x, y), backend="reference", **settings)
-    found = pcfast.relax(model, x, y, backend="triton", **settings)
-    torch.testing.assert_close(found.energies.double(), truth.energies, rtol=1e-5, atol=1e-12)
+    result = pcfast.relax(model, x, y, backend="triton", **settings)
+    torch.testing.assert_close(result.energies.double(), truth.energies, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv", "mlp in Gram form", "conv in Gram form"])
@@ -449,11 +449,11 @@ def test_momentum_and_schedules_in_tf32(way):
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        found = pcfast.relax(model, x, y, backend="triton", **settings).errors[2]
+        result = pcfast.relax(model, x, y, backend="triton", **settings).errors[2]
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     # each of 5 iterations rounds operands to 11 bits
-    assert 1e-5 < relative_error(found, truth) < 5 * 2**-11
+    assert 1e-5 < relative_error(result, truth) < 5 * 2**-11
 
 
 # what is launched -----------------------------------------------------------------------------------------------
@@ -546,9 +546,9 @@ def test_offsets_past_two_to_the_31_in_bfloat16_and_beside_convolutions(name, fa
     model, x, y = drawn(name)
     assert_close_to_float64(model, x, y, num_steps=4)
     with use_precision("bf16", x.device):
-        found = updates(model, x, y, num_steps=4, backend="triton")
+        result = updates(model, x, y, num_steps=4, backend="triton")
         truth = updates(model, x, y, num_steps=4, backend="eager")
-    for p, q in zip(found, truth, strict=True):
+    for p, q in zip(result, truth, strict=True):
         assert relative_error(p, q) < 0.1
 
 
@@ -565,13 +565,13 @@ def test_divergence_names_the_iteration_and_the_layer(name):
         *[m if i == len(model) - 1 else nn.Sequential(m[0], *m[2:]) for i, m in enumerate(model)]
     )
     arguments = dict(step_size=1e4, num_steps=60)
-    found = {}
+    result = {}
     for tried in ("eager", "triton"):
         with pytest.raises(pcfast.RelaxationDiverged) as caught:
             pcfast.relax(model, x, y, backend=tried, check="sync", **arguments)
-        found[tried] = caught.value
-    assert found["triton"].iteration is not None
-    assert abs(found["triton"].iteration - found["eager"].iteration) <= 1
+        result[tried] = caught.value
+    assert result["triton"].iteration is not None
+    assert abs(result["triton"].iteration - result["eager"].iteration) <= 1
 
 
 @pytest.mark.parametrize("way", ["momentum", "schedule"])
@@ -584,13 +584,13 @@ def test_divergence_with_momentum_or_in_the_middle_of_a_schedule(name, way):
     linear = nn.Sequential(*(m[0] if isinstance(m, nn.Sequential) else m for m in model))
     if name == "conv":
         linear = nn.Sequential(model[0][0], nn.Sequential(model[1][0], *model[1][2:]), model[2][0], model[3])
-    found = {}
+    result = {}
     for tried in ("eager", "triton"):
         with pytest.raises(pcfast.RelaxationDiverged, match="with step size") as caught:
             pcfast.relax(linear, x, y, backend=tried, check="sync", num_steps=20, **settings)
-        found[tried] = caught.value.iteration
-    assert way == "momentum" or found["eager"] > 5
-    assert abs(found["triton"] - found["eager"]) <= 1
+        result[tried] = caught.value.iteration
+    assert way == "momentum" or result["eager"] > 5
+    assert abs(result["triton"] - result["eager"]) <= 1
 
 
 def test_divergence_is_reported_later_where_checks_are_deferred():
@@ -723,7 +723,7 @@ def test_auto_falls_back_where_kernels_do_not_compile(energies, automatic, monke
         nn.Linear(9, 4),
     )
     x, y = torch.randn(BATCH, 12), torch.randint(0, 4, (BATCH,))
-    found = {}
+    result = {}
     for tried in ("eager", "auto"):
         mine = copy.deepcopy(model)
         torch.manual_seed(3)
@@ -733,9 +733,9 @@ def test_auto_falls_back_where_kernels_do_not_compile(energies, automatic, monke
             monkeypatch.setattr(loops, "launch_mlp_relaxation", in_triton)
             caplog.set_level("INFO", "pcfast")
         run = pcfast.relax(mine, x, y, num_steps=5, energies=energies, backend=tried)
-        found[tried] = (*run.beliefs, *run.errors[1:], mine[0][1].running_mean, torch.rand(2))
-        found[tried] += (run.energies,) if energies else ()
-    for ours, eager in zip(found["auto"], found["eager"], strict=True):
+        result[tried] = (*run.beliefs, *run.errors[1:], mine[0][1].running_mean, torch.rand(2))
+        result[tried] += (run.energies,) if energies else ()
+    for ours, eager in zip(result["auto"], result["eager"], strict=True):
         assert torch.equal(ours, eager)
     plan = pcfast.last_run().plan
     assert plan.backend == "eager" and "could not compile" in dict(plan.refusals)["triton"]
@@ -756,12 +756,12 @@ def test_divergence_is_located_after_a_fall_back(automatic, monkeypatch):
         for parameter in model.parameters():
             parameter.mul_(40)
     linear = nn.Sequential(*(m[0] if isinstance(m, nn.Sequential) else m for m in model))
-    found = []
+    result = []
     for tried in ("eager", "auto"):
         with pytest.raises(pcfast.RelaxationDiverged) as caught:
             pcfast.relax(linear, x, y, backend=tried, check="sync", step_size=1e4, num_steps=60)
-        found.append((caught.value.iteration, caught.value.layer))
-    assert found[0] == found[1]
+        result.append((caught.value.iteration, caught.value.layer))
+    assert result[0] == result[1]
     assert len(failures._reasons) == 1
 
 
@@ -866,28 +866,28 @@ def floors_of(
 
 
 def test_floors_count_products_and_bytes():
-    found = floors_of(conv_net(), (2, 8, 8))
-    assert sorted(found) == [2, 3, 4]
+    result = floors_of(conv_net(), (2, 8, 8))
+    assert sorted(result) == [2, 3, 4]
     # 6 x 6 places of 5 channels, a 3 x 3 kernel over 3 channels, forth and back
-    assert found[2].macs == 2 * BATCH * 36 * 5 * 27
+    assert result[2].macs == 2 * BATCH * 36 * 5 * 27
     # predict: d below, uhat before the pool, d, the error and delta, the weights; feedback: delta, the error below,
     # d twice and its copy, the weights
     above, below, inner, weights = BATCH * 45, BATCH * 108, BATCH * 180, 5 * 27
     predict = 2 * below + 4 * inner + (4 + 4 + 2) * above + 2 * weights
-    assert found[2].bytes == predict + 2 * above + (4 + 8 + 2) * below + 2 * weights
+    assert result[2].bytes == predict + 2 * above + (4 + 8 + 2) * below + 2 * weights
     # at the top the output and the target take the place of d
     predict = 2 * BATCH * 13 + (4 + 8 + 4 + 2) * BATCH * 5 + 2 * 65
-    assert found[4].bytes == predict + 2 * BATCH * 5 + (4 + 8 + 2) * BATCH * 13 + 2 * 65
+    assert result[4].bytes == predict + 2 * BATCH * 5 + (4 + 8 + 2) * BATCH * 13 + 2 * 65
 
 
 def test_floors_in_gram_form():
     model, x, _ = narrowing_conv_net("nothing")
     network = pcfast.model.describe.describe(model)
-    (plain, found) = (floors_of(model, tuple(x.shape[1:]), gram)[2] for gram in (False, True))
-    assert found.macs == planning.gram_macs(network, network.shapes(tuple(x.shape))) < plain.macs
+    (plain, result) = (floors_of(model, tuple(x.shape[1:]), gram)[2] for gram in (False, True))
+    assert result.macs == planning.gram_macs(network, network.shapes(tuple(x.shape))) < plain.macs
     # uhat, s, d, the error and delta; delta, s and its sum twice, the Gram matrix
     size, gram = BATCH * 3 * 4 * 6, 3 * 3 * 5 * 3
-    assert found.bytes == size * (4 + 4 + 4 + 4 + 2) + size * (2 + 16) + 2 * gram
+    assert result.bytes == size * (4 + 4 + 4 + 4 + 2) + size * (2 + 16) + 2 * gram
 
 
 def test_floors_count_velocities():
@@ -896,9 +896,9 @@ def test_floors_count_velocities():
     model, x, _ = narrowing_conv_net("nothing")
     in_gram_form = (model, tuple(x.shape[1:]), True, {2: 2 * BATCH * 3 * 4 * 6, 3: BATCH * 72, 4: BATCH * 7})
     for model, sample, gram, numbers in (cnn, in_gram_form):
-        plain, found = (floors_of(model, sample, gram, momentum) for momentum in (False, True))
-        assert {l: found[l].bytes - plain[l].bytes for l in found} == {l: 8 * n for l, n in numbers.items()}
-        assert all(found[l].macs == plain[l].macs for l in found)
+        plain, result = (floors_of(model, sample, gram, momentum) for momentum in (False, True))
+        assert {l: result[l].bytes - plain[l].bytes for l in result} == {l: 8 * n for l, n in numbers.items()}
+        assert all(result[l].macs == plain[l].macs for l in result)
 
 
 def test_floors_of_convolutions_follow_their_own_switch():
@@ -1094,7 +1094,7 @@ def test_memory_above_the_parameters(name, precision, momentum, staged, monkeypa
     make, sample = LARGE[name]
     model, x = make(), torch.randn(batch, *sample)
     y = torch.randint(0, 16, (batch,))
-    found, peaks, before = [], [], live_bytes()
+    result, peaks, before = [], [], live_bytes()
     run = Loop.run
 
     def mine() -> int:
@@ -1102,7 +1102,7 @@ def test_memory_above_the_parameters(name, precision, momentum, staged, monkeypa
 
     def watched(self, *arguments):
         run(self, *arguments)
-        found.append((self.design, mine()))
+        result.append((self.design, mine()))
 
     def between(launch, *arguments, **keywords):
         peaks.append(mine())
@@ -1117,7 +1117,7 @@ def test_memory_above_the_parameters(name, precision, momentum, staged, monkeypa
         pcfast.pc_loss(
             model, x, y, backend="triton", num_steps=6, belief_optimizer=pcfast.GradientDescent(momentum)
         )
-    ((made, kept),) = found
+    ((made, kept),) = result
     assert made.gram == ("Gram" in name) and made.momentum == (momentum > 0)
     operand = 2 if precision == "bf16" else 4
     claimed = claimed_bytes(made, model, batch, precision)

@@ -94,11 +94,11 @@ def test_the_gram_form_of_a_convolution_is_another_convolution():
 
 @pytest.mark.parametrize("precision", ["bf16", "tf32", "tf32x3"])
 def test_the_design_gives_every_matrix_its_own_place(precision):
-    found = designed("convolutions one after another", precision, implicit_convolutions.EveryConvolution())
+    result = designed("convolutions one after another", precision, implicit_convolutions.EveryConvolution())
     for operand in (False, True):
-        places = sorted({m for _, m in found.layout.matrices if m.operand == operand}, key=lambda m: m.first)
+        places = sorted({m for _, m in result.layout.matrices if m.operand == operand}, key=lambda m: m.first)
         assert all(a.first + a.elements <= b.first for a, b in pairwise(places))
-    pooled = dict(found.layout.matrices)["delta2"]
+    pooled = dict(result.layout.matrices)["delta2"]
     assert pooled.columns == 3 * 3 * 4 and pooled.operand == (precision != "tf32x3")
 
 
@@ -188,10 +188,10 @@ def test_beliefs_to_start_from(implicit):
     wide = [v if v is None else v.double() for v in vinit]
     for num_steps in (0, 1, 4):
         truth = pcfast.relax(double, x2, y, vinit=wide, num_steps=num_steps, backend="reference")
-        found = pcfast.relax(model, x, y, vinit=vinit, num_steps=num_steps, backend="triton")
+        result = pcfast.relax(model, x, y, vinit=vinit, num_steps=num_steps, backend="triton")
         for l in range(1, 5):
-            assert relative_error(found.errors[l], truth.errors[l]) < 3e-6, (num_steps, l)
-            assert relative_error(found.beliefs[l], truth.beliefs[l]) < 3e-6, (num_steps, l)
+            assert relative_error(result.errors[l], truth.errors[l]) < 3e-6, (num_steps, l)
+            assert relative_error(result.beliefs[l], truth.beliefs[l]) < 3e-6, (num_steps, l)
 
 
 @pytest.mark.parametrize("way", MOVING)
@@ -230,15 +230,15 @@ def test_momentum_and_schedules_in_bfloat16(way, implicit):
 def test_energies(name, implicit):
     model, x, y = drawn(name)
     truth = pcfast.relax(*in_double(model, x, y), num_steps=5, energies=True, backend="reference")
-    found = pcfast.relax(model, x, y, num_steps=5, energies=True, backend="triton")
-    torch.testing.assert_close(found.energies.double(), truth.energies, rtol=1e-5, atol=1e-12)
+    result = pcfast.relax(model, x, y, num_steps=5, energies=True, backend="triton")
+    torch.testing.assert_close(result.energies.double(), truth.energies, rtol=1e-5, atol=1e-12)
 
 
 def test_weights_in_any_layout(implicit):
     model, x, y = drawn("3x3 tanh max")
     expected = updates(model, x, y, backend="triton", num_steps=4)
-    found = updates(model.to(memory_format=torch.channels_last), x, y, backend="triton", num_steps=4)
-    for p, q in zip(found, expected, strict=True):
+    result = updates(model.to(memory_format=torch.channels_last), x, y, backend="triton", num_steps=4)
+    for p, q in zip(result, expected, strict=True):
         assert relative_error(p, q) < 1e-6
 
 
@@ -330,10 +330,10 @@ def test_divergence_names_the_iteration_and_the_layer(implicit):
         for parameter in model.parameters():
             parameter.mul_(40)
     x, y = torch.randn(BATCH, 2, 6, 6), torch.randint(0, 4, (BATCH,))
-    found = {}
+    result = {}
     for tried in ("eager", "triton"):
         with pytest.raises(pcfast.RelaxationDiverged) as caught:
             pcfast.relax(model, x, y, backend=tried, check="sync", step_size=1e4, num_steps=60)
-        found[tried] = caught.value
-    assert found["triton"].layer == 1 or found["triton"].layer == found["eager"].layer
-    assert abs(found["triton"].iteration - found["eager"].iteration) <= 1
+        result[tried] = caught.value
+    assert result["triton"].layer == 1 or result["triton"].layer == result["eager"].layer
+    assert abs(result["triton"].iteration - result["eager"].iteration) <= 1

@@ -345,15 +345,17 @@ def test_candidates_keep_the_reduction_and_hold_the_loss(precision):
     by_rule = linear_tiles([(64, 600, 600)], precision, 132)
     sizes = ((600, 600),)
     for loss in (False, True):
-        found = candidates(LaunchKey("linear_predict", precision, loss, 64, sizes), by_rule, False)
-        assert found and len(set(found)) == len(found)
-        assert {tiles.block_k for tiles in found} == {by_rule.block_k}
+        result = candidates(LaunchKey("linear_predict", precision, loss, 64, sizes), by_rule, False)
+        assert result and len(set(result)) == len(result)
+        assert {tiles.block_k for tiles in result} == {by_rule.block_k}
         if loss:
-            assert {(tiles.block_m, tiles.block_n) for tiles in found} == {(by_rule.block_m, by_rule.block_n)}
-    found = candidates(
+            assert {(tiles.block_m, tiles.block_n) for tiles in result} == {
+                (by_rule.block_m, by_rule.block_n)
+            }
+    result = candidates(
         LaunchKey("mlp_relaxation", precision, True, None, sizes), fused_loop_tiles(precision), False
     )
-    assert {tiles.block_n for tiles in found} == {fused_loop_tiles(precision).block_n}
+    assert {tiles.block_n for tiles in result} == {fused_loop_tiles(precision).block_n}
 
 
 # the file ------------------------------------------------------------------------------------------------------
@@ -551,9 +553,9 @@ def test_the_command_shows_what_was_chosen(timed, capsys, folder):
 
 def test_the_command_as_json(timed, capsys):
     assert main([*SMALL, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["changed"] and (found["before_s"], found["after_s"]) == (100.0, 1.0)
-    assert found["path"] == str(config_cache.path_of(CPU))
+    result = json.loads(capsys.readouterr().out)
+    assert result["changed"] and (result["before_s"], result["after_s"]) == (100.0, 1.0)
+    assert result["path"] == str(config_cache.path_of(CPU))
 
 
 def test_the_command_without_a_gpu(capsys):

@@ -26,9 +26,9 @@ needs_gcc = pytest.mark.skipif(
 
 def tool(name: str) -> str:
     """Of this environment, in which pcfast's test extra has it, else on PATH."""
-    found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
-    assert found is not None, f"{name} is missing: pip install -e '.[test]'"
-    return found
+    result = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    assert result is not None, f"{name} is missing: pip install -e '.[test]'"
+    return result
 
 
 def configure(folder: Path, *definitions: str) -> subprocess.CompletedProcess:

@@ -142,21 +142,21 @@ def _compile(case: Case) -> Result:
 
 def read_kernels(said: str, case: Case) -> list[Kernel]:
     """What ``ptxas -v`` said, one by one."""
-    found: list[dict] = []
+    result: list[dict] = []
     for line in said.splitlines():
         if match := re.search(r"Function properties for (\S+)", line):
-            found.append({"name": match[1]})
+            result.append({"name": match[1]})
         elif match := re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
         ):
-            found[-1].update(stack=int(match[1]), spills=int(match[2]) + int(match[3]))
+            result[-1].update(stack=int(match[1]), spills=int(match[2]) + int(match[3]))
         elif match := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
-            found[-1].update(registers=int(match[1]), shared=int(shared[1]) if shared else 0)
-    names = _readable([figures.pop("name") for figures in found])
+            result[-1].update(registers=int(match[1]), shared=int(shared[1]) if shared else 0)
+    names = _readable([figures.pop("name") for figures in result])
     return [
         Kernel(f"{case.name}: {name}", case.chip, **figures)
-        for name, figures in sorted(zip(names, found, strict=True), key=lambda each: each[0])
+        for name, figures in sorted(zip(names, result, strict=True), key=lambda each: each[0])
     ]
 
 

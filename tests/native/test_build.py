@@ -56,11 +56,11 @@ def module():
 @needs_nvcc
 @no_gpu
 def test_without_a_driver_the_module_loads_and_says_so(module):
-    found = native.probe()
-    assert (found.driver_version, found.device_count) == (None, 0)
-    assert re.fullmatch(r"\d+\.\d", found.runtime_version)
-    assert "sm_80" in found.architectures or os.environ.get("PCFAST_CUDA_ARCHITECTURES")
-    assert found.reason.startswith("no NVIDIA driver was found: install it")
+    result = native.probe()
+    assert (result.driver_version, result.device_count) == (None, 0)
+    assert re.fullmatch(r"\d+\.\d", result.runtime_version)
+    assert "sm_80" in result.architectures or os.environ.get("PCFAST_CUDA_ARCHITECTURES")
+    assert result.reason.startswith("no NVIDIA driver was found: install it")
     status, _ = module.device_count()
     assert module.error_text(status) == "CUDA driver version is insufficient for CUDA runtime version"
 
@@ -69,9 +69,9 @@ def test_without_a_driver_the_module_loads_and_says_so(module):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_with_a_gpu_nothing_is_missing(module):
-    found = native.probe()
-    assert found.device_count == torch.cuda.device_count()
-    assert found.driver_version is not None and found.reason == ""
+    result = native.probe()
+    assert result.device_count == torch.cuda.device_count()
+    assert result.driver_version is not None and result.reason == ""
 
 
 @needs_nvcc
@@ -102,12 +102,12 @@ def test_the_interface_has_one_version():
 
 def reason() -> str:
     """Why the module is missing; `load` raises the same."""
-    found = native.load_error()
+    result = native.load_error()
     with pytest.raises(BackendError) as raised:
         native.load()
-    assert str(raised.value) == found
-    assert len(found.splitlines()) == 1
-    return found
+    assert str(raised.value) == result
+    assert len(result.splitlines()) == 1
+    return result
 
 
 def instead_of_the_module(monkeypatch, folder: Path, name: str, content: str) -> None:
@@ -157,8 +157,8 @@ def test_a_module_for_the_cpu_that_is_not_there(monkeypatch, tmp_path):
 def test_info_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(native, "_MODULE", "pcfast._native_absent")
     assert main(["info", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["native"]
-    assert found["compiled"] is False and found["reason"] == native.load_error()
+    result = json.loads(capsys.readouterr().out)["native"]
+    assert result["compiled"] is False and result["reason"] == native.load_error()
     assert main(["info"]) == 0
     assert "the CUDA kernels are not compiled" in capsys.readouterr().out
 

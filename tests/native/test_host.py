@@ -421,8 +421,8 @@ def line_of(comment):
 def own_lines(report):
     """The innermost line of the example in each stack of a ThreadSanitizer report."""
     stacks = re.split(r"\n\s*\n", report)
-    found = [re.search(r"relax.*example\.cpp:(\d+)", stack) for stack in stacks]
-    return {int(match[1]) for match in found if match}
+    result = [re.search(r"relax.*example\.cpp:(\d+)", stack) for stack in stacks]
+    return {int(match[1]) for match in result if match}
 
 
 @pytest.mark.parametrize("mode", MODES)

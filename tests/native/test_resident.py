@@ -173,9 +173,9 @@ def test_both_forms_of_the_clamped_layer(name, num_steps, gram, monkeypatch, sam
     samples(4)
     model, x, y = clamped(name)
     wherever_possible(monkeypatch, gram)
-    found = pcfast.relax(model, x, y, num_steps=num_steps, backend="cuda")
-    assert found.run.plan.gram == (gram and num_steps > 2)
-    assert placed_by(launches).layers[1].gram == found.run.plan.gram
+    result = pcfast.relax(model, x, y, num_steps=num_steps, backend="cuda")
+    assert result.run.plan.gram == (gram and num_steps > 2)
+    assert placed_by(launches).layers[1].gram == result.run.plan.gram
     assert_close_to_float64(model, x, y, num_steps=num_steps)
 
 
@@ -201,8 +201,8 @@ def test_ignored_labels(reduction, smoothing, weighted, samples, launches):
     weight = torch.linspace(0.2, 3, 10) if weighted else None
     loss = nn.CrossEntropyLoss(weight, ignore_index=-7, reduction=reduction, label_smoothing=smoothing)
     assert_close_to_float64(model, x, y, loss=loss, num_steps=4)
-    found, truth = (pcfast.relax(model, x, y, loss=loss, backend=name) for name in ("cuda", "eager"))
-    assert relative_error(found.loss, truth.loss) < 1e-6 and len(launches) == 3
+    result, truth = (pcfast.relax(model, x, y, loss=loss, backend=name) for name in ("cuda", "eager"))
+    assert relative_error(result.loss, truth.loss) < 1e-6 and len(launches) == 3
 
 
 def test_labels_out_of_range(launches):
@@ -275,17 +275,17 @@ def test_beliefs_to_start_from(name, a_block, samples):
 def strided(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers, neither side by side nor at a multiple of 16 bytes."""
     held = torch.full((tensor.numel() * 2 + 1,), float("nan"))[1:].view(*tensor.shape, 2)[..., 0]
-    found = held.permute(*reversed(range(tensor.dim()))) if len(set(tensor.shape)) == 1 else held
-    found.copy_(tensor)
-    assert found.data_ptr() % 16 and not found.is_contiguous()
-    return found
+    result = held.permute(*reversed(range(tensor.dim()))) if len(set(tensor.shape)) == 1 else held
+    result.copy_(tensor)
+    assert result.data_ptr() % 16 and not result.is_contiguous()
+    return result
 
 
 def shifted(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers side by side, at no multiple of 8 bytes."""
-    found = torch.empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
-    assert found.data_ptr() % 8 and found.is_contiguous()
-    return found
+    result = torch.empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+    assert result.data_ptr() % 8 and result.is_contiguous()
+    return result
 
 
 @pytest.mark.parametrize("moved", [strided, shifted])
@@ -358,11 +358,11 @@ def test_any_network_agrees_or_is_refused(
         assume(False)  # what happens then has tests of its own
     # a relaxation that runs away amplifies rounding without bound
     assume(all(e is None or float(e.norm()) < 1e3 for e in truth.errors))
-    found = pcfast.relax(model, x, y, backend="cuda", **arguments)
-    assert found.run.plan.backend == "cuda" and len(launches) == (len(model) > 1)
-    assert_states_agree(found, truth, num_steps)
-    assert relative_error(found.loss, truth.loss) < 1e-12
-    for v, v_true in zip(found.activations, truth.activations, strict=True):
+    result = pcfast.relax(model, x, y, backend="cuda", **arguments)
+    assert result.run.plan.backend == "cuda" and len(launches) == (len(model) > 1)
+    assert_states_agree(result, truth, num_steps)
+    assert relative_error(result.loss, truth.loss) < 1e-12
+    for v, v_true in zip(result.activations, truth.activations, strict=True):
         assert float((v - v_true).norm()) <= allowed_error(v_true, v_true, 1)
     by_backend = [
         dict(zip(model.parameters(), updates(model, x, y, backend=name, **arguments), strict=True))
@@ -374,9 +374,9 @@ def test_any_network_agrees_or_is_refused(
 @pytest.mark.parametrize("method", ["exact", "fixed_prediction"])
 def test_methods_without_a_loop(method, launches):
     model, x, y = drawn("conv")
-    found = updates(model, x, y, method=method, backend="cuda")
+    result = updates(model, x, y, method=method, backend="cuda")
     assert pcfast.last_run().plan.backend == "cuda" and not launches
-    for p, q in zip(found, updates(model, x, y, method=method, backend="eager"), strict=True):
+    for p, q in zip(result, updates(model, x, y, method=method, backend="eager"), strict=True):
         assert torch.equal(p, q)
 
 
@@ -398,12 +398,12 @@ def test_tf32(name, num_steps, a_block, samples, launches):
         loss = "cross_entropy" if name != "one class" else "mse"
         y = y if name != "one class" else torch.randn(BATCH, 1)
         assert_close_to_float64(model, x, y, loss=loss, bound=1e-2, num_steps=num_steps)
-        found = updates(model, x, y, loss=loss, backend="cuda", num_steps=num_steps)
+        result = updates(model, x, y, loss=loss, backend="cuda", num_steps=num_steps)
     assert {layer.operand for layer in placed_by(launches).layers[1 : len(model)]} & {
         program.OPERANDS["tf32"]
     }
     exact = updates(model, x, y, loss=loss, backend="cuda", num_steps=num_steps)
-    assert num_steps == 0 or not all(map(torch.equal, found, exact))
+    assert num_steps == 0 or not all(map(torch.equal, result, exact))
 
 
 @pytest.mark.parametrize("a_block", [1, 3, 8, 16])
@@ -423,11 +423,11 @@ def test_parameters_in_16_bits(dtype, launches):
     """bfloat16 is relaxed in bfloat16; float16, in which deviations underflow, in float32."""
     model, x, y = drawn("mlp")
     model, x = model.to(dtype), x.to(dtype)
-    found = pcfast.relax(model, x, y, backend="cuda")
+    result = pcfast.relax(model, x, y, backend="cuda")
     truth = pcfast.relax(*against_reference.in_double(model, x, y), backend="reference")
     operand = {torch.bfloat16: "bf16", torch.float16: "ieee"}[dtype]
     assert placed_by(launches).layers[1].operand == program.OPERANDS[operand]
-    for e, e_true in zip(found.errors[1:], truth.errors[1:], strict=True):
+    for e, e_true in zip(result.errors[1:], truth.errors[1:], strict=True):
         assert e.dtype == torch.float32 and relative_error(e, e_true) < (3e-2 if operand == "bf16" else 3e-6)
 
 
@@ -490,10 +490,10 @@ def captured(monkeypatch, model, x, y, **arguments) -> Loop:
     return one
 
 
-def results(found: loop.ResidentOutputs, rows=slice(None)) -> list[torch.Tensor]:
+def results(result: loop.ResidentOutputs, rows=slice(None)) -> list[torch.Tensor]:
     """Everything by samples that the loop gives."""
-    tensors = [*found.vhat, *found.beliefs, *found.errors, *found.local_errors, found.output_gradient]
-    tensors += [found.gram_sum, found.gram_sum_before]
+    tensors = [*result.vhat, *result.beliefs, *result.errors, *result.local_errors, result.output_gradient]
+    tensors += [result.gram_sum, result.gram_sum_before]
     return [t[rows] for t in tensors if t is not None]
 
 
@@ -560,16 +560,16 @@ def linear(*widths: int, scale: float, dtype=torch.float32) -> nn.Sequential:
 def test_divergence_names_the_iteration_and_the_layer(step_size, widths, dtype):
     model = linear(*widths, scale=40, dtype=dtype)
     x, y = torch.randn(BATCH, 8, dtype=dtype), torch.randint(0, 5, (BATCH,))
-    found = {}
+    result = {}
     for tried in ("reference", "cuda"):
         with pytest.raises(
             pcfast.RelaxationDiverged, match=r"iteration .* layer .*smaller step_size"
         ) as caught:
             pcfast.relax(model, x, y, backend=tried, step_size=step_size, num_steps=200)
-        found[tried] = caught.value
+        result[tried] = caught.value
     # layer 1 in Gram form is bad with its sum, not with the beliefs that it stands for
-    assert abs(found["cuda"].iteration - found["reference"].iteration) <= 1
-    assert abs(found["cuda"].layer - found["reference"].layer) <= 1
+    assert abs(result["cuda"].iteration - result["reference"].iteration) <= 1
+    assert abs(result["cuda"].layer - result["reference"].layer) <= 1
 
 
 def test_divergence_is_reported_later_where_checks_are_deferred():
@@ -588,13 +588,13 @@ def test_a_bad_number_stays_in_its_sample(bad, name, samples):
     arguments = dict(loss=nn.CrossEntropyLoss(reduction="sum"), num_steps=9, backend="cuda", check="off")
     clean = pcfast.relax(model, x, y, **arguments)
     x[2].view(-1)[1] = bad
-    found = pcfast.relax(model, x, y, **arguments)
+    result = pcfast.relax(model, x, y, **arguments)
     others = torch.arange(BATCH) != 2
     for l in range(1, len(model) + 1):
-        assert torch.equal(found.errors[l][others], clean.errors[l][others])
-        assert torch.equal(found.beliefs[l][others], clean.beliefs[l][others])
+        assert torch.equal(result.errors[l][others], clean.errors[l][others])
+        assert torch.equal(result.beliefs[l][others], clean.beliefs[l][others])
     if bad != bad:
-        assert all(e[2].isnan().any() for e in found.errors[1:])
+        assert all(e[2].isnan().any() for e in result.errors[1:])
 
 
 @pytest.mark.parametrize("layer", range(1, 6))
@@ -614,8 +614,8 @@ def test_nan_wins_in_a_pool():
     with torch.no_grad():
         model[1][0].bias[2] = float("nan")
     arguments = dict(num_steps=5, check="off", loss=nn.CrossEntropyLoss(reduction="sum"))
-    found, truth = (pcfast.relax(model, x, y, backend=name, **arguments) for name in ("cuda", "eager"))
-    for e, e_true in zip(found.errors[1:], truth.errors[1:], strict=True):
+    result, truth = (pcfast.relax(model, x, y, backend=name, **arguments) for name in ("cuda", "eager"))
+    for e, e_true in zip(result.errors[1:], truth.errors[1:], strict=True):
         assert torch.equal(e.isnan(), e_true.isnan())
     with pytest.raises(pcfast.RelaxationDiverged, match="the forward pass of layer 2 is not finite"):
         pcfast.relax(model, x, y, backend="cuda")
@@ -766,8 +766,8 @@ def test_the_structs_are_those_of_the_kernel(monkeypatch):
 def test_explain_shows_the_placement():
     model, x, y = drawn("conv")
     text = str(pcfast.explain(model, tuple(x.shape), backend="cuda"))
-    found = pcfast.relax(model, x, y, backend="cuda")
-    assert found.run.plan.backend == "cuda"
+    result = pcfast.relax(model, x, y, backend="cuda")
+    assert result.run.plan.backend == "cuda"
     assert "shared-memory-resident kernel: weights and state in one block's shared memory" in text
     assert "1 sample per block, 9 blocks of 512 threads" in text and "1 wave\n" in text
     for words in (
@@ -800,8 +800,8 @@ def test_the_command_line_checks_it(capsys):
     options = ["--method", "strict", "--num-steps", "6", "--draws", "1", "--batch-size", "4"]
     options += ["--precision", "ieee", "--precision", "fp64"]
     assert main(["check", *options, "--backend", "cuda", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert '"cuda"' in json.dumps(found)
+    result = json.loads(capsys.readouterr().out)
+    assert '"cuda"' in json.dumps(result)
     assert main(["check", *options]) == 0
     assert "strict on cuda" in capsys.readouterr().out
 
@@ -818,17 +818,17 @@ def test_the_papers_network(launches):
 def test_two_threads_relax_at_a_time():
     given = [drawn(name) for name in ("mlp", "conv")]
     expected = [updates(*one, backend="cuda") for one in given]
-    found: list[list] = [[], []]
+    result: list[list] = [[], []]
 
     def work(i: int) -> None:
-        found[i] += [updates(*given[i], backend="cuda") for _ in range(5)]
+        result[i] += [updates(*given[i], backend="cuda") for _ in range(5)]
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    for one, several in zip(expected, found, strict=True):
+    for one, several in zip(expected, result, strict=True):
         assert len(several) == 5
         for again in several:
             assert_same_bits(again, one)

@@ -74,7 +74,7 @@ def sizes(program: Program, run: RunParams, scalar_bytes: int) -> list[int]:
     inner = [run.batch * layer.channels * layer.height * layer.width * scalar_bytes for layer in layers]
     out = [run.batch * layer.size * scalar_bytes for layer in layers]
     rows, classes = run.batch * scalar_bytes, program.classes * scalar_bytes
-    found = dict(
+    result = dict(
         weight=[
             layer.channels * layer.weight_inputs * (2 if layer.operand == OPERANDS["bf16"] else scalar_bytes)
             for layer in layers
@@ -85,7 +85,7 @@ def sizes(program: Program, run: RunParams, scalar_bytes: int) -> list[int]:
         vhat=out, belief=out, error=out, local_error=inner, loss_rows=rows,
         output_gradient=run.batch * classes, gram_sum=inner[1], gram_sum_before=inner[1], first_bad=4 * program.depth,
     )  # fmt: skip
-    given = [found[name] for name, _ in Tensors._fields_]
+    given = [result[name] for name, _ in Tensors._fields_]
     return [size for sizes in given for size in (sizes if isinstance(sizes, list) else [sizes])]
 
 
@@ -211,22 +211,22 @@ def launch_of(name: str, host_module: Path) -> Launch:
             patch.setattr(
                 planning, "choose_gram", lambda *a: (choose(*a)[1].endswith("without"), "asked for")
             )
-        found = recorded(host_module, lambda: pcfast.pc_loss(model, x, y, **arguments))
+        result = recorded(host_module, lambda: pcfast.pc_loss(model, x, y, **arguments))
     planning.plan.cache_clear()
-    what = Program.from_buffer_copy(found.program)
+    what = Program.from_buffer_copy(result.program)
     assert bool(what.layers[1].gram) == name.startswith("gram")
-    assert RunParams.from_buffer_copy(found.run).batch == BATCH and what.samples == SAMPLES
-    return found
+    assert RunParams.from_buffer_copy(result.run).batch == BATCH and what.samples == SAMPLES
+    return result
 
 
 @pytest.fixture(scope="session")
 def launches(host_module) -> Callable[[str], Launch]:
-    found: dict[str, Launch] = {}
+    result: dict[str, Launch] = {}
 
     def get(name: str) -> Launch:
-        if name not in found:
-            found[name] = launch_of(name, host_module)
-        return found[name]
+        if name not in result:
+            result[name] = launch_of(name, host_module)
+        return result[name]
 
     return get
 
@@ -392,17 +392,17 @@ def run(path: Path, launch: Launch, folder: Path, bug: str = "") -> Outcome:
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_the_kernel_is_clean_and_gives_the_same_bits(sanitizer, name, program, launches, tmp_path):
     launch = launches(name)
-    found = run(program(sanitizer), launch, tmp_path)
-    assert (found.status, found.said) == (0, "")
-    assert found.after == launch.after
+    result = run(program(sanitizer), launch, tmp_path)
+    assert (result.status, result.said) == (0, "")
+    assert result.after == launch.after
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_touches_what_lies_between_two_arrays(name, program, launches, tmp_path):
     launch = launches(name)
-    found = run(program("address", with_bugs=True), launch, tmp_path)
-    assert (found.status, found.said) == (0, "")
-    assert found.after == launch.after
+    result = run(program("address", with_bugs=True), launch, tmp_path)
+    assert (result.status, result.said) == (0, "")
+    assert result.after == launch.after
 
 
 # ---- bugs
@@ -424,9 +424,9 @@ def test_a_missing_barrier_is_a_race(barrier, program, launches, tmp_path):
     path, said = program("thread", with_bugs=True), ""
     for name in ("gram conv", "mlp from starts"):
         assert run(path, launches(name), tmp_path).status == 0
-        found = run(path, launches(name), tmp_path, bug=barrier)
-        assert found.status in (0, RACE)
-        said += found.said
+        result = run(path, launches(name), tmp_path, bug=barrier)
+        assert result.status in (0, RACE)
+        said += result.said
     assert "WARNING: ThreadSanitizer: data race" in said
     assert re.search(r"csrc/resident/\w+\.cuh:\d+", said)
 
@@ -445,16 +445,16 @@ def test_a_missing_barrier_is_a_race(barrier, program, launches, tmp_path):
     ],
 )
 def test_a_planted_bug_is_reported(bug, name, sanitizer, words, program, launches, tmp_path):
-    found = run(program(sanitizer, with_bugs=True), launches(name), tmp_path, bug)
-    assert found.status != 0 and words in found.said
-    assert re.search(rf"csrc/{BUGS[bug][0]}:\d+", found.said)
+    result = run(program(sanitizer, with_bugs=True), launches(name), tmp_path, bug)
+    assert result.status != 0 and words in result.said
+    assert re.search(rf"csrc/{BUGS[bug][0]}:\d+", result.said)
 
 
 def test_shared_memory_that_nobody_wrote_is_nan(program, launches, tmp_path):
     launch = launches("strides")
-    found = run(program("address", with_bugs=True), launch, tmp_path, "halos that are not zeroed")
-    assert found.status == 0 and found.after != launch.after
-    errors = found.after[4 * MAX_LAYERS : 5 * MAX_LAYERS]
+    result = run(program("address", with_bugs=True), launch, tmp_path, "halos that are not zeroed")
+    assert result.status == 0 and result.after != launch.after
+    errors = result.after[4 * MAX_LAYERS : 5 * MAX_LAYERS]
     held = [
         torch.frombuffer(bytearray(tensor), dtype=torch.float32) for tensor in errors if tensor is not None
     ]
@@ -466,8 +466,8 @@ def test_a_vector_that_is_not_aligned_is_refused(program, launches, tmp_path):
     launch = launches("mlp from starts")
     shifted = Program.from_buffer_copy(launch.program)
     shifted.layers[2].feedback.input.first += 1
-    found = run(program("address"), dataclasses.replace(launch, program=bytes(shifted)), tmp_path)
-    assert found.status != 0 and found.said.strip() == "status -1:" and found.after is None
+    result = run(program("address"), dataclasses.replace(launch, program=bytes(shifted)), tmp_path)
+    assert result.status != 0 and result.said.strip() == "status -1:" and result.after is None
 
 
 def test_the_kernel_copies_nothing_asynchronously():

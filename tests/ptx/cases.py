@@ -366,12 +366,12 @@ def device_of(case: Case, resident_ptx: Callable | None = None, **settings):
 
 def settings_of(scenario: Scenario) -> dict:
     """Keywords of pcfast.relax."""
-    found = dict(
+    result = dict(
         num_steps=scenario.num_steps, **(MOVING[scenario.way](scenario.num_steps) if scenario.way else {})
     )
     if scenario.loss:
-        found["loss"] = loss_and_target(scenario.loss, 1, 10)[0]
-    return found
+        result["loss"] = loss_and_target(scenario.loss, 1, 10)[0]
+    return result
 
 
 def _in(dtype: torch.dtype, settings: dict) -> dict:
@@ -398,9 +398,9 @@ def allowed(case: Case, model, x, y, truth: list[torch.Tensor], settings: dict) 
     return 3 * _worst(eager, truth) / (8 if case.precision == "tf32" else 1)
 
 
-def _worst(found: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
+def _worst(result: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
     """The largest relative error; a gradient that is zero but for rounding has none."""
-    return max(relative_error(f, t) for f, t in zip(found, truth, strict=True) if float(t.norm()) > 1e-12)
+    return max(relative_error(f, t) for f, t in zip(result, truth, strict=True) if float(t.norm()) > 1e-12)
 
 
 def run(case: Case, resident_ptx: Callable | None = None, **device_settings):
@@ -414,9 +414,9 @@ def run(case: Case, resident_ptx: Callable | None = None, **device_settings):
     truth = found_by(case, *in_double(model, x, y), backend="reference", **_in(torch.float64, settings))
     name = "cuda" if case.resident else "triton"
     with in_precision(case.precision), device_of(case, resident_ptx, **device_settings) as device:
-        found = found_by(case, model, x, y, backend=name, **_in(torch.float32, settings))
+        result = found_by(case, model, x, y, backend=name, **_in(torch.float32, settings))
         assert pcfast.last_run().plan.backend == name
-    return device, _worst(found, truth), allowed(case, model, x, y, truth, settings)
+    return device, _worst(result, truth), allowed(case, model, x, y, truth, settings)
 
 
 def kernels_run(device) -> Counter:

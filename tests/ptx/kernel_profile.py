@@ -120,18 +120,18 @@ class Row:
 
     def figures(self) -> dict[str, int]:
         """All counts, flat."""
-        found = {"instructions": sum(self.instructions.values())}
+        result = {"instructions": sum(self.instructions.values())}
         for title in ("instructions", "wavefronts", "conflicts", "sectors"):
-            found |= {f"{title}, {kind}": count for kind, count in sorted(getattr(self, title).items())}
-        return found
+            result |= {f"{title}, {kind}": count for kind, count in sorted(getattr(self, title).items())}
+        return result
 
 
 def _counted(name: str, unit: str, of: Profile, without: Profile | None = None, per: int = 1) -> Row:
     def difference(get: Callable[[Profile], Counter]) -> dict[str, int]:
-        found = Counter(get(of))
+        result = Counter(get(of))
         if without is not None:
-            found.subtract(get(without))
-        return {kind: round(count / per) for kind, count in found.items() if count}
+            result.subtract(get(without))
+        return {kind: round(count / per) for kind, count in result.items() if count}
 
     return Row(
         name, unit,
@@ -151,7 +151,7 @@ def _profiles(
         y = torch.randn(len(x), model(x).shape[1])
     case = Case(workload.scenario, _CHIP, precision)
     settings = dict(cases.settings_of(workload.scenario), num_steps=num_steps, check="off")
-    found: dict[str, list[Profile]] = {}
+    result: dict[str, list[Profile]] = {}
     with (
         cases.in_precision(precision),
         cases.device_of(case, resident_ptx, profiled=True, only=[workload.block]) as device,
@@ -159,8 +159,8 @@ def _profiles(
         pcfast.relax(model, x, y, backend="cuda" if case.resident else "triton", **settings)
         assert not device.reports, device.reports
         for ran in device.launches:
-            found.setdefault(getattr(ran, "name", "resident"), []).append(ran.profile)
-    return found
+            result.setdefault(getattr(ran, "name", "resident"), []).append(ran.profile)
+    return result
 
 
 def rows(resident_ptx: Callable) -> Iterator[Row]:
@@ -175,9 +175,9 @@ def rows(resident_ptx: Callable) -> Iterator[Row]:
                 counted = sum(many, Profile()), sum(few, Profile()), _MANY - _FEW
                 yield _counted(f"{kernels[0]}, {name}, {precision}", "an iteration of a block", *counted)
             else:
-                found = _profiles(workload, precision, workload.scenario.num_steps, resident_ptx)
+                result = _profiles(workload, precision, workload.scenario.num_steps, resident_ptx)
                 for kernel in kernels:
-                    yield _counted(f"{kernel}, {name}, {precision}", "a program", found[kernel][-1])
+                    yield _counted(f"{kernel}, {name}, {precision}", "a program", result[kernel][-1])
 
 
 def compilers() -> dict[str, str]:
@@ -185,14 +185,14 @@ def compilers() -> dict[str, str]:
     return {"triton": triton.__version__, "nvcc": re.search(r"release ([\d.]+)", said).group(1)}
 
 
-def check(found: list[Row], recorded: dict, by: dict[str, str]) -> list[str]:
+def check(result: list[Row], recorded: dict, by: dict[str, str]) -> list[str]:
     """What differs from the record, one line each. by: releases of the compilers."""
     slack = 0.0 if by == recorded["compilers"] else SLACK
     problems = [
         f"{name}: recorded, but no such row; {RECORD}"
-        for name in recorded["rows"].keys() - {r.name for r in found}
+        for name in recorded["rows"].keys() - {r.name for r in result}
     ]
-    for row in found:
+    for row in result:
         limits = recorded["rows"].get(row.name)
         if limits is None:
             problems.append(f"{row.name}: no recorded profile; {RECORD}")
@@ -242,10 +242,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, resident_files(Path(folder)) as resident_ptx:
-        found = list(rows(resident_ptx))
+        result = list(rows(resident_ptx))
     recorded = {
         "compilers": compilers(),
-        "rows": {row.name: {"unit": row.unit, **row.figures()} for row in found},
+        "rows": {row.name: {"unit": row.unit, **row.figures()} for row in result},
     }
     print(table(recorded))
     if arguments.record:

@@ -84,12 +84,14 @@ def _subjects() -> list[Subject]:
         ("Gram form, tanh", "pointwise_gram_kernel"), ("resident mlp, given beliefs", "resident"),
         ("resident conv, given beliefs", "resident"),
     ]  # fmt: skip
-    found = []
+    result = []
     for chip in cases.CHIPS:
         for name, kernel in everywhere:
-            found += [Subject(Case(by_name[name], chip, precision), kernel) for precision in cases.PRECISIONS]
-        found += [Subject(Case(by_name[name], chip, "bf16"), kernel) for name, kernel in in_bf16]
-    return found
+            result += [
+                Subject(Case(by_name[name], chip, precision), kernel) for precision in cases.PRECISIONS
+            ]
+        result += [Subject(Case(by_name[name], chip, "bf16"), kernel) for name, kernel in in_bf16]
+    return result
 
 
 SUBJECTS = _subjects()
@@ -124,19 +126,19 @@ def delete_each(launch: Recorded) -> dict[str, Outcome]:
     kernel, whole = launch.translation.kernel, launch.run()
     known = {report.what for report in whole.reports}
     ran = [b for b in launch.translation.blocks if whole.visited[b.number]]
-    found: dict[str, Outcome] = {}
+    result: dict[str, Outcome] = {}
     for index in sorted(i for block in ran for i in range(block.first, block.last)):
         instruction = kernel.instructions[index]
         kind = _kind(instruction)
         if kind is None:
             continue
-        outcome = found.setdefault(kind, Outcome(redundant=[]))
+        outcome = result.setdefault(kind, Outcome(redundant=[]))
         outcome.deleted += 1
         if _reported(launch, translate(kernel, without=instruction.line), known):
             outcome.reported += 1
         else:
             outcome.redundant.append(_reason(kernel, index))
-    return found
+    return result
 
 
 def _reported(launch: Recorded, translation, known: set[str]) -> bool:
@@ -162,13 +164,13 @@ def figures(outcomes: dict[str, Outcome]) -> dict[str, dict]:
 
 def check(subject: Subject, outcomes: dict[str, Outcome], recorded: dict) -> list[str]:
     """What differs from the record, one line each."""
-    expected, found = recorded.get(subject.name), figures(outcomes)
+    expected, result = recorded.get(subject.name), figures(outcomes)
     if expected is None:
         return [f"{subject.name}: no recorded mutations; {RECORD}"]
     return [
-        f"{subject.name}: {kind}: {found.get(kind)}, recorded {expected.get(kind)}; {RECORD}"
-        for kind in sorted(found.keys() | expected.keys())
-        if found.get(kind) != expected.get(kind)
+        f"{subject.name}: {kind}: {result.get(kind)}, recorded {expected.get(kind)}; {RECORD}"
+        for kind in sorted(result.keys() | expected.keys())
+        if result.get(kind) != expected.get(kind)
     ]
 
 
@@ -207,21 +209,21 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
-    problems, found = [], {}
+    problems, result = [], {}
     with tempfile.TemporaryDirectory() as folder, resident_files(Path(folder)) as resident_ptx:
         for subject in SUBJECTS:
             if not re.search(arguments.only, subject.name):
                 if subject.name in recorded:
-                    found[subject.name] = recorded[subject.name]
+                    result[subject.name] = recorded[subject.name]
                 continue
             outcomes = delete_each(launch_of(subject, resident_ptx))
-            found[subject.name] = figures(outcomes)
+            result[subject.name] = figures(outcomes)
             problems += check(subject, outcomes, recorded)
             said = ", ".join(f"{k} {o.reported} of {o.deleted}" for k, o in outcomes.items())
             print(f"{subject.name}: {said}", flush=True)
     if arguments.record:
-        RECORDED.write_text(json.dumps(found, indent=1) + "\n")
-        PAGE.write_text(renewed(PAGE.read_text(), Path(__file__).name, table(found)))
+        RECORDED.write_text(json.dumps(result, indent=1) + "\n")
+        PAGE.write_text(renewed(PAGE.read_text(), Path(__file__).name, table(result)))
     elif problems:
         sys.exit("\n".join(problems))
 

@@ -13,8 +13,8 @@ def renewed(page: str, script: str, table: str) -> str:
     """The page's text with the table of tests/ptx/``script`` in its place."""
     begin, end = (f"<!-- tests/ptx/{script}: {where} -->" for where in ("begin", "end"))
     before, _, rest = page.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
+    _, result, after = rest.partition(end)
+    if not result:
         raise ValueError(
             f"{PAGE.name} has no place for a table of tests/ptx/{script}: {begin} and {end} are needed"
         )

@@ -42,15 +42,15 @@ def run(
     launch = Launch(
         translation, device, parameters, (blocks,), threads, parsed.static_shared, **settings
     ).run()
-    found = [
+    result = [
         device.read(address, array.nbytes).view(array.dtype).reshape(array.shape)
         for address, array in zip(addresses, arrays, strict=True)
     ]
-    return found, launch
+    return result, launch
 
 
 def execute(text: str, arrays: Sequence[np.ndarray], **settings) -> list[np.ndarray]:
     """As :func:`run`, where nothing may be reported."""
-    found, launch = run(text, arrays, **settings)
+    result, launch = run(text, arrays, **settings)
     assert not launch.reports, launch.reports
-    return found
+    return result

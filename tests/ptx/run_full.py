@@ -40,12 +40,12 @@ def main() -> None:
         with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
             numbers = range(len(cases.FULL))
             problems = []
-            for done, found in enumerate(
+            for done, result in enumerate(
                 pool.map(problem, numbers, [name] * len(numbers), chunksize=4), start=1
             ):
-                if found:
-                    problems.append(found)
-                    print(found, flush=True)
+                if result:
+                    problems.append(result)
+                    print(result, flush=True)
                 if done % 100 == 0:
                     print(f"{done} of {len(numbers)} cases", flush=True)
     print(f"{len(cases.FULL)} cases, {len(problems)} problems")

@@ -166,8 +166,8 @@ def reports(statements: list[str], changes: dict[int, str] | None = None) -> lis
 def test_what_is_missing_is_reported(needed):
     statements, changes, expected = FAULTS[needed]
     assert reports(statements) == []
-    found = reports(statements, changes)
-    assert any(expected in what for what in found), found
+    result = reports(statements, changes)
+    assert any(expected in what for what in result), result
 
 
 def test_blocks_of_a_grid_never_wait_for_each_other():

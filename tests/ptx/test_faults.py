@@ -19,14 +19,14 @@ _ENDING_IN_A_PRODUCT = {
 @pytest.mark.parametrize("contract", [False, True])
 @pytest.mark.parametrize("name", _ENDING_IN_A_PRODUCT)
 def test_a_difference_that_is_fused_with_a_product(name, contract):
-    found = {}
+    result = {}
     for exact in (False, True):
         u, out = torch.randn(256), torch.full((128,), 7.0)
         with virtual_device(80, contract=contract) as device:
             fault_kernels.distance_to_maximum[(1,)](u, out, _ENDING_IN_A_PRODUCT[name].value, exact)
         assert not device.reports
-        found[exact] = float(out.abs().max())
-    assert found[False] > 1e-8 and found[True] == 0
+        result[exact] = float(out.abs().max())
+    assert result[False] > 1e-8 and result[True] == 0
 
 
 def product(rounded: bool) -> list[str]:

@@ -94,11 +94,11 @@ class Op:
         return kernel("\n".join(lines), 1 + len(self.operands))
 
 
-def same(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    if found.dtype.kind != "f":
-        return found == wanted
-    bits = f"u{found.dtype.itemsize}"
-    return (found.view(bits) == wanted.view(bits)) | (np.isnan(found) & np.isnan(wanted))
+def same(result: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    if result.dtype.kind != "f":
+        return result == wanted
+    bits = f"u{result.dtype.itemsize}"
+    return (result.view(bits) == wanted.view(bits)) | (np.isnan(result) & np.isnan(wanted))
 
 
 def check(op: Op) -> None:
@@ -107,15 +107,15 @@ def check(op: Op) -> None:
     for shift in range(0, THREADS, 37):
         moved = [np.roll(array, n * shift) for n, array in enumerate(inputs)]
         out = np.zeros(THREADS, _DTYPES[op.result])
-        found = execute(op.source(), [out, *moved])[0]
+        result = execute(op.source(), [out, *moved])[0]
         with np.errstate(all="ignore"):
             wanted = [op.oracle(*(array[t] for array in moved)) for t in range(THREADS)]
-        wanted = np.array(wanted, found.dtype)
-        wrong = np.flatnonzero(~same(found, wanted))
+        wanted = np.array(wanted, result.dtype)
+        wrong = np.flatnonzero(~same(result, wanted))
         assert not len(wrong), (
             op.text,
             [array[wrong[0]] for array in moved],
-            found[wrong[0]],
+            result[wrong[0]],
             wanted[wrong[0]],
         )
 
@@ -260,8 +260,8 @@ def _bit_ops():
         for position, length in ((0, 1), (3, 7), (8, 24)):
 
             def field(a, p=position, n=length, kind=kind):
-                found = int(a) >> p & (1 << n) - 1
-                return found - (1 << n) if kind[0] == "s" and found >> (n - 1) else found
+                result = int(a) >> p & (1 << n) - 1
+                return result - (1 << n) if kind[0] == "s" and result >> (n - 1) else result
 
             yield Op(f"bfe.{kind}", kind, (kind,), field, immediates=f", {position}, {length}")
     yield Op("prmt.b32", "b32", ("b32", "b32", "b32"), permuted)
@@ -565,10 +565,10 @@ def test_products_of_a_warp(kind, depth):
     mad.wide.u32 %d11, %r1, 16, %d1; st.global.v4.f32 [%d11], {{%f5, %f6, %f7, %f8}};"""
     out, *_ = execute(kernel(body, 3), [np.zeros((32, 4), "f4"), given, added], threads=32)
     wanted = a_seen.astype("f8") @ b_seen.T.astype("f8") + c
-    found = np.empty((16, 8))
+    result = np.empty((16, 8))
     for n in range(4):
-        found[g + 8 * (n // 2), 2 * t + n % 2] = out[:, n]
-    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
+        result[g + 8 * (n // 2), 2 * t + n % 2] = out[:, n]
+    np.testing.assert_allclose(result, wanted, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -646,10 +646,10 @@ def test_products_of_a_warpgroup(kind, depth, columns, left):
     mad.wide.u32 %d11, %r1, {2 * columns}, %d1; {stores}"""
     arrays = [np.zeros((THREADS, columns // 2), "f4"), shared, fragments]
     out, *_ = execute(kernel(body, 3, shared=len(shared)), arrays)
-    found = np.empty((64, columns))
+    result = np.empty((64, columns))
     for n in range(columns // 2):
-        found[rows[n // 2 % 2], 8 * (n // 4) + 2 * pair + n % 2] = out[:, n]
-    np.testing.assert_allclose(found, a_seen.astype("f8") @ b_seen.T.astype("f8") + 1, rtol=1e-6, atol=1e-6)
+        result[rows[n // 2 % 2], 8 * (n // 4) + 2 * pair + n % 2] = out[:, n]
+    np.testing.assert_allclose(result, a_seen.astype("f8") @ b_seen.T.astype("f8") + 1, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("how", "size"), [("ca", 4), ("ca", 8), ("ca", 16), ("cg", 16)])

@@ -52,8 +52,8 @@ def test_what_differs_is_reported(by):
     recorded = record_of(row, {"triton": "1"})
     assert kernel_profile.check([row], recorded, by) == []
     slightly = dataclasses.replace(row, instructions={"integer": 31, "fma": 70})
-    found = kernel_profile.check([slightly], recorded, by)
-    assert (found == []) == (by == {"triton": "2"})
+    result = kernel_profile.check([slightly], recorded, by)
+    assert (result == []) == (by == {"triton": "2"})
     more = dataclasses.replace(row, conflicts={"load": 3})
     (problem,) = kernel_profile.check([more], recorded, by)
     assert problem.startswith(

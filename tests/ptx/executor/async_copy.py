@@ -27,8 +27,8 @@ class AsyncCopies:
         reading = np.arange(len(threads)) if given is None else np.flatnonzero(given)
         if len(reading):
             unit = min(size, 8)
-            found = M.memory.load(M, of[reading], unit, size // unit, None, threads[reading], line)
-            data[reading] = np.stack(found, 1).view(np.uint8)
+            result = M.memory.load(M, of[reading], unit, size // unit, None, threads[reading], line)
+            data[reading] = np.stack(result, 1).view(np.uint8)
             if given is not None:
                 data[np.arange(size)[None, :] >= given[:, None]] = 0
         if shared.shadow is not None:

@@ -61,10 +61,10 @@ class Storages:
 def packed(kernel: Kernel, values: Sequence[bytes]) -> bytes:
     """A launch's parameters from the bytes of each."""
     last = kernel.parameters[-1]
-    found = bytearray(last.offset + last.size)
+    result = bytearray(last.offset + last.size)
     for parameter, value in zip(kernel.parameters, values, strict=True):
-        found[parameter.offset : parameter.offset + parameter.size] = value.ljust(parameter.size, b"\0")
-    return bytes(found)
+        result[parameter.offset : parameter.offset + parameter.size] = value.ljust(parameter.size, b"\0")
+    return bytes(result)
 
 
 @dataclass(frozen=True)

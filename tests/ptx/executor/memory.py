@@ -55,9 +55,9 @@ class DeviceMemory:
 
     def copy(self) -> DeviceMemory:
         """The built memory as it is now."""
-        found = DeviceMemory()
-        found._buffers, found.data, found.valid = self._buffers, self.data.copy(), self.valid.copy()
-        return found
+        result = DeviceMemory()
+        result._buffers, result.data, result.valid = self._buffers, self.data.copy(), self.valid.copy()
+        return result
 
     def set_parameters(self, parameters: bytes) -> int:
         """Address of a launch's parameters."""

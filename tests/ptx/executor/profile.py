@@ -61,10 +61,10 @@ class Profile:
 
     def __add__(self, other: Profile) -> Profile:
         """The counts of both; lines and basic blocks are those of one kernel."""
-        found = Profile()
+        result = Profile()
         for name, counts in vars(self).items():
-            setattr(found, name, counts + getattr(other, name))
-        return found
+            setattr(result, name, counts + getattr(other, name))
+        return result
 
     def finish(self, blocks) -> None:
         for block in blocks:

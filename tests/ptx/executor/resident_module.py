@@ -88,13 +88,13 @@ def resident_device(ptx: Path, **settings) -> Iterator[ResidentDevice]:
             return getattr(module, name)
 
     def prepared(*arguments, **keywords):
-        found, launch = prepare(*arguments, **keywords)
+        result, launch = prepare(*arguments, **keywords)
 
         def launched():
             (device.tensors,) = launch.__defaults__  # the tensors that the launch keeps alive
             launch()
 
-        return found, launched
+        return result, launched
 
     fake = Module()
     native.load, loop.prepare = (lambda: fake), prepared

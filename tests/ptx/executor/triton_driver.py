@@ -164,9 +164,9 @@ def _leave_machine_code_out() -> None:
     _hooked, earlier = True, triton.knobs.runtime.add_stages_inspection_hook
 
     def hook(*arguments):
-        found = None if earlier is None else earlier(*arguments)
+        result = None if earlier is None else earlier(*arguments)
         if not arguments:  # triton 3.7 asks what to add to the keys of its two caches
-            return tuple(key + "-ptx-alone" * _compiling for key in found or ("", ""))
+            return tuple(key + "-ptx-alone" * _compiling for key in result or ("", ""))
         if _compiling:
             arguments[1]["cubin"] = lambda source, metadata: b""
         return None
