@@ -100,18 +100,18 @@ def lowest_bad(results: list[tuple[int, Tensor]]) -> int:
     return min(layer for layer, value in results if not status.all_finite([value]))
 
 
-def check_iteration(iteration: int, result: Sequence[tuple[int, Tensor | None]], step_size: float) -> None:
-    """Before the parameters move: raise where an error or update is not finite. ``result``: (layer, tensor).
+def check_iteration(iteration: int, results: Sequence[tuple[int, Tensor | None]], step_size: float) -> None:
+    """Before the parameters move: raise where an error or update is not finite. ``results``: (layer, tensor).
 
     Raises:
         RelaxationDiverged: of the lowest such layer.
     """
-    result = [(layer, value) for layer, value in result if value is not None]
-    if status.all_finite([value for _, value in result]):
+    results = [(layer, value) for layer, value in results if value is not None]
+    if status.all_finite([value for _, value in results]):
         return
     raise RelaxationDiverged(
         iteration,
-        lowest_bad(result),
+        lowest_bad(results),
         step_size,
         f"The parameters stay as iteration {iteration - 1} left them",
     )

@@ -107,7 +107,11 @@ class Plan:
     @property
     def relaxations(self) -> int:
         """How many run one after another from one forward pass."""
-        return 1 if self.nudging is None else len(self.nudging.pushes)
+        return _relaxations(self.nudging)
+
+
+def _relaxations(nudging: Nudging | None) -> int:
+    return 1 if nudging is None else len(nudging.pushes)
 
 
 @dataclass(frozen=True)
@@ -331,8 +335,7 @@ def plan(
     shapes = network.shapes(x_shape)
     energies = wanted.energies or tolerance is not None
     gram, gram_reason = choose_gram(network, shapes, method, num_steps, fresh, energies, belief_optimizer)
-    relaxations = 1 if nudging is None else len(nudging.pushes)
-    work = count_work(network, shapes, method, num_steps, fresh, gram, relaxations)
+    work = count_work(network, shapes, method, num_steps, fresh, gram, _relaxations(nudging))
     return Plan(
         network, device, dtype, x_shape, method, num_steps, fresh, wanted, loss, belief_optimizer, nudging, tolerance,
         precision, shapes, gram, gram_reason, work,

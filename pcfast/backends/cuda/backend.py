@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ...kernels.codes import LOSSES
 from ...precision import numerics
 from .. import gpu_constants
 from ..kernel_backend import KernelBackend, unknown_to_kernels, without_kernels
@@ -43,7 +44,7 @@ class Cuda(KernelBackend):
             return False, f"its kernel counts up to {_MAX_STEPS:,} iterations, not {plan.num_steps:,}"
         if plan.wanted.energies:
             return False, "energies need every iteration's errors, which stay on chip"
-        if plan.loss not in ("cross_entropy", "mse"):
+        if plan.loss not in LOSSES:
             return False, "its kernel evaluates cross-entropy and mse, and torch cannot inside a launch"
         with numerics(plan.device, plan.precision):
             placement = placement_of(plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...kernels.codes import LOSSES
 from ...precision import kernel_operands
 from ...problem.plan import Plan
 from .. import gpu_constants
@@ -32,8 +33,7 @@ def target_of(plan: Plan) -> CompileTarget:
 
 def fuses_loss(plan: Plan) -> bool:
     """Whether kernels may evaluate the loss."""
-    known = plan.loss in ("cross_entropy", "mse")
-    return known and len(plan.shapes[-1][-1]) == 2 and not plan.wanted.energies
+    return plan.loss in LOSSES and len(plan.shapes[-1][-1]) == 2 and not plan.wanted.energies
 
 
 def design_of(plan: Plan) -> Design:
