@@ -27,6 +27,7 @@ from .backends import BACKENDS
 from .errors import ModelError, PcfastError
 from .losses import HALF_SUM, describe_loss, half_squared_error
 from .model.describe import describe
+from .model.placement import common_placement
 from .model.spec import Network
 from .precision import choose_precision
 from .problem import validation
@@ -270,7 +271,7 @@ def _abstract_step(
     with reenable_autograd(), _ambient(x.device, autocast):
         try:
             network = describe(owner)
-            dtype = validation.check_input(owner, x)
+            dtype = validation.check_input(x, network, common_placement(owner))
             network.shapes(tuple(x.shape))
             output, used = _abstract_forward(owner, network, x.to(dtype) if train else x, values)
             loss.check_target(tuple(output.shape), y)

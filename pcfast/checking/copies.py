@@ -179,11 +179,12 @@ class Side:
     ) -> None:
         """``model``: on the device where everything is to run; it becomes this side's own."""
         self.model = model.to(dtype)
-        self.device = common_placement(model)[0]
+        placement = common_placement(model)
+        self.device = placement[0]
         self.batches = [tuple(in_dtype(value, self.device, dtype) for value in batch) for batch in batches]
         self.loss = loss_in(loss, self.device, dtype)
         for x, _ in self.batches:
-            validation.check_input(self.model, x)
+            validation.check_input(x, describe(model), placement)
 
     def backpropagate(self, draw: int) -> tuple[list[Tensor], list[Tensor], dict[nn.Parameter, Tensor]]:
         """Backpropagation by torch in the ambient precision: vhat_0..vhat_L, g_0..g_L, parameter -> gradient.

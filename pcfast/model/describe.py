@@ -158,6 +158,35 @@ _KNOWN = {
     nn.BatchNorm2d: _batch_norm,
 }
 
+_NORMALISATION = ("training", "track_running_stats", "momentum", "eps", "num_features")
+#: Kinds of modules that are described by their names and, beside their tensors, by these attributes alone.
+SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Identity: (),
+    **dict.fromkeys(_DROPOUTS, ("training", "p")),
+    **dict.fromkeys(_ACTIVATIONS, ()),
+    nn.LeakyReLU: ("negative_slope",),
+    nn.Hardtanh: ("min_val", "max_val"),
+    nn.ReLU6: ("min_val", "max_val"),
+    nn.GELU: ("approximate",),
+    nn.Linear: (),
+    nn.Conv2d: ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    nn.AvgPool2d: (
+        "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override",
+    ),
+    nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.Flatten: ("start_dim", "end_dim"),
+    nn.Unflatten: ("dim", "unflattened_size"),
+    nn.BatchNorm1d: _NORMALISATION,
+    nn.BatchNorm2d: _NORMALISATION,
+}  # fmt: skip
+
+
+def kind_of(module: nn.Module) -> type[nn.Module] | None:
+    """Which of :data:`SETTINGS` a module is; None for those that hold others, and for unknown ones."""
+    kind = sharding.original(type(module))
+    return kind if kind in SETTINGS else None
+
 
 def _has_hooks(module: nn.Module) -> bool:
     """True where hooks of the user's are called with ``module``."""
@@ -186,7 +215,7 @@ def _plain_sequential(module: nn.Module) -> bool:
 
 
 #: What torch keeps hooks in that every module calls.
-_GLOBAL_HOOKS = tuple(
+GLOBAL_HOOKS = tuple(
     hooks
     for hooks in (
         getattr(torch.nn.modules.module, f"_global_{name}_hooks", None)
@@ -210,7 +239,7 @@ def _check_called_by_elements(model: nn.Sequential) -> None:
             "Register them on the first or the last layer, or make what they do a layer.",
         )
     # torch's own (torch.utils.flop_counter's) only look on
-    if any(_GLOBAL_HOOKS) and not all(_of_torch(hook) for hooks in _GLOBAL_HOOKS for hook in hooks.values()):
+    if any(GLOBAL_HOOKS) and not all(_of_torch(hook) for hooks in GLOBAL_HOOKS for hook in hooks.values()):
         raise ModelError(
             "model",
             "hooks on every module (torch.nn.modules.module.register_module_forward_hook and its kin)",

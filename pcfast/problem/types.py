@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, ShapeError
 from ..losses import Loss
+from ..model.snapshot import Snapshot
 from ..model.spec import Network
 from .belief_optimizers import StepSize, step_size_of
 from .status import Status
@@ -45,6 +46,7 @@ class Problem:
 
     Attributes:
         model: the Sequential.
+        known: what is known of it.
         x: input (B, ...).
         y: target; None where ``output_gradient`` is given and no loss is evaluated.
         loss: the loss described; None as for y.
@@ -63,6 +65,7 @@ class Problem:
     """
 
     model: nn.Sequential
+    known: Snapshot
     x: Tensor
     y: object
     loss: Loss | None

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..arguments import checked_number
 from ..errors import ArgumentError, ArgumentTypeError, ModelError, NonFiniteError, ShapeError, TransformError
-from ..model.placement import DTYPES, common_placement
+from ..model.placement import DTYPES
 from ..model.spec import Network
 from . import status
 from .belief_optimizers import StepSize
@@ -159,10 +159,15 @@ def check_no_transform() -> None:
 _TOKENS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
-def check_input(model: nn.Sequential, x: Tensor, network: Network | None = None) -> torch.dtype:
+def check_input(
+    x: Tensor, network: Network, placement: tuple[torch.device, torch.dtype] | None
+) -> torch.dtype:
     """Check x against the model's device and dtype; returns the dtype of the parameters (or of x).
 
     Integers are taken where layer 1 begins with a module that pcfast does not know (``network`` says so).
+
+    Args:
+        placement: of the model (:func:`pcfast.model.placement.common_placement`).
     """
     if not isinstance(x, Tensor):
         raise ArgumentTypeError("x", f"a {type(x).__name__}", "a torch.Tensor of shape (batch, ...)")
@@ -170,7 +175,7 @@ def check_input(model: nn.Sequential, x: Tensor, network: Network | None = None)
     real = x.dtype in DTYPES
     if not (real or x.dtype in DTYPES.values()):
         tokens = x.dtype in _TOKENS
-        if not tokens or network is None or not network.takes_integers:
+        if not tokens or not network.takes_integers:
             raise ArgumentTypeError(
                 "x",
                 f"dtype {x.dtype}",
@@ -196,7 +201,6 @@ def check_input(model: nn.Sequential, x: Tensor, network: Network | None = None)
             "data without grad: predictive coding clamps its input",
             "Pass x.detach().",
         )
-    placement = common_placement(model)
     if placement is None:
         return x.dtype if real or x.is_complex() else torch.get_default_dtype()
     device, dtype = placement
@@ -210,7 +214,7 @@ def check_input(model: nn.Sequential, x: Tensor, network: Network | None = None)
         )
     if x.dtype == dtype or x.dtype in _TOKENS or torch.is_autocast_enabled(x.device.type):
         return dtype
-    if DTYPES.get(x.dtype) == dtype and network is not None and network.opaque:
+    if DTYPES.get(x.dtype) == dtype and network.opaque:
         return dtype  # a complex network that may well take real inputs: its own modules decide
     if x.is_complex() and not dtype.is_complex:
         remedy = "Pass torch.view_as_real(x), or x.real."

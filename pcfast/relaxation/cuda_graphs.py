@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
-from ..model.placement import tensors_of
 from ..problem.plan import Plan
 from ..problem.types import Outcome, Problem
 from ..support.hashing import hashed_once
@@ -92,7 +91,6 @@ class _Key:
 
 def graph_key(problem: Problem, plan: Plan) -> Hashable:
     """What a graph depends on. Equal keys may share a graph."""
-    parameters, buffers = tensors_of(problem.model)
     weight = problem.loss.weight
     parts = (
         plan,
@@ -102,8 +100,7 @@ def graph_key(problem: Problem, plan: Plan) -> Hashable:
         _layout(problem.y),
         (problem.loss.kind, problem.loss.settings, problem.loss.normalizer),
         None if weight is None else (weight.data_ptr(), _layout(weight)),
-        tuple((p.data_ptr(), _layout(p), p.requires_grad) for p in parameters),
-        tuple((b.data_ptr(), _layout(b)) for b in buffers),
+        problem.known.layout,
         _numerics(),
         torch.cuda.current_stream(problem.x.device).cuda_stream if problem.x.is_cuda else None,
         threading.get_ident(),  # cuBLAS and cuDNN handles are per thread, and capturing must not make any
@@ -142,7 +139,7 @@ class _Graph:
         outcome = _copied(self.result)
         outcome.gradients = {
             parameter: outcome.gradients[index]
-            for index, parameter in enumerate(tensors_of(problem.model)[0])
+            for index, parameter in enumerate(problem.known.parameters)
             if index in outcome.gradients
         }
         return outcome
@@ -198,7 +195,7 @@ class GraphCache:
     def _capture(self, backend: Backend, problem: Problem, plan: Plan) -> _Graph | str:
         x, y = problem.x.clone(), problem.y.clone()
         static = replace(problem, x=x, y=y)
-        positions = {parameter: index for index, parameter in enumerate(tensors_of(problem.model)[0])}
+        positions = {parameter: index for index, parameter in enumerate(problem.known.parameters)}
 
         def work() -> Outcome:
             outcome = backend.run(static, plan)

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..backends import BACKENDS, choose_backend, log_fallback
-from ..errors import ArgumentError
 from ..model import sharding
-from ..model.describe import describe
+from ..model.snapshot import snapshot
 from ..precision import choose_precision
 from ..problem import reductions, status, validation
-from ..problem.plan import LOOPS, Plan, plan
+from ..problem.plan import Plan, plan
 from ..problem.settings import Settings
 from ..problem.types import NOTHING_BUT_UPDATES, Outcome, Problem, Wanted
-from . import cuda_graphs
+from . import calls, cuda_graphs
 
 Move = Callable[[dict[nn.Parameter, Tensor]], None]
 
@@ -70,48 +69,25 @@ def prepare(
     """
     status.raise_arrived()
     validation.check_no_transform()
-    relaxing = settings.checked(moves=move is not None)
-    method, optimizer = relaxing.method, relaxing.belief_optimizer
-    network = describe(model)
-    step_size, num_steps = validation.fixed_settings(
-        method, network.depth, relaxing.step_size, relaxing.num_steps
-    )
-    dtype = validation.check_input(model, x, network)
-    if not (x.is_floating_point() or x.is_complex()):
-        wanted = replace(wanted, input_error=False)  # integers do not move
-    if method == "incremental":
-        validation.check_moving_precision(x.device.type, dtype)
-    if settings.reduction != "sum":
-        rows = reductions.rows_of(x, settings.normalizer)
-        optimizer, step_size = reductions.of_beliefs(settings.reduction, rows, optimizer, step_size)
-    loss = None if output_gradient is not None else settings.described_loss()
-    if loss is not None:
-        if loss.known and dtype.is_complex and not network.opaque:
-            raise ArgumentError(
-                "loss", f"{loss.kind} of a complex output", "a loss of your own with a real value",
-                "E.g. loss=lambda output, y: (output - y).abs().square().sum().",
-            )  # fmt: skip
-        validation.check_target_placement(x, y, by_rows=loss.known)
-    start = validation.checked_start(settings.vinit, network.depth, x, method)
-    deferred = settings.check == "deferred" or (settings.check == "auto" and x.is_cuda)
-    raise_now = not x.is_cuda and not deferred
-    if settings.check != "off" and raise_now:
+    known = snapshot(model)
+    key = calls.key_of(x, y, settings, wanted, output_gradient, move)
+    call = known.calls.get(key)
+    if call is None:
+        call = calls.understood(known, x, y, settings, wanted, output_gradient, move)
+        calls.remember(known, key, call)
+    start = None
+    if settings.vinit is not None:
+        start = validation.checked_start(settings.vinit, known.network.depth, x, call.planned.method)
+    if settings.check != "off" and call.raise_now:
         validation.check_finite("x", x)
         for index, belief in enumerate(start or [None]):
             if index and isinstance(belief, Tensor):
                 validation.check_finite(f"vinit[{index}]", belief)
-    precision = choose_precision(x.device.type, dtype)
-    fresh = start is None and (optimizer.rests or num_steps == 0)
-    planned = plan(
-        network, x.device, dtype, tuple(x.shape), precision, method, num_steps, fresh, wanted, loss and loss.kind,
-        optimizer, settings.nudging, relaxing.tolerance,
-    )  # fmt: skip
-    _, planned = choose_backend(settings.backend, planned)
-    if method in LOOPS:
-        validation.check_step_fits(step_size, precision.state)
+    loss = None if output_gradient is not None else call.loss or settings.described_loss()
+    planned = call.on_backend(settings.backend)
     problem = Problem(
-        model, x.detach(), y, loss, step_size, start, activations, output_gradient, raise_now, deferred,
-        settings.check != "off", move, settings.backend == "auto",
+        model, known, x.detach(), y, loss, call.step_size, start, activations, output_gradient, call.raise_now,
+        call.deferred, settings.check != "off", move, settings.backend == "auto",
     )  # fmt: skip
     return problem, planned
 
@@ -196,8 +172,8 @@ def updates(
     Args:
         beliefs: v_0..v_L; None for a forward pass from x. errors: eps_0..eps_L (eps_0 is not read).
     """
-    network = describe(model)
-    dtype = validation.check_input(model, x, network)
+    known = snapshot(model)
+    dtype = validation.check_input(x, known.network, known.placement)
     precision = choose_precision(x.device.type, dtype)
-    chosen, _ = choose_backend(backend, plan(network, x.device, dtype, tuple(x.shape), precision))
-    return chosen.updates(model, network, precision, x, beliefs, errors)
+    chosen, _ = choose_backend(backend, plan(known.network, x.device, dtype, tuple(x.shape), precision))
+    return chosen.updates(model, known.network, precision, x, beliefs, errors)

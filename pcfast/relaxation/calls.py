@@ -1,0 +1,143 @@
+"""Calls of one kind with one model: validated and planned at the first, and recognised from the second on.
+
+Two calls are of one kind where everything is equal that validation and planning read, the model's snapshot aside:
+settings, shapes, dtypes and flags of what is given, torch's switches. What depends on values is looked at in each.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..backends import choose_backend, decisions
+from ..errors import ArgumentError
+from ..losses import Loss
+from ..model.snapshot import Snapshot
+from ..precision import choose_precision
+from ..problem import reductions, validation
+from ..problem.belief_optimizers import StepSize
+from ..problem.plan import LOOPS, Plan, plan
+from ..problem.settings import Settings
+from ..problem.types import Wanted
+
+#: Kinds that are kept of one model.
+_CAPACITY = 64
+
+_all_but_the_loss = operator.attrgetter(
+    "method", "step_size", "num_steps", "belief_optimizer", "nudging", "backend", "vinit", "reduction",
+    "update_scale", "normalizer", "tolerance", "check",
+)  # fmt: skip
+# torch 2.13 has no named dimensions any more
+_has_names = getattr(Tensor, "has_names", lambda tensor: False)
+
+
+@dataclass
+class Call:
+    """What is known of calls of one kind.
+
+    Attributes:
+        planned: before a backend is chosen.
+        loss: described, of a loss that is given by name; else None.
+        step_size: of the sum over rows.
+        raise_now, deferred: as for :class:`pcfast.problem.types.Problem`.
+    """
+
+    planned: Plan
+    loss: Loss | None
+    step_size: StepSize
+    raise_now: bool
+    deferred: bool
+    _chosen: tuple[Hashable, Plan] | None = field(default=None, repr=False)
+
+    def on_backend(self, name: str) -> Plan:
+        """The plan for the backend that ``name`` asks for; chosen anew where what decides has changed."""
+        state = decisions.state(self.planned.device)
+        if self._chosen is None or self._chosen[0] != state:
+            self._chosen = state, choose_backend(name, self.planned)[1]
+        return self._chosen[1]
+
+
+def key_of(x, y, settings: Settings, wanted: Wanted, output_gradient, move) -> Hashable | None:
+    """Equal for calls of one kind; None where a call has none."""
+    given = _all_but_the_loss(settings)
+    loss = settings.loss
+    if loss is not None and type(loss) is not str:
+        described = settings.described_loss()
+        loss = described.kind, described.settings
+    x, y = _facts(x), _facts(y)
+    if x is None or y is None:
+        return None
+    device = x[3].type if len(x) > 1 else "cpu"
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    key = (
+        given, tuple(map(type, given)),  # True equals 1
+        loss, x, y, wanted, output_gradient is None, move is None,
+        autocast, torch.is_grad_enabled(), torch.get_default_dtype(),
+    )  # fmt: skip
+    try:
+        hash(key)
+    except TypeError:  # a list of step sizes or of beliefs
+        return None
+    return key
+
+
+def _facts(value) -> tuple | None:
+    """What validation reads of an argument; None of a tensor of a kind that it refuses."""
+    if not isinstance(value, Tensor):
+        return (type(value),)
+    if value.is_nested or value.layout is not torch.strided or value.is_meta or _has_names(value):
+        return None
+    return type(value), value.shape, value.dtype, value.device, value.requires_grad
+
+
+def remember(known: Snapshot, key: Hashable | None, call: Call) -> None:
+    """Have ``known.calls`` answer for ``key`` from now on."""
+    if key is not None:
+        if len(known.calls) >= _CAPACITY:
+            known.calls.clear()
+        known.calls[key] = call
+
+
+def understood(known: Snapshot, x, y, settings: Settings, wanted: Wanted, output_gradient, move) -> Call:
+    """Validate and plan; arguments as for :func:`pcfast.relaxation.solve.prepare`.
+
+    Raises:
+        ArgumentError and its kinds.
+    """
+    network = known.network
+    relaxing = settings.checked(moves=move is not None)
+    method, optimizer = relaxing.method, relaxing.belief_optimizer
+    step_size, num_steps = validation.fixed_settings(
+        method, network.depth, relaxing.step_size, relaxing.num_steps
+    )
+    dtype = validation.check_input(x, network, known.placement)
+    if not (x.is_floating_point() or x.is_complex()):
+        wanted = replace(wanted, input_error=False)  # integers do not move
+    if method == "incremental":
+        validation.check_moving_precision(x.device.type, dtype)
+    if settings.reduction != "sum":
+        rows = reductions.rows_of(x, settings.normalizer)
+        optimizer, step_size = reductions.of_beliefs(settings.reduction, rows, optimizer, step_size)
+    loss = None if output_gradient is not None else settings.described_loss()
+    if loss is not None:
+        if loss.known and dtype.is_complex and not network.opaque:
+            raise ArgumentError(
+                "loss", f"{loss.kind} of a complex output", "a loss of your own with a real value",
+                "E.g. loss=lambda output, y: (output - y).abs().square().sum().",
+            )  # fmt: skip
+        validation.check_target_placement(x, y, by_rows=loss.known)
+    deferred = settings.check == "deferred" or (settings.check == "auto" and x.is_cuda)
+    precision = choose_precision(x.device.type, dtype)
+    fresh = settings.vinit is None and (optimizer.rests or num_steps == 0)
+    planned = plan(
+        network, x.device, dtype, tuple(x.shape), precision, method, num_steps, fresh, wanted, loss and loss.kind,
+        optimizer, settings.nudging, relaxing.tolerance,
+    )  # fmt: skip
+    if method in LOOPS:
+        validation.check_step_fits(step_size, precision.state)
+    by_name = isinstance(settings.loss, str)
+    return Call(planned, loss if by_name else None, step_size, not x.is_cuda and not deferred, deferred)
