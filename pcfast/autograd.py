@@ -15,6 +15,7 @@ from .problem.belief_optimizers import BeliefOptimizer
 from .problem.nudging import Nudging
 from .problem.settings import Settings
 from .relaxation.solve import forward_loss, solve
+from .support import host
 
 
 def scaled(updates: Sequence[Tensor], grad_output: Tensor, scale: float = 1.0) -> list[Tensor]:
@@ -42,7 +43,15 @@ class _Updates(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
+        # Handed on as they are, the parameters take them without a copy.
+        as_they_are = ctx.scale == 1.0 and host.readable(grad_output.device) and grad_output.item() == 1.0
+        if as_they_are and not torch.is_grad_enabled() and not _keeps_graph():
+            return None, None, None, *ctx.saved_tensors
         return None, None, None, *scaled(ctx.saved_tensors, grad_output, ctx.scale)
+
+
+#: Whether the backward pass that runs keeps its graph, which may be differentiated once more.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def pc_loss(

@@ -82,7 +82,8 @@ def numerics(device: torch.device, precision: Precision):
     """No autograd, dtypes as planned; on CUDA deterministic convolutions, and TF32 under float16 autocast."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
             stack.enter_context(switched(torch.backends.cudnn, "deterministic", True))
             if precision.autocast == torch.float16:

@@ -674,3 +674,46 @@ def test_threads_do_not_disturb_each_other():
     for index in range(2):
         assert len(result[index]) == 10
         assert all(same_bits(each, serial[index]) for each in result[index])
+
+
+def test_a_plain_backward_hands_the_updates_on_without_a_copy(monkeypatch):
+    """At a gradient of one that is not kept, parameters take the tensors that the relaxation computed."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(7, 6), torch.randint(0, 3, (7,))
+    given = []
+    apply = pcfast.autograd._Updates.forward
+
+    def spy(ctx, loss, scale, gradients, *parameters):
+        given[:] = [gradient.data_ptr() for gradient in gradients]
+        return apply(ctx, loss, scale, gradients, *parameters)
+
+    monkeypatch.setattr(pcfast.autograd._Updates, "forward", staticmethod(spy))
+    pcfast.pc_loss(model, x, y).backward()
+    once = [p.grad.clone() for p in model.parameters()]
+    assert [p.grad.data_ptr() for p in model.parameters()] == given
+    for factor, keep in ((1.0, True), (0.5, False)):
+        model.zero_grad()
+        loss = pcfast.pc_loss(model, x, y)
+        (factor * loss).backward(retain_graph=keep)
+        assert not {p.grad.data_ptr() for p in model.parameters()} & set(given)
+        assert all(torch.equal(p.grad, factor * g) for p, g in zip(model.parameters(), once, strict=True))
+        if keep:
+            loss.backward()
+            assert all(torch.equal(p.grad, 2 * g) for p, g in zip(model.parameters(), once, strict=True))
+
+
+def test_a_gradient_that_two_parameters_share_is_copied():
+    """Updates handed on without a copy never share memory with another parameter's."""
+
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.zeros(7, 5)), nn.Parameter(torch.zeros(7, 5))
+
+        def forward(self, v):
+            return v + self.a + self.b  # one gradient for both
+
+    model = nn.Sequential(nn.Linear(6, 5), Shift(), nn.Linear(5, 3))
+    pcfast.pc_loss(model, torch.randn(7, 6), torch.randint(0, 3, (7,))).backward()
+    a, b = model[1].a.grad, model[1].b.grad
+    assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()

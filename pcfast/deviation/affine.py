@@ -115,9 +115,10 @@ class LinearStep(_AffineStep):
 
     def gradients(self, e):
         result: Gradients = []
-        rows = e.reshape(-1, e.shape[-1])
+        rows, inputs = e, self.input
+        if e.dim() != 2:
+            rows, inputs = e.reshape(-1, e.shape[-1]), inputs.reshape(-1, self.spec.in_features)
         if self.module.weight.requires_grad:
-            inputs = self.input.reshape(-1, self.spec.in_features)
             product = self.precision.to_operand(rows).t() @ self.precision.to_operand(inputs)
             result.append((self.module.weight, product))
         if self.bias is not None and self.module.bias.requires_grad:

@@ -166,7 +166,8 @@ class Outcome:
         """Add one layer's gradients; a parameter used twice gets the sum."""
         self.owners.append((layer, [parameter for parameter, _ in result]))
         for parameter, gradient in result:
-            gradient = gradient.to(parameter.dtype)
+            if gradient.dtype != parameter.dtype:
+                gradient = gradient.to(parameter.dtype)
             if parameter in self.gradients:
                 gradient = self.gradients[parameter] + gradient
             self.gradients[parameter] = gradient
