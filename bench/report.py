@@ -2,11 +2,11 @@
 
     pcfast bench --json .benchmarks/latest.json
     python -m pcfast.bench.report --record .benchmarks/latest.json    # keep it under bench/results/
-    python -m pcfast.bench.report            # tables in README and docs/methods.md, the pictures in docs/
+    python -m pcfast.bench.report            # tables in README and docs/, the pictures there
 
 Records are append-only: bench/results/<device>/<date>-<commit>.json, with -kernels in the name where they are of
-`pcfast bench --kernels`, -methods of `python -m pcfast.bench.methods`. The tables' numbers come from nowhere else;
-tests compare them. A record whose sources differ from today's is marked so.
+`pcfast bench --kernels`, -methods and -host of `python -m pcfast.bench.methods` and `host_time`. The tables' numbers
+come from nowhere else; tests compare them. A record whose sources differ from today's is marked so.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import click
 from pcfast.support.files import write_atomically
 from pcfast.support.plotting import require_matplotlib
 
-from . import methods, sources, tables
+from . import host_time, methods, sources, tables
 from .runner import FORMAT
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results", HERE.parent / "README.md"
-METHODS = HERE.parent / "docs" / "methods.md"
+METHODS, HOST = HERE.parent / "docs" / "methods.md", HERE.parent / "docs" / "architecture.md"
 PICTURE, DEPTH_PICTURE = HERE.parent / "docs" / "speed.png", HERE.parent / "docs" / "depth.png"
 BEGIN, END = "<!-- bench/report.py: begin -->", "<!-- bench/report.py: end -->"
 #: Backends whose kernels are interpreted on a CPU, or compiled for it, for tests alone.
@@ -57,7 +57,7 @@ def record(path: Path) -> Path:
     }
     if on_cpu & GPU_BACKENDS:
         raise click.ClickException("the run's kernels ran on a CPU: leave their backends out")
-    kind = "".join(f"-{kind}" for kind in ("kernels", "methods") if result.get(kind))
+    kind = "".join(f"-{kind}" for kind in ("kernels", "methods", "host") if result.get(kind))
     target = RESULTS / folder_of(result) / f"{result['recorded'][:10]}-{result['commit']}{kind}.json"
     if target.exists():
         raise click.ClickException(f"{target} is there already: records are never replaced")
@@ -77,7 +77,7 @@ def newest(of: str = "rows") -> list[dict]:
     """The newest record of every device, GPUs first; records of older formats are kept but not shown.
 
     Args:
-        of: what a record has to have: "rows" of training steps, "kernels" or "methods".
+        of: what a record has to have: "rows" of training steps, "kernels", "methods" or "host".
     """
     by_device: dict[str, dict] = {}
     for path in RESULTS.glob("*/*.json"):
@@ -187,6 +187,17 @@ def methods_text(records: Iterable[dict]) -> str:
     return "\n\n".join(parts) or NOT_RECORDED
 
 
+def host_text(records: Iterable[dict]) -> str:
+    """Markdown of all records of host times: a table a device."""
+    parts = []
+    for result in records:
+        heading, *rows = host_time.cells(result)
+        lines = [heading, ["---"] * len(heading), *rows]
+        before = f" Before: commit {result['before']['commit']}." if "before" in result else ""
+        parts += ["\n".join(f"| {' | '.join(line)} |" for line in lines), _where_and_when(result) + before]
+    return "\n\n".join(parts) or NOT_RECORDED
+
+
 def with_tables(readme: str, records: Iterable[dict], of_kernels: Iterable[dict] = ()) -> str:
     """README with the text between the markers replaced."""
     return _between_markers(readme, text(records, of_kernels))
@@ -195,6 +206,11 @@ def with_tables(readme: str, records: Iterable[dict], of_kernels: Iterable[dict]
 def with_methods(page: str, records: Iterable[dict]) -> str:
     """docs/methods.md with the text between the markers replaced."""
     return _between_markers(page, methods_text(records))
+
+
+def with_host_times(page: str, records: Iterable[dict]) -> str:
+    """docs/architecture.md with the text between the markers replaced."""
+    return _between_markers(page, host_text(records))
 
 
 def _between_markers(page: str, made: str) -> str:
@@ -400,6 +416,8 @@ def main(path: Path | None) -> None:
     write_atomically(README, lambda file: file.write(readme.encode()))
     page = with_methods(METHODS.read_text(), newest("methods"))
     write_atomically(METHODS, lambda file: file.write(page.encode()))
+    host_page = with_host_times(HOST.read_text(), newest("host"))
+    write_atomically(HOST, lambda file: file.write(host_page.encode()))
     picture(records)
     depth_picture(records)
 
