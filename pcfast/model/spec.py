@@ -8,6 +8,7 @@ they name their module by its path in the model and hold no tensor, so plans can
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -328,12 +329,12 @@ class Network:
         """L, the number of PC layers."""
         return len(self.layers)
 
-    @property
+    @functools.cached_property
     def leaves(self) -> tuple[Op, ...]:
         """All operations in order, those of residual branches in place of their block."""
         return tuple(op for layer in self.layers for op in leaves(layer.ops))
 
-    @property
+    @functools.cached_property
     def opaque(self) -> tuple[Opaque, ...]:
         return tuple(op for op in self.leaves if isinstance(op, Opaque))
 
