@@ -1,8 +1,7 @@
 """A model as it was when it was last described, and a look at whether it still is, much cheaper than describing it.
 
 Compared is what a description, a check or a graph's key reads of a model: modules and their order, classes, hooks,
-forwards of their own, settings, and parameters and buffers with shapes, dtypes, flags and addresses. Every step asks,
-and a network of 33 layers has 98 modules: hence no loop but those of map, chain and comparisons of lists.
+forwards of their own, settings, and parameters and buffers with shapes, dtypes, flags and addresses.
 """
 
 from __future__ import annotations
@@ -12,26 +11,21 @@ import operator
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
-from itertools import chain
 
 from torch import Tensor, nn
 
 from ..support.hashing import hashed_once
 from .describe import GLOBAL_HOOKS, SETTINGS, describe, kind_of
+from .module_state import ModuleState
 from .placement import common_placement, tensors_of
 from .spec import Network
 
-_hooks_of = operator.itemgetter(
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-)
-_children_of = operator.itemgetter("_modules")
-_parameters_of = operator.itemgetter("_parameters")
-_buffers_of = operator.itemgetter("_buffers")
-_facts_of = operator.attrgetter("shape", "dtype", "requires_grad")
 _device_of = operator.attrgetter("device")
 _methods_of = operator.attrgetter("forward", "__iter__", "__call__")
 
-_flat = chain.from_iterable
+
+def _layout_of(tensor: Tensor) -> tuple[Hashable, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
 
 
 @hashed_once
@@ -61,100 +55,61 @@ class Snapshot:
         self.parameters, self.buffers = tensors_of(model)
         self.calls: dict[Hashable, object] = {}
         self._tensors = [*self.parameters, *self.buffers]
-        self._layout: TensorLayout | None = None
+        self._layout: tuple[object, TensorLayout] | None = None  # and what it was made for
+        self._devices = list(map(_device_of, self._tensors))
         try:
             self._remember(model)
         except (AttributeError, KeyError, RuntimeError):  # modules or tensors of a make of their own
             self.reusable = False
         else:
-            self.reusable = not any(_flat(map(_hooks_of, self._dicts)))
+            self.reusable = not self._state.hooked
 
     def _remember(self, model: nn.Sequential) -> None:
         modules = list(model.modules())
-        kinds = list(map(kind_of, modules))
-        self._kind, self._modules = type(model), modules[1:]
-        self._classes = list(map(type, self._modules))
+        dicts = [module.__dict__ for module in modules]
+        self._kind, self._dict = type(model), dicts[0]
         self._methods = [
             (kind, _methods_of(kind))
-            for kind in {self._kind, *self._classes}
+            for kind in set(map(type, modules))
             if issubclass(kind, nn.Sequential) and kind is not nn.Sequential
         ]
-        self._dicts = [module.__dict__ for module in modules]
-        self._sizes = list(map(len, self._dicts))
-        self._containers: list[dict] = []  # modules that hold others, or may
-        self._parametrised, self._buffered, self._bufferless, self._settings = [], [], [], []
-        for kind, module in zip(kinds, self._dicts, strict=True):
+        containers, parametrised, self._settings = [], [], []
+        for kind, module in zip(map(kind_of, modules), dicts, strict=True):
             if kind is None:
-                self._containers.append(module)
-            if kind is None or _parameters_of(module):
-                self._parametrised.append(module)
-            (self._buffered if _buffers_of(module) else self._bufferless).append(module)
+                containers.append(module)
+            if kind is None or module["_parameters"]:
+                parametrised.append(module)
             if kind is not None and SETTINGS[kind]:
                 read = operator.itemgetter(*SETTINGS[kind])
                 self._settings.append((read, module, copy.deepcopy(read(module))))
-        self._names, self._children = self._children_now()
-        self._held = self._held_now()
-        self._facts = list(map(_facts_of, self._tensors))
-        self._devices = list(map(_device_of, self._tensors))
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
-
-    def _children_now(self) -> tuple[list[str], list[nn.Module | None]]:
-        children = list(map(_children_of, self._containers))
-        return list(_flat(children)), list(_flat(map(dict.values, children)))
-
-    def _held_now(self) -> list[Tensor | None]:
-        held = list(_flat(map(dict.values, map(_parameters_of, self._parametrised))))
-        for buffers in map(_buffers_of, self._buffered):
-            held += buffers.values()
-        return held
+        self._state = ModuleState(dicts, containers, parametrised, modules[1:], self._tensors)
 
     def holds(self, model: nn.Sequential) -> bool:
         """Whether ``model``, whose snapshot this is, still is as it was, the values of its tensors aside."""
         try:
-            return (
+            if not (
                 self.reusable
                 and not any(GLOBAL_HOOKS)
                 and type(model) is self._kind
-                and model.__dict__ is self._dicts[0]
-                and list(map(len, self._dicts)) == self._sizes  # a forward of its own would be one more
-                and not any(_flat(map(_hooks_of, self._dicts)))
-                and list(map(type, self._modules)) == self._classes
-                and self._children_hold()
-                and self._tensors_hold()
+                and model.__dict__ is self._dict
+                and self._state.holds()
                 and all(read(module) == values for read, module, values in self._settings)
                 and all(_methods_of(kind) == methods for kind, methods in self._methods)
-            )
+            ):
+                return False
+            # elsewhere on the same devices is no change
+            return not self._state.moved() or list(map(_device_of, self._tensors)) == self._devices
         except (AttributeError, KeyError, RuntimeError):  # what was there is not, or cannot be compared
             return False
-
-    def _children_hold(self) -> bool:
-        names, children = self._children_now()
-        return names == self._names and all(map(operator.is_, children, self._children))
-
-    def _tensors_hold(self) -> bool:
-        held = self._held_now()
-        if len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
-            return False
-        if any(map(_buffers_of, self._bufferless)):
-            return False
-        if list(map(_facts_of, self._tensors)) != self._facts:
-            return False
-        addresses = list(map(Tensor.data_ptr, self._tensors))
-        if addresses != self._addresses:  # other memory: the same only on the same devices
-            if list(map(_device_of, self._tensors)) != self._devices:
-                return False
-            self._addresses, self._layout = addresses, None
-        return True
 
     @property
     def layout(self) -> TensorLayout:
         """That of the parameters and buffers."""
-        strides = list(map(Tensor.stride, self._tensors))
-        if self._layout is None or strides != self._strides:
-            self._strides = strides
-            parts = zip(self._addresses, self._facts, self._devices, strides, strict=True)
-            self._layout = TensorLayout((len(self.parameters), *parts))
-        return self._layout
+        found = self._state.moves, list(map(Tensor.stride, self._tensors))
+        if self._layout is None or self._layout[0] != found:
+            parts = map(_layout_of, self._tensors)
+            self._layout = found, TensorLayout((len(self.parameters), *parts))
+        return self._layout[1]
 
 
 # By the model's identity: a weak dictionary would hash and compare modules, which may say themselves how.
