@@ -33,7 +33,8 @@ class Cuda(KernelBackend):
         reason = _unavailable(plan.device)
         if reason:
             return False, reason
-        if plan.dtype not in _DTYPES and not (native.on_host() and plan.dtype == torch.float64):
+        doubles = plan.dtype == torch.float64 and native.on_host() and plan.device.type == "cpu"
+        if plan.dtype not in _DTYPES and not doubles:
             return False, f"its kernels compute in float32, not {plan.dtype}: use eager"
         reason = without_kernels(plan) or unknown_to_kernels(plan.network)
         if reason:
