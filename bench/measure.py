@@ -69,6 +69,13 @@ class EventClock:
         return self.first.elapsed_time(self.last) / 1e3  # it tells milliseconds
 
 
+def when_done() -> float:
+    """The host's clock once the GPU has done all that it was given: a timer for pytest-benchmark."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def clock_of(step: PreparedStep, device: torch.device) -> WallClock | EventClock:
     """Events wherever they see the step's work."""
     return EventClock(device) if device.type == "cuda" and not step.off_stream else WallClock(step.wait)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 import pcfast
 from pcfast.precision import parameter_dtype
@@ -18,7 +19,7 @@ from pcfast.support.machine import describe_machine
 
 from .contenders import CONTENDERS, Contender, PreparedStep, switches
 from .floor import counts_of, floor_of
-from .gate import Gate
+from .gate import Gate, Verdict
 from .measure import QUICK_ROUNDS, ROUNDS, ceilings, peak_memory, take_turns
 from .memory import in_a_process
 from .sources import digest
@@ -167,19 +168,13 @@ def _case(
     gates: dict[str, Gate],
 ) -> list[dict]:
     """The rows of one workload in one precision. gates: by workload, filled here."""
-    model, x, y = workload.draw(device)
-    dtype = parameter_dtype(precision)
-    model, x = model.to(dtype), x.to(dtype)
+    model, x, y = drawn(workload, precision, device)
     limits = record["ceilings"][precision]
     counts = counts_of(workload, model)
-    macs = _forward_macs(workload)
     rows = {c.name: _row(workload, precision, c) for c in contenders}
     able: list[Contender] = []
     for contender in contenders:
-        seconds = _guess(contender, workload, macs, counts["multiply_adds"]) / limits["multiply_adds_per_s"]
-        reason = contender.ineligible_reason(workload, precision, device)
-        if not reason and seconds > LONGEST_STEP[device.type]:
-            reason = f"a step would take about {seconds:.0f} s"
+        reason = why_left_out(contender, workload, precision, device, counts, limits)
         rows[contender.name]["reason"] = reason
         if not reason:
             able.append(contender)
@@ -188,7 +183,7 @@ def _case(
 
     say("gate")
     if workload.name not in gates:
-        gates[workload.name] = Gate(workload, device, _gate_rows(workload, macs, device))
+        gates[workload.name] = gate_of(workload, device)
     gate = gates[workload.name]
     steps: list[tuple[str, PreparedStep]] = []
     for contender in able:
@@ -198,17 +193,11 @@ def _case(
             continue
         try:
             say(f"gate of {contender.name}")
-            verdict = gate.judge(contender, precision)
+            verdict, step = judged_step(contender, precision, gate, (model, x, y))
             row.update(error=verdict.error, bound=verdict.bound, gate_rows=gate.rows)
-            if verdict.reason:
+            if step is None:
                 row["reason"] = f"gate closed: {verdict.reason}"
                 continue
-            step = verdict.step
-            if step is None:
-                with switches(precision, device):
-                    step = contender.prepare(workload, model, x, y, precision)
-                    step.run()
-                    step.wait()
         except Exception as error:  # of a compiler, of memory, of a baseline: the others go on
             row["reason"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             continue
@@ -231,6 +220,55 @@ def _case(
     for row in rows.values():
         row.update(**counts, energy_drop=energy)
     return list(rows.values())
+
+
+def drawn(workload: Workload, precision: str, device: torch.device) -> tuple[nn.Sequential, Tensor, Tensor]:
+    """(model, x, y) of a whole batch, in the dtype of ``precision``."""
+    model, x, y = workload.draw(device)
+    dtype = parameter_dtype(precision)
+    return model.to(dtype), x.to(dtype), y
+
+
+def why_left_out(
+    contender: Contender,
+    workload: Workload,
+    precision: str,
+    device: torch.device,
+    counts: dict[str, int],
+    limits: dict[str, float],
+) -> str:
+    """Why a contender is not timed: it cannot run, or a step would take too long; "" where it is.
+
+    Args:
+        counts: :func:`bench.floor.counts_of`. limits: :func:`bench.measure.ceilings`.
+    """
+    reason = contender.ineligible_reason(workload, precision, device)
+    work = _guess(contender, workload, _forward_macs(workload), counts["multiply_adds"])
+    seconds = work / limits["multiply_adds_per_s"]
+    if not reason and seconds > LONGEST_STEP[device.type]:
+        return f"a step would take about {seconds:.0f} s"
+    return reason
+
+
+def gate_of(workload: Workload, device: torch.device) -> Gate:
+    """The gate for a workload, on as many rows as ``device`` can afford."""
+    return Gate(workload, device, _gate_rows(workload, _forward_macs(workload), device))
+
+
+def judged_step(
+    contender: Contender, precision: str, gate: Gate, batch: tuple[nn.Sequential, Tensor, Tensor]
+) -> tuple[Verdict, PreparedStep | None]:
+    """What the gate says of a contender, and its step on ``batch``, run once; None where the gate is closed."""
+    verdict = gate.judge(contender, precision)
+    if verdict.reason:
+        return verdict, None
+    step = verdict.step
+    if step is None:
+        with switches(precision, gate.device):
+            step = contender.prepare(gate.workload, *batch, precision)
+            step.run()
+            step.wait()
+    return verdict, step
 
 
 def _row(workload: Workload, precision: str, contender: Contender, reason: str = "") -> dict:

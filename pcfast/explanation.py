@@ -1,15 +1,17 @@
-"""What would run, and why."""
+"""What would run, and why; on a GPU that is here or on a chip that is not."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .backends import BACKENDS, choose_backend
-from .errors import ArgumentTypeError, ShapeError
+from .backends import BACKENDS, chips, choose_backend
+from .backends.chips import Chip
+from .errors import ArgumentError, ArgumentTypeError, ShapeError
 from .losses import LossLike
 from .model.describe import describe
 from .model.placement import common_placement
@@ -28,21 +30,31 @@ class Explanation:
 
     Attributes:
         network: the model as pcfast reads it.
-        plan: backend, Gram form, precision, exact work.
+        plan: backend, Gram form, precision, exact work. Its backend is "" where several are left that only a
+            measurement on the device tells apart (:attr:`candidates`).
         refused: backend -> why it does not run.
         kernels: what the backend says about the layers, where it has kernels of its own.
+        chip: that was asked for by name; None for a device.
+        candidates: with backend "auto" on a chip that is not here: backend -> what it says about the layers.
     """
 
     network: Network
     plan: Plan
     refused: dict[str, str]
     kernels: tuple[str, ...] = ()
+    chip: Chip | None = None
+    candidates: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         plan = self.plan
         said = [alias for alias, method in ALIASES.items() if method == plan.method]
         method = f"{plan.method} ({' or '.join(said)})" if said else plan.method
-        lines = [f"{method}, {plan.num_steps} iterations, on backend {plan.backend}"]
+        where = f"backend {plan.backend}" if plan.backend else f"one of {', '.join(self.candidates)}"
+        lines = [f"{method}, {plan.num_steps} iterations, on {where}"]
+        if self.chip is not None:
+            lines += [f"  {line}" for line in _chip_in_words(self.chip)]
+        if self.candidates:
+            lines.append(f"  {MEASURED_THERE}")
         lines += [f"  {name} refused: {reason}" for name, reason in self.refused.items()]
         if not plan.belief_optimizer.plain:
             lines.append(f"beliefs move by {plan.belief_optimizer}")
@@ -73,7 +85,27 @@ class Explanation:
             lines.append(f"{layer.label}: {size}")
         lines += [f"  {op.name} runs through torch autograd: {op.why}" for op in self.network.opaque]
         lines += self.kernels
+        for name, kernels in self.candidates.items():
+            lines += [f"on backend {name}:", *(f"  {line}" for line in kernels or (NO_KERNELS,))]
         return "\n".join(lines)
+
+
+#: What a plan for a chip that is not here cannot say.
+MEASURED_THERE = (
+    "which of these is faster, and with which tiles, is measured on the device: pcfast bench, pcfast tune"
+)
+NO_KERNELS = "PyTorch's operations: no kernels of its own"
+
+
+def _chip_in_words(chip: Chip) -> list[str]:
+    bound = f"compute capability {chip.capability[0]}.{chip.capability[1]}, {chip.sm_count} SMs, "
+    bound += (
+        f"{chip.shared_memory_per_block_bytes:,} bytes of shared memory per block, "
+        f"{chip.shared_memory_per_sm_bytes:,} per SM, {chip.l2_bytes >> 20} MiB of L2, "
+        f"{chip.memory_bandwidth_gbs:,g} GB/s"
+    )
+    stand_in = f", with the figures of an {chip.figures_of}" if chip.figures_of else ""
+    return [f"for {chip.name}{stand_in}, planned without one: {bound}", f"figures from {chip.source}"]
 
 
 def explain(
@@ -98,7 +130,10 @@ def explain(
     Args:
         model: ``nn.Sequential`` of PC layers.
         x_shape: shape of the input, batch included.
-        device: where it would run; None means where the model is.
+        device: where it would run; None means where the model is. A chip's name, "h200", "a100", "b200", "rtx4090"
+            and others, or an architecture, "sm_90a", asks for a GPU that need not be here, by its published figures.
+            Precision is that of torch's switches for CUDA; ``pcfast.precision.use_precision("bf16",
+            torch.device("cuda"))`` is bfloat16 autocast also where torch sees no GPU.
         method, num_steps, backend, step_size, belief_optimizer, nudging, vinit, reduction, update_scale, tolerance:
             as for :func:`pcfast.pc_loss`, or method "incremental"; the work is that of all iterations.
         loss: as for :func:`pcfast.pc_loss`; None where it is not decided yet.
@@ -122,23 +157,58 @@ def explain(
     if len(shape) < 2 or min(shape) < 1:
         raise ShapeError("x_shape", str(shape), "(batch, ...) with positive sizes")
     where, dtype = common_placement(model) or (torch.device("cpu"), torch.get_default_dtype())
-    where = where if device is None else validation.checked_device(device)
+    chip = None
+    if device is not None:
+        where, chip = device_or_chip(device)
     if not isinstance(vinit, list | tuple):
         validation.check_start_of_all(vinit, method)
     fresh = vinit is None and (optimizer.rests or num_steps == 0)
     kind = "cross_entropy" if described is None else described.kind
-    chosen, planned = choose_backend(
-        backend,
-        plan(
-            network, where, dtype, shape, choose_precision(where.type, dtype), method, num_steps, fresh,
-            loss=kind, belief_optimizer=optimizer, nudging=nudging, tolerance=relaxing.tolerance,
-        ),
+    planned = plan(
+        network, where, dtype, shape, choose_precision(where.type, dtype), method, num_steps, fresh,
+        loss=kind, belief_optimizer=optimizer, nudging=nudging, tolerance=relaxing.tolerance,
     )  # fmt: skip
-    refused = dict(planned.refusals)
-    for name in BACKENDS:
-        if name != chosen.name and name not in refused:
-            wanted = (
-                f'backend="{backend}" was asked for' if backend != "auto" else f"{chosen.name} comes first"
-            )
-            refused[name] = wanted
-    return Explanation(network, planned, refused, tuple(chosen.describe(planned)))
+    with contextlib.nullcontext() if chip is None else chips.planning_for(chip):
+        if chip is not None and backend == "auto":
+            return _by_candidates(network, planned, chip)
+        chosen, planned = choose_backend(backend, planned)
+        refused = dict(planned.refusals)
+        for name in BACKENDS:
+            if name != chosen.name and name not in refused:
+                wanted = (
+                    f'backend="{backend}" was asked for'
+                    if backend != "auto"
+                    else f"{chosen.name} comes first"
+                )
+                refused[name] = wanted
+        return Explanation(network, planned, refused, tuple(chosen.describe(planned)), chip)
+
+
+def device_or_chip(device: str | torch.device) -> tuple[torch.device, Chip | None]:
+    """What ``device`` names: a device that is here, or CUDA and the chip to plan for in its place.
+
+    Raises:
+        ArgumentError: neither; the message has the chips' names.
+    """
+    if isinstance(device, str) and (chip := chips.by_name(device)):
+        return torch.device("cuda"), chip
+    try:
+        return validation.checked_device(device), None
+    except ArgumentError as error:
+        needed = f"{error.needed}; or a chip that need not be here: {chips.names()}"
+        raise ArgumentError("device", error.given, needed, error.remedy) from error
+
+
+def _by_candidates(network: Network, planned: Plan, chip: Chip) -> Explanation:
+    """What "auto" has to choose from on a chip that is not here: every backend that runs the plan there."""
+    answers = {name: backend.supports(planned) for name, backend in BACKENDS.items()}
+    refused = {name: reason for name, (ok, reason) in answers.items() if not ok}
+    able = [BACKENDS[name] for name, (ok, _) in answers.items() if ok]
+    fast = [backend for backend in able if not backend.literal]
+    if len(fast or able) > 1:
+        kernels = {backend.name: tuple(backend.describe(planned)) for backend in fast}
+        refused |= {backend.name: "it is the literal loop" for backend in able if backend.literal}
+        return Explanation(network, planned, refused, chip=chip, candidates=kernels)
+    chosen, planned = choose_backend((fast or able)[0].name, planned)
+    refused |= {backend.name: f"{chosen.name} comes first" for backend in able if backend is not chosen}
+    return Explanation(network, planned, refused, tuple(chosen.describe(planned)), chip)

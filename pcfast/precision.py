@@ -210,5 +210,22 @@ def use_precision(name: str, device: torch.device):
             for switch in (PRODUCTS, CONVOLUTIONS):
                 stack.enter_context(switched(switch, "state", switch.of(products)))
         if name == "bf16":
-            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            stack.enter_context(_bfloat16_autocast(device.type))
         yield
+
+
+@contextlib.contextmanager
+def _bfloat16_autocast(device_type: str):
+    """As torch.autocast, which without CUDA leaves that of "cuda" off: what is planned for a GPU needs none."""
+    if device_type != "cuda" or torch.cuda.is_available():
+        with torch.autocast(device_type, torch.bfloat16):
+            yield
+        return
+    before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    torch.set_autocast_enabled(device_type, True)
+    torch.set_autocast_dtype(device_type, torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, before[0])
+        torch.set_autocast_dtype(device_type, before[1])

@@ -16,8 +16,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from pcfast.backends import gpu_constants
-from pcfast.backends.gpu_constants import DEFAULTS, NAMES, load
+from pcfast.backends import chips, gpu_constants
+from pcfast.backends.gpu_constants import NAMES, defaults, load
 from pcfast.bench.constants import measure
 from pcfast.errors import ArgumentError
 from pcfast.support import log
@@ -270,7 +270,7 @@ def test_everything_is_measured_on_a_gpu(tmp_path):
     record = measure.measure()
     assert record["exit_status"] == 0, record["not_measured"]
     measure.save(record, tmp_path / "constants.json")
-    measured = load(tmp_path / "constants.json", device=torch.cuda.get_device_name(0))
+    measured = load(tmp_path / "constants.json", chip=chips.chip_of(torch.device("cuda", 0)))
     assert [name for name in NAMES if not measured.is_measured(name)] == []
 
 
@@ -308,8 +308,8 @@ def test_measured_values_stand_before_defaults(tmp_path):
     assert result.device == "NVIDIA H200"
     assert (result.sm_count, result.l2_bytes, result.sm_clock_mhz) == (132, 62914560, 1755.5)
     assert result.source["sm_clock_mhz"] == LABEL and result.is_measured("sm_clock_mhz")
-    assert result.matmul_bf16_tflops == DEFAULTS["matmul_bf16_tflops"][0]
-    assert result.source["matmul_bf16_tflops"] == DEFAULTS["matmul_bf16_tflops"][1]
+    by_default = defaults(chips.DEFAULT)["matmul_bf16_tflops"]
+    assert (result.matmul_bf16_tflops, result.source["matmul_bf16_tflops"]) == by_default
     assert result.copy_bandwidth_gbs == 4300
     assert result.source["copy_bandwidth_gbs"].endswith(
         "not measured: less than 3 GiB of device memory are free"
@@ -321,7 +321,7 @@ def test_without_a_file_all_are_defaults(monkeypatch, caplog):
     monkeypatch.delenv(gpu_constants.PATH_VARIABLE, raising=False)
     with caplog.at_level(logging.INFO, "pcfast"):
         result = load()
-    assert {name: (getattr(result, name), result.source[name]) for name in NAMES} == DEFAULTS
+    assert {name: (getattr(result, name), result.source[name]) for name in NAMES} == defaults(chips.DEFAULT)
     assert caplog.messages == []
     assert hash(result) == hash(load())
 
@@ -331,9 +331,10 @@ def test_the_environment_names_a_file(tmp_path, monkeypatch):
     assert load().sm_clock_mhz == 1755.5
 
 
-def test_every_default_names_where_it_is_from():
-    assert set(DEFAULTS) == set(NAMES)
-    for name, (value, source) in DEFAULTS.items():
+@pytest.mark.parametrize("chip", chips.TABLE, ids=lambda chip: chip.alias)
+def test_every_default_names_where_it_is_from(chip):
+    assert list(defaults(chip)) == list(NAMES)
+    for name, (value, source) in defaults(chip).items():
         assert source.startswith(("published: ", "estimate: ")), name
         assert value > 0
 
@@ -342,18 +343,18 @@ def test_an_unknown_device_gets_the_defaults_and_says_so(monkeypatch, caplog):
     monkeypatch.delenv(gpu_constants.PATH_VARIABLE, raising=False)
     monkeypatch.setattr(log, "_said", set())
     with caplog.at_level(logging.INFO, "pcfast"):
-        result = load(device="NVIDIA A100-SXM4-80GB")
-    assert result.device == "NVIDIA A100-SXM4-80GB" and result.sm_count == 132
-    assert all("not of NVIDIA A100" in source for source in result.source.values())
+        result = load(chip=chips.like("NVIDIA A100-PCIE-40GB", (8, 0)))
+    assert result.device == "NVIDIA A100-PCIE-40GB" and result.sm_count == 108
+    assert all("of an NVIDIA A100, not of NVIDIA A100-PCIE" in source for source in result.source.values())
     assert caplog.messages == [
-        "constants: what was not measured on NVIDIA A100-SXM4-80GB is taken from an H100 or H200"
+        "constants: what was not measured on NVIDIA A100-PCIE-40GB is taken from an NVIDIA A100"
     ]
 
 
 def test_a_file_of_another_device_is_not_used(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(log, "_said", set())
     with caplog.at_level(logging.INFO, "pcfast"):
-        result = load(written(tmp_path, SAMPLE), device="NVIDIA H100 80GB HBM3")
+        result = load(written(tmp_path, SAMPLE), chip=chips.like("NVIDIA H100 80GB HBM3"))
     assert not any(result.is_measured(name) for name in NAMES)
     assert "was measured on NVIDIA H200, not on NVIDIA H100 80GB HBM3" in caplog.text
 

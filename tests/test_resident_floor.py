@@ -11,14 +11,14 @@ from pcfast import networks
 from pcfast.backends import gpu_constants
 from pcfast.backends.cuda import kernel_params as p
 from pcfast.backends.cuda.describe import describe as words
-from pcfast.backends.cuda.roofline import MULTIPLY_ADDS_PER_CLOCK, floors
-from pcfast.backends.cuda.shared_memory import Chip, Placement, place
+from pcfast.backends.cuda.roofline import floors
+from pcfast.backends.cuda.shared_memory import Placement, Room, place
 from pcfast.model.describe import describe
 from pcfast.precision import Operands
 from pcfast.problem.plan import gram_macs, layer_macs
 
 KNOWN = gpu_constants.load()
-CHIP = Chip(KNOWN.sm_count, KNOWN.shared_memory_per_block_bytes, KNOWN.shared_memory_per_sm_bytes)
+CHIP = Room(KNOWN.sm_count, KNOWN.shared_memory_per_block_bytes, KNOWN.shared_memory_per_sm_bytes)
 
 
 def padded_cnn() -> nn.Sequential:
@@ -165,12 +165,12 @@ def found_feedback_words(result: Placement) -> int:
 def test_clocks_are_those_of_the_units_that_have_the_most():
     """float32 units and Tensor Cores work beside each other; shared memory of both."""
     plenty = dataclasses.replace(KNOWN, shared_memory_bytes_per_clk_sm=1e9)
-    assert MULTIPLY_ADDS_PER_CLOCK == {"ieee": 128, "tf32": 1024, "bf16": 2048}
+    rates = {"ieee": 128, "tf32": 1024, "bf16": 2048}  # of an H200
     for operands in OPERANDS:
         least = floors(placed("padded_cnn", False, operands)[2], plenty)
         convolutions = least[2].multiply_adds + least[4].multiply_adds
-        by_convolutions = convolutions / MULTIPLY_ADDS_PER_CLOCK[operands.convolution]
-        by_linear = least[5].multiply_adds / MULTIPLY_ADDS_PER_CLOCK[operands.linear]
+        by_convolutions = convolutions / rates[operands.convolution]
+        by_linear = least[5].multiply_adds / rates[operands.linear]
         same = operands.linear == operands.convolution
         assert least[0].binding == "multiply-adds"
         assert least[0].clocks == pytest.approx(

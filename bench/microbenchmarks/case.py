@@ -42,6 +42,11 @@ class Way:
     times: int = 1
     size: str = ""
 
+    @property
+    def label(self) -> str:
+        """Of one way among its case's."""
+        return f"{self.name}, {self.size}" if self.size else self.name
+
 
 @dataclass(frozen=True)
 class Case:
@@ -51,6 +56,7 @@ class Case:
         kernel: whose. size: of the problem, in words.
         precision: key of :data:`TORCH_PRECISION`.
         multiply_adds: of its products. bytes: of device memory that cannot but move, each array once.
+        labels: of its ways, which are known before any inputs are drawn.
         ways: draws the inputs on a device and prepares all ways.
         ineligible_reason: why none can run on a device, "" where they can.
     """
@@ -60,6 +66,7 @@ class Case:
     precision: str
     multiply_adds: int
     bytes: int
+    labels: tuple[str, ...]
     ways: Callable[[torch.device], list[Way]]
     ineligible_reason: Callable[[torch.device], str] = lambda device: ""
 

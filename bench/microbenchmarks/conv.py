@@ -30,6 +30,7 @@ from .rounding import (
 )
 
 _aten = torch.ops.aten
+PREDICT, FEEDBACK = ("triton", "cuDNN + pointwise_error"), ("triton", "cuDNN + pointwise_update")
 
 
 def _layer(
@@ -86,7 +87,7 @@ def _predict(batch: int, g: ConvGeometry, precision: str) -> Case:
     moved = operand * (batch * below + g.taps * g.channels * g.out_channels)
     moved += batch * (4 * map + pooled * (8 + operand + (g.pool is not None)))
     ways = partial(_predict_ways, batch, g, precision)
-    return Case("conv_predict", _size(batch, g), precision, _macs(batch, g), moved, ways)
+    return Case("conv_predict", _size(batch, g), precision, _macs(batch, g), moved, PREDICT, ways)
 
 
 def _feedback(batch: int, g: ConvGeometry, precision: str) -> Case:
@@ -96,7 +97,7 @@ def _feedback(batch: int, g: ConvGeometry, precision: str) -> Case:
     moved = operand * g.taps * g.channels * g.out_channels + batch * pooled * (operand + (g.pool is not None))
     moved += batch * below * (12 + (0 if precision == "tf32x3" else operand))
     ways = partial(_feedback_ways, batch, g, precision)
-    return Case("conv_feedback", _size(batch, g), precision, _macs(batch, g), moved, ways)
+    return Case("conv_feedback", _size(batch, g), precision, _macs(batch, g), moved, FEEDBACK, ways)
 
 
 def _weights(g: ConvGeometry, precision: str, device: torch.device) -> Tensor:
@@ -171,8 +172,8 @@ def _predict_ways(batch: int, g: ConvGeometry, precision: str, device: torch.dev
 
     tiles = described(predict_tiles(g, precision, None, Relu()))
     return [
-        Way("triton", tiles, fused, partial(judge, fused, False)),
-        Way("cuDNN + pointwise_error", "", composed, partial(judge, composed, True)),
+        Way(PREDICT[0], tiles, fused, partial(judge, fused, False)),
+        Way(PREDICT[1], "", composed, partial(judge, composed, True)),
     ]
 
 
@@ -232,6 +233,6 @@ def _feedback_ways(batch: int, g: ConvGeometry, precision: str, device: torch.de
         return judged(*results)
 
     return [
-        Way("triton", described(feedback_tiles(g, precision)), fused, partial(judge, fused, False)),
-        Way("cuDNN + pointwise_update", "", composed, partial(judge, composed, True)),
+        Way(FEEDBACK[0], described(feedback_tiles(g, precision)), fused, partial(judge, fused, False)),
+        Way(FEEDBACK[1], "", composed, partial(judge, composed, True)),
     ]

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pcfast.backends.chips import chip_of
 from pcfast.backends.triton.arena import Arena, Layout, LayoutBuilder
 from pcfast.backends.triton.loop import table
 from pcfast.backends.triton.tensor_layout import padded
@@ -32,6 +33,7 @@ from .rounding import (
     update_bound,
 )
 
+PREDICT, FEEDBACK = ("triton", "cuBLAS + pointwise_error"), ("triton", "cuBLAS + pointwise_update")
 #: (layers of one launch, batch, in, out), what matters most first.
 GRID = (
     (1, 300, 600, 600),
@@ -70,7 +72,13 @@ def _predict(layers: int, batch: int, fan_in: int, fan_out: int, precision: str,
     ways = partial(_predict_ways, layers, batch, fan_in, fan_out, precision, interpreted)
     macs = layers * batch * fan_in * fan_out
     return Case(
-        "linear_predict", _size(layers, batch, fan_in, fan_out), precision, macs, layers * moved, ways
+        "linear_predict",
+        _size(layers, batch, fan_in, fan_out),
+        precision,
+        macs,
+        layers * moved,
+        PREDICT,
+        ways,
     )
 
 
@@ -82,7 +90,13 @@ def _feedback(layers: int, batch: int, fan_in: int, fan_out: int, precision: str
     ways = partial(_feedback_ways, layers, batch, fan_in, fan_out, precision, interpreted)
     macs = layers * batch * fan_in * fan_out
     return Case(
-        "linear_feedback", _size(layers, batch, fan_in, fan_out), precision, macs, layers * moved, ways
+        "linear_feedback",
+        _size(layers, batch, fan_in, fan_out),
+        precision,
+        macs,
+        layers * moved,
+        FEEDBACK,
+        ways,
     )
 
 
@@ -101,7 +115,7 @@ class _Launch:
         self.interpreted = interpreted
         self.builder = LayoutBuilder()
         self.copies = precision != "tf32x3"  # three TF32 products read the state
-        sm_count = 3 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count
+        sm_count = 3 if interpreted else chip_of(device).sm_count
         all_products = [products] * layers
         self.tiles: LinearTiles = linear_tiles(all_products, precision, sm_count, interpreted)
         self.programs = min(self.tiles.count(all_products), sm_count)
@@ -210,8 +224,8 @@ def _predict_ways(
         return judged(*results)
 
     return [
-        Way("triton", described(launch.tiles, launch.programs), fused, partial(judge, fused, False)),
-        Way("cuBLAS + pointwise_error", "", composed, partial(judge, composed, True)),
+        Way(PREDICT[0], described(launch.tiles, launch.programs), fused, partial(judge, fused, False)),
+        Way(PREDICT[1], "", composed, partial(judge, composed, True)),
     ]
 
 
@@ -290,6 +304,6 @@ def _feedback_ways(
         return judged(*results)
 
     return [
-        Way("triton", described(launch.tiles, launch.programs), fused, partial(judge, fused, False)),
-        Way("cuBLAS + pointwise_update", "", composed, partial(judge, composed, True)),
+        Way(FEEDBACK[0], described(launch.tiles, launch.programs), fused, partial(judge, fused, False)),
+        Way(FEEDBACK[1], "", composed, partial(judge, composed, True)),
     ]

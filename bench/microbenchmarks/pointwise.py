@@ -35,6 +35,7 @@ TINY_GRAM_MAPS = ((3, 5, 4, 5),)
 OUTPUTS = ((300, 10), (1024, 4096), (256, 1000), (128, 50257), (32, 10))
 TINY_OUTPUTS = ((5, 7), (3, 1030))
 LOSSES = ("cross_entropy", "mse")
+WAYS = ("triton",)
 
 
 def cases(interpreted: bool) -> list[Case]:
@@ -80,7 +81,7 @@ def _error(batch: int, height: int, width: int, channels: int, window: int, prec
     moved = batch * height * width * channels * (4 + 2 * operand) + 8 * pooled
     size = _size(batch, height, width, channels, window)
     ways = partial(_error_ways, batch, height, width, channels, window, precision)
-    return Case("pointwise_error", size, precision, 0, moved, ways)
+    return Case("pointwise_error", size, precision, 0, moved, WAYS, ways)
 
 
 def _error_ways(batch, height, width, channels, window, precision, device) -> list[Way]:
@@ -108,7 +109,7 @@ def _error_ways(batch, height, width, channels, window, precision, device) -> li
             (_map(error, samples), truth.error, truth.error_bound), (result, truth.delta, truth.delta_bound)
         )
 
-    return [Way("triton", _blocks(batch * rows * columns, channels, window**2), launch, judge)]
+    return [Way(WAYS[0], _blocks(batch * rows * columns, channels, window**2), launch, judge)]
 
 
 def _update(batch: int, height: int, width: int, channels: int, window: int, precision: str) -> Case:
@@ -116,7 +117,7 @@ def _update(batch: int, height: int, width: int, channels: int, window: int, pre
     # d is read and written, eps and the product read; in bf16 d is also written as an operand
     moved = numbers * (12 + operand + (2 if precision == "bf16" else 0))
     ways = partial(_update_ways, batch, height, width, channels, precision)
-    return Case("pointwise_update", _size(batch, height, width, channels), precision, 0, moved, ways)
+    return Case("pointwise_update", _size(batch, height, width, channels), precision, 0, moved, WAYS, ways)
 
 
 def _update_ways(batch, height, width, channels, precision, device) -> list[Way]:
@@ -144,14 +145,14 @@ def _update_ways(batch, height, width, channels, precision, device) -> list[Way]
             results.append((_map(operand, samples), moved, copied(moved, bound, STORED[dtype])))
         return judged(*results)
 
-    return [Way("triton", _blocks(batch * height * width, channels), launch, judge)]
+    return [Way(WAYS[0], _blocks(batch * height * width, channels), launch, judge)]
 
 
 def _gram(batch: int, height: int, width: int, channels: int, precision: str) -> Case:
     # s and its sum are read and written, delta and the product read
     moved = batch * height * width * channels * (16 + 2 * operand_bytes(precision))
     ways = partial(_gram_ways, batch, height, width, channels, precision)
-    return Case("pointwise_gram", _size(batch, height, width, channels), precision, 0, moved, ways)
+    return Case("pointwise_gram", _size(batch, height, width, channels), precision, 0, moved, WAYS, ways)
 
 
 def _gram_ways(batch, height, width, channels, precision, device) -> list[Way]:
@@ -185,14 +186,14 @@ def _gram_ways(batch, height, width, channels, precision, device) -> list[Way]:
             results.append((_map(result, samples), truth, 4 * EPS * (before.abs() + ETA * move.abs())))
         return judged(*results)
 
-    return [Way("triton", f"{BLOCK} elements", launch, judge)]
+    return [Way(WAYS[0], f"{BLOCK} elements", launch, judge)]
 
 
 def _output(batch: int, classes: int, loss: str, precision: str) -> Case:
     # s, uhat, vhat and the target are read, eps and delta written
     moved = batch * classes * (20 + operand_bytes(precision))
     ways = partial(_output_ways, batch, classes, loss, precision)
-    return Case("output_error", f"batch {batch}, {classes} classes, {loss}", precision, 0, moved, ways)
+    return Case("output_error", f"batch {batch}, {classes} classes, {loss}", precision, 0, moved, WAYS, ways)
 
 
 def _output_ways(batch, classes, loss, precision, device) -> list[Way]:
@@ -246,4 +247,4 @@ def _output_ways(batch, classes, loss, precision, device) -> list[Way]:
         )
 
     rows, columns, warps = output_tile(batch, classes)
-    return [Way("triton", f"{rows} x {columns}, {warps} warps", launch, judge)]
+    return [Way(WAYS[0], f"{rows} x {columns}, {warps} warps", launch, judge)]

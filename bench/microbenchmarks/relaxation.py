@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import pcfast
 from pcfast import networks
+from pcfast.backends.chips import chip_of
 from pcfast.backends.triton.launch_plan import CompileTarget, Design, design
 from pcfast.backends.triton.loop import ForwardState, Loop, arena_of
 from pcfast.checking.bounds import FACTOR, relative_error
@@ -37,6 +38,7 @@ NETWORKS = (
     (128, (784, *[128] * 32, 10)),
 )
 TINY = ((5, (9, 14, 12, 4)),)
+WAYS = ("one launch", "two stages")
 ITERATIONS = 20
 STEP_SIZE = 0.05
 # What operands lose in products of each precision; three TF32 products leave out about four roundings of fp32.
@@ -68,9 +70,8 @@ def _case(batch: int, widths: tuple[int, ...], precision: str, interpreted: bool
     runs = [(width, len(list(equal))) for width, equal in groupby(widths)]
     words = "-".join(f"{width}x{count}" if count > 1 else str(width) for width, count in runs)
     size = f"batch {batch}, {words} tanh"
-    return Case(
-        "mlp_relaxation", size, precision, macs, moved, partial(_ways, batch, widths, precision, interpreted)
-    )
+    ways = partial(_ways, batch, widths, precision, interpreted)
+    return Case("mlp_relaxation", size, precision, macs, moved, WAYS, ways)
 
 
 class _Relaxations:
@@ -142,9 +143,9 @@ def _ways(
 ) -> list[Way]:
     steps = 3 if interpreted else ITERATIONS
     relaxations = _Relaxations(batch, widths, precision, steps, device)
-    sm_count = 3 if interpreted else torch.cuda.get_device_properties(device).multi_processor_count
+    sm_count = 3 if interpreted else chip_of(device).sm_count
     ways = []
-    for name, l1_bytes_per_sm in (("one launch", _EVERYTHING), ("two stages", _NOTHING)):
+    for name, l1_bytes_per_sm in zip(WAYS, (_EVERYTHING, _NOTHING), strict=True):
         target = CompileTarget(precision, sm_count, l1_bytes_per_sm, interpreted)
         # not fresh: all layers take part in every iteration
         planned = design(relaxations.network, relaxations.shapes, False, "cross_entropy", False, target)

@@ -74,7 +74,12 @@ def _case(
     # nothing moves through device memory but before and after the loop
     ways = partial(_ways, make, shape, steps, precision)
     ineligible_reason = partial(_ineligible_reason, network, shape, steps[0])
-    return Case(KERNEL, f"{name}, batch {shape[0]}", precision, products, 0, ways, ineligible_reason)
+    labels = tuple(f"cuda, {_length(num_steps)}" for num_steps in steps)
+    return Case(KERNEL, f"{name}, batch {shape[0]}", precision, products, 0, labels, ways, ineligible_reason)
+
+
+def _length(num_steps: int) -> str:
+    return f"n = {num_steps}"
 
 
 def _ineligible_reason(network: Network, shape: tuple[int, ...], num_steps: int, device: torch.device) -> str:
@@ -169,5 +174,5 @@ def _ways(
     for num_steps in steps:
         relaxation = _Relaxation(make, shape, num_steps, precision, device)
         judge = partial(relaxation.judge, num_steps == steps[0])
-        ways.append(Way("cuda", relaxation.words(), relaxation.launch, judge, num_steps, f"n = {num_steps}"))
+        ways.append(Way("cuda", relaxation.words(), relaxation.launch, judge, num_steps, _length(num_steps)))
     return ways

@@ -21,6 +21,7 @@ from .. import measure
 from ..contenders import PreparedStep, graphed, switches
 from ..floor import floor_of
 from .case import TORCH_PRECISION, Case, Way, torch_precision
+from .rounding import Judgement
 
 #: Launches of one CUDA graph: what lies between two launches counts, as it does in a relaxation.
 LAUNCHES = 20
@@ -108,7 +109,7 @@ def run(
         Ceilings by precision, and a row for each way of each case: see :func:`_row`. Times are in seconds.
     """
     deadline = time.monotonic() + seconds
-    ceilings = _ceilings({case.precision for case in cases}, device, quick)
+    ceilings = ceilings_of({case.precision for case in cases}, device, quick)
     rows = [[_row(case, ceilings, reason=OUT_OF_TIME)] for case in cases]
     for done, case in enumerate(cases):
         progress(done, len(cases), f"{case.kernel} in {case.precision}, {case.size}")
@@ -123,7 +124,7 @@ def run(
     return ceilings, list(chain.from_iterable(rows))
 
 
-def _ceilings(precisions: set[str], device: torch.device, quick: bool) -> dict[str, dict]:
+def ceilings_of(precisions: set[str], device: torch.device, quick: bool) -> dict[str, dict]:
     """Rates of this machine for each of the kernels' precisions."""
     by_name = {}
     for name in sorted({torch_precision(precision, device) for precision in precisions | {"tf32"}}):
@@ -140,27 +141,25 @@ def _timed(case: Case, ceilings: dict, device: torch.device, quick: bool, deadli
     launches = LAUNCHES if device.type == "cuda" else 1
     steps: list[tuple[str, PreparedStep]] = []
     try:
-        with switches(precision, device), torch.no_grad():
-            reason = case.ineligible_reason(device)
-            if reason:
-                return [_row(case, ceilings, reason=reason)]
-            ways = case.ways(device)
+        reason = why_left_out(case, device)
+        if reason:
+            return [_row(case, ceilings, reason=reason)]
+        ways = ways_of(case, device)
     except Exception as error:  # of memory, say: the other cases go on
         return [_row(case, ceilings, reason=_failure(error))]
-    rows = {_name(way): _row(case, ceilings, way) for way in ways}
+    rows = {way.label: _row(case, ceilings, way) for way in ways}
     for way in ways:
-        row = rows[_name(way)]
+        row = rows[way.label]
         if time.monotonic() >= deadline:
             row["reason"] = OUT_OF_TIME
             continue
         try:
-            with switches(precision, device), numerics(device, choose_precision(device.type, torch.float32)):
-                verdict = way.judge()
-                row.update(error=verdict.error, of_bound=verdict.excess)
-                if not verdict.right:
-                    row["reason"] = f"gate closed: {verdict.excess:.3g} times what rounding explains"
-                    continue
-                steps.append((_name(way), _prepared(way, launches, device)))
+            verdict, step = judged_launches(way, precision, launches, device)
+            row.update(error=verdict.error, of_bound=verdict.excess)
+            if step is None:
+                row["reason"] = f"gate closed: {verdict.excess:.3g} times what rounding explains"
+                continue
+            steps.append((way.label, step))
         except Exception as error:  # of a compiler: the other way continues
             row["reason"] = _failure(error)
     rounds = measure.QUICK_ROUNDS if quick else measure.ROUNDS
@@ -169,14 +168,36 @@ def _timed(case: Case, ceilings: dict, device: torch.device, quick: bool, deadli
         steps, precision, device, rounds, lambda: device.type == "cpu" or time.monotonic() >= deadline
     )
     for way in ways:
-        if _name(way) in times:
-            _add_times(rows[_name(way)], times[_name(way)], launches * way.times, ceilings[case.precision])
+        if way.label in times:
+            _add_times(rows[way.label], times[way.label], launches * way.times, ceilings[case.precision])
     return list(rows.values())
 
 
-def _name(way: Way) -> str:
-    """Of one way among its case's."""
-    return f"{way.name}, {way.size}"
+def judged_launches(
+    way: Way, precision: str, launches: int, device: torch.device
+) -> tuple[Judgement, PreparedStep | None]:
+    """What the gate says of a way, and so many calls of it as one step; None where the gate is closed.
+
+    Args:
+        precision: torch's (:func:`bench.microbenchmarks.case.torch_precision`).
+    """
+    with switches(precision, device), numerics(device, choose_precision(device.type, torch.float32)):
+        verdict = way.judge()
+        return verdict, _prepared(way, launches, device) if verdict.right else None
+
+
+def why_left_out(case: Case, device: torch.device) -> str:
+    """Why none of a case's ways can run on ``device``; "" where they can."""
+    with switches(torch_precision(case.precision, device), device):
+        return case.ineligible_reason(device)
+
+
+def ways_of(case: Case, device: torch.device) -> list[Way]:
+    """A case's ways with their inputs drawn, in the order of :attr:`Case.labels`."""
+    with switches(torch_precision(case.precision, device), device), torch.no_grad():
+        ways = case.ways(device)
+    assert tuple(way.label for way in ways) == case.labels, "a case names its ways before they are drawn"
+    return ways
 
 
 def _prepared(way: Way, launches: int, device: torch.device) -> PreparedStep:

@@ -1,7 +1,7 @@
-"""Constants of a GPU that planning and floors need: sizes, clock, bandwidths, rates; a unit in every name.
+"""Constants of a GPU that floors need: sizes, clock, bandwidths, rates; a unit in every name.
 
 bench/constants/measure.py measures them and writes a JSON file; :func:`load` reads it. What was not measured comes
-from the table of defaults below, which describes an H100 or H200, and ``source`` says so field by field.
+from the table of :mod:`pcfast.backends.chips`, and ``source`` says so field by field.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 from ..errors import ArgumentError
 from ..support.log import info_once
+from . import chips
+from .chips import Chip
 
 #: Where :func:`load` looks when it is given no path.
 PATH_VARIABLE = "PCFAST_CONSTANTS"
-#: Chips that the defaults describe, as a part of their names.
-DEFAULT_DEVICES = ("H100", "H200")
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,18 @@ class Constants:
 
     Attributes:
         device: name of the GPU that the constants are used for.
+        chip: the published figures.
         sm_count: SMs.
         sm_clock_mhz: as seen under light work.
         l2_bytes, shared_memory_per_block_bytes, shared_memory_per_sm_bytes: sizes; a block's with the opt-in.
         shared_memory_bytes_per_clk_sm: read by a block from its own shared memory.
         copy_bandwidth_gbs: device memory, bytes read plus bytes written.
         matmul_bf16_tflops, matmul_tf32_tflops: large matrix products through torch.
-        source: field -> "measured <device> <date>", "published: <where>" or "estimate: <why>".
+        source: field -> "measured <device> <date>", "published: <where>", "estimate: <why>" or "torch".
     """
 
     device: str
+    chip: Chip
     sm_count: int
     sm_clock_mhz: float
     l2_bytes: int
@@ -55,36 +57,51 @@ class Constants:
         return self.source[name].startswith("measured ")
 
 
-NAMES = tuple(known.name for known in fields(Constants) if known.name not in ("device", "source"))
+NAMES = tuple(known.name for known in fields(Constants) if known.name not in ("device", "chip", "source"))
 WHOLE_NUMBERS = frozenset(name for name in NAMES if Constants.__annotations__[name] == "int")
 
-_TUNING_GUIDE = "published: NVIDIA Hopper Tuning Guide"
-_PROGRAMMING_GUIDE = "published: CUDA C++ Programming Guide, compute capability 9.0"
+_PROGRAMMING_GUIDE = "published: CUDA C++ Programming Guide"
 _H200 = "estimate: one run on an H200, 2026-10-28, through torch"
-
-
-#: Field -> (value, source). Of an H100 or H200 (SXM).
-DEFAULTS: dict[str, tuple[Any, str]] = {
-    "sm_count": (132, "published: NVIDIA H100 Tensor Core GPU Architecture whitepaper, SXM5"),
-    "sm_clock_mhz": (1980, _H200),
-    "l2_bytes": (50 << 20, _TUNING_GUIDE),  # torch said 60 MB of an H200: the smaller one is safe
-    "shared_memory_per_block_bytes": (227 << 10, _TUNING_GUIDE),
-    "shared_memory_per_sm_bytes": (228 << 10, _TUNING_GUIDE),
-    "shared_memory_bytes_per_clk_sm": (128.0, _PROGRAMMING_GUIDE + ": 32 banks of 32 bits a clock"),
-    "copy_bandwidth_gbs": (4300.0, _H200),
-    "matmul_bf16_tflops": (780.0, _H200 + " (770 to 800)"),
-    "matmul_tf32_tflops": (390.0, "estimate: half of bf16, as the datasheet has it"),
+# What was seen on a chip, by alias, and is nearer to what a kernel can reach than the published peak.
+_SEEN: dict[str, dict[str, tuple[float, str]]] = {
+    "h200": {
+        "sm_clock_mhz": (1980, _H200),
+        "copy_bandwidth_gbs": (4300.0, _H200),
+        "matmul_bf16_tflops": (780.0, _H200 + " (770 to 800)"),
+        "matmul_tf32_tflops": (390.0, "estimate: half of bf16, as the datasheet has it"),
+    }
 }
 
 
-def load(path: str | os.PathLike | None = None, *, device: str | None = None) -> Constants:
-    """The constants that a planner should use.
+def defaults(chip: Chip) -> dict[str, tuple[float, str]]:
+    """Field -> (value, source) of what was not measured."""
+    published = f"published: {chip.source}"
+    foreign = f"; of an {chip.figures_of}, not of {chip.name}" if chip.figures_of else ""
+    rates = {
+        "sm_clock_mhz": (chip.sm_clock_mhz, published),
+        "l2_bytes": (chip.l2_bytes, published),
+        "shared_memory_bytes_per_clk_sm": (128.0, _PROGRAMMING_GUIDE + ": 32 banks of 32 bits a clock"),
+        "copy_bandwidth_gbs": (chip.memory_bandwidth_gbs, published),
+        "matmul_bf16_tflops": (chip.peak_tflops.bf16, published),
+        "matmul_tf32_tflops": (chip.peak_tflops.tf32, published),
+    } | _SEEN.get(chip.alias, {})
+    result = {name: (value, source + foreign) for name, (value, source) in rates.items()}
+    for name, source in (
+        ("sm_count", published), ("shared_memory_per_block_bytes", _PROGRAMMING_GUIDE),
+        ("shared_memory_per_sm_bytes", _PROGRAMMING_GUIDE),
+    ):  # fmt: skip
+        result[name] = (getattr(chip, name), "torch" if chip.is_here else source + foreign)
+    return {name: result[name] for name in NAMES}
+
+
+def load(path: str | os.PathLike | None = None, *, chip: Chip | None = None) -> Constants:
+    """The constants that floors should use.
 
     Args:
         path: JSON file that bench/constants/measure.py wrote; None: the file that the environment variable
             PCFAST_CONSTANTS names, and where it is not set, no file.
-        device: name of the GPU to plan for (``torch.cuda.get_device_name()``); None: the one in the file. A file of
-            another GPU is not used.
+        chip: whose (:func:`pcfast.backends.chips.chip_of`); None: that of the GPU in the file, or without a file
+            :data:`pcfast.backends.chips.DEFAULT`. A file of another GPU is not used.
 
     Returns:
         Measured values where there are some, defaults for the rest. That the defaults are another chip's is logged.
@@ -95,11 +112,14 @@ def load(path: str | os.PathLike | None = None, *, device: str | None = None) ->
     if path is None:
         path = os.environ.get(PATH_VARIABLE) or None
     record = {} if path is None else read(path)
-    if device is not None and record and record["device"] != device:
-        info_once(f"constants: {path} was measured on {record['device']}, not on {device}; defaults are used")
+    if chip is None:
+        chip = chips.like(record["device"]) if record else chips.DEFAULT
+    elif record and record["device"] != chip.name:
+        info_once(
+            f"constants: {path} was measured on {record['device']}, not on {chip.name}; defaults are used"
+        )
         record = {}
-    device = device or record.get("device", "H100 or H200")
-    return _merge(record, device)
+    return _merge(record, chip)
 
 
 def read(path: str | os.PathLike) -> dict:
@@ -144,23 +164,20 @@ def read(path: str | os.PathLike) -> dict:
     return checked
 
 
-def _merge(record: dict, device: str) -> Constants:
+def _merge(record: dict, chip: Chip) -> Constants:
     """Measured values over defaults, with their sources."""
     measured, reasons = record.get("measured", {}), record.get("not_measured", {})
     label = f"measured {record['device']} {record['date']}" if record else ""
-    known = any(name in device for name in DEFAULT_DEVICES)
-    foreign = "" if known else f"; of an H100 or H200, not of {device}"
     values: dict[str, float] = {}
     source: dict[str, str] = {}
-    for name in NAMES:
-        default, origin = DEFAULTS[name]
+    for name, (default, origin) in defaults(chip).items():
         if name in measured:
             values[name] = round(measured[name]) if name in WHOLE_NUMBERS else float(measured[name])
             source[name] = label
         else:
             values[name] = default
             why = f"; not measured: {reasons[name]}" if name in reasons else ""
-            source[name] = origin + foreign + why
-    if len(measured) < len(NAMES) and not known:
-        info_once(f"constants: what was not measured on {device} is taken from an H100 or H200")
-    return Constants(device=device, **values, source=source)
+            source[name] = origin + why
+    if len(measured) < len(NAMES) and chip.figures_of:
+        info_once(f"constants: what was not measured on {chip.name} is taken from an {chip.figures_of}")
+    return Constants(device=chip.name, chip=chip, **values, source=source)

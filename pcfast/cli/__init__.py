@@ -27,6 +27,7 @@ from .check import check
 from .compare import compare
 from .completion import completion
 from .diagnose import diagnose
+from .explain import explain
 from .info import info
 from .output import flush_output, open_closed_streams, printable_whatever_it_is
 from .train import train
@@ -90,7 +91,7 @@ def pcfast(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, compare, diagnose, check, which, tune, bench, info, completion):
+for command in (train, compare, diagnose, check, explain, which, tune, bench, info, completion):
     pcfast.add_command(command)
 
 

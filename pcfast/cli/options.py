@@ -296,23 +296,21 @@ device_option = click.option(
     show_default=True,
     help="cpu, cuda, cuda:1, ...; auto: a GPU if any.",
 )
-machine_options = _together(
-    click.option(
-        "--backend",
-        type=click.Choice(["auto", *BACKENDS]),
-        default="auto",
-        show_default=True,
-        help="auto takes the fastest that runs the network.",
-    ),
-    click.option(
-        "--precision",
-        type=click.Choice(PRECISIONS),
-        default="ieee",
-        show_default=True,
-        help="Of matrix products: ieee is float32; tf32 needs a GPU; bf16 is autocast; fp64 is float64 throughout.",
-    ),
-    device_option,
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(["auto", *BACKENDS]),
+    default="auto",
+    show_default=True,
+    help="auto takes the fastest that runs the network.",
 )
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="ieee",
+    show_default=True,
+    help="Of matrix products: ieee is float32; tf32 needs a GPU; bf16 is autocast; fp64 is float64 throughout.",
+)
+machine_options = _together(backend_option, precision_option, device_option)
 seed_option = click.option(
     "--seed",
     metavar="N",

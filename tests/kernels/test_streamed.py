@@ -31,7 +31,7 @@ from plans import planned
 from torch import nn
 
 import pcfast
-from pcfast.backends import BACKENDS, choose_backend, gpu_constants
+from pcfast.backends import BACKENDS, chips, choose_backend, gpu_constants
 from pcfast.backends.kernel_forms import LinearForm, PointwiseForm, TorchForm
 from pcfast.backends.triton import arena as layouts
 from pcfast.backends.triton import backend, designs, failures, launch_plan
@@ -775,7 +775,8 @@ def test_divergence_is_located_after_a_fall_back(automatic, monkeypatch):
     ],
 )
 def test_devices_that_cannot_run_it(capability, hip, installed, words, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    chip = dataclasses.replace(chips.DEFAULT, capability=capability)
+    monkeypatch.setattr(chips, "chip_of", lambda device: chip)
     monkeypatch.setattr(torch.version, "hip", hip)
     find = backend.importlib.util.find_spec
     monkeypatch.setattr(
@@ -802,7 +803,7 @@ def test_kernels_that_cannot_be_imported_are_a_reason(monkeypatch):
     monkeypatch.setattr(backend.importlib, "import_module", broken)
     backend._unavailable.cache_clear()
     try:
-        assert backend._unavailable("cpu", None) == (
+        assert backend._unavailable(torch.device("cpu"), None) == (
             "its kernels cannot be imported: RuntimeError: two releases of LLVM"
         )
     finally:

@@ -19,13 +19,13 @@ from pcfast.backends.cuda import shared_memory as placement
 from pcfast.backends.cuda.describe import describe as in_words
 from pcfast.backends.cuda.geometry import CONV, COPY, LINEAR, MAX_LAYERS, NO_PRODUCT
 from pcfast.backends.cuda.kernel_params import OPERANDS, Layer, Program, divisor
-from pcfast.backends.cuda.shared_memory import Chip, Placement, place
+from pcfast.backends.cuda.shared_memory import Placement, Room, place
 from pcfast.model.describe import describe
 from pcfast.model.spec import Network
 from pcfast.precision import Operands
 from pcfast.problem.plan import choose_gram
 
-H200 = Chip(132, 232448, 233472)
+H200 = Room(132, 232448, 233472)
 VECTOR = 4  # numbers of one access
 IEEE = Operands("ieee", "ieee")
 DEPTHS = {"ieee": VECTOR, "tf32": 8, "bf16": 16}  # of a step of a linear product
@@ -42,10 +42,10 @@ def placing(
     loss: str = "cross_entropy",
     operands: Operands = IEEE,
     scalar_bytes: int = 4,
-    chip: Chip = H200,
+    room: Room = H200,
     momentum: bool = False,
 ) -> Placement | str:
-    return place(network, shapes, gram, loss, operands, scalar_bytes, chip, momentum)
+    return place(network, shapes, gram, loss, operands, scalar_bytes, room, momentum)
 
 
 def program_of(placed: Placement) -> Program:
@@ -65,7 +65,7 @@ def assert_sound(
     placed: Placement,
     operands: Operands = IEEE,
     scalar_bytes: int = 4,
-    chip: Chip = H200,
+    room: Room = H200,
     momentum: bool = False,
 ) -> None:
     """What holds for every placement."""
@@ -77,7 +77,7 @@ def assert_sound(
         assert one.first + one.elements == following.first
     assert placed.arrays[-1].first + placed.arrays[-1].elements == placed.elements == what.elements
     assert all(array.elements > 0 and array.first % VECTOR == 0 for array in placed.arrays)
-    assert placed.bytes == placed.elements * scalar_bytes <= chip.block_bytes
+    assert placed.bytes == placed.elements * scalar_bytes <= room.block_bytes
     assert (placed.scalar_bytes, placed.operands) == (scalar_bytes, operands)
 
     # every weight and every state has one home
@@ -179,9 +179,9 @@ def assert_sound(
     # the launch
     assert placed.blocks == -(-batch // placed.samples) and placed.blocks * placed.samples >= batch
     assert placed.threads == 512 and placed.blocks_per_sm >= 1
-    assert placed.blocks_per_sm == 1 or placed.blocks_per_sm * (placed.bytes + 1024) <= chip.sm_bytes
+    assert placed.blocks_per_sm == 1 or placed.blocks_per_sm * (placed.bytes + 1024) <= room.sm_bytes
     assert placed.blocks_per_sm * placed.threads <= 2048
-    assert placed.waves == -(-placed.blocks // (chip.sm_count * placed.blocks_per_sm))
+    assert placed.waves == -(-placed.blocks // (room.sm_count * placed.blocks_per_sm))
 
 
 @examples(200)
@@ -208,20 +208,20 @@ def test_any_network_is_placed_or_refused(
         return
     if scalar_bytes == 8:  # Tensor Cores have float32
         operands = IEEE
-    chip = Chip(sm_count, block_bytes, block_bytes + 1024)
-    placed = placing(network, shapes, gram, loss, operands, scalar_bytes, chip, momentum)
+    room = Room(sm_count, block_bytes, block_bytes + 1024)
+    placed = placing(network, shapes, gram, loss, operands, scalar_bytes, room, momentum)
     place.cache_clear()
-    assert placed == placing(network, shapes, gram, loss, operands, scalar_bytes, chip, momentum)
+    assert placed == placing(network, shapes, gram, loss, operands, scalar_bytes, room, momentum)
     if isinstance(placed, str):
         assert placed.startswith(("layer ", "one sample and the loop's weights take "))
         return
-    assert_sound(network, shapes, gram, placed, operands, scalar_bytes, chip, momentum)
+    assert_sound(network, shapes, gram, placed, operands, scalar_bytes, room, momentum)
     # one more wave than that only where no count of samples that fits would do with fewer
     for samples in placement.SAMPLES:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(placement, "SAMPLES", (samples,))
             place.cache_clear()
-            other = placing(network, shapes, gram, loss, operands, scalar_bytes, chip, momentum)
+            other = placing(network, shapes, gram, loss, operands, scalar_bytes, room, momentum)
         place.cache_clear()
         if isinstance(other, str):
             break
@@ -257,8 +257,8 @@ def test_the_last_byte_is_used():
     shapes = network.shapes((1, 8))
     needed = placing(network, shapes, False).bytes
     exactly, less = (dataclasses.replace(H200, block_bytes=bytes) for bytes in (needed, needed - 1))
-    assert placing(network, shapes, False, chip=exactly).bytes == needed
-    assert placing(network, shapes, False, chip=less) == (
+    assert placing(network, shapes, False, room=exactly).bytes == needed
+    assert placing(network, shapes, False, room=less) == (
         f"one sample and the loop's weights take {needed:,} bytes of shared memory, a block has {needed - 1:,}"
     )
 

@@ -10,7 +10,7 @@ import torch
 
 from ...kernels.codes import LOSSES
 from ...precision import numerics
-from .. import gpu_constants
+from .. import chips, gpu_constants
 from ..kernel_backend import KernelBackend, unknown_to_kernels, without_kernels
 from . import native
 from .placements import placement_of
@@ -33,7 +33,8 @@ class Cuda(KernelBackend):
         reason = _unavailable(plan.device)
         if reason:
             return False, reason
-        if plan.dtype not in _DTYPES and not (native.on_host() and plan.dtype == torch.float64):
+        doubles = plan.dtype == torch.float64 and native.on_host() and plan.device.type == "cpu"
+        if plan.dtype not in _DTYPES and not doubles:
             return False, f"its kernels compute in float32, not {plan.dtype}: use eager"
         reason = without_kernels(plan) or unknown_to_kernels(plan.network)
         if reason:
@@ -58,7 +59,7 @@ class Cuda(KernelBackend):
     def words(self, plan):
         from .describe import describe
 
-        return describe(plan.network, placement_of(plan), gpu_constants.load())
+        return describe(plan.network, placement_of(plan), gpu_constants.load(chip=chips.chip_of(plan.device)))
 
 
 def _unavailable(device: torch.device) -> str:
@@ -67,14 +68,15 @@ def _unavailable(device: torch.device) -> str:
         return f"it needs a CUDA device, not {device.type}"
     if device.type == "cpu" and not native.on_host():
         return "it needs a CUDA device"
-    reason = native.load_error()
-    if reason or device.type == "cpu":
-        return reason
-    if native.on_host():
-        return "the kernels were built for the CPU"
-    if torch.version.hip:
-        return "it needs an NVIDIA GPU"
-    capability = torch.cuda.get_device_capability(device)
+    if not chips.named():  # what is planned for a chip that is not here is not compiled here
+        reason = native.load_error()
+        if reason or device.type == "cpu":
+            return reason
+        if native.on_host():
+            return "the kernels were built for the CPU"
+        if torch.version.hip:
+            return "it needs an NVIDIA GPU"
+    capability = chips.chip_of(device).capability
     if capability < _MIN_CAPABILITY:
         return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
     return ""

@@ -6,8 +6,9 @@ from itertools import groupby
 
 from ...model import spec as specs
 from ...precision import Operands
+from ..chips import Rates
 from ..gpu_constants import Constants
-from .roofline import MULTIPLY_ADDS_PER_CLOCK, Floor, floors
+from .roofline import Floor, floors
 from .shared_memory import Placement
 
 _OPERANDS = {"ieee": "float32", "tf32": "TF32", "bf16": "bfloat16"}
@@ -30,10 +31,11 @@ def describe(network: specs.Network, placed: Placement, constants: Constants) ->
         line = f"{network.layers[home - 1].label if home else 'all layers'}: {sizes} bytes"
         lines.append(f"{line}; floor {_clocks(least[home])}" if home > 1 else line)
     rate = constants.shared_memory_bytes_per_clk_sm
+    units = _rates(placed.operands, constants.chip.multiply_adds_per_clock)
     lines += [
         f"floor of all layers {_clocks(least[0])}, {least[0].clocks / constants.sm_clock_mhz:.3g} us at "
         f"{constants.sm_clock_mhz:g} MHz",
-        f"floors at {_rates(placed.operands)} multiply-adds and {rate:g} bytes of shared memory a clock "
+        f"floors at {units} multiply-adds and {rate:g} bytes of shared memory a clock "
         f"({constants.source['shared_memory_bytes_per_clk_sm']})",
     ]
     lines.append("weight gradients by torch, from errors that the kernel has pulled back to the products")
@@ -45,9 +47,9 @@ def _clocks(floor: Floor) -> str:
     return f"{floor.clocks:,.0f} clocks an iteration ({work}: {floor.binding})"
 
 
-def _rates(operands: Operands) -> str:
+def _rates(operands: Operands, rates: Rates) -> str:
     used = dict.fromkeys((operands.linear, operands.convolution))
-    return " and ".join(f"{MULTIPLY_ADDS_PER_CLOCK[word]:,} {_OPERANDS[word]}" for word in used)
+    return " and ".join(f"{getattr(rates, word):,} {_OPERANDS[word]}" for word in used)
 
 
 def _read(operands: Operands) -> str:

@@ -14,16 +14,11 @@ import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from ..chips import Rates
 from ..gpu_constants import Constants
 from . import geometry as g
 from . import kernel_params as p
 from .shared_memory import Placement
-
-#: What products read -> multiply-adds per SM and clock. Published. ieee: CUDA C++ Programming Guide,
-#: throughput of arithmetic instructions, compute capability 8.6 and newer; 8.0 has half of it. Tensor Cores: from the
-#: dense 494.7 and 989.4 TFLOP/s of the NVIDIA H100 Tensor Core GPU Architecture whitepaper, SXM5, by 132
-#: SMs and the 1830 MHz that these are quoted at; whether mma.sync reaches them is not published.
-MULTIPLY_ADDS_PER_CLOCK = {"ieee": 128, "tf32": 1024, "bf16": 2048}
 
 _BYTES = 4  # of a number of the state, and of a term's place
 _BF16_BYTES = 2
@@ -232,7 +227,7 @@ def floors(placement: Placement, constants: Constants) -> dict[int, Floor]:
     """Returns layer -> its floor, for layers 2..L; 0 -> that of all together."""
     program = p.Program.from_buffer_copy(placement.program)
     samples = program.samples
-    macs = {l: dict.fromkeys(MULTIPLY_ADDS_PER_CLOCK, 0) for l in range(2, program.depth + 1)}
+    macs = {l: dict.fromkeys(p.OPERANDS, 0) for l in range(2, program.depth + 1)}
     moved = {l: placement.scalar_bytes * sum(pointwise_words(program, l)) for l in macs}
     for l, feedback, product in live_products(program):
         layer = program.layers[l - 1]
@@ -242,19 +237,22 @@ def floors(placement: Placement, constants: Constants) -> dict[int, Floor]:
         # counted for a state of float32, which Tensor Cores need
         moved[l] += read * placement.scalar_bytes // _BYTES
         moved[l] += words_written(product, samples) * placement.scalar_bytes
-    macs[0] = {operand: sum(each[operand] for each in macs.values()) for operand in MULTIPLY_ADDS_PER_CLOCK}
+    macs[0] = {operand: sum(each[operand] for each in macs.values()) for operand in p.OPERANDS}
     moved[0] = sum(moved.values())
     return {l: _floor(macs[l], moved[l], constants) for l in macs}
 
 
-def product_clocks(macs: dict[str, int]) -> float:
-    """Returns the clocks at the published rates, float32 units and Tensor Cores beside each other."""
-    clocks = {operand: count / MULTIPLY_ADDS_PER_CLOCK[operand] for operand, count in macs.items()}
+def product_clocks(macs: dict[str, int], rates: Rates) -> float:
+    """Returns the clocks at the published rates, float32 units and Tensor Cores beside each other.
+
+    Whether mma.sync reaches the rates of the Tensor Cores is not published.
+    """
+    clocks = {operand: count / getattr(rates, operand) for operand, count in macs.items()}
     return max(clocks["ieee"], clocks["tf32"] + clocks["bf16"])
 
 
 def _floor(macs: dict[str, int], moved: int, constants: Constants) -> Floor:
-    by_products = product_clocks(macs)
+    by_products = product_clocks(macs, constants.chip.multiply_adds_per_clock)
     by_memory = moved / constants.shared_memory_bytes_per_clk_sm
     binding = "multiply-adds" if by_products >= by_memory else "shared memory"
     return Floor(sum(macs.values()), moved, max(by_products, by_memory), binding)

@@ -77,7 +77,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Chip:
+class Room:
     """What a placement has to fit.
 
     Attributes:
@@ -406,7 +406,7 @@ def place(
     loss: str,
     operands: Operands,
     scalar_bytes: int,
-    chip: Chip,
+    room: Room,
     momentum: bool = False,
 ) -> Placement | str:
     """Lays a network of at least two layers out, or says why it cannot be.
@@ -425,22 +425,22 @@ def place(
     if isinstance(layers, str):
         return layers
     batch, chosen = shapes[0][0][0], None
-    room = min(chip.block_bytes, g.MAX_ELEMENTS * scalar_bytes)
+    most = min(room.block_bytes, g.MAX_ELEMENTS * scalar_bytes)
     for samples in SAMPLES:
         program, memory = _program(network, shapes, layers, gram, loss, momentum, samples)
         needed = memory.elements * scalar_bytes
-        if needed > room:
+        if needed > most:
             if chosen is None:
                 return (
                     f"one sample and the loop's weights take {needed:,} bytes of shared memory, "
-                    f"a block has {room:,}"
+                    f"a block has {most:,}"
                 )
             break
         threads = g.MAX_THREADS
         by_registers = _SM_REGISTERS // (_THREAD_REGISTERS * threads)
-        per_sm = max(min(chip.sm_bytes // (needed + _RESERVED_BYTES), by_registers), 1)
+        per_sm = max(min(room.sm_bytes // (needed + _RESERVED_BYTES), by_registers), 1)
         blocks = -(-batch // samples)
-        waves = -(-blocks // (chip.sm_count * per_sm))
+        waves = -(-blocks // (room.sm_count * per_sm))
         if chosen is None or waves < chosen.waves:
             chosen = Placement(
                 tuple(memory.arrays), memory.elements, scalar_bytes, operands, samples, program.group, blocks,

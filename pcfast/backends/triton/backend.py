@@ -14,7 +14,7 @@ import os
 import torch
 
 from ...kernels.limits import POINTWISE_MAX_BLOCK_N
-from .. import gpu_constants
+from .. import chips, gpu_constants
 from ..kernel_backend import KernelBackend, unknown_to_kernels, without_kernels
 from . import failures
 
@@ -33,7 +33,7 @@ class Triton(KernelBackend):
         return True, ""
 
     def supports(self, plan):
-        reason = _unavailable(plan.device.type, plan.device.index)
+        reason = _unavailable(plan.device, chips.named())
         if reason:
             return False, reason
         if plan.dtype not in _DTYPES:
@@ -42,7 +42,7 @@ class Triton(KernelBackend):
         reason = without_kernels(plan) or unknown_to_kernels(network)
         if reason:
             return False, reason
-        reason = failures.reason_of(plan)
+        reason = "" if chips.named() else failures.reason_of(plan)
         if not reason:
             reason = _too_large(network, plan.x_shape)
         return not reason, reason
@@ -56,23 +56,25 @@ class Triton(KernelBackend):
         from .describe import describe
         from .designs import design_of
 
-        return describe(plan.network, plan.shapes, design_of(plan), gpu_constants.load())
+        return describe(
+            plan.network, plan.shapes, design_of(plan), gpu_constants.load(chip=chips.chip_of(plan.device))
+        )
 
 
 @functools.lru_cache(maxsize=16)
-def _unavailable(device_type: str, index: int | None) -> str:
-    """Why the kernels cannot run on a device; "" where they can."""
+def _unavailable(device: torch.device, chip: chips.Chip | None) -> str:
+    """Why the kernels cannot run on a device, or on a named chip in its place; "" where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device_type == "cpu" and not interpreted:
+    if device.type == "cpu" and not interpreted:
         return "it needs a CUDA device"
-    if device_type not in ("cpu", "cuda"):
-        return f"it needs a CUDA device, not {device_type}"
-    if device_type == "cuda":
-        if torch.version.hip:
+    if device.type not in ("cpu", "cuda"):
+        return f"it needs a CUDA device, not {device.type}"
+    if device.type == "cuda":
+        if torch.version.hip and chip is None:
             return "it needs an NVIDIA GPU"
-        capability = torch.cuda.get_device_capability(index)
+        capability = chips.chip_of(device).capability
         if capability < _MIN_CAPABILITY:
             return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
     try:

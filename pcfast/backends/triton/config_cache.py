@@ -25,6 +25,7 @@ from ... import kernels
 from ...errors import ArgumentError
 from ...support.files import write_json
 from ...support.log import info_once, warn_once
+from .. import chips
 from . import configs as choices_module
 from .configs import NONE, Choices
 
@@ -98,10 +99,15 @@ def path_of(device: torch.device) -> Path:
 
 
 def active(device: torch.device) -> Choices:
-    """The choices to design with on ``device``; reads the file the first time. Never raises for a bad file."""
+    """The choices to design with on ``device``; reads the file the first time. Never raises for a bad file.
+
+    For a chip that is named instead of a GPU that is here there are none.
+    """
     override = _overridden.get()
     if override is not None:
         return override
+    if chips.named():
+        return NONE
     index = device.index
     if device.type == "cuda" and index is None:
         index = torch.cuda.current_device()

@@ -7,10 +7,11 @@ import math
 from ...kernels import conv_feedback, conv_predict, output_error, pointwise_error
 from ...kernels.tiles import Tiles
 from ...model import spec as specs
+from ..chips import Chip
 from ..gpu_constants import Constants
 from ..kernel_forms import LinearForm, PointwiseForm
 from .conv_form import ConvForm
-from .launch_plan import Design
+from .launch_plan import Design, FeedbackLaunch, PredictLaunch
 from .roofline import floors, rate_names
 
 
@@ -22,17 +23,19 @@ def describe(network: specs.Network, shapes: tuple, design: Design, constants: C
         tiles = design.predicts[0].tiles
         lines.append(
             f"one launch for all iterations, mlp_relaxation, {tiles.block_m} samples a program, {_tiles(tiles)} "
-            f"({design.fuse_loop_reason})"
+            f"({design.fuse_loop_reason}){_occupied(design.predicts[0], design, constants.chip)}"
         )
     else:
         lines.append(f"two stages an iteration, no single launch for all of them: {design.fuse_loop_reason}")
         for launch in design.predicts:
             tiles = launch.tiles
-            lines.append(f"linear_predict for {_layers(launch.layers)}: {_tiles(tiles)} ({tiles.reason})")
+            line = f"linear_predict for {_layers(launch.layers)}: {_tiles(tiles)} ({tiles.reason})"
+            lines.append(line + _occupied(launch, design, constants.chip))
         if design.feedback is not None:
             tiles = design.feedback.tiles
             links = _layers(design.feedback.links)
-            lines.append(f"linear_feedback into {links}: {_tiles(tiles)} ({tiles.reason})")
+            line = f"linear_feedback into {links}: {_tiles(tiles)} ({tiles.reason})"
+            lines.append(line + _occupied(design.feedback, design, constants.chip))
     velocities = sum(m.elements for name, m in design.layout.matrices if "velocity" in name)
     if velocities:
         lines.append(f"momentum: velocities of what moves, {4 * velocities:,} bytes")
@@ -50,6 +53,20 @@ def describe(network: specs.Network, shapes: tuple, design: Design, constants: C
 
 def _layers(indices: tuple[int, ...]) -> str:
     return ("layer " if len(indices) == 1 else "layers ") + ", ".join(map(str, sorted(indices)))
+
+
+def _occupied(launch: PredictLaunch | FeedbackLaunch, design: Design, chip: Chip) -> str:
+    """What a launch takes of the chip; "" where it is interpreted."""
+    if design.target.interpreted:
+        return ""
+    key, tiles = launch.key, launch.tiles
+    memory = tiles.shared_memory_bytes(design.target.precision, chip.capability)
+    if key.batch is None:  # mlp_relaxation
+        waves = -(-launch.programs // chip.sm_count)
+        work = f"{launch.programs} programs, {waves} wave{'s' * (waves > 1)}"
+    else:
+        work = f"{tiles.count([(key.batch, n, k) for n, k in key.sizes])} tiles on {launch.programs} programs"
+    return f"; {work}, {memory:,} bytes of shared memory each"
 
 
 def _tiles(tiles: Tiles) -> str:

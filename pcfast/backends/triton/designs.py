@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from ...kernels.codes import LOSSES
 from ...precision import kernel_operands
 from ...problem.plan import Plan
-from .. import gpu_constants
+from ..chips import chip_of
 from .config_cache import active
 from .launch_plan import CompileTarget, Design, design
 
@@ -17,14 +15,11 @@ _OPERANDS = {"ieee": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
 
 def target_of(plan: Plan) -> CompileTarget:
     """The device that a plan runs on, as the design sees it; call it inside the relaxation's numerics."""
-    known, operands, device = gpu_constants.load(), kernel_operands(plan.device, plan.precision), plan.device
-    sm_count = known.sm_count
-    if device.type == "cuda":
-        sm_count = torch.cuda.get_device_properties(device).multi_processor_count
+    chip, operands, device = chip_of(plan.device), kernel_operands(plan.device, plan.precision), plan.device
     return CompileTarget(
         _OPERANDS[operands.linear],
-        sm_count,
-        known.shared_memory_per_sm_bytes,
+        chip.sm_count,
+        chip.shared_memory_per_sm_bytes,
         interpreted=device.type == "cpu",
         choices=active(device),
         convolution_precision=_OPERANDS[operands.convolution],

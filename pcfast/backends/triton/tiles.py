@@ -23,6 +23,15 @@ class LinearTiles(Tiles):
         """Tiles of a launch."""
         return sum(-(-m // self.block_m) * -(-n // self.block_n) for m, n, _ in products)
 
+    def shared_memory_bytes(self, precision: str, capability: tuple[int, int]) -> int:
+        """Of one compiled program: the operands of the steps in flight. tests/kernels/compile_limits.json has them.
+
+        mma.sync reads registers, so that the step that it multiplies is no longer in shared memory.
+        """
+        reads_shared_memory = capability[0] in (9, 10) and self.block_m >= 64  # wgmma, tcgen05
+        steps = self.stages if reads_shared_memory else self.stages - 1
+        return steps * (self.block_m + self.block_n) * self.block_k * (2 if precision == "bf16" else 4)
+
 
 # By what Tensor Cores read. 64 rows are the least that fill a Hopper warp group's wgmma, and with fewer samples
 # more rows would only be padding. BLOCK_K is 128 bytes of operands wide, one line of shared memory's swizzle;
