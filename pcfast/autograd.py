@@ -38,16 +38,37 @@ class _Updates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss, scale, gradients, *parameters):
         ctx.save_for_backward(*gradients)
-        ctx.scale = scale
+        ctx.scale, ctx.addresses = scale, _addresses(gradients)
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx, grad_output):
-        # Handed on as they are, the parameters take them without a copy.
-        as_they_are = ctx.scale == 1.0 and host.readable(grad_output.device) and grad_output.item() == 1.0
-        if as_they_are and not torch.is_grad_enabled() and not _keeps_graph():
-            return None, None, None, *ctx.saved_tensors
-        return None, None, None, *scaled(ctx.saved_tensors, grad_output, ctx.scale)
+        gradients = ctx.saved_tensors
+        if _may_be_handed_on(ctx, gradients, grad_output):
+            return None, None, None, *gradients
+        return None, None, None, *scaled(gradients, grad_output, ctx.scale)
+
+
+def _may_be_handed_on(ctx, gradients: tuple[Tensor, ...], grad_output: Tensor) -> bool:
+    """Whether the parameters may take the updates as they are, without a copy: nobody else has them or will."""
+    return (
+        ctx.scale == 1.0
+        and type(grad_output) is Tensor  # torch traces with others
+        and not torch.compiler.is_compiling()
+        and host.readable(grad_output.device)
+        and not torch.is_grad_enabled()
+        and not _keeps_graph()
+        and grad_output.item() == 1.0
+        and ctx.addresses is not None
+        and _addresses(gradients) == ctx.addresses  # hooks of saved tensors may give the user's own
+    )
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int] | None:
+    """Where dense tensors lie; None where one is sparse or has gaps or overlaps."""
+    if any(tensor.is_sparse or not tensor.is_contiguous() for tensor in tensors):
+        return None
+    return list(map(Tensor.data_ptr, tensors))
 
 
 #: Whether the backward pass that runs keeps its graph, which may be differentiated once more.

@@ -717,3 +717,40 @@ def test_a_gradient_that_two_parameters_share_is_copied():
     pcfast.pc_loss(model, torch.randn(7, 6), torch.randint(0, 3, (7,))).backward()
     a, b = model[1].a.grad, model[1].b.grad
     assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+
+
+def test_updates_that_overlap_are_not_handed_on():
+    """torch expands the gradient of a sum: in-place operations would raise on it."""
+    model, p = nn.Sequential(nn.Linear(6, 3)), nn.Parameter(torch.ones(4))
+    loss = pcfast.pc_loss(
+        model, torch.randn(7, 6), torch.randint(0, 3, (7,)),
+        loss=lambda output, y: F.cross_entropy(output, y) + p.sum(),
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, [p])
+    assert torch.equal(gradient.mul_(2), torch.full((4,), 2.0))
+
+
+def test_updates_from_hooks_of_saved_tensors_are_copied():
+    model, kept = nn.Sequential(nn.Linear(6, 3)), []
+
+    def pack(tensor):
+        kept.append(tensor.clone())
+        return kept[-1].numpy()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, torch.from_numpy):
+        loss = pcfast.pc_loss(model, torch.randn(7, 6), torch.randint(0, 3, (7,)))
+    loss.backward()
+    for parameter in model.parameters():
+        assert any(torch.equal(parameter.grad, tensor) for tensor in kept)
+        assert parameter.grad.data_ptr() not in {tensor.data_ptr() for tensor in kept}
+
+
+def test_compiled_autograd_traces_the_backward_pass():
+    model = nn.Sequential(nn.Linear(6, 3))
+    x, y = torch.randn(7, 6), torch.randint(0, 3, (7,))
+    pcfast.pc_loss(model, x, y).backward()
+    plain = model[0].weight.grad.clone()
+    model.zero_grad()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        pcfast.pc_loss(model, x, y).backward()
+    assert torch.equal(model[0].weight.grad, plain)

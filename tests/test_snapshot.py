@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,11 +27,13 @@ class Doubling(nn.Linear):
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(
+    model = nn.Sequential(
         nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.LeakyReLU(0.1)),
         nn.Sequential(Doubling(6, 6), nn.Dropout(0.5)),
         nn.Linear(6, 3),
-    ).eval()
+    )
+    model[2].note = "an attribute that nobody reads"
+    return model.eval()
 
 
 def swapped(model):
@@ -49,6 +53,22 @@ def wider(model):
 def hooks_of_old_are_dropped(model):
     model[2]._forward_hooks = type(model[2]._forward_hooks)()
     model[2].register_forward_hook(lambda module, given, output: 3 * output)
+
+
+def moved_across_a_border(model):
+    model[0].add_module("moved", model[1][0])
+    del model[1][0]
+
+
+def a_forward_for_an_attribute(model):
+    del model[2].note
+    model[2].forward = lambda v: F.linear(v, 3 * model[2].weight)
+
+
+def other_attributes(model):
+    model[2].__dict__ = dict(model[2].__dict__)
+    snapshot(model)
+    model[2].forward = lambda v: F.linear(v, 3 * model[2].weight)
 
 
 CHANGES = {
@@ -71,6 +91,10 @@ CHANGES = {
     "a name": lambda m: m._modules.__setitem__("last", m._modules.pop("2")),
     "a class": lambda m: setattr(m[2], "__class__", Doubling),
     "a forward": lambda m: setattr(m[2], "forward", lambda v: F.linear(v, 3 * m[2].weight)),
+    "a forward for an attribute": a_forward_for_an_attribute,
+    "a forward in other attributes": other_attributes,
+    "a layer moved across a border": moved_across_a_border,
+    "a layer in a layer": lambda m: m[2].add_module("aux", nn.Linear(2, 2)),
     "a hook": lambda m: m[2].register_forward_hook(lambda module, given, output: 3 * output),
     "a hook among others": hooks_of_old_are_dropped,
     "a hook before": lambda m: m[0].register_forward_pre_hook(lambda module, given: (2 * given[0],)),
@@ -86,7 +110,7 @@ def updates(model, x, y):
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_is_noticed(change, monkeypatch):
+def test_a_change_is_noticed(change):
     model = net()
     x, y = torch.randn(5, 6), torch.randint(0, 3, (5,))
     for _ in range(2):
@@ -97,7 +121,7 @@ def test_a_change_is_noticed(change, monkeypatch):
     assert snapshot(model) is not known
     x = x.to(model[2].weight.dtype) if len(model) > 2 else x
     noticed = updates(model, x, y)
-    monkeypatch.setattr("pcfast.model.snapshot._snapshots", {})  # nothing is known
+    vars(model).pop("_pcfast_snapshot", None)  # nothing is known
     for ours, theirs in zip(noticed, updates(model, x, y), strict=True):
         assert (ours is None) == (theirs is None)
         assert ours is None or torch.equal(ours, theirs)
@@ -172,26 +196,90 @@ def test_what_describes_a_module_is_compared(kind):
     assert decisive <= set(SETTINGS[kind])
 
 
-def test_a_list_that_changes_inside_is_noticed():
-    model = nn.Sequential(nn.MaxPool2d([2, 2]))
+@pytest.mark.parametrize(
+    "change",
+    [lambda pool: pool.kernel_size.__setitem__(0, 3), lambda pool: setattr(pool, "stride", 1.0)],
+    ids=["inside a list", "of its type"],
+)
+def test_a_setting_that_changes_is_noticed(change):
+    model = nn.Sequential(nn.MaxPool2d([2, 2], stride=1))
     known = snapshot(model)
-    model[0].kernel_size[0] = 3
+    assert known.holds(model)
+    change(model[0])
     assert not known.holds(model)
 
 
-def test_a_snapshot_keeps_no_model_alive():
+def without_registering(model):
+    weight = model[1].weight
+    del model[1].weight
+    model[1].weight = weight.detach()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        without_registering,
+        lambda m: setattr(m[0], "forward", m[0].forward),
+        lambda m: m[0].register_forward_hook(lambda *_: None),
+        lambda m: setattr(m, "1", nn.MaxPool2d(np.array([1, 1]))),
+    ],
+    ids=["a weight as an attribute", "a forward of its own", "a hook", "a setting that is an array"],
+)
+def test_what_cannot_be_compared_is_described_in_every_call(make):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    make(model)
+    assert not snapshot(model).reusable and snapshot(model) is not snapshot(model)
+
+
+def refers_to_itself(model):
+    model[2].weight.register_hook(lambda gradient: gradient / len(model))
+
+
+@pytest.mark.parametrize(
+    "tie", [lambda model: None, refers_to_itself], ids=["plain", "that refers to itself"]
+)
+def test_a_snapshot_keeps_no_model_alive(tie):
+    """A plain one goes with its last reference, as without a snapshot."""
     model = net()
+    tie(model)
     snapshot(model)
     gone = weakref.ref(model)
-    del model
+    gc.disable()
+    try:
+        del model
+        if tie is refers_to_itself:
+            gc.collect()
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_what_functional_call_puts_in_is_not_kept():
+    model = net()
+    tensors = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    gone = [weakref.ref(tensor) for tensor in tensors.values()]
+    pc = pcfast.PredictiveCoding(model)
+    tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    torch.func.functional_call(pc, tensors, (torch.randn(5, 6), torch.randint(0, 3, (5,))))
+    del tensors
     gc.collect()
-    assert gone() is None
+    assert not any(tensor() is not None for tensor in gone)
+
+
+def test_copies_are_other_models():
+    model = net()
+    known = snapshot(model)
+    for copied in (copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert snapshot(copied) is not known and snapshot(copied) is snapshot(copied)
+    assert b"pcfast" not in pickle.dumps(nn.Sequential(model[2])).replace(b"_pcfast_snapshot", b"")
+    assert snapshot(model) is known
 
 
 CALLS = {
     "settings": dict(num_steps=7),
     "a bool for a number": dict(normalizer=True, error=pcfast.ArgumentError),
     "a float for an int": dict(num_steps=20.0, error=pcfast.ArgumentTypeError),
+    "a schedule with a bool": dict(step_size=(0.1, True), num_steps=2, error=pcfast.ArgumentTypeError),
     "a loss": dict(loss="mse", y=torch.randn(5, 3)),
     "labels that are probabilities": dict(y=torch.rand(5, 3)),
     "rows": dict(x=torch.randn(4, 6), error=pcfast.ShapeError),
@@ -212,6 +300,7 @@ def test_another_kind_of_call_is_validated(case):
     model = net()
     first = {"x": torch.randn(5, 6), "y": torch.randint(0, 3, (5,))}
     pcfast.pc_loss(model, **first)
+    pcfast.pc_loss(model, **first, step_size=(0.1, 1.0), num_steps=2)
     error, given = case.get("error"), {**first, **{k: v for k, v in case.items() if k != "error"}}
     if error:
         with pytest.raises(error):
@@ -221,6 +310,16 @@ def test_another_kind_of_call_is_validated(case):
     ours = pcfast.pc_loss(model, **given)
     torch.manual_seed(1)
     assert torch.equal(ours, pcfast.pc_loss(copy.deepcopy(model), **given))
+
+
+def test_a_schedule_that_changes_inside_is_noticed():
+    model = net()
+    sizes = torch.full((20,), 0.1)
+    given = model, torch.randn(5, 6), torch.randint(0, 3, (5,))
+    pcfast.pc_loss(*given, step_size=sizes)
+    sizes[3] = float("nan")
+    with pytest.raises(pcfast.ArgumentError, match="step_size"):
+        pcfast.pc_loss(*given, step_size=sizes)
 
 
 def test_autocast_is_noticed():

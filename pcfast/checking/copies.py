@@ -184,7 +184,7 @@ class Side:
         self.batches = [tuple(in_dtype(value, self.device, dtype) for value in batch) for batch in batches]
         self.loss = loss_in(loss, self.device, dtype)
         for x, _ in self.batches:
-            validation.check_input(x, describe(model), placement)
+            validation.check_input(x, None, placement)  # no tokens
 
     def backpropagate(self, draw: int) -> tuple[list[Tensor], list[Tensor], dict[nn.Parameter, Tensor]]:
         """Backpropagation by torch in the ambient precision: vhat_0..vhat_L, g_0..g_L, parameter -> gradient.

@@ -181,6 +181,10 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.BatchNorm2d: _NORMALISATION,
 }  # fmt: skip
 
+#: Kinds that register weight and bias, and running statistics.
+PARAMETRISED = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)
+BUFFERED = (nn.BatchNorm1d, nn.BatchNorm2d)
+
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
     """Which of :data:`SETTINGS` a module is; None for those that hold others, and for unknown ones."""

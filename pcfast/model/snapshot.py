@@ -6,7 +6,6 @@ forwards of their own, settings, and parameters and buffers with shapes, dtypes,
 
 from __future__ import annotations
 
-import copy
 import operator
 import weakref
 from collections.abc import Hashable
@@ -15,13 +14,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..support.hashing import hashed_once
-from .describe import GLOBAL_HOOKS, SETTINGS, describe, kind_of
+from .describe import BUFFERED, GLOBAL_HOOKS, PARAMETRISED, SETTINGS, describe, kind_of
 from .module_state import ModuleState
 from .placement import common_placement, tensors_of
 from .spec import Network
 
-_device_of = operator.attrgetter("device")
 _methods_of = operator.attrgetter("forward", "__iter__", "__call__")
+_PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 def _layout_of(tensor: Tensor) -> tuple[Hashable, ...]:
@@ -37,13 +36,14 @@ class TensorLayout:
 
 
 class Snapshot:
-    """What is known of a model for as long as :meth:`holds`. It does not keep the model itself alive.
+    """What is known of a model for as long as :meth:`holds`.
 
     Attributes:
         network: its description.
         placement: as :func:`pcfast.model.placement.common_placement`.
         parameters, buffers: each once, in the order of ``model.parameters()`` and ``buffers()``.
         calls: for relaxation/solve.py: what it found out about calls with this model.
+        reusable: whether :meth:`holds` can tell: not of modules with hooks, or of a make of their own.
 
     Raises:
         ModelError: a model that pcfast cannot relax.
@@ -54,66 +54,88 @@ class Snapshot:
         self.placement = common_placement(model)
         self.parameters, self.buffers = tensors_of(model)
         self.calls: dict[Hashable, object] = {}
+        self._model = weakref.ref(model)  # copies of the model's attributes carry this, too
         self._tensors = [*self.parameters, *self.buffers]
         self._layout: tuple[object, TensorLayout] | None = None  # and what it was made for
-        self._devices = list(map(_device_of, self._tensors))
         try:
             self._remember(model)
-        except (AttributeError, KeyError, RuntimeError):  # modules or tensors of a make of their own
+            # what functional_call puts in their place is another in every call
+            plain = all(isinstance(parameter, nn.Parameter) for parameter in self.parameters)
+            self.reusable = plain and self._state.holds(model)
+        except (AttributeError, KeyError, RuntimeError):
             self.reusable = False
-        else:
-            self.reusable = not self._state.hooked
 
     def _remember(self, model: nn.Sequential) -> None:
         modules = list(model.modules())
-        dicts = [module.__dict__ for module in modules]
-        self._kind, self._dict = type(model), dicts[0]
+        self._state = ModuleState(model, modules[1:], self._tensors)
         self._methods = [
             (kind, _methods_of(kind))
             for kind in set(map(type, modules))
             if issubclass(kind, nn.Sequential) and kind is not nn.Sequential
         ]
-        containers, parametrised, self._settings = [], [], []
-        for kind, module in zip(map(kind_of, modules), dicts, strict=True):
+        self._settings = []
+        for module in modules:
+            kind = kind_of(module)
             if kind is None:
-                containers.append(module)
-            if kind is None or module["_parameters"]:
-                parametrised.append(module)
-            if kind is not None and SETTINGS[kind]:
+                continue
+            _check_as_registered(kind, module)
+            if SETTINGS[kind]:
                 read = operator.itemgetter(*SETTINGS[kind])
-                self._settings.append((read, module, copy.deepcopy(read(module))))
-        self._state = ModuleState(dicts, containers, parametrised, modules[1:], self._tensors)
+                self._settings.append((read, module, _typed(read(module.__dict__))))
 
     def holds(self, model: nn.Sequential) -> bool:
-        """Whether ``model``, whose snapshot this is, still is as it was, the values of its tensors aside."""
+        """Whether ``model`` is the one whose snapshot this is, and as it was, the values of its tensors aside."""
         try:
-            if not (
+            return (
                 self.reusable
+                and self._model() is model
                 and not any(GLOBAL_HOOKS)
-                and type(model) is self._kind
-                and model.__dict__ is self._dict
-                and self._state.holds()
-                and all(read(module) == values for read, module, values in self._settings)
+                and self._state.holds(model)
+                and all(_typed(read(module.__dict__)) == values for read, module, values in self._settings)
                 and all(_methods_of(kind) == methods for kind, methods in self._methods)
-            ):
-                return False
-            # elsewhere on the same devices is no change
-            return not self._state.moved() or list(map(_device_of, self._tensors)) == self._devices
+            )
         except (AttributeError, KeyError, RuntimeError):  # what was there is not, or cannot be compared
             return False
 
     @property
     def layout(self) -> TensorLayout:
-        """That of the parameters and buffers."""
-        found = self._state.moves, list(map(Tensor.stride, self._tensors))
+        """That of the parameters and buffers, now."""
+        found = list(map(Tensor.data_ptr, self._tensors)), list(map(Tensor.stride, self._tensors))
         if self._layout is None or self._layout[0] != found:
-            parts = map(_layout_of, self._tensors)
-            self._layout = found, TensorLayout((len(self.parameters), *parts))
+            self._layout = found, TensorLayout((len(self.parameters), *map(_layout_of, self._tensors)))
         return self._layout[1]
 
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied model is another one."""
 
-# By the model's identity: a weak dictionary would hash and compare modules, which may say themselves how.
-_snapshots: dict[int, tuple[weakref.ref, Snapshot]] = {}
+    def __reduce__(self):
+        return type(None), ()  # a pickled model needs no pcfast
+
+
+def _check_as_registered(kind: type[nn.Module], module: nn.Module) -> None:
+    """Raise KeyError where what torch registers in a module of a known kind is a plain attribute of this one."""
+    held = module.__dict__
+    for name in ("weight", "bias") if kind in PARAMETRISED else ():
+        held["_parameters"][name]
+    for name in ("running_mean", "running_var") if kind in BUFFERED else ():
+        held["_buffers"][name]
+
+
+def _typed(value) -> tuple:
+    """A setting so that only the same one equals it: 1 is not 1.0, nor a list that has changed inside.
+
+    Raises:
+        AttributeError: a setting that is no plain value.
+    """
+    if type(value) in _PLAIN:
+        return type(value), value
+    if type(value) in (tuple, list):
+        return type(value), *map(_typed, value)
+    raise AttributeError(f"a setting of {type(value)}")
+
+
+#: In the model's own attributes: kept elsewhere, it would keep alive a model that its children refer to.
+_ATTRIBUTE = "_pcfast_snapshot"
 
 
 def snapshot(model: nn.Sequential) -> Snapshot:
@@ -122,13 +144,12 @@ def snapshot(model: nn.Sequential) -> Snapshot:
     Raises:
         ModelError: as :class:`Snapshot`.
     """
-    key = id(model)
-    entry = _snapshots.get(key)
-    if entry is not None and entry[0]() is model and entry[1].holds(model):
-        return entry[1]
+    known = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
+    if known is not None and known.holds(model):
+        return known
     result = Snapshot(model)
     if result.reusable:
-        _snapshots[key] = weakref.ref(model, lambda _: _snapshots.pop(key, None)), result
+        model.__dict__[_ATTRIBUTE] = result
     else:
-        _snapshots.pop(key, None)
+        model.__dict__.pop(_ATTRIBUTE, None)
     return result

@@ -160,13 +160,14 @@ _TOKENS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch
 
 
 def check_input(
-    x: Tensor, network: Network, placement: tuple[torch.device, torch.dtype] | None
+    x: Tensor, network: Network | None, placement: tuple[torch.device, torch.dtype] | None
 ) -> torch.dtype:
     """Check x against the model's device and dtype; returns the dtype of the parameters (or of x).
 
-    Integers are taken where layer 1 begins with a module that pcfast does not know (``network`` says so).
+    Integers are taken where layer 1 begins with a module that pcfast does not know.
 
     Args:
+        network: the model's; None: integers are not taken.
         placement: of the model (:func:`pcfast.model.placement.common_placement`).
     """
     if not isinstance(x, Tensor):
@@ -175,7 +176,7 @@ def check_input(
     real = x.dtype in DTYPES
     if not (real or x.dtype in DTYPES.values()):
         tokens = x.dtype in _TOKENS
-        if not tokens or not network.takes_integers:
+        if not tokens or network is None or not network.takes_integers:
             raise ArgumentTypeError(
                 "x",
                 f"dtype {x.dtype}",
@@ -214,7 +215,7 @@ def check_input(
         )
     if x.dtype == dtype or x.dtype in _TOKENS or torch.is_autocast_enabled(x.device.type):
         return dtype
-    if DTYPES.get(x.dtype) == dtype and network.opaque:
+    if DTYPES.get(x.dtype) == dtype and network is not None and network.opaque:
         return dtype  # a complex network that may well take real inputs: its own modules decide
     if x.is_complex() and not dtype.is_complex:
         remedy = "Pass torch.view_as_real(x), or x.real."

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from ..losses import Loss
 from ..model.snapshot import Snapshot
 from ..precision import choose_precision
 from ..problem import reductions, validation
-from ..problem.belief_optimizers import StepSize
+from ..problem.belief_optimizers import BeliefOptimizer, StepSize
+from ..problem.nudging import Nudging
 from ..problem.plan import LOOPS, Plan, plan
 from ..problem.settings import Settings
 from ..problem.types import Wanted
@@ -27,10 +29,13 @@ from ..problem.types import Wanted
 #: Kinds that are kept of one model.
 _CAPACITY = 64
 
-_all_but_the_loss = operator.attrgetter(
-    "method", "step_size", "num_steps", "belief_optimizer", "nudging", "backend", "vinit", "reduction",
-    "update_scale", "normalizer", "tolerance", "check",
-)  # fmt: skip
+# of Settings, the loss aside
+_NAMES = tuple(field.name for field in fields(Settings) if field.name != "loss")
+_read = operator.attrgetter(*_NAMES)
+_STEP_SIZE = _NAMES.index("step_size")
+#: Values that are equal where calls are, if their types are, too. Others may change inside.
+_PLAIN = frozenset((str, int, float, bool, type(None), Nudging, *get_args(BeliefOptimizer)))
+_NUMBERS = frozenset((int, float))
 # torch 2.13 has no named dimensions any more
 _has_names = getattr(Tensor, "has_names", lambda tensor: False)
 
@@ -40,12 +45,14 @@ class Call:
     """What is known of calls of one kind.
 
     Attributes:
+        backend: as asked for.
         planned: before a backend is chosen.
         loss: described, of a loss that is given by name; else None.
         step_size: of the sum over rows.
         raise_now, deferred: as for :class:`pcfast.problem.types.Problem`.
     """
 
+    backend: str
     planned: Plan
     loss: Loss | None
     step_size: StepSize
@@ -53,36 +60,43 @@ class Call:
     deferred: bool
     _chosen: tuple[Hashable, Plan] | None = field(default=None, repr=False)
 
-    def on_backend(self, name: str) -> Plan:
-        """The plan for the backend that ``name`` asks for; chosen anew where what decides has changed."""
-        state = decisions.state(self.planned.device)
-        if self._chosen is None or self._chosen[0] != state:
-            self._chosen = state, choose_backend(name, self.planned)[1]
-        return self._chosen[1]
+    def on_backend(self) -> Plan:
+        """The plan for the backend that runs it; chosen anew where what decides has changed."""
+        state, chosen = decisions.state(self.planned.device), self._chosen
+        if chosen is None or chosen[0] != state:
+            chosen = self._chosen = state, choose_backend(self.backend, self.planned)[1]
+        return chosen[1]
 
 
-def key_of(x, y, settings: Settings, wanted: Wanted, output_gradient, move) -> Hashable | None:
-    """Equal for calls of one kind; None where a call has none."""
-    given = _all_but_the_loss(settings)
-    loss = settings.loss
-    if loss is not None and type(loss) is not str:
-        described = settings.described_loss()
-        loss = described.kind, described.settings
+def key_of(
+    x, y, settings: Settings, loss: Loss | None, wanted: Wanted, output_gradient, move
+) -> Hashable | None:
+    """Equal for calls of one kind; None where a call has none. ``loss``: described, where it is not given by name."""
     x, y = _facts(x), _facts(y)
     if x is None or y is None:
         return None
+    given = _read(settings)
+    kinds = list(map(type, given))  # True equals 1
+    if not _PLAIN.issuperset(kinds):
+        given = _with_schedule(given)
+        if given is None:
+            return None
     device = x[3].type if len(x) > 1 else "cpu"
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    key = (
-        given, tuple(map(type, given)),  # True equals 1
-        loss, x, y, wanted, output_gradient is None, move is None,
-        autocast, torch.is_grad_enabled(), torch.get_default_dtype(),
+    described = settings.loss if type(settings.loss) is str else loss and (loss.kind, loss.settings)
+    return (
+        given, tuple(kinds), described, x, y, wanted, output_gradient is None, move is None, autocast,
+        torch.is_grad_enabled(), torch.get_default_dtype(),
     )  # fmt: skip
-    try:
-        hash(key)
-    except TypeError:  # a list of step sizes or of beliefs
+
+
+def _with_schedule(given: tuple) -> tuple | None:
+    """The settings with their list of step sizes as a tuple; None where others are not plain either."""
+    sizes = given[_STEP_SIZE]
+    others = (*given[:_STEP_SIZE], *given[_STEP_SIZE + 1 :])
+    if type(sizes) not in (list, tuple) or not _NUMBERS.issuperset(map(type, sizes)):
         return None
-    return key
+    return (*others, tuple(sizes)) if _PLAIN.issuperset(map(type, others)) else None
 
 
 def _facts(value) -> tuple | None:
@@ -102,8 +116,10 @@ def remember(known: Snapshot, key: Hashable | None, call: Call) -> None:
         known.calls[key] = call
 
 
-def understood(known: Snapshot, x, y, settings: Settings, wanted: Wanted, output_gradient, move) -> Call:
-    """Validate and plan; arguments as for :func:`pcfast.relaxation.solve.prepare`.
+def understood(
+    known: Snapshot, x, y, settings: Settings, loss: Loss | None, wanted: Wanted, output_gradient, move
+) -> Call:
+    """Validate and plan; arguments as for :func:`key_of`.
 
     Raises:
         ArgumentError and its kinds.
@@ -122,7 +138,9 @@ def understood(known: Snapshot, x, y, settings: Settings, wanted: Wanted, output
     if settings.reduction != "sum":
         rows = reductions.rows_of(x, settings.normalizer)
         optimizer, step_size = reductions.of_beliefs(settings.reduction, rows, optimizer, step_size)
-    loss = None if output_gradient is not None else settings.described_loss()
+    by_name = loss is None
+    if by_name and output_gradient is None:
+        loss = settings.described_loss()
     if loss is not None:
         if loss.known and dtype.is_complex and not network.opaque:
             raise ArgumentError(
@@ -139,5 +157,5 @@ def understood(known: Snapshot, x, y, settings: Settings, wanted: Wanted, output
     )  # fmt: skip
     if method in LOOPS:
         validation.check_step_fits(step_size, precision.state)
-    by_name = isinstance(settings.loss, str)
-    return Call(planned, loss if by_name else None, step_size, not x.is_cuda and not deferred, deferred)
+    raise_now = not x.is_cuda and not deferred
+    return Call(settings.backend, planned, loss if by_name else None, step_size, raise_now, deferred)

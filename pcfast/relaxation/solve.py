@@ -70,10 +70,14 @@ def prepare(
     status.raise_arrived()
     validation.check_no_transform()
     known = snapshot(model)
-    key = calls.key_of(x, y, settings, wanted, output_gradient, move)
+    loss = None
+    if output_gradient is None and type(settings.loss) is not str:
+        loss = settings.described_loss()
+    kind = x, y, settings, loss, wanted, output_gradient, move
+    key = calls.key_of(*kind)
     call = known.calls.get(key)
     if call is None:
-        call = calls.understood(known, x, y, settings, wanted, output_gradient, move)
+        call = calls.understood(known, *kind)
         calls.remember(known, key, call)
     start = None
     if settings.vinit is not None:
@@ -83,11 +87,10 @@ def prepare(
         for index, belief in enumerate(start or [None]):
             if index and isinstance(belief, Tensor):
                 validation.check_finite(f"vinit[{index}]", belief)
-    loss = None if output_gradient is not None else call.loss or settings.described_loss()
-    planned = call.on_backend(settings.backend)
+    planned = call.on_backend()
     problem = Problem(
-        model, known, x.detach(), y, loss, call.step_size, start, activations, output_gradient, call.raise_now,
-        call.deferred, settings.check != "off", move, settings.backend == "auto",
+        model, known, x.detach(), y, loss or call.loss, call.step_size, start, activations, output_gradient,
+        call.raise_now, call.deferred, settings.check != "off", move, settings.backend == "auto",
     )  # fmt: skip
     return problem, planned
 
