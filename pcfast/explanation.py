@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import BACKENDS, choose_backend
+from .backends.choice import requested
 from .errors import ArgumentTypeError, ShapeError
 from .losses import LossLike
 from .model.describe import describe
@@ -20,6 +21,7 @@ from .problem.belief_optimizers import BeliefOptimizer
 from .problem.nudging import Nudging
 from .problem.plan import ALIASES, Plan, plan
 from .problem.settings import Settings
+from .relaxation import cuda_graphs
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,12 +135,11 @@ def explain(
             network, where, dtype, shape, choose_precision(where.type, dtype), method, num_steps, fresh,
             loss=kind, belief_optimizer=optimizer, nudging=nudging, tolerance=relaxing.tolerance,
         ),
+        graphs=cuda_graphs.switched_on(),
     )  # fmt: skip
-    refused = dict(planned.refusals)
+    refused, asked = dict(planned.refusals), requested(backend)
     for name in BACKENDS:
         if name != chosen.name and name not in refused:
-            wanted = (
-                f'backend="{backend}" was asked for' if backend != "auto" else f"{chosen.name} comes first"
-            )
+            wanted = f'backend="{asked}" was asked for' if asked != "auto" else f"{chosen.name} comes first"
             refused[name] = wanted
     return Explanation(network, planned, refused, tuple(chosen.describe(planned)))

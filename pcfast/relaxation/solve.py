@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..backends import BACKENDS, choose_backend, log_fallback
+from ..backends.choice import requested
 from ..errors import ArgumentError
 from ..model import sharding
 from ..model.describe import describe
@@ -19,7 +20,7 @@ from ..problem import reductions, status, validation
 from ..problem.plan import LOOPS, Plan, plan
 from ..problem.settings import Settings
 from ..problem.types import NOTHING_BUT_UPDATES, Outcome, Problem, Wanted
-from . import cuda_graphs
+from . import contest, cuda_graphs
 
 Move = Callable[[dict[nn.Parameter, Tensor]], None]
 
@@ -106,12 +107,12 @@ def prepare(
         network, x.device, dtype, tuple(x.shape), precision, method, num_steps, fresh, wanted, loss and loss.kind,
         optimizer, settings.nudging, relaxing.tolerance,
     )  # fmt: skip
-    _, planned = choose_backend(settings.backend, planned)
+    _, planned = choose_backend(settings.backend, planned, graphs=cuda_graphs.switched_on(), may_qualify=True)
     if method in LOOPS:
         validation.check_step_fits(step_size, precision.state)
     problem = Problem(
         model, x.detach(), y, loss, step_size, start, activations, output_gradient, raise_now, deferred,
-        settings.check != "off", move, settings.backend == "auto",
+        settings.check != "off", move, requested(settings.backend) == "auto",
     )  # fmt: skip
     return problem, planned
 
@@ -148,6 +149,7 @@ def _solve(model, x, y, settings, wanted, activations, output_gradient, move) ->
         problem, planned = prepare(
             model, x, y, settings, wanted, activations=activations, output_gradient=output_gradient, move=move
         )
+        planned = contest.decided(problem, planned)
         outcome, reason = cuda_graphs.run(BACKENDS[planned.backend], problem, planned)
     if outcome.status is not None:
         status.defer(outcome.status, problem.step_size)
