@@ -43,6 +43,10 @@ class _WrongResult(Exception):
     """A kind of kernels that ran, and gave what it should not."""
 
 
+class _FailedRun(Exception):
+    """A kind of kernels that raised."""
+
+
 def kinds_on(device: torch.device) -> tuple[list[KernelKind], dict[str, str]]:
     """The kinds to test on a device, and why those of some backends are not."""
     names: list[tuple[str, str]] = []
@@ -127,7 +131,8 @@ def _check_bounds(kind: KernelKind, case: Case, model: nn.Sequential, device: to
         device=device, draws=DRAWS[device.type],
     )  # fmt: skip
     if not report.ok:
-        raise _WrongResult(max(report.failures, key=lambda row: row.ratio).words)
+        row = max(report.failures, key=lambda row: row.ratio)
+        raise _FailedRun(row.message) if row.message else _WrongResult(row.words)
 
 
 def _check_bits(kind: KernelKind, case: Case, model: nn.Sequential, device: torch.device) -> None:
@@ -171,7 +176,7 @@ def main() -> None:
         except (
             Exception
         ) as failure:  # it may have broken the device's context: the next kind needs another process
-            say(verdict=(FAILED, reason_of(failure)))
+            say(verdict=(FAILED, str(failure) if isinstance(failure, _FailedRun) else reason_of(failure)))
             return
         else:
             say(verdict=(QUALIFIED, ""))
