@@ -103,7 +103,7 @@ def test_a_child_that_dies_disqualifies_what_it_tested_and_nothing_else(in_b, wo
     assert record.load(CPU) == result and record.path_of(CPU).parent == folder
     assert "was killed" in result.refusal([A, B]) or "ended with status" in result.refusal([A, B])
     assert result.refusal([A, C]) == ""
-    assert "does not test it" in result.refusal([KernelKind("cuda", "d", "ieee")])
+    assert "it is of no qualification" in result.refusal([KernelKind("cuda", "d", "ieee")])
 
 
 def test_a_kind_that_does_not_end_is_killed_and_the_others_go_on(children):
@@ -120,6 +120,9 @@ def test_what_the_time_does_not_reach_is_untested(children):
     result = pcfast.qualify("cpu", limit_s=1.0)
     late = Verdict(UNTESTED, "not reached within 1 s")
     assert result.verdicts == {A: FINE, B: late, C: late}
+    assert result.refusal([C]).endswith(
+        "not tested on this device: not reached within 1 s; run pcfast qualify"
+    )
 
 
 def test_a_child_that_reports_a_fault_and_ends_is_followed_by_another(children):

@@ -143,7 +143,9 @@ def keep(device: torch.device, key: str, measured: Timings) -> None:
     path, names = path_of(device), {*measured.seconds, *measured.out}
     known = of_device(device)
     try:
-        with exclusive(path.with_suffix(".lock"), _LOCK_S):
+        with exclusive(path.with_suffix(".lock"), _LOCK_S) as held:
+            if not held:  # what others write meanwhile would be lost
+                raise TimeoutError(f"{path} has been locked for {_LOCK_S:g} s")
             everything = _read(device)
             if key not in everything or not everything[key].covers(names):
                 everything[key] = measured

@@ -400,7 +400,7 @@ class _Check:
                 updates = self._solve(side, side.model, draw, backend, Wanted())
         except RelaxationDiverged as error:
             raise _Failed(error.layer, "run", str(error)) from error
-        except BackendError:
+        except (BackendError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:  # of torch, or of a kernel
             raise _Failed(None, "run", f"{type(error).__name__}: {error}") from error

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..backends import BACKENDS
 from ..backends.kernel_backend import KernelBackend
 from ..backends.kernel_kinds import KernelKind
-from ..backends.qualification.record import FAILED, QUALIFIED
+from ..backends.qualification.record import FAILED, QUALIFIED, UNTESTED
 from ..backends.triton import config_cache
 from ..backends.triton.configs import NONE, Choices, ConvolutionKey
 from ..precision import numerics, use_precision
@@ -174,8 +174,12 @@ def main() -> None:
         except _WrongResult as wrong:
             say(verdict=(FAILED, str(wrong)))
         except (
-            Exception
-        ) as failure:  # it may have broken the device's context: the next kind needs another process
+            torch.OutOfMemoryError
+        ) as failure:  # others use the device: this says nothing about the kernels
+            say(verdict=(UNTESTED, reason_of(failure)))
+            return
+        except Exception as failure:
+            # it may have broken the device's context: the next kind needs another process
             say(verdict=(FAILED, str(failure) if isinstance(failure, _FailedRun) else reason_of(failure)))
             return
         else:

@@ -61,7 +61,7 @@ class _Events:
 
     def __call__(self, run: Callable[[], object]) -> float:
         once = self._time(run, 1)
-        return self._time(run, max(1, round(_MIN_SAMPLE / max(once, 1e-7))))
+        return once if once >= _MIN_SAMPLE else self._time(run, round(_MIN_SAMPLE / max(once, 1e-7)))
 
     def _time(self, run: Callable[[], object], calls: int) -> float:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -53,9 +53,11 @@ class Qualification:
         """Which of the kinds are not qualified, and why; "" where all are."""
         words = []
         for kind in sorted(needed):
-            verdict = self.verdicts.get(kind, Verdict(UNTESTED, "the qualification does not test it"))
-            if verdict.status != QUALIFIED:
+            verdict = self.verdicts.get(kind, Verdict(UNTESTED, "it is of no qualification"))
+            if verdict.status == FAILED:
                 words.append(f"{kind} is not qualified on this device: {verdict.reason}")
+            elif verdict.status == UNTESTED:
+                words.append(f"{kind} is not tested on this device: {verdict.reason}; run pcfast qualify")
         return "; ".join(words)
 
     def to_json(self) -> dict:
