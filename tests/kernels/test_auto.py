@@ -101,7 +101,7 @@ def problem(model=None, count: int = 5):
 
 def relaxed(case, **settings):
     model, x, y = case
-    return pcfast.relax(model, x, y, num_steps=3, **settings)
+    return pcfast.relax(model, x, y, num_steps=2, **settings)
 
 
 def backend_of(case, **settings) -> str:
@@ -118,7 +118,7 @@ def backend_of(case, **settings) -> str:
 def test_the_fastest_runs_and_eager_where_the_difference_is_noise(triton, chosen, priced, caplog):
     caplog.set_level(logging.INFO, "pcfast")
     clock, case = priced(eager=1.0, triton=triton), problem()
-    explained = pcfast.explain(case[0], case[1].shape, num_steps=3)
+    explained = pcfast.explain(case[0], case[1].shape, num_steps=2)
     assert explained.plan.backend == "eager" and "the first call does it" in explained.refused["triton"]
     first = relaxed(case)
     assert first.run.plan.backend == chosen and 2 * contest.ROUNDS >= clock.timed > contest.ROUNDS
@@ -129,7 +129,7 @@ def test_the_fastest_runs_and_eager_where_the_difference_is_noise(triton, chosen
     for ours in (first, again):
         assert all(map(torch.equal, ours.beliefs, by_name.beliefs))
     plan = pcfast.explain(
-        case[0], case[1].shape, num_steps=3
+        case[0], case[1].shape, num_steps=2
     ).plan  # what a caller of pc_loss wants: other tensors
     assert plan.contenders
     said = dict(first.run.plan.refusals)[other]
@@ -222,7 +222,7 @@ def test_times_hold_for_what_they_were_measured_on(change, priced, monkeypatch):
     elif change == "momentum":
         settings = {"belief_optimizer": pcfast.GradientDescent(momentum=0.5)}
     elif change == "iterations":
-        assert pcfast.relax(*case, num_steps=4).run.plan.backend == "eager" and clock.timed > counted
+        assert pcfast.relax(*case, num_steps=5).run.plan.backend == "eager" and clock.timed > counted
         return
     else:
         monkeypatch.setattr(cuda_graphs, "_switched_on", False)
@@ -273,13 +273,13 @@ def test_measuring_leaves_nothing_behind(priced, monkeypatch):
     model, x, y = problem()
     untimed = copy.deepcopy(model)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    loss = pcfast.pc_loss(model, x, y, num_steps=3)
+    loss = pcfast.pc_loss(model, x, y, num_steps=2)
     assert pcfast.last_run().plan.backend == "triton" and drawn
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     loss.backward()
-    pcfast.pc_loss(untimed, x, y, num_steps=3, backend="triton").backward()
+    pcfast.pc_loss(untimed, x, y, num_steps=2, backend="triton").backward()
     for ours, theirs in zip(model.parameters(), untimed.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
     pcfast.synchronize()
@@ -327,7 +327,7 @@ def test_faults_of_the_data_are_the_callers_and_nothing_is_recorded(priced):
         with pytest.raises(pcfast.RelaxationDiverged):
             pcfast.relax(model, x, y, step_size=1e30, num_steps=8)
         with pytest.raises(pcfast.ArgumentError, match="labels"):
-            pcfast.relax(model, x, y + 10, num_steps=3)
+            pcfast.relax(model, x, y + 10, num_steps=2)
     assert not timings.of_device(CPU) and not timings.path_of(CPU).exists()
     pcfast.synchronize()
     assert backend_of((model, x, y)) == "triton"
@@ -377,7 +377,7 @@ def contest_arguments(case):
     from pcfast.problem.settings import Settings
     from pcfast.relaxation.solve import prepare
 
-    return prepare(*case, Settings(num_steps=3))
+    return prepare(*case, Settings(num_steps=2))
 
 
 # which kinds a plan needs --------------------------------------------------------------------------------------
@@ -465,6 +465,6 @@ def test_info_shows_the_times(priced, capsys):
     assert main(["info", "--json"]) == 0
     (shown,) = json.loads(capsys.readouterr().out)["timings"]
     assert shown["backend"] == "triton" and shown["seconds"] == {"triton": 0.5, "eager": 1.0}
-    assert "x (5, 12), layers 20 - 10, 3 iterations" in shown["what"]
+    assert "x (5, 12), layers 20 - 10, 2 iterations" in shown["what"]
     assert main(["info"]) == 0
     assert "triton 500 ms" in capsys.readouterr().out
