@@ -156,6 +156,30 @@ def test_another_identity_is_not_taken(children, monkeypatch):
         record.path_of(CPU).rename(path)
 
 
+def test_identity_of_a_gpu(monkeypatch, tmp_path):
+    driver = tmp_path / "version"
+    driver.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (a@b)\n"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    gpu, names = torch.device("cuda", 0), []
+    for file, expected in ((driver, "580.65.06"), (tmp_path / "none", "CUDA 13000")):
+        monkeypatch.setattr(device_identity, "_DRIVER_FILE", file)
+        device_identity._identity.cache_clear()
+        known = device_identity.identity_of(gpu)
+        names.append(known.file_name("qualification"))
+        assert (known.device, known.capability, known.driver) == ("NVIDIA H200", "9.0", expected)
+        assert (
+            known.torch == torch.__version__
+            and known.pcfast == pcfast.__version__
+            and len(known.sources) == 64
+        )
+    device_identity._identity.cache_clear()
+    assert names[0] != names[1] and names[0].startswith("qualification_nvidia-h200-9.0_")
+
+
 @pytest.mark.parametrize(
     "damage",
     [b"", b"{", b"\xff", b"[]", b'{"format": 0}', "kinds", "status", "unavailable", "when"],
@@ -188,6 +212,10 @@ def test_a_folder_that_cannot_be_written(children, tmp_path, monkeypatch, caplog
         assert automatic.refusal(CPU, [A], may_run=True) == ""
     assert len(started()) == 1
     assert len([entry for entry in caplog.records if "cannot be written" in entry.message]) == 1
+    automatic.forget()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(automatic.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    assert "local rank 0 can write no qualification" in automatic.refusal(CPU, [A], may_run=True)
 
 
 # by itself -----------------------------------------------------------------------------------------------------

@@ -80,7 +80,8 @@ CASES: dict[tuple[str, str], tuple[Case, ...]] = {
     ("triton", streamed.LINEAR): (
         Case(_WIDENING, (12,)),
         Case(_WIDENING, (12,), loss="mse"),
-        Case(_WIDE, (256,), 1024, large=True),
+        Case(_WIDE, (256,), 1024, large=True),  # 64 x 128 in predictions
+        Case(_WIDE, (256,), 2048, large=True),  # 128 x 128
         Case(_DEEP, (64,), 200, large=True),
     ),
     ("triton", streamed.FUSED_LOOP): (

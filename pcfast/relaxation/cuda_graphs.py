@@ -257,8 +257,18 @@ def apart(backend: Backend, problem: Problem, plan: Plan) -> Callable[[], object
     first = backend.run(problem, plan)
     if ineligible_reason(backend, problem, plan):
         return lambda: backend.run(problem, plan)
-    # what it uploaded lives on while the recording reads it
-    return CACHE.record(lambda _kept=first.resources: backend.run(problem, plan))[1]
+    recorded = CACHE.record(lambda: backend.run(problem, plan))
+    # the graph reads what the runs uploaded, and writes its result
+    return kept_alive(recorded[1], first.resources, recorded[0])
+
+
+def kept_alive(replay: Callable[[], None], *needed: object) -> Callable[[], None]:
+    """``replay``, which keeps ``needed`` alive."""
+
+    def again(_alive: tuple = needed) -> None:
+        replay()
+
+    return again
 
 
 def run(backend: Backend, problem: Problem, plan: Plan) -> tuple[Outcome, str]:

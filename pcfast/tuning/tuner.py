@@ -352,7 +352,8 @@ class _Tuner:
 
     def _recorded(self, choices: Choices) -> Callable[[], object]:
         with torch.no_grad():
-            return cuda_graphs.record_cuda(lambda: self._run(choices))[1]
+            result, replay = cuda_graphs.record_cuda(lambda: self._run(choices))
+        return cuda_graphs.kept_alive(replay, result)
 
     def _prepared(self, choices: Choices) -> Callable[[], object]:
         """A relaxation as training runs it, compiled, checked and recorded. Raises whatever goes wrong."""

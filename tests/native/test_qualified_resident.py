@@ -15,13 +15,14 @@ import pcfast
 from pcfast.backends import choice, kernel_backend
 from pcfast.backends.cuda import native
 from pcfast.backends.qualification import record, run
+from pcfast.backends.qualification.record import UNTESTED
 from pcfast.relaxation import contest
 
 pytestmark = needs_gcc
 
 # the resident kernel is launched through a wrapper that does to each kind what the kind's name is for
 CHILD = """
-import os, sys
+import os, sys, torch
 sys.path.insert(0, {root!r})
 from pcfast.backends.cuda import launch
 from pcfast.checking import qualification as q
@@ -47,6 +48,8 @@ def faulty(*arguments, **settings):
         outputs.beliefs[2].view(-1)[0].mul_(1 + 2**-22)
     if at_work == ["momentum"]:
         raise RuntimeError("an illegal memory access was encountered")
+    if at_work == ["start"]:
+        raise torch.OutOfMemoryError("another process has it all")
     return outputs
 q.kinds_on, q.check_kind, q._check_bits, launch.relax = few, check_kind, check_bits, faulty
 q.main()
@@ -71,7 +74,9 @@ def test_faults_of_each_kind_are_found_and_auto_runs_the_others(automatic, monke
     pcfast.qualify("cpu", limit_s=300, kind_limit_s=200)
     found = record.load(cpu)
     reasons = {kind.name: verdict.reason for kind, verdict in found.verdicts.items()}
-    assert {name for name, reason in reasons.items() if not reason} == {"linear", "pointwise", "start"}
+    assert {name for name, reason in reasons.items() if not reason} == {"linear", "pointwise"}
+    assert {kind.name for kind, verdict in found.verdicts.items() if verdict.status == UNTESTED} == {"start"}
+    assert "another process has it all" in reasons["start"]
     assert "SIGABRT" in reasons["convolution"] and "illegal memory access" in reasons["momentum"]
     assert "error" in reasons["pooling"] and "bound" in reasons["pooling"]
     assert reasons["gram"] == "belief 2 has other bits when the same relaxation runs again"

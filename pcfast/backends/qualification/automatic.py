@@ -9,10 +9,12 @@ from collections.abc import Iterable
 
 import torch
 
+from ...errors import ArgumentError
 from ...support.log import info_once, warn_once
 from .. import generation
 from ..device_identity import device_key
 from ..kernel_kinds import KernelKind
+from ..triton import config_cache
 from . import record, run
 from .record import Qualification
 
@@ -113,6 +115,11 @@ def _obtained(device: torch.device) -> Qualification | str:
 
 def _awaited(device: torch.device) -> Qualification | str:
     """The record that local rank 0 writes."""
+    try:
+        config_cache.check_writable()
+    except ArgumentError as unwritable:
+        warn_once(f"local rank 0 can write no qualification: eager runs on {device}. {unwritable}")
+        return f"local rank 0 can write no qualification: {unwritable}"
     deadline = time.monotonic() + run.LIMIT_S + _MARGIN_S
     info_once(f"waiting for local rank 0, which tests pcfast's kernels on {device}")
     while (found := record.load(device)) is None and time.monotonic() < deadline:
