@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU on a machine without network, in two calls of 7 minutes each:
 #
-#     bench/on_gpu.sh OUT --part 1    # builds; the assumptions that no CPU can test, one by one; the GPU tests
+#     bench/on_gpu.sh OUT --part 1    # builds; pcfast qualify; the assumptions that no CPU can test; the GPU tests
 #     bench/on_gpu.sh OUT --part 2    # constants, kernels alone, whole training steps; compute-sanitizer if time is left
 #
 # Builds the package and its CUDA kernels in place with what is there (cmake, ninja and pybind11 among it), runs what
 # matters most first, and stops cleanly within --minutes M (default 7, 14 without --part); a step whose time runs out
-# leaves its tracebacks and what it has measured. --only STEP,STEP runs some of the steps probes, tests, large,
-# constants, kernels, bench, sanitizer. OUT gets at most 8 small files. --rehearse runs every step without a GPU, each
+# leaves its tracebacks and what it has measured. --only STEP,STEP runs some of the steps qualify, probes, tests, large,
+# constants, kernels, bench, sanitizer. OUT gets at most 8 small files, the qualification in info.json. --rehearse runs every step without a GPU, each
 # as short as it can be. PYTHON names the interpreter (default python3). Exit status 0 if every step ended well or was
 # skipped with a reason.
 set -uo pipefail
@@ -15,7 +15,7 @@ set -uo pipefail
 fail() { echo "error: $*" >&2; exit 2; }
 
 USAGE="usage: bench/on_gpu.sh OUT [--part 1|2] [--minutes M] [--only STEP,STEP] [--rehearse]"
-PART_1=probes,tests,large PART_2=constants,kernels,bench,sanitizer
+PART_1=qualify,probes,tests,large PART_2=constants,kernels,bench,sanitizer
 STEPS="$PART_1,$PART_2"
 OUT='' MINUTES='' REHEARSE='' ONLY='' PART=''
 while [ $# -gt 0 ]; do
@@ -108,6 +108,14 @@ import torch
 major, minor = torch.cuda.get_device_capability()
 print(str(major) + str(minor) + "a" * (major >= 9))')
     step native 180 env PCFAST_CUDA_ARCHITECTURES="$PCFAST_CUDA_ARCHITECTURES" "$PYTHON" setup.py build_ext --inplace
+fi
+if ! wanted qualify; then
+    :
+elif [ -n "$REHEARSE" ]; then
+    say qualify "rehearsed: needs a GPU"
+else
+    # each kind of kernels in child processes: what breaks here breaks nothing else
+    step qualify 130 "$PYTHON" -m pcfast qualify --limit 110
 fi
 step info 60 bash -c '"$0" -m pcfast info --json > "$1"; status=$?; cat "$1"; exit $status' "$PYTHON" "$OUT/info.json"
 

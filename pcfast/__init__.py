@@ -15,6 +15,8 @@ _moved.install()
 
 from ._version import __version__
 from .autograd import PredictiveCoding, pc_loss
+from .backends.qualification.record import Qualification
+from .backends.qualification.run import qualify
 from .deviation.differences import use_precise_deviations
 from .errors import (
     ArgumentError,
@@ -55,6 +57,7 @@ __all__ = [
     "PCInfer",
     "PcfastError",
     "PredictiveCoding",
+    "Qualification",
     "Relaxation",
     "RelaxationDiverged",
     "Residual",
@@ -69,6 +72,7 @@ __all__ = [
     "last_run",
     "pc_loss",
     "presets",
+    "qualify",
     "relax",
     "synchronize",
     "tune",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import autograd, incremental
 from .backends import BACKENDS
+from .backends.choice import requested
 from .errors import ModelError, PcfastError
 from .losses import HALF_SUM, describe_loss, half_squared_error
 from .model.describe import describe
@@ -361,6 +362,13 @@ incremental_step = torch.compiler.disable(
 _KINDS = ("cross_entropy", "mse")
 
 
+@torch.compiler.assume_constant_result
+def _literal(name: str) -> bool:
+    """Whether the literal loop is asked for, by a call or by the environment, which no compiler traces."""
+    backend = BACKENDS.get(requested(name))
+    return backend is not None and backend.literal
+
+
 def _fits(model, x, y, settings: Settings) -> bool:
     """Whether the operator's arguments can say what the call says. An eager call says what is wrong with others."""
     if not isinstance(model, nn.Sequential) or not isinstance(x, Tensor) or not isinstance(y, Tensor):
@@ -386,8 +394,7 @@ def _fits(model, x, y, settings: Settings) -> bool:
             return False
         if any(entry is not None and not isinstance(entry, Tensor) for entry in vinit):
             return False
-    backend = BACKENDS.get(settings.backend)
-    if backend is not None and backend.literal:
+    if _literal(settings.backend):
         return False  # its results have other dtypes than a relaxation's state
     # the abstract step runs modules on tensors without values, which hooks must not see
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .backends import BACKENDS, chips, choose_backend
 from .backends.chips import Chip
+from .backends.choice import requested
 from .errors import ArgumentError, ArgumentTypeError, ShapeError
 from .losses import LossLike
 from .model.describe import describe
@@ -22,6 +23,7 @@ from .problem.belief_optimizers import BeliefOptimizer
 from .problem.nudging import Nudging
 from .problem.plan import ALIASES, Plan, plan
 from .problem.settings import Settings
+from .relaxation import cuda_graphs
 
 
 @dataclass(frozen=True, repr=False)
@@ -169,16 +171,15 @@ def explain(
         loss=kind, belief_optimizer=optimizer, nudging=nudging, tolerance=relaxing.tolerance,
     )  # fmt: skip
     with contextlib.nullcontext() if chip is None else chips.planning_for(chip):
-        if chip is not None and backend == "auto":
+        asked = requested(backend)
+        if chip is not None and asked == "auto":
             return _by_candidates(network, planned, chip)
-        chosen, planned = choose_backend(backend, planned)
+        chosen, planned = choose_backend(backend, planned, graphs=cuda_graphs.switched_on())
         refused = dict(planned.refusals)
         for name in BACKENDS:
             if name != chosen.name and name not in refused:
                 wanted = (
-                    f'backend="{backend}" was asked for'
-                    if backend != "auto"
-                    else f"{chosen.name} comes first"
+                    f'backend="{asked}" was asked for' if asked != "auto" else f"{chosen.name} comes first"
                 )
                 refused[name] = wanted
         return Explanation(network, planned, refused, tuple(chosen.describe(planned)), chip)

@@ -780,6 +780,7 @@ def test_the_gpu_script_can_be_rehearsed(tmp_path):
     assert done.stdout.rstrip().endswith(summary.rstrip())
     for step in (
         "build",
+        "qualify",
         "info",
         "tools",
         "probes",
@@ -865,7 +866,7 @@ echo "unbuffered $PYTHONUNBUFFERED, preallocate $XLA_PYTHON_CLIENT_PREALLOCATE"
 @pytest.mark.parametrize(
     ("part", "names"),
     [
-        ("1", "build native info tools launches eager probed jax tests large"),
+        ("1", "build native qualify info tools launches eager probed jax tests large"),
         ("2", "build native info constants kernels bench compilers memcheck racecheck synccheck"),
     ],
 )

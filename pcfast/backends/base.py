@@ -12,6 +12,7 @@ from ..model.spec import Network
 from ..precision import Precision
 from ..problem.plan import Plan
 from ..problem.types import Outcome, Problem
+from .kernel_kinds import KernelKind
 
 
 def on_device(device: torch.device):
@@ -41,6 +42,10 @@ class Backend(ABC):
     def automatic(self, device: torch.device) -> tuple[bool, str]:
         """``(ok, reason)``: whether ``backend="auto"`` may choose this backend on a device."""
         return True, ""
+
+    def kernel_kinds(self, plan: Plan) -> frozenset[KernelKind]:
+        """The kinds of its own kernels that a plan needs; "auto" takes them where all are qualified."""
+        return frozenset()
 
     def describe(self, plan: Plan) -> list[str]:
         """Lines for :func:`pcfast.explain`: what runs each layer, and why."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from ..deviation import Chain
@@ -17,6 +18,10 @@ from ..problem.types import Outcome, Problem
 from .base import Backend, on_device, without_closed_form
 from .eager import backend as eager
 from .forward import Chains, layer_chains, undone_on_failure
+from .kernel_kinds import at_precisions
+
+#: Types of devices on which "auto" considers kernels. Elsewhere they are interpreted or compiled for tests.
+AUTOMATIC_DEVICES = ("cuda",)
 
 
 def without_kernels(plan: Plan) -> str:
@@ -54,6 +59,28 @@ def unknown_to_kernels(network: Network) -> str:
 
 class KernelBackend(Backend):
     """Runs strict relaxation in kernels and, as eager, what has no loop."""
+
+    #: Names of its kinds of kernels, in the order in which they are tested.
+    kind_names: tuple[str, ...]
+
+    @abstractmethod
+    def unavailable(self, device: torch.device) -> str:
+        """Why no kernel runs on a device, whatever the plan; "" where they run."""
+
+    @abstractmethod
+    def kinds(self, plan: Plan) -> set[str]:
+        """Which of :attr:`kind_names` strict relaxation by a plan needs; called inside its numerics."""
+
+    def kernel_kinds(self, plan):
+        if not _in_kernels(plan):
+            return frozenset()
+        with numerics(plan.device, plan.precision):
+            return at_precisions(self.name, self.kinds(plan), plan)
+
+    def automatic(self, device):
+        if device.type in AUTOMATIC_DEVICES or self.unavailable(device):
+            return True, ""  # supports says why it is not available
+        return False, "its kernels run on the CPU for tests alone: ask for it by name"
 
     @abstractmethod
     def relax(self, problem: Problem, plan: Plan, chains: Chains) -> Outcome:

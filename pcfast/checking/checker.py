@@ -30,7 +30,8 @@ from ..model.describe import describe
 from ..model.placement import common_placement
 from ..model.spec import Network
 from ..precision import PRECISIONS, choose_precision, parameter_dtype, use_precision
-from ..problem import validation
+from ..problem import belief_optimizers, validation
+from ..problem.belief_optimizers import BeliefOptimizer
 from ..problem.plan import Plan, plan
 from ..problem.settings import Settings
 from ..problem.types import Outcome, Wanted, layer_of_parameters
@@ -64,6 +65,8 @@ def check(
     method: str = "strict",
     step_size: float = 0.1,
     num_steps: int = 20,
+    belief_optimizer: BeliefOptimizer | None = None,
+    vinit: float | None = None,
     backends: Sequence[str] | None = None,
     precisions: Sequence[str] | None = None,
     device: torch.device | str | None = None,
@@ -79,7 +82,8 @@ def check(
     Args:
         model: ``nn.Sequential`` of PC layers, of a real dtype; BatchNorm stays in its mode.
         data: shape of x, batch included, for which :func:`random_batches` draws; or batches (x, y).
-        loss, method, step_size, num_steps: as for :func:`pcfast.relax`.
+        loss, method, step_size, num_steps, belief_optimizer: as for :func:`pcfast.relax`.
+        vinit: what all beliefs start from; None: the forward pass.
         backends: names; None takes all but the literal loop that gives the truth.
         precisions: of :data:`pcfast.precision.PRECISIONS`; None takes all that the device has.
         device: where to run; None means where the model is.
@@ -90,7 +94,9 @@ def check(
         ArgumentError and its kinds; BackendError: no backend can run the network in any of the precisions;
         RelaxationDiverged: in the reference, so that there is no truth.
     """
-    check = _Check(model, data, loss, method, step_size, num_steps, device, draws, seed)
+    check = _Check(
+        model, data, loss, method, step_size, num_steps, belief_optimizer, vinit, device, draws, seed
+    )
     check.choose(backends, default_precisions(check.device) if precisions is None else precisions)
     with forked(check.device), torch.autocast(check.device.type, enabled=False):
         return check.run(progress or (lambda done, total, what: None))
@@ -202,7 +208,9 @@ def _upper_quartile(values: Sequence[float]) -> float:
 class _Check:
     """One call of :func:`check`."""
 
-    def __init__(self, model, data, loss, method, step_size, num_steps, device, draws, seed) -> None:
+    def __init__(
+        self, model, data, loss, method, step_size, num_steps, belief_optimizer, vinit, device, draws, seed
+    ) -> None:
         network = describe(model)
         placement = common_placement(model)
         if not any(p.requires_grad for p in model.parameters()):
@@ -215,6 +223,9 @@ class _Check:
         self.method, self.seed = validation.checked_method(method), seed
         self.step_size = validation.checked_step_size(step_size)
         self.num_steps = validation.checked_steps(num_steps)
+        self.belief_optimizer = belief_optimizers.checked(belief_optimizer, self.method)
+        validation.check_start_of_all(vinit, self.method)
+        self.vinit = vinit
         self.device = where if device is None else validation.checked_device(device)
         self.notes: list[str] = []
         if dtype == torch.float64:
@@ -275,8 +286,8 @@ class _Check:
     def _plan(self, dtype: torch.dtype) -> Plan:
         return plan(
             self.network, self.device, dtype, tuple(self.double.batches[0][0].shape),
-            choose_precision(self.device.type, dtype), self.method, self.num_steps,
-            loss=describe_loss(self.double.loss).kind,
+            choose_precision(self.device.type, dtype), self.method, self.num_steps, self.vinit is None,
+            loss=describe_loss(self.double.loss).kind, belief_optimizer=self.belief_optimizer,
         )  # fmt: skip
 
     def _require_candidates(self) -> None:
@@ -372,8 +383,9 @@ class _Check:
         x, y = side.batches[draw]
         with buffers_kept(model):
             settings = Settings(
-                side.loss, self.method, self.step_size, self.num_steps, backend=backend, check="sync"
-            )
+                side.loss, self.method, self.step_size, self.num_steps, self.belief_optimizer, backend=backend,
+                vinit=self.vinit, check="sync",
+            )  # fmt: skip
             outcome, run = solve(model, x, y, settings, wanted)
         if run.plan.backend != backend:
             raise _Failed(None, "run", f"asked for {backend}, but {run.plan.backend} ran")
@@ -388,7 +400,7 @@ class _Check:
                 updates = self._solve(side, side.model, draw, backend, Wanted())
         except RelaxationDiverged as error:
             raise _Failed(error.layer, "run", str(error)) from error
-        except BackendError:
+        except (BackendError, torch.OutOfMemoryError):
             raise
         except RuntimeError as error:  # of torch, or of a kernel
             raise _Failed(None, "run", f"{type(error).__name__}: {error}") from error

@@ -49,6 +49,12 @@ class Row:
             return 0.0
         return self.error / self.bound if self.bound else math.inf
 
+    @property
+    def words(self) -> str:
+        """What was compared, and how it came out."""
+        said = self.message or f"error {self.error:.1e}, bound {self.bound:.1e}"
+        return f"layer {self.layer}, {self.quantity}: {said}"
+
 
 @dataclass(frozen=True)
 class Refusal:

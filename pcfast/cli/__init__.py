@@ -30,6 +30,7 @@ from .diagnose import diagnose
 from .explain import explain
 from .info import info
 from .output import flush_output, open_closed_streams, printable_whatever_it_is
+from .qualify import qualify
 from .train import train
 from .tune import tune
 from .which import which
@@ -91,7 +92,7 @@ def pcfast(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (train, compare, diagnose, check, explain, which, tune, bench, info, completion):
+for command in (train, compare, diagnose, check, explain, which, qualify, tune, bench, info, completion):
     pcfast.add_command(command)
 
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterable
 
 import click
 import torch
 
 from .._version import __version__
-from ..backends import BACKENDS
+from ..backends import BACKENDS, kernel_backend, timings
 from ..backends.cuda import native
+from ..backends.qualification import record
 from ..model.describe import describe
 from ..networks import mlp
 from ..precision import choose_precision
 from ..problem.plan import plan
-from ..relaxation import cuda_graphs
+from ..relaxation import contest, cuda_graphs
 from ..support.machine import cpu_name
 from .options import json_option
 from .output import console, print_json, table
+from .qualify import as_dict, kinds_table
 
 # What commands need beside torch and numpy, and for what.
 _OPTIONAL = {"scikit-learn": "data sets", "matplotlib": "figures"}
@@ -28,14 +31,22 @@ _OPTIONAL = {"scikit-learn": "data sets", "matplotlib": "figures"}
 @click.command()
 @json_option
 def info(as_json: bool) -> int:
-    """Show versions, devices, and which backends run here and why the others do not."""
+    """Show versions, devices, which backends run here and why the others do not, and what "auto" knows of them."""
     devices = _devices()
+    qualifications = _qualifications(devices)
     result = {
         "versions": _versions(),
         "devices": devices,
         "backends": _backends(devices),
         "native": _native(),
         "graphs": _graphs(),
+        "qualifications": [
+            {"device": name, "ok": False, "path": None}
+            if found is None
+            else as_dict(torch.device(name), found)
+            for name, found in qualifications.items()
+        ],
+        "timings": _timings(qualifications),
     }
     if as_json:
         print_json(result)
@@ -65,6 +76,18 @@ def info(as_json: bool) -> int:
         kernels.add_row("why no GPU runs them", compiled["reason"])
     out.print(kernels)
     out.print(f"CUDA graphs: {result['graphs']}")
+    for name, found in qualifications.items():
+        if found is None:
+            out.print(
+                f"no kernel is qualified on {name} yet: pcfast qualify, or the first call with backend auto"
+            )
+        else:
+            out.print(kinds_table(name, found))
+    if result["timings"]:
+        timed = table("Timed by auto", "device", "what", "runs", "median times")
+        for row in result["timings"]:
+            timed.add_row(row["device"], row["what"], row["backend"] or "eager", row["words"])
+        out.print(timed)
     return 0
 
 
@@ -122,6 +145,24 @@ def _backends(devices: list[dict]) -> list[dict]:
             runs, reason = backend.supports(plan(network, where, torch.float32, (1, 2), precision))
             rows.append({"backend": name, "device": device["device"], "runs": runs, "reason": reason})
     return rows
+
+
+def _qualifications(devices: list[dict]) -> dict[str, record.Qualification | None]:
+    """By device, of those on which "auto" considers kernels."""
+    present = [device["device"] for device in devices if device["name"] is not None]
+    considered = [name for name in present if torch.device(name).type in kernel_backend.AUTOMATIC_DEVICES]
+    return {name: record.load(torch.device(name)) for name in considered}
+
+
+def _timings(devices: Iterable[str]) -> list[dict]:
+    """What "auto" measured on each device, and which backend it runs since."""
+    return [
+        {
+            "device": name, "what": timed.what, "when": timed.when, "seconds": dict(timed.seconds),
+            "out": dict(timed.out), "backend": timed.fastest(timed.seconds), "words": contest.words(timed),
+        }
+        for name in devices for timed in timings.of_device(torch.device(name)).values()
+    ]  # fmt: skip
 
 
 def _native() -> dict:

@@ -76,6 +76,7 @@ class Plan:
         backend: name of the backend that runs; "" before one was chosen.
         refusals: (backend, reason) for every backend that was passed over.
         literal: the literal loop, in the model's own dtype and with no short cuts.
+        contenders: backends among which "auto" chooses once they were timed; until then ``backend`` runs.
     """
 
     network: specs.Network
@@ -98,6 +99,7 @@ class Plan:
     backend: str = ""
     refusals: tuple[tuple[str, str], ...] = ()
     literal: bool = False
+    contenders: tuple[str, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -344,11 +346,22 @@ def plan(
 
 @functools.lru_cache(maxsize=256)
 def on_backend(
-    planned: Plan, backend: str, refusals: tuple[tuple[str, str], ...] = (), *, literal: bool = False
+    planned: Plan,
+    backend: str,
+    refusals: tuple[tuple[str, str], ...] = (),
+    *,
+    literal: bool = False,
+    contenders: tuple[str, ...] = (),
 ) -> Plan:
     """``planned``, to run on ``backend``. A ``literal`` one takes no short cuts, so there is nothing to count."""
-    chosen = replace(planned, backend=backend, refusals=refusals)
+    chosen = replace(planned, backend=backend, refusals=refusals, contenders=contenders)
     if not literal:
         return chosen
     reason = f"the {backend} backend runs the literal loop"
     return replace(chosen, literal=True, gram=False, gram_reason=reason, work=None)
+
+
+@functools.lru_cache(maxsize=256)
+def undecided(planned: Plan) -> Plan:
+    """``planned`` before a backend was chosen for it; not for a literal one."""
+    return replace(planned, backend="", refusals=(), contenders=())

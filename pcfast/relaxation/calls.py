@@ -14,7 +14,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ..backends import choose_backend, decisions
+from ..backends import choose_backend, generation
+from ..backends.choice import requested
 from ..errors import ArgumentError
 from ..losses import Loss
 from ..model.snapshot import Snapshot
@@ -25,6 +26,7 @@ from ..problem.nudging import Nudging
 from ..problem.plan import LOOPS, Plan, plan
 from ..problem.settings import Settings
 from ..problem.types import Wanted
+from . import cuda_graphs
 
 #: Kinds that are kept of one model.
 _CAPACITY = 64
@@ -60,12 +62,18 @@ class Call:
     deferred: bool
     _chosen: tuple[Hashable, Plan] | None = field(default=None, repr=False)
 
-    def on_backend(self) -> Plan:
-        """The plan for the backend that runs it; chosen anew where what decides has changed."""
-        state, chosen = decisions.state(self.planned.device), self._chosen
+    def on_backend(self) -> tuple[str, Plan]:
+        """The backend asked for, and the plan for the one that runs; chosen anew where what decides has changed."""
+        asked, graphs, chosen = requested(self.backend), cuda_graphs.switched_on(), self._chosen
+        # what products read (precision.kernel_operands) decides where the resident kernel can place its arrays
+        products = torch.backends.cuda.matmul.fp32_precision
+        convolutions = torch.backends.cudnn.conv.fp32_precision if self.planned.device.type == "cuda" else ""
+        state = generation.current(), asked, graphs, products, convolutions
         if chosen is None or chosen[0] != state:
-            chosen = self._chosen = state, choose_backend(self.backend, self.planned)[1]
-        return chosen[1]
+            _, planned = choose_backend(asked, self.planned, graphs=graphs, may_qualify=True)
+            # what was found for the moment alone has changed the generation by now, so that the next call asks again
+            chosen = self._chosen = state, planned
+        return asked, chosen[1]
 
 
 def key_of(

@@ -153,7 +153,7 @@ class GraphCache:
     """
 
     def __init__(self, capacity: int, recorder: Recorder) -> None:
-        self.capacity, self._record = capacity, recorder
+        self.capacity, self.record = capacity, recorder
         self._graphs: OrderedDict[Hashable, _Graph | str] = OrderedDict()  # a str says why there is none
         # keys called once, and what a recording will read: it is not uploaded again, which no capture could do
         self._seen: OrderedDict[Hashable, object] = OrderedDict()
@@ -204,7 +204,7 @@ class GraphCache:
             return outcome
 
         try:
-            result, replay = self._record(work)
+            result, replay = self.record(work)
         except RuntimeError as failure:
             reason = f"recording failed: {str(failure).splitlines()[0]}"
             info_once(f"CUDA graphs are not used for this network: {reason}")
@@ -243,6 +243,29 @@ def _captured(work: Callable[[], object], beside: torch.cuda.Stream) -> tuple:
 
 
 CACHE = GraphCache(capacity=16, recorder=record_cuda)
+
+
+@torch.no_grad()
+def apart(backend: Backend, problem: Problem, plan: Plan) -> Callable[[], object]:
+    """What runs a problem again and again outside the cache: a replay where it is replayed, else plain calls.
+
+    It has run once before this returns.
+    """
+    first = backend.run(problem, plan)
+    if ineligible_reason(backend, problem, plan):
+        return lambda: backend.run(problem, plan)
+    recorded = CACHE.record(lambda: backend.run(problem, plan))
+    # the graph reads what the runs uploaded, and writes its result
+    return kept_alive(recorded[1], first.resources, recorded[0])
+
+
+def kept_alive(replay: Callable[[], None], *needed: object) -> Callable[[], None]:
+    """``replay``, which keeps ``needed`` alive."""
+
+    def again(_alive: tuple = needed) -> None:
+        replay()
+
+    return again
 
 
 def run(backend: Backend, problem: Problem, plan: Plan) -> tuple[Outcome, str]:

@@ -18,7 +18,7 @@ from ..problem import reductions, status, validation
 from ..problem.plan import Plan, plan
 from ..problem.settings import Settings
 from ..problem.types import NOTHING_BUT_UPDATES, Outcome, Problem, Wanted
-from . import calls, cuda_graphs
+from . import calls, contest, cuda_graphs
 
 Move = Callable[[dict[nn.Parameter, Tensor]], None]
 
@@ -87,10 +87,10 @@ def prepare(
         for index, belief in enumerate(start or [None]):
             if index and isinstance(belief, Tensor):
                 validation.check_finite(f"vinit[{index}]", belief)
-    planned = call.on_backend()
+    asked, planned = call.on_backend()
     problem = Problem(
         model, known, x.detach(), y, loss or call.loss, call.step_size, start, activations, output_gradient,
-        call.raise_now, call.deferred, settings.check != "off", move, settings.backend == "auto",
+        call.raise_now, call.deferred, settings.check != "off", move, asked == "auto",
     )  # fmt: skip
     return problem, planned
 
@@ -127,6 +127,7 @@ def _solve(model, x, y, settings, wanted, activations, output_gradient, move) ->
         problem, planned = prepare(
             model, x, y, settings, wanted, activations=activations, output_gradient=output_gradient, move=move
         )
+        planned = contest.decided(problem, planned)
         outcome, reason = cuda_graphs.run(BACKENDS[planned.backend], problem, planned)
     if outcome.status is not None:
         status.defer(outcome.status, problem.step_size)

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -313,3 +314,21 @@ def set_aside(folder: Path, names: Sequence[str]) -> Path | None:
     for file in files:
         file.rename(aside / file.name)
     return aside
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, seconds: float, poll_s: float = 0.05) -> Iterator[bool]:
+    """Hold the lock file ``path``, created where it is missing: True, or False where others have it for ``seconds``.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        deadline = time.monotonic() + seconds
+        while not (locked := _lock(descriptor)) and time.monotonic() < deadline:
+            time.sleep(poll_s)
+        yield locked
+    finally:
+        os.close(descriptor)  # which unlocks

@@ -7,11 +7,9 @@ called.
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -40,18 +38,14 @@ from ..problem.settings import Settings
 from ..problem.types import Outcome, Problem, Wanted
 from ..relaxation import cuda_graphs
 from ..relaxation.solve import prepare, solve
+from ..support.timing import PRUNE_RATIO, Clock, clock_of, in_turns, reason_of
 
-#: Seconds that one call takes; it makes as many calls as it needs.
-Clock = Callable[[Callable[[], object]], float]
 Progress = Callable[[int, int, str], None]
 
 ROUNDS = 7
-#: A candidate that takes so many times as long as the best is not measured again, nor is what belongs to it tuned.
-PRUNE_RATIO = 2.0
 # How many times the untuned configuration's distance from float64 a candidate's may be. It tells faults from
 # rounding; the winner is held to pcfast check's bounds.
 _TOLERANCE_FACTOR = 10.0
-_MIN_SAMPLE = 2e-3  # seconds
 _DRAWS = 5
 _CHECKED_AS = {"bf16": "bf16", "tf32": "tf32", "tf32x3": "ieee"}
 
@@ -136,27 +130,9 @@ def tune(
         config_cache.check_writable()
     on_device = torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
     with copies.forked(x.device), on_device:
-        return _Tuner(model, x, y, loss, num_steps, step_size, clock or _Events(x.device), progress).run(save)
-
-
-class _Events:
-    """A GPU's time between two events on torch's current stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.current_stream(device)
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        once = self._time(run, 1)
-        return self._time(run, max(1, round(_MIN_SAMPLE / max(once, 1e-7))))
-
-    def _time(self, run: Callable[[], object], calls: int) -> float:
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record(self._stream)
-        for _ in range(calls):
-            run()
-        last.record(self._stream)
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3 / calls  # it tells milliseconds
+        return _Tuner(model, x, y, loss, num_steps, step_size, clock or clock_of(x.device), progress).run(
+            save
+        )
 
 
 class IncorrectResult(Exception):
@@ -274,6 +250,7 @@ class _Tuner:
         best = self.current.get(key)
         seconds = {trial.choice: trial.seconds for trial in decision.trials}
         loser = other if best == now else now
+        # nothing that belongs to it is tuned
         pruned = seconds[loser] is None or seconds[loser] > PRUNE_RATIO * seconds[best]
         if not pruned:
             self.current = self.current.with_entries({key: loser})
@@ -375,7 +352,8 @@ class _Tuner:
 
     def _recorded(self, choices: Choices) -> Callable[[], object]:
         with torch.no_grad():
-            return cuda_graphs.record_cuda(lambda: self._run(choices))[1]
+            result, replay = cuda_graphs.record_cuda(lambda: self._run(choices))
+        return cuda_graphs.kept_alive(replay, result)
 
     def _prepared(self, choices: Choices) -> Callable[[], object]:
         """A relaxation as training runs it, compiled, checked and recorded. Raises whatever goes wrong."""
@@ -392,16 +370,10 @@ class _Tuner:
                 ready[place] = self._prepared(choices)
             except Exception as failure:  # of triton, its compilers, the driver: such a candidate is out
                 reasons[place] = _reason(failure)
-        samples: dict[int, list[float]] = {place: [] for place in ready}
-        order, dice = list(ready), random.Random(0)
-        for _ in range(ROUNDS):
-            dice.shuffle(order)
-            for place in order:
-                samples[place].append(self.clock(ready[place]))
-            best = min((median(samples[place]) for place in order), default=0.0)
-            order = [place for place in order if median(samples[place]) <= PRUNE_RATIO * best]
+        seconds, failed = in_turns(ready, self.clock, ROUNDS)
+        reasons |= {place: _reason(failure) for place, failure in failed.items()}
         return [
-            Trial(words, median(samples[place]) if place in samples else None, reasons.get(place, ""))
+            Trial(words, seconds.get(place), reasons.get(place, ""))
             for place, (words, _) in enumerate(contenders)
         ]
 
@@ -423,10 +395,9 @@ class _Tuner:
             cuda_graphs.CACHE.clear()
         if not report.ok:
             row = max(report.failures, key=lambda row: row.ratio)
-            said = row.message or f"error {row.error:.1e}, bound {row.bound:.1e}"
             raise BackendError(
-                f"tuning: the fastest configuration is out of its bounds (layer {row.layer}, {row.quantity}: {said});"
-                " nothing was written, and the triton backend runs as before"
+                f"tuning: the fastest configuration is out of its bounds ({row.words}); nothing was written, and the "
+                "triton backend runs as before"
             )
         return report
 
@@ -443,10 +414,7 @@ def _words(value: Value) -> str:
 
 
 def _reason(failure: Exception) -> str:
-    if isinstance(failure, IncorrectResult):
-        return str(failure)
-    lines = str(failure).strip().splitlines()
-    return f"{type(failure).__name__}: {lines[0]}" if lines else type(failure).__name__
+    return str(failure) if isinstance(failure, IncorrectResult) else reason_of(failure)
 
 
 def _draws(x: Tensor, y) -> list[tuple[Tensor, object]]:

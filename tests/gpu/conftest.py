@@ -7,6 +7,7 @@ import pytest
 from torch import Tensor, nn
 
 import pcfast
+from pcfast.backends import choice
 from pcfast.backends.cuda import native
 from pcfast.precision import CONVOLUTIONS, PRODUCTS
 from pcfast.relaxation import cuda_graphs
@@ -18,6 +19,17 @@ if os.environ.get("PCFAST_FAKE_CUDA") == "1":
 
     def pytest_collection_modifyitems(items):
         fake_cuda.skip_what_needs_a_device(items)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_recorded(monkeypatch, tmp_path):
+    """ "auto" runs eager unless a test says what is qualified; records of this machine are left alone."""
+    monkeypatch.setenv("PCFAST_QUALIFY", "0")
+    monkeypatch.setenv("PCFAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("PCFAST_BACKEND", raising=False)
+    choice.forget()
+    yield
+    choice.forget()
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ from plans import planned
 from torch import nn
 
 import pcfast
-from pcfast.backends import BACKENDS, chips, choose_backend, gpu_constants
+from pcfast.backends import BACKENDS, chips, choice, choose_backend, gpu_constants, kernel_backend
 from pcfast.backends.kernel_forms import LinearForm, PointwiseForm, TorchForm
 from pcfast.backends.triton import arena as layouts
 from pcfast.backends.triton import backend, designs, failures, launch_plan
@@ -709,8 +709,11 @@ def test_what_is_wrong_in_a_kernel_is_not_taken_for_its_compilation(monkeypatch)
 
 @pytest.fixture
 def automatic(monkeypatch):
-    """ "auto" may choose the backend, and what it finds out is forgotten."""
-    monkeypatch.setattr(type(BACKENDS["triton"]), "automatic", lambda self, device: (True, ""))
+    """ "auto" chooses the backend where it may run, and what it finds out is forgotten."""
+    monkeypatch.setattr(kernel_backend, "AUTOMATIC_DEVICES", ("cpu",))
+    monkeypatch.setattr(choice, "_unqualified", lambda backend, *_: "")
+    monkeypatch.setattr(choice, "_fastest", lambda planned, able, graphs: (able[0], (), []))
+    monkeypatch.setattr(choice, "_kept", {})
     monkeypatch.setattr(failures, "_reasons", {})
 
 
@@ -814,10 +817,8 @@ def test_auto_does_not_choose_it():
     model, x, y = drawn("mlp")
     assert pcfast.relax(model, x, y).run.plan.backend == "eager"
     refusals = dict(pcfast.explain(model, tuple(x.shape)).plan.refusals)
-    assert refusals["triton"] == "interpreted kernels are for tests: ask for it by name"
+    assert refusals["triton"] == "its kernels run on the CPU for tests alone: ask for it by name"
     assert BACKENDS["triton"].supports(planned(model, x.shape)) == (True, "")
-    on_a_gpu = BACKENDS["triton"].automatic(torch.device("cuda"))
-    assert on_a_gpu == (False, "it has not been measured on a GPU yet: ask for it by name")
 
 
 def test_explain_names_tier_kernels_and_tiles(staged):

@@ -12,7 +12,7 @@ from ...kernels.codes import LOSSES
 from ...precision import numerics
 from .. import chips, gpu_constants
 from ..kernel_backend import KernelBackend, unknown_to_kernels, without_kernels
-from . import native
+from . import kinds, native
 from .placements import placement_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,14 +23,16 @@ _MAX_STEPS = torch.iinfo(torch.int32).max - 1
 
 class Cuda(KernelBackend):
     name = "cuda"
+    kind_names = kinds.NAMES
 
-    def automatic(self, device):
-        if device.type == "cuda":
-            return False, "it has not been measured on a GPU yet: ask for it by name"
-        return False, "it needs a CUDA device"
+    def unavailable(self, device):
+        return _unavailable(device)
+
+    def kinds(self, plan):
+        return kinds.names_of(plan)
 
     def supports(self, plan):
-        reason = _unavailable(plan.device)
+        reason = self.unavailable(plan.device)
         if reason:
             return False, reason
         doubles = plan.dtype == torch.float64 and native.on_host() and plan.device.type == "cpu"

@@ -70,6 +70,12 @@ def on_host() -> bool:
     return bool(os.environ.get(ON_HOST))
 
 
+def module_path() -> Path | None:
+    """The file of the module; None where it cannot be loaded."""
+    module, _ = _find(os.environ.get(ON_HOST, ""))
+    return None if module is None else Path(module.__file__)
+
+
 def probe() -> Probe:
     """Asks for driver, runtime and GPUs, and why none can be used. Creates no context on a GPU.
 

@@ -16,7 +16,7 @@ import torch
 from ...kernels.limits import POINTWISE_MAX_BLOCK_N
 from .. import chips, gpu_constants
 from ..kernel_backend import KernelBackend, unknown_to_kernels, without_kernels
-from . import failures
+from . import failures, kinds
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CAPABILITY = (8, 0)  # bfloat16 and TF32 Tensor Cores
@@ -24,16 +24,18 @@ _MIN_CAPABILITY = (8, 0)  # bfloat16 and TF32 Tensor Cores
 
 class Triton(KernelBackend):
     name = "triton"
+    kind_names = kinds.NAMES
 
-    def automatic(self, device):
-        if device.type == "cuda":
-            return False, "it has not been measured on a GPU yet: ask for it by name"
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return False, "interpreted kernels are for tests: ask for it by name"
-        return True, ""
+    def unavailable(self, device):
+        return _unavailable(device, chips.named())
+
+    def kinds(self, plan):
+        from .designs import design_of
+
+        return kinds.names_of(design_of(plan))
 
     def supports(self, plan):
-        reason = _unavailable(plan.device, chips.named())
+        reason = self.unavailable(plan.device)
         if reason:
             return False, reason
         if plan.dtype not in _DTYPES:

@@ -25,7 +25,7 @@ from ... import kernels
 from ...errors import ArgumentError
 from ...support.files import write_json
 from ...support.log import info_once, warn_once
-from .. import chips
+from .. import chips, generation
 from . import configs as choices_module
 from .configs import NONE, Choices
 
@@ -130,6 +130,7 @@ def using(choices: Choices) -> Iterator[None]:
 def invalidate() -> None:
     """Read the files anew at the next plan. Recorded CUDA graphs hold the old launches: clear those, too."""
     _loaded.clear()
+    generation.advance()
 
 
 # the file

@@ -11,7 +11,7 @@ import torch
 from ...errors import BackendError
 from ...model.spec import Network
 from ...problem.plan import Plan
-from .. import decisions
+from .. import generation
 
 # Why kernels did not compile for a network on a device.
 _reasons: dict[tuple[Network, str, int | None], str] = {}
@@ -29,13 +29,13 @@ def reason_of(plan: Plan) -> str:
 def remember(plan: Plan, reason: str) -> None:
     """Have :func:`reason_of` say so from now on."""
     _reasons[_place(plan)] = reason
-    decisions.learned()
+    generation.advance()
 
 
 def forget() -> None:
     """Try all kernels again."""
     _reasons.clear()
-    decisions.learned()
+    generation.advance()
 
 
 def _place(plan: Plan) -> tuple[Network, str, int | None]:
