@@ -37,6 +37,7 @@ from ..precision import numerics
 from ..problem.settings import Settings
 from ..problem.types import Outcome, Problem, Wanted
 from ..relaxation import cuda_graphs
+from ..relaxation.cuda_graphs import kept_alive
 from ..relaxation.solve import prepare, solve
 from ..support.timing import PRUNE_RATIO, Clock, clock_of, in_turns, reason_of
 
@@ -353,7 +354,7 @@ class _Tuner:
     def _recorded(self, choices: Choices) -> Callable[[], object]:
         with torch.no_grad():
             result, replay = cuda_graphs.record_cuda(lambda: self._run(choices))
-        return cuda_graphs.kept_alive(replay, result)
+        return kept_alive(replay, result)
 
     def _prepared(self, choices: Choices) -> Callable[[], object]:
         """A relaxation as training runs it, compiled, checked and recorded. Raises whatever goes wrong."""
