@@ -6,13 +6,16 @@ from ..errors import ArgumentError, BackendError
 from ..problem.plan import Plan, on_backend
 from ..support.log import info_once
 from .base import Backend
+from .cpu.backend import Cpu
 from .cuda.backend import Cuda
 from .eager.backend import Eager
 from .reference import Reference
 from .triton.backend import Triton
 
 #: In the order in which "auto" tries them.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cuda(), Triton(), Eager(), Reference())}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (Cuda(), Triton(), Cpu(), Eager(), Reference())
+}
 
 
 def choose_backend(name: str, planned: Plan) -> tuple[Backend, Plan]:

@@ -11,6 +11,7 @@ import torch
 
 from .._version import __version__
 from ..backends import BACKENDS
+from ..backends.cpu import native as cpu_native
 from ..backends.cuda import native
 from ..model.describe import describe
 from ..networks import mlp
@@ -34,6 +35,7 @@ def info(as_json: bool) -> int:
         "versions": _versions(),
         "devices": devices,
         "backends": _backends(devices),
+        "cpu_kernels": _cpu_kernels(),
         "native": _native(),
         "graphs": _graphs(),
     }
@@ -55,6 +57,15 @@ def info(as_json: bool) -> int:
     for row in result["backends"]:
         backends.add_row(row["backend"], row["device"], "yes" if row["runs"] else "no", row["reason"])
     out.print(backends)
+    kernels = table("CPU kernels", "", "")
+    compiled = result["cpu_kernels"]
+    if compiled["compiled"]:
+        kernels.add_row("compiled for", ", ".join(compiled["instruction_sets"]))
+        kernels.add_row("used", compiled["used"])
+        kernels.add_row("threads", compiled["openmp"])
+    else:
+        kernels.add_row("why none", compiled["reason"])
+    out.print(kernels)
     kernels = table("CUDA kernels", "", "")
     compiled = result["native"]
     if compiled["compiled"]:
@@ -122,6 +133,22 @@ def _backends(devices: list[dict]) -> list[dict]:
             runs, reason = backend.supports(plan(network, where, torch.float32, (1, 2), precision))
             rows.append({"backend": name, "device": device["device"], "runs": runs, "reason": reason})
     return rows
+
+
+def _cpu_kernels() -> dict:
+    """The CPU kernels: the instruction sets among which this CPU chooses, and whose threads run them."""
+    missing = cpu_native.load_error()
+    if missing:
+        return {"compiled": False, "instruction_sets": [], "used": None, "openmp": None, "reason": missing}
+    module = cpu_native.load()
+    runtime = cpu_native.openmp_runtime() or "a runtime that nobody had loaded before"
+    return {
+        "compiled": True,
+        "instruction_sets": module.instruction_sets(),
+        "used": module.used(),
+        "openmp": runtime if module.uses_the_openmp_of_torch() else "an OpenMP runtime of their own",
+        "reason": "",
+    }
 
 
 def _native() -> dict:

@@ -1,0 +1,100 @@
+"""A whole relaxation in one native call on the CPU; methods without a loop too, where networks are small."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ...kernels.codes import LOSSES
+from ...problem.plan import Plan
+from ..base import Backend
+from ..eager import backend as eager
+from ..kernel_backend import unknown_to_kernels, without_kernels
+from . import native
+from .describe import describe
+from .program import layers_of
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+class Cpu(Backend):
+    name = "cpu"
+
+    def automatic(self, device):
+        return (True, "") if device.type == "cpu" else (False, "it runs on a CPU")
+
+    def supports(self, plan):
+        if plan.device.type != "cpu":
+            return False, f"it runs on a CPU, not on {plan.device.type}"
+        reason = native.load_error() or _refusal(plan)
+        return not reason, reason
+
+    def run(self, problem, plan):
+        from .relaxation import Call
+
+        given = problem.activations is not None or problem.output_gradient is not None
+        if given or not _natively(plan):
+            return eager.run(problem, plan)
+        with torch.no_grad():
+            call = Call(problem, plan)
+            out = call.outcome()
+        if call.bad is not None and not call.relaxes and problem.check and problem.raise_now:
+            return eager.run(
+                problem, plan
+            )  # which finds the layer, and says so in the words of a backward pass
+        return out
+
+    def updates(self, model, network, precision, x, beliefs, errors):
+        return eager.updates(model, network, precision, x, beliefs, errors)
+
+    def describe(self, plan):
+        if not _natively(plan):
+            return ["no loop: one forward and one backward pass through torch"]
+        return describe(plan)
+
+
+@functools.lru_cache(maxsize=256)
+def _refusal(plan: Plan) -> str:
+    """Why the kernels cannot run a plan, or should not; "" where they run it."""
+    reason = without_kernels(plan) or unknown_to_kernels(plan.network)
+    if reason:
+        return reason
+    if plan.dtype not in _DTYPES:
+        return f"its kernels compute in float32 and float64, not {plan.dtype}: use eager"
+    if plan.precision.operand != plan.precision.state:
+        return f"its kernels' products read the state's dtype, not {plan.precision.operand}: use eager"
+    if plan.method != "strict":
+        return ""
+    if plan.wanted.energies:
+        return "energies sum every iteration's errors over the batch, and each thread has those of its samples: use eager"
+    if plan.loss not in LOSSES:
+        return "its kernels evaluate cross-entropy and mse, and torch cannot inside a call: use eager"
+    layers = layers_of(plan.network, plan.shapes)
+    return layers if isinstance(layers, str) else _slower_than_torch(plan)
+
+
+def _slower_than_torch(plan: Plan) -> str:
+    """Why torch's products are faster; "" where they are not."""
+    return ""
+
+
+@functools.lru_cache(maxsize=256)
+def _natively(plan: Plan) -> bool:
+    """Whether the kernels run a plan that :func:`_refusal` lets pass; else torch does, as in eager."""
+    if plan.method == "strict" and plan.depth > 1:
+        return True
+    wanted = plan.wanted
+    if (
+        wanted.states
+        or wanted.activations
+        or wanted.energies
+        or wanted.input_error
+        or plan.loss not in LOSSES
+    ):
+        return False
+    return not isinstance(layers_of(plan.network, plan.shapes), str) and plan.work.total <= _MAX_WORK
+
+
+#: Multiply-adds of a step without a loop up to which one native call is faster than torch's products.
+_MAX_WORK = 20_000_000
