@@ -67,7 +67,7 @@ def _refusal(plan: Plan) -> str:
     if plan.method != "strict":
         return ""
     if plan.wanted.energies:
-        return "energies sum every iteration's errors over the batch, and each thread has those of its samples: use eager"
+        return "energies sum errors over the batch in every iteration, and a thread has its samples' alone: use eager"
     if plan.loss not in LOSSES:
         return "its kernels evaluate cross-entropy and mse, and torch cannot inside a call: use eager"
     layers = layers_of(plan.network, plan.shapes)

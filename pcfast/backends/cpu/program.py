@@ -47,8 +47,8 @@ class Layer:
     @property
     def arguments(self) -> tuple:
         return (
-            self.kind, self.below, self.inner, self.out, self.kernel, self.stride, self.padding, self.pool, self.window,
-            self.before, self.after,
+            self.kind, self.below, self.inner, self.out, self.kernel, self.stride, self.padding, self.pool,
+            self.window, self.before, self.after,
         )  # fmt: skip
 
 
@@ -95,7 +95,8 @@ def _layer(layer: specs.LayerSpec, inner: tuple, map: Map | None, below: Map, ou
     if head.groups != 1 or head.dilation != (1, 1):
         return "its convolution is grouped or dilated"
     return Layer(
-        head.path, CONVOLUTION, below, within, out, head.kernel, head.stride, head.padding, pool, window, before, after
+        head.path, CONVOLUTION, below, within, out, head.kernel, head.stride, head.padding, pool, window, before,
+        after,
     )  # fmt: skip
 
 

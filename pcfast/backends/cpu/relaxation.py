@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
@@ -12,10 +15,47 @@ from ...problem import status
 from ...problem.plan import Plan
 from ...problem.types import Outcome, Problem, check_start
 from ..eager.one_backward import factors_of
-from .program import Layer, layers_of, program_of
+from .program import layers_of, program_of
 
 # stages of csrc/cpu/program.h
 _FORWARD, _LOSS, _FIRST_ITERATION = range(3)
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """What calls of one plan have in common.
+
+    Attributes:
+        program: the network, as the module reads it.
+        heads: of each layer the names on the way to its product's module.
+        shapes: of v_0..v_L.
+        relaxes: the loop runs; else one backward pass.
+        settings: of Program.run, up to the scalars.
+        activations, states: whether vhat_l and the output's gradient, and whether beliefs and errors are wanted.
+    """
+
+    program: object
+    heads: tuple[tuple[str, ...] | None, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    relaxes: bool
+    settings: tuple
+    activations: bool
+    states: bool
+
+
+@functools.lru_cache(maxsize=256)
+def _fixed(plan: Plan) -> _Fixed:
+    layers, wanted = layers_of(plan.network, plan.shapes), plan.wanted
+    relaxes = plan.method == "strict" and plan.depth > 1
+    settings = (
+        plan.x_shape[0], plan.num_steps if relaxes else 0, relaxes, plan.fresh, relaxes and plan.gram,
+        wanted.gradients,
+    )  # fmt: skip
+    return _Fixed(
+        program_of(plan), tuple(tuple(layer.head.split(".")) if layer.head else None for layer in layers),
+        (plan.shapes[0][0], *(inner[-1] for inner in plan.shapes)), relaxes, settings,
+        wanted.states or wanted.activations, wanted.states and relaxes,
+    )  # fmt: skip
 
 
 class Call:
@@ -27,81 +67,101 @@ class Call:
     """
 
     def __init__(self, problem: Problem, plan: Plan) -> None:
-        self.problem, self.plan = problem, plan
-        self.layers: tuple[Layer, ...] = layers_of(plan.network, plan.shapes)
-        self.relaxes = plan.method == "strict" and plan.depth > 1
+        self.problem, self.plan, self._fixed = problem, plan, _fixed(plan)
+        self.relaxes = self._fixed.relaxes
         self.bad: tuple[int, int] | None = None
         self._kept: list[Tensor] = []  # what the call reads and nothing else may hold
 
     def _pointer(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
-        if tensor.is_neg() or not tensor.is_contiguous():
+        if not tensor.is_contiguous() or tensor.is_neg():
             tensor = tensor.resolve_neg().contiguous()
             self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def _empty(self, shape: tuple[int, ...], wanted: bool) -> Tensor | None:
-        return torch.empty(shape, dtype=self.plan.dtype) if wanted else None
-
     def outcome(self) -> Outcome:
         """Run it. Where :attr:`bad` says so, and nothing was raised, the outcome means nothing."""
-        problem, plan, layers, relaxes = self.problem, self.plan, self.layers, self.relaxes
-        shapes = [plan.shapes[0][0], *(inner[-1] for inner in plan.shapes)]  # of v_0..v_L
-        batch, depth, wanted = shapes[0][0], plan.depth, plan.wanted
+        problem, plan, fixed, pointer = self.problem, self.plan, self._fixed, self._pointer
+        dtype, x, shapes, with_updates = plan.dtype, problem.x, fixed.shapes, plan.wanted.gradients
         problem.loss.check_target(shapes[-1], problem.y)
         starts = self._starts(shapes)
 
-        heads = [_module(problem.model, layer.head) for layer in layers]
-        trained: list[list[nn.Parameter]] = [[] for _ in layers]
-        if wanted.gradients:
-            trained = [[p for p in _parameters(head) if p.requires_grad] for head in heads]
-        parameters = [p for own in trained for p in own]
-        flat = torch.empty(sum(p.numel() for p in parameters), dtype=plan.dtype)
-        address, size = flat.data_ptr(), flat.element_size()
+        # per layer: weight and bias, those of them that are trained, and where in `flat` their updates begin
+        pairs: list[tuple[Tensor | None, Tensor | None]] = []
+        owners: list[tuple[int, list[nn.Parameter]]] = []
+        parameters: list[nn.Parameter] = []
+        offsets: list[int] = []
+        total = 0
+        for l, names in enumerate(fixed.heads, start=1):
+            if names is None:
+                pairs.append((None, None))
+                offsets += (-1, -1)
+                continue
+            head = problem.model
+            for name in names:
+                head = head._modules[name]
+            pairs.append(pair := (head.weight, head.bias))
+            own: list[nn.Parameter] = []
+            for p in pair:
+                if with_updates and p is not None and p.requires_grad:
+                    own.append(p)
+                    offsets.append(total)
+                    total += p.numel()
+                else:
+                    offsets.append(-1)
+            parameters += own
+            owners.append((l, own))
+        flat = torch.empty(total, dtype=dtype)
+        base, size = flat.data_ptr(), flat.element_size()
+        updates = [0 if offset < 0 else base + size * offset for offset in offsets]
 
-        states = wanted.states and relaxes
-        vhat, beliefs, errors = ([None] * (depth + 1) for _ in range(3))
-        vhat[0] = beliefs[0] = problem.x
+        output = torch.empty(shapes[-1], dtype=dtype)
+        value = torch.empty((), dtype=dtype)
+        vhat, beliefs, errors = [x], [x], [None]
         pointers: list[int] = []
-        for l, head in enumerate(heads, start=1):
-            vhat[l] = self._empty(shapes[l], wanted.states or wanted.activations or l == depth)
-            beliefs[l] = self._empty(shapes[l], states and l < depth)
-            errors[l] = self._empty(shapes[l], states)
-            updates = [0, 0]  # of weight and bias
-            for i, p in enumerate(_parameters(head)):
-                if wanted.gradients and p.requires_grad:
-                    updates[i] = address
-                    address += p.numel() * size
+        depth = len(pairs)
+        for l, (weight, bias) in enumerate(pairs, start=1):
+            last = l == depth
+            vhat.append(
+                output if last else torch.empty(shapes[l], dtype=dtype) if fixed.activations else None
+            )
+            beliefs.append(torch.empty(shapes[l], dtype=dtype) if fixed.states and not last else None)
+            errors.append(torch.empty(shapes[l], dtype=dtype) if fixed.states else None)
             pointers += (
-                *(map(self._pointer, (head.weight, head.bias)) if head is not None else (0, 0)),
-                0 if starts is None else self._pointer(starts[l]),
-                *map(self._pointer, (vhat[l], beliefs[l], errors[l])), *updates,
+                pointer(weight), pointer(bias), 0 if starts is None else pointer(starts[l]),
+                pointer(vhat[l]), pointer(beliefs[l]), pointer(errors[l]), updates[2 * l - 2], updates[2 * l - 1],
             )  # fmt: skip
-        value = torch.empty((), dtype=plan.dtype)
-        output_gradient = self._empty(shapes[-1], wanted.states or wanted.activations)
-        loss, others = self._loss(batch)
-        pointers += map(self._pointer, (problem.x, *others, value, output_gradient))
-        self.bad, invalid_label = program_of(plan).run(
-            size, torch.get_num_threads(), batch, plan.num_steps if relaxes else 0, relaxes, plan.fresh,
-            relaxes and plan.gram, wanted.gradients, self._scalars(), plan.belief_optimizer.momentum, *loss, pointers,
+        output_gradient = torch.empty(shapes[-1], dtype=dtype) if fixed.activations else None
+        loss, labels, target, weight = self._loss()
+        pointers += (
+            pointer(x), pointer(labels), pointer(target), pointer(weight), pointer(value), pointer(output_gradient)
+        )  # fmt: skip
+        self.bad, invalid_label = fixed.program.run(
+            size, torch.get_num_threads(), *fixed.settings, self._scalars(), plan.belief_optimizer.momentum, *loss,
+            pointers,
         )  # fmt: skip
         if invalid_label and problem.raise_now:
-            problem.loss.prepare(vhat[-1], problem.y, raise_now=True)
+            problem.loss.prepare(output, problem.y, raise_now=True)
 
-        out = Outcome(value, vhat[-1])
-        updates = iter(_unflatten_dense_tensors(flat, parameters) if parameters else ())
-        for l, own in enumerate(trained, start=1):
-            out.add_gradients([(p, next(updates)) for p in own], l)
+        out = Outcome(value, output)
+        if parameters:
+            result = _unflatten_dense_tensors(flat, parameters)
+            out.gradients, out.owners = dict(zip(parameters, result, strict=True)), owners
+            if len(out.gradients) < len(parameters):  # one in several layers: its updates add up
+                out.gradients, out.owners, result = {}, [], iter(result)
+                for l, own in owners:
+                    out.add_gradients([(p, next(result)) for p in own], l)
         if output_gradient is not None:
             out.activations, out.output_gradient = vhat, output_gradient
-        if states:
-            top = vhat[-1] if starts is None or starts[depth] is None else starts[depth]
-            out.beliefs, out.errors = [problem.x.clone(), *beliefs[1:depth], top.clone()], errors
-        self._report(out, invalid_label)
+        if fixed.states:
+            top = output if starts is None or starts[depth] is None else starts[depth]
+            out.beliefs, out.errors = [x.clone(), *beliefs[1:depth], top.clone()], errors
+        if self.bad is not None or invalid_label:
+            self._report(out, invalid_label)
         return out
 
-    def _starts(self, shapes: list[tuple[int, ...]]) -> list[Tensor | None] | None:
+    def _starts(self, shapes: tuple[tuple[int, ...], ...]) -> list[Tensor | None] | None:
         """Beliefs to start from; None from the forward pass."""
         problem, dtype = self.problem, self.plan.dtype
         if problem.start is None:
@@ -121,26 +181,29 @@ class Call:
         step_size = self.problem.step_size
         return list(step_size) or [0.0] if isinstance(step_size, tuple) else [step_size]
 
-    def _loss(self, batch: int) -> tuple[tuple, tuple[Tensor | None, ...]]:
-        """The loss's settings; and labels, target and class weights."""
+    def _loss(self) -> tuple[tuple, Tensor | None, Tensor | None, Tensor | None]:
+        """The loss's settings; labels, target and class weights."""
         loss, y, dtype = self.problem.loss, self.problem.y, self.plan.dtype
-        code, share = LOSSES[loss.kind], loss.share(batch)
+        code, share = LOSSES[loss.kind], loss.share(self.plan.x_shape[0])
         if loss.kind == "mse":
-            target = y.to(dtype)
-            self._kept.append(target)
-            return (code, False, False, -1, 0.0, share, loss.mse_scale(y)), (None, target, None)
+            return (code, False, False, -1, 0.0, share, loss.mse_scale(y)), None, self._cast(y, dtype), None
         reduction, ignored, smoothing = loss.settings
         floating = y.is_floating_point()
-        target, weight = y.to(dtype if floating else torch.int64), loss.weight
-        weight = None if weight is None else weight.to(dtype)
-        self._kept += (target,) if weight is None else (target, weight)
+        target = self._cast(y, dtype if floating else torch.int64)
+        weight = None if loss.weight is None else self._cast(loss.weight, dtype)
         settings = (code, reduction == "mean", loss.normalizer is not None, ignored, smoothing, share, 1.0)
-        return settings, (None, target, weight) if floating else (target, None, weight)
+        return (settings, None, target, weight) if floating else (settings, target, None, weight)
+
+    def _cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if tensor.dtype != dtype:
+            tensor = tensor.to(dtype)
+            self._kept.append(tensor)
+        return tensor
 
     def _report(self, out: Outcome, invalid_label: bool) -> None:
         """Raise for what was not finite, or leave word of it, and of labels out of range."""
         problem = self.problem
-        if not problem.check or (self.bad is None and not invalid_label):
+        if not problem.check:
             return
         if not problem.raise_now:
             cause = status.bad_labels if invalid_label else self._cause
@@ -161,18 +224,3 @@ class Call:
         iteration = stage - _FIRST_ITERATION + 1
         within = self.relaxes and iteration <= self.plan.num_steps
         return RelaxationDiverged(iteration if within else None, layer, step_size)
-
-
-def _module(model: nn.Module, path: str) -> nn.Module | None:
-    if not path:
-        return None
-    for name in path.split("."):
-        model = model._modules[name]
-    return model
-
-
-def _parameters(head: nn.Module | None) -> tuple[nn.Parameter, ...]:
-    """Weight and, where there is one, bias."""
-    if head is None:
-        return ()
-    return (head.weight,) if head.bias is None else (head.weight, head.bias)
