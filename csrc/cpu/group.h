@@ -36,7 +36,10 @@ struct Shared {
   const Call& call;
   const Packed<T>* packed;   // by layer
   const T* gram;             // packed; null without Gram form
-  const Rows<T>*local_error, *belief;  // by layer; null where not wanted. belief[l]: what layer l + 1's update reads
+  // By layer; null where not wanted. Local errors are packed as weights are, samples being the terms; belief[l] is what
+  // layer l + 1's update reads.
+  T* const* local_error;
+  const Rows<T>* belief;
   T* const* convolution_gradient;      // by layer: of every vector of lanes, one after another; null where not wanted
   double* loss_rows;
   double label_scale;  // cross-entropy of labels, a mean: its share over the weights of all rows
@@ -580,7 +583,7 @@ class Group {
   }
 
   bool wants_update(int l) const {
-    return shared_.local_error[l - 1].at != nullptr || shared_.convolution_gradient[l - 1] != nullptr;
+    return shared_.local_error[l - 1] != nullptr || shared_.convolution_gradient[l - 1] != nullptr;
   }
 
   // v_l at the end: v_0 is x.
@@ -594,7 +597,15 @@ class Group {
   // A linear layer's update sums over the whole batch, later; a convolution's begins here, with the maps in cache.
   void leave_for_update(int l, const T* delta) {
     const Layer& layer = at(l);
-    if (layer.kind == kLinear) return put(delta, layer.inner.size(), shared_.local_error[l - 1].from(first_));
+    if (layer.kind == kLinear) {
+      const Blocks blocks(layer.inner.channels);
+      for (int block = 0; block < blocks.count; ++block) {
+        const int first = blocks.begin(block), count = blocks.begin(block + 1) - first;
+        T* packed = shared_.local_error[l - 1] + first * call_.batch;
+        put(delta + size_t(first) * kWidth, count, Rows<T>{packed, size_t(count)}.from(first_));
+      }
+      return;
+    }
     T* below = delta_[1];
     beliefs(l - 1, below);
     const size_t count = gradient_count(layer);

@@ -116,7 +116,7 @@ class Run {
   void lay_out(Arena& arena) {
     const int depth = call_.depth;
     packed_ = arena.take<Packed<T>>(depth);
-    local_error_ = arena.take<Rows<T>>(depth);
+    local_error_ = arena.take<T*>(depth);
     belief_ = arena.take<Rows<T>>(depth);
     convolution_gradient_ = arena.take<T*>(depth);
     tasks_ = arena.take<int64_t>(depth + 1);
@@ -126,7 +126,7 @@ class Run {
       const bool feeds_back = count > 0 && l > 1;
       const Packed<T> packed{arena.take<T>(count), arena.take<T>(feeds_back ? count : 0)};
       const bool convolution = at(l).kind == kConvolution, update = call_.updates && own_gradient(l);
-      const Rows<T> error = rows(arena, nullptr, at(l).inner.size(), update && !convolution);
+      T* error = update && !convolution ? arena.take<T>(call_.batch * at(l).inner.size()) : nullptr;
       T* partial = update && convolution ? arena.take<T>(vectors() * gradient_count(at(l))) : nullptr;
       const bool read_above = call_.updates && l < depth && at(l + 1).kind == kLinear && own_gradient(l + 1);
       const Rows<T> belief = rows(arena, tensors(l).belief, at(l).out.size(), read_above);
@@ -143,7 +143,6 @@ class Run {
       const size_t count = size_t(layer.inner.channels) * layer.inner.channels * taps;
       gram_ = arena.take<T>(count);
       gram_packed_ = arena.take<T>(count);
-      transposed_ = layer.kind == kLinear ? arena.take<T>(layer.below.size() * odd_step<T>(layer.inner.channels)) : nullptr;
     }
     Arena wide{nullptr}, narrow{nullptr};
     const Shared<T> shared{call_, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
@@ -154,6 +153,8 @@ class Run {
     if (thread_bytes_ < panel) thread_bytes_ = panel;
     thread_memory_ = arena.take<char>(thread_bytes_ * threads_);
   }
+
+  T* panel_of(int thread) const { return reinterpret_cast<T*>(thread_memory_ + thread * thread_bytes_); }
 
   // Of the caller, or where the updates read it, here; or none.
   Rows<T> rows(Arena& arena, void* given, int features, bool needed) {
@@ -182,14 +183,13 @@ class Run {
     const int size = layer.inner.channels;
     if (layer.kind == kLinear) {
       const int terms = layer.below.size();
-      const size_t step = odd_step<T>(size);
-      for (int i = 0; i < size; ++i)
-        for (int k = 0; k < terms; ++k) transposed_[k * step + i] = weights[size_t(i) * terms + k];
       constexpr int kWidth = kMaxVectors * kLanes<T>;
-      for_each<T>(threads_, (size + kWidth - 1) / kWidth, [&](int64_t panel, int thread) {
-        const int first = static_cast<int>(panel) * kWidth, columns = size - first < kWidth ? size - first : kWidth;
-        outer_panel<T>(transposed_, step, size, transposed_ + first, step, columns, terms, gram_ + first, size,
-                       reinterpret_cast<T*>(thread_memory_ + thread * thread_bytes_));
+      for_each<T>(threads_, (size + kWidth - 1) / kWidth, [&](int64_t index, int thread) {
+        const int first = static_cast<int>(index) * kWidth, columns = size - first < kWidth ? size - first : kWidth;
+        const auto transpose = [&](int64_t k, int count, T* panel) {
+          gather<T, kWidth>({weights + size_t(first) * terms + k, size_t(terms)}, columns, count, panel);
+        };
+        outer_panel<T>(packed_[1].predict, size, transpose, columns, terms, gram_ + first, size, panel_of(thread));
       });
       pack<T>(gram_, size, size, size, 1, 1, gram_packed_);
       return;
@@ -231,13 +231,17 @@ class Run {
       }
       const int first = static_cast<int>(task - tasks_[l - 1]) * kWidth;
       const int size = at(l).below.size(), columns = size - first < kWidth ? size - first : kWidth;
-      const Rows<T> error = local_error_[l - 1];
+      const T* error = local_error_[l - 1];
       const Rows<const T> below = l > 1 ? Rows<const T>{belief_[l - 2].at, belief_[l - 2].step}
                                         : Rows<const T>{static_cast<const T*>(call_.x), size_t(size)};
       bool fine = true;
+      const auto copy = [&](int64_t k, int count, T* panel) {
+        if (columns < kWidth) __builtin_memset(panel, 0, sizeof(T) * count * kWidth);
+        for (int i = 0; i < count; ++i)
+          __builtin_memcpy(panel + i * kWidth, below.at + (k + i) * below.step + first, columns * sizeof(T));
+      };
       if (T* to = static_cast<T*>(tensors(l).weight_gradient); to != nullptr)
-        fine = outer_panel<T>(error.at, error.step, at(l).inner.channels, below.at + first, below.step, columns, call_.batch,
-                              to + first, size, reinterpret_cast<T*>(thread_memory_ + thread * thread_bytes_));
+        fine = outer_panel<T>(error, at(l).inner.channels, copy, columns, call_.batch, to + first, size, panel_of(thread));
       if (first == 0 && tensors(l).bias_gradient != nullptr)
         fine = sum_rows(error, at(l).inner.channels, static_cast<T*>(tensors(l).bias_gradient)) && fine;
       if (!fine) note_first_bad(call_, stage, l);
@@ -257,14 +261,17 @@ class Run {
     return bad == bad;
   }
 
-  bool sum_rows(Rows<T> rows, int features, T* out) {
+  bool sum_rows(const T* packed, int features, T* out) {
     T bad = 0;
-    for (int i = 0; i < features; ++i) out[i] = 0;
-    for (int64_t n = 0; n < call_.batch; ++n) {
-      const T* row = rows.at + n * rows.step;
-      for (int i = 0; i < features; ++i) out[i] += row[i];
+    const Blocks blocks(features);
+    for (int block = 0; block < blocks.count; ++block) {
+      const int first = blocks.begin(block), count = blocks.begin(block + 1) - first;
+      T* sum = out + first;
+      for (int i = 0; i < count; ++i) sum[i] = 0;
+      for (int64_t n = 0; n < call_.batch; ++n)
+        for (int i = 0; i < count; ++i) sum[i] += packed[first * call_.batch + n * count + i];
+      for (int i = 0; i < count; ++i) bad += sum[i] * T(0);
     }
-    for (int i = 0; i < features; ++i) bad += out[i] * T(0);
     return bad == bad;
   }
 
@@ -275,11 +282,12 @@ class Run {
   size_t thread_bytes_;
   char *memory_, *thread_memory_;
   Packed<T>* packed_;
-  Rows<T>*local_error_, *belief_;
+  T** local_error_;
+  Rows<T>* belief_;
   T** convolution_gradient_;
   int64_t* tasks_;
   double* loss_rows_;
-  T *gram_ = nullptr, *gram_packed_ = nullptr, *transposed_ = nullptr;
+  T *gram_ = nullptr, *gram_packed_ = nullptr;
 };
 
 }  // namespace

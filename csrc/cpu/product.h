@@ -305,11 +305,12 @@ PCFAST_INLINE void multiply_taps(const T* packed, int terms, const Map& map, con
   }
 }
 
-// out[i][j] = sum over k of left[k][i] * right[k][j] for the columns j of one panel. `copy` holds a panel of kTermsAtOnce
-// terms that is not whole. Returns whether all of it is finite.
-template <class T>
-bool outer_panel(const T* left, size_t left_step, int rows, const T* right, size_t right_step, int columns, int64_t terms,
-                 T* out, size_t out_step, T* copy) {
+// out[i][j] = sum over k of left[k][i] * right[k][j] for the columns j of one panel, `left` being packed as weights are.
+// copy_panel(k, count, panel) writes right[k][..] to right[k + count - 1][..] side by side, rows of a panel's width.
+// Returns whether all of it is finite.
+template <class T, class CopyPanel>
+PCFAST_INLINE bool outer_panel(const T* left, int rows, CopyPanel copy_panel, int columns, int64_t terms, T* out,
+                               size_t out_step, T* panel) {
   constexpr int kWidth = kMaxVectors * kLanes<T>;
   const auto& tiles = Tiles<T, kMaxVectors>::all();
   const Blocks blocks(rows);
@@ -319,19 +320,13 @@ bool outer_panel(const T* left, size_t left_step, int rows, const T* right, size
   for (int64_t part = 0; part < parts.count; ++part) {
     const int64_t k = parts.begin(part);
     const int now = static_cast<int>(parts.begin(part + 1) - k);
-    const T* panel = right + k * right_step;
-    size_t panel_step = right_step;
-    if (columns < kWidth) {
-      __builtin_memset(copy, 0, sizeof(T) * now * kWidth);
-      for (int i = 0; i < now; ++i) __builtin_memcpy(copy + i * kWidth, panel + i * right_step, columns * sizeof(T));
-      panel = copy, panel_step = kWidth;
-    }
+    copy_panel(k, now, panel);
     for (int block = 0; block < blocks.count; ++block) {
       const int first = blocks.begin(block), count = blocks.begin(block + 1) - first;
       T* to = out + first * out_step;
       if (part > 0)
         for (int i = 0; i < count; ++i) __builtin_memcpy(sum + i * kWidth, to + i * out_step, columns * sizeof(T));
-      tiles.linear[count - 1](left + k * left_step + first, left_step, panel, panel_step, now, sum, kWidth, part > 0);
+      tiles.linear[count - 1](left + first * terms + k * count, count, panel, kWidth, now, sum, kWidth, part > 0);
       for (int i = 0; i < count; ++i) {
         for (int j = 0; j < kWidth; j += kLanes<T>) bad += load(sum + i * kWidth + j) * T(0);
         __builtin_memcpy(to + i * out_step, sum + i * kWidth, columns * sizeof(T));
