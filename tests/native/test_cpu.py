@@ -474,6 +474,11 @@ def test_refusals():
     with torch.autocast("cpu", torch.bfloat16):
         assert "torch.bfloat16" in refusal(plain.float(), (2, 4))
     assert "on a CPU" in refusal(plain, (2, 4), device="cuda")
+    assert "layer 2" in refusal(mlp(4, 900, 900, 3), (64, 4)) and "layer 2" in refusal(
+        mlp(4, 600, 600, 3), (2, 4)
+    )
+    wide = nn.Sequential(nn.Conv2d(3, 96, 3), nn.Conv2d(96, 96, 3), nn.Flatten(), nn.Linear(96, 2))
+    assert "torch's convolutions are faster" in refusal(wide, (8, 3, 5, 5))
     for asked in (dict(tolerance=0.1), dict(belief_optimizer=pcfast.Adam()), dict(method="error_based")):
         assert "eager" in refusal(plain, (2, 4), **asked)
 

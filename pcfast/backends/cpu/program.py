@@ -45,6 +45,15 @@ class Layer:
     after: tuple[int, float] = (0, 0.0)
 
     @property
+    def weights(self) -> int:
+        """How many its product has."""
+        if self.kind == NOTHING:
+            return 0
+        return self.inner[0] * (
+            math.prod(self.below) if self.kind == LINEAR else self.below[0] * math.prod(self.kernel)
+        )
+
+    @property
     def arguments(self) -> tuple:
         return (
             self.kind, self.below, self.inner, self.out, self.kernel, self.stride, self.padding, self.pool,
