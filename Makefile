@@ -12,7 +12,7 @@ WITH_TRITON := $(if $(TRITON),PYTHONPATH=$(CURDIR)/$(TRITON_FOLDER))
 VENV_PYTHON := $(VENV)/bin/python
 # One stamp per TORCH: asking for another release installs it.
 STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
-# Touched when the CUDA kernels were compiled, or left out where there is no nvcc.
+# Touched when the kernels were compiled, or left out where there is no compiler for them.
 NATIVE := $(VENV)/.native
 NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc csrc/* csrc/*/*)
 
@@ -41,7 +41,7 @@ ptx: $(NATIVE) $(if $(TRITON),$(TRITON_FOLDER)/.installed) ## execute every comp
 	@$(WITH_TRITON) OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/ptx/run_full.py
 	@$(if $(TRITON),,OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/ptx/mutations.py)
 
-native: $(NATIVE) ## compile the CUDA kernels again where their sources have changed
+native: $(NATIVE) ## compile the kernels again where their sources have changed
 
 fuzz: $(NATIVE) ## hand the native entry nonsense for a minute
 	@PCFAST_FUZZ_SECONDS=60 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q tests/native/test_fuzzed.py
@@ -64,7 +64,7 @@ bench: $(NATIVE) ## run the benchmarks; record them with python -m pcfast.bench.
 	@$(VENV)/bin/pcfast bench --json .benchmarks/latest.json
 
 clean: ## remove the environment, builds and caches (not runs/)
-	rm -rf $(VENV) .venv-lowest .venv-triton-* build dist *.egg-info pcfast/_native*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-lowest .venv-triton-* build dist *.egg-info pcfast/_native*.so pcfast/_cpu*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is touched last: a half-failed install leaves none and is repeated.
@@ -74,7 +74,7 @@ $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "error: $(PYTHON) has no venv module: install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@rm -f $(VENV)/.installed-*
-	@echo "creating $(VENV) with $(TORCH) (a minute or two, and two more for the CUDA kernels where there is nvcc)"
+	@echo "creating $(VENV) with $(TORCH) (a minute or two, one more for the CPU kernels, and two for the CUDA kernels where there is nvcc)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) "$(TORCH)"
 	@$(PIP_INSTALL) -e ".[train,test]"
@@ -87,6 +87,6 @@ $(STAMP): pyproject.toml setup.py
 	@touch $@
 
 $(NATIVE): $(STAMP) $(NATIVE_SOURCES)
-	@echo "compiling the CUDA kernels"
+	@echo "compiling the kernels"
 	@$(VENV_PYTHON) setup.py --quiet build_ext --inplace
 	@touch $@

@@ -1,8 +1,9 @@
-"""Package mapping of pcfast, and its CUDA kernels; everything else about the package stands in pyproject.toml.
+"""Package mapping of pcfast, and its kernels; everything else about the package stands in pyproject.toml.
 
-The kernels are compiled where nvcc is found: by the environment variables CUDACXX or CUDA_HOME, or on PATH.
-PCFAST_NATIVE=0 leaves them out; PCFAST_CUDA_ARCHITECTURES names the chips to compile for (CMakeLists.txt);
-CMAKE_ARGS has more options of cmake. In a checkout, `python setup.py build_ext --inplace` compiles what has changed.
+The CPU kernels are compiled where there is a C++ compiler: by the environment variable CXX, or on PATH. The CUDA
+kernels are where nvcc is found: by CUDACXX or CUDA_HOME, or on PATH. PCFAST_NATIVE=0 leaves both out;
+PCFAST_CUDA_ARCHITECTURES names the chips to compile for (CMakeLists.txt); CMAKE_ARGS has more options of cmake. In a
+checkout, `python setup.py build_ext --inplace` compiles what has changed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -30,35 +32,85 @@ def find_tool(name: str) -> str:
     """Beside this Python, else on PATH, which begins with pip's build environment."""
     found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
     if found is None:
-        raise CompileError(f"{name} is missing, which compiles the CUDA kernels: {TOOLS}")
+        raise CompileError(f"{name} is missing, which compiles the kernels: {TOOLS}")
     return found
 
 
-def remove_after_another_compiler(folder: Path) -> None:
+def find_compiler() -> str | None:
+    """A C++ compiler: by the environment variable CXX, else on PATH; None where there is none."""
+    if named := os.environ.get("CXX"):
+        return named
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def remove_after_another_compiler(compiler: str, folder: Path) -> None:
     """cmake keeps what it found out about a compiler, and what was compiled with it."""
-    version = subprocess.run([NVCC, "--version"], check=True, capture_output=True, text=True).stdout
-    compiler, kept = f"{NVCC}\n{version}", folder / "compiler.txt"
+    command = [*shlex.split(compiler), "--version"]
+    version = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    compiler, kept = f"{compiler}\n{version}", folder / "compiler.txt"
     if not kept.exists() or kept.read_text() != compiler:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         kept.write_text(compiler)
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """One native module.
+
+    Attributes:
+        name: in words. module: its name in pcfast.
+        compiler: that it needs; None where there is none.
+        missing: what to say then.
+        options: of cmake, beside those of all.
+    """
+
+    name: str
+    module: str
+    compiler: str | None
+    missing: str
+    options: dict[str, str]
+
+    @property
+    def without(self) -> str:
+        """Why it is left out; "" where it is compiled."""
+        if os.environ.get("PCFAST_NATIVE") == "0":
+            return "PCFAST_NATIVE=0"
+        return self.missing if self.compiler is None else ""
+
+
 NVCC = runpy.run_path(str(ROOT / "pcfast" / "support" / "nvcc.py"))["find_nvcc"]()
-if os.environ.get("PCFAST_NATIVE") == "0":
-    WITHOUT = "PCFAST_NATIVE=0"
-elif NVCC is None:
-    WITHOUT = "no nvcc on PATH, nor by CUDACXX or CUDA_HOME; install the CUDA toolkit to have them"
-else:
-    WITHOUT = ""
+KERNELS = (
+    Kernels(
+        "CPU kernels",
+        "_cpu",
+        find_compiler(),
+        "no C++ compiler on PATH, nor by CXX; install one (g++, or clang++) to have them",
+        {"PCFAST_CPU": "ON", "PCFAST_CUDA": "OFF"},
+    ),
+    Kernels(
+        "CUDA kernels",
+        "_native",
+        NVCC,
+        "no nvcc on PATH, nor by CUDACXX or CUDA_HOME; install the CUDA toolkit to have them",
+        {
+            "PCFAST_CPU": "OFF",
+            "PCFAST_CUDA": "ON",
+            "CMAKE_CUDA_COMPILER": NVCC or "",
+            "PCFAST_CUDA_ARCHITECTURES": os.environ.get("PCFAST_CUDA_ARCHITECTURES", ""),
+        },
+    ),
+)
+COMPILED = [kernels for kernels in KERNELS if not kernels.without]
 
 
 class BuildPython(build_py):
-    """Says so where the kernels are left out: every installation builds the Python part once."""
+    """Says so where kernels are left out: every installation builds the Python part once."""
 
     def run(self) -> None:
-        if WITHOUT:
-            print(f"pcfast is installed without its CUDA kernels: {WITHOUT}", file=sys.stderr)
+        for kernels in KERNELS:
+            if kernels.without:
+                print(f"pcfast is installed without its {kernels.name}: {kernels.without}", file=sys.stderr)
         super().run()
 
 
@@ -66,35 +118,37 @@ class BuildNative(build_ext):
     """Compiles with cmake and ninja."""
 
     def run(self) -> None:
-        if WITHOUT and self.inplace and not self.editable_mode:
-            print(f"nothing is compiled: {WITHOUT}", file=sys.stderr)
+        if self.inplace and not self.editable_mode:
+            for kernels in KERNELS:
+                if kernels.without:
+                    print(f"the {kernels.name} are not compiled: {kernels.without}", file=sys.stderr)
         super().run()
 
     def build_extension(self, extension: Extension) -> None:
+        (kernels,) = (kernels for kernels in KERNELS if extension.name == f"pcfast.{kernels.module}")
         try:
             import pybind11
         except ImportError:
-            raise CompileError(f"pybind11 is missing, which compiles the CUDA kernels: {TOOLS}") from None
+            raise CompileError(f"pybind11 is missing, which compiles the {kernels.name}: {TOOLS}") from None
         # Kept between builds, so that only what has changed is compiled again.
-        folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+        folder = ROOT / "build" / f"{kernels.module.strip('_')}-{sys.implementation.cache_tag}"
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         definitions = {
-            "CMAKE_CUDA_COMPILER": NVCC,
             "CMAKE_MAKE_PROGRAM": ninja,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            "PCFAST_CUDA_ARCHITECTURES": os.environ.get("PCFAST_CUDA_ARCHITECTURES", ""),
+            **kernels.options,
         }
         options = [f"-D{name}={value}" for name, value in definitions.items()]
         options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         try:
-            remove_after_another_compiler(folder)
+            remove_after_another_compiler(kernels.compiler, folder)
             subprocess.run([cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *options], check=True)
             subprocess.run([cmake, "--build", folder], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             why = f"{error.cmd[0]} failed" if isinstance(error, subprocess.CalledProcessError) else error
             raise CompileError(
-                f"the CUDA kernels were not compiled: {why}. PCFAST_NATIVE=0 installs pcfast without them."
+                f"the {kernels.name} were not compiled: {why}. PCFAST_NATIVE=0 installs pcfast without them."
             ) from None
         built = folder / Path(self.get_ext_filename(extension.name)).name
         target = Path(self.get_ext_fullpath(extension.name))
@@ -120,7 +174,7 @@ def linux_wheel() -> dict[str, type]:
             pure, self.root_is_pure = self.root_is_pure, False  # a pure one would be for any system
             python, abi, system = super().get_tag()
             self.root_is_pure = pure
-            return ("py3", "none", system) if WITHOUT else (python, abi, system)
+            return (python, abi, system) if COMPILED else ("py3", "none", system)
 
     return {"bdist_wheel": BuildWheel}
 
@@ -140,7 +194,7 @@ setup(
         "pcfast.bench": ["*.sh"],
         "pcfast.bench.constants": ["*.cu", "*.cuh", "*.h"],
     },
-    # Its sources are CMakeLists.txt's business.
-    ext_modules=[] if WITHOUT else [Extension("pcfast._native", sources=[])],
+    # Their sources are CMakeLists.txt's business.
+    ext_modules=[Extension(f"pcfast.{kernels.module}", sources=[]) for kernels in COMPILED],
     cmdclass={"build_py": BuildPython, "build_ext": BuildNative, **linux_wheel()},
 )

@@ -2,6 +2,7 @@
 
 from .base import Backend
 from .choice import choose_backend, log_fallback
+from .cpu.backend import Cpu
 from .cuda.backend import Cuda
 from .eager.backend import Eager
 from .reference import Reference
@@ -9,5 +10,5 @@ from .registry import BACKENDS
 from .triton.backend import Triton
 
 __all__ = [
-    "BACKENDS", "Backend", "Cuda", "Eager", "Reference", "Triton", "choose_backend", "log_fallback",
+    "BACKENDS", "Backend", "Cpu", "Cuda", "Eager", "Reference", "Triton", "choose_backend", "log_fallback",
 ]  # fmt: skip

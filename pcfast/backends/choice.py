@@ -74,8 +74,10 @@ def _automatic(planned: Plan, graphs: bool, may_qualify: bool) -> Plan:
 
 def _chosen(planned: Plan, graphs: bool, may_qualify: bool) -> Plan:
     able, refusals = [], []
+    # elsewhere the first that may is the fastest
+    timed = planned.device.type in kernel_backend.AUTOMATIC_DEVICES
     for backend in BACKENDS.values():
-        if able and backend.literal:
+        if able and (backend.literal or not timed):
             break
         ok, reason = backend.automatic(planned.device)  # before supports, which may import a compiler
         if ok:

@@ -12,6 +12,7 @@ import torch
 
 from .._version import __version__
 from ..backends import BACKENDS, kernel_backend, timings
+from ..backends.cpu import native as cpu_native
 from ..backends.cuda import native
 from ..backends.qualification import record
 from ..model.describe import describe
@@ -38,6 +39,7 @@ def info(as_json: bool) -> int:
         "versions": _versions(),
         "devices": devices,
         "backends": _backends(devices),
+        "cpu_kernels": _cpu_kernels(),
         "native": _native(),
         "graphs": _graphs(),
         "qualifications": [
@@ -66,6 +68,15 @@ def info(as_json: bool) -> int:
     for row in result["backends"]:
         backends.add_row(row["backend"], row["device"], "yes" if row["runs"] else "no", row["reason"])
     out.print(backends)
+    kernels = table("CPU kernels", "", "")
+    compiled = result["cpu_kernels"]
+    if compiled["compiled"]:
+        kernels.add_row("compiled for", ", ".join(compiled["instruction_sets"]))
+        kernels.add_row("used", compiled["used"])
+        kernels.add_row("threads", compiled["openmp"])
+    else:
+        kernels.add_row("why none", compiled["reason"])
+    out.print(kernels)
     kernels = table("CUDA kernels", "", "")
     compiled = result["native"]
     if compiled["compiled"]:
@@ -163,6 +174,22 @@ def _timings(devices: Iterable[str]) -> list[dict]:
         }
         for name in devices for timed in timings.of_device(torch.device(name)).values()
     ]  # fmt: skip
+
+
+def _cpu_kernels() -> dict:
+    """The CPU kernels: the instruction sets among which this CPU chooses, and whose threads run them."""
+    missing = cpu_native.load_error()
+    if missing:
+        return {"compiled": False, "instruction_sets": [], "used": None, "openmp": None, "reason": missing}
+    module = cpu_native.load()
+    runtime = cpu_native.openmp_runtime() or "a runtime that nobody had loaded before"
+    return {
+        "compiled": True,
+        "instruction_sets": module.instruction_sets(),
+        "used": module.used(),
+        "openmp": runtime if module.uses_the_openmp_of_torch() else "an OpenMP runtime of their own",
+        "reason": "",
+    }
 
 
 def _native() -> dict:

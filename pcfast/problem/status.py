@@ -39,7 +39,8 @@ class Status:
     causes: tuple[Callable[[StepSize], PcfastError], ...]
 
 
-def _bad_input(step_size: StepSize) -> PcfastError:
+def bad_input(step_size: StepSize = 0.0) -> PcfastError:
+    """The input is not finite."""
     return NonFiniteError("x", "NaN or infinity", "finite values", "Clean or normalise the data.")
 
 
@@ -53,7 +54,8 @@ def bad_loss(step_size: StepSize = 0.0) -> PcfastError:
     )
 
 
-def _bad_labels(step_size: StepSize) -> PcfastError:
+def bad_labels(step_size: StepSize = 0.0) -> PcfastError:
+    """A label is no class."""
     return ArgumentError("y", "labels out of range", "labels from 0 to the number of classes - 1")
 
 
@@ -117,7 +119,7 @@ class StatusBuilder:
 
         They must keep their values until :meth:`build`.
         """
-        self._note([_bad_input], [x])
+        self._note([bad_input], [x])
         self._note([_diverged(0, l) for l in range(1, len(activations) + 1)], activations)
         self._note([bad_loss] * len(loss_values), loss_values)
 
@@ -150,7 +152,7 @@ class StatusBuilder:
         word = differences.argmax().masked_fill_(differences.sum() == 0, _FINE)
         if label_flaw is not None:
             word.masked_fill_(label_flaw, len(self._causes))
-            self._causes.append(_bad_labels)
+            self._causes.append(bad_labels)
         return Status(word, tuple(self._causes))
 
     def _magnitudes(self) -> Tensor:

@@ -25,7 +25,7 @@ def one_backward(problem: Problem, plan: Plan, chains: Chains) -> Outcome:
     """The relaxation of a method without a loop."""
     depth, wanted = plan.depth, plan.wanted
     # of the errors and of the beliefs, by distance from the top; divergence is known before any tensor work
-    factors, last = _factors(problem, plan)
+    factors, last = factors_of(problem, plan)
     forward = forward_pass(problem, plan, chains)
     checks, out = Checks(problem, forward), forward.outcome(plan)
     vhat = forward.vhat
@@ -63,7 +63,12 @@ def one_backward(problem: Problem, plan: Plan, chains: Chains) -> Outcome:
     return out
 
 
-def _factors(problem: Problem, plan: Plan) -> tuple:
+def factors_of(problem: Problem, plan: Plan) -> tuple:
+    """What each layer's error, and its belief, counts of the loss's gradient there, by distance from the top.
+
+    Raises:
+        RelaxationDiverged: one of them exceeds the largest number.
+    """
     if plan.method != "fixed_prediction":
         return ((1.0,) * (plan.depth + 1),) * 2
     limit = torch.finfo(plan.precision.state).max if problem.check else None

@@ -1,0 +1,675 @@
+// One lane group of samples, from the forward pass to the local errors: all of its state in one thread's cache.
+//
+// Deviations d = v - vhat, never beliefs (docs/method.md fact 8). An iteration sweeps from the output down: the prediction
+// of layer l reads d_{l-1} before feedback moves it, and feedback into v_l reads delta_{l+1}, so that all layers move at
+// once, and errors and local errors live in scratch for two layers.
+#pragma once
+
+#include "activations.h"
+#include "pooling.h"
+#include "product.h"
+#include "rows.h"
+
+PCFAST_BEGIN
+
+// A thread's memory, handed out in lines of 64 bytes; with null for `at` it only counts.
+struct Arena {
+  char* at;
+  size_t used = 0;
+
+  template <class T>
+  T* take(size_t count) {
+    char* result = at == nullptr ? nullptr : at + used;
+    used += (count * sizeof(T) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(result);
+  }
+};
+
+template <class T>
+struct Packed {
+  const T *predict, *feedback;  // of layer 1 none for feedback
+};
+
+// What the groups of a call share.
+template <class T>
+struct Shared {
+  const Call& call;
+  const Packed<T>* packed;   // by layer
+  const T* gram;             // packed; null without Gram form
+  // By layer; null where not wanted. Local errors are packed as weights are, samples being the terms; belief[l] is what
+  // layer l + 1's update reads.
+  T* const* local_error;
+  const Rows<T>* belief;
+  T* const* convolution_gradient;      // by layer: of every vector of lanes, one after another; null where not wanted
+  double* loss_rows;
+  double label_scale;  // cross-entropy of labels, a mean: its share over the weights of all rows
+};
+
+// Weights and biases of a convolution.
+inline size_t gradient_count(const Layer& layer) {
+  return size_t(layer.inner.channels) * (layer.below.channels * layer.taps() + 1);
+}
+
+inline void note_first_bad(const Call& call, int64_t stage, int layer) {
+  const int64_t key = stage * kStage + layer;
+  int64_t seen = __atomic_load_n(call.first_bad, __ATOMIC_RELAXED);
+  while (key < seen && !__atomic_compare_exchange_n(call.first_bad, &seen, key, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+
+// The weight of a row of the batch in a mean of cross-entropy, and its class.
+template <class T>
+struct Label {
+  int index;
+  T weight;  // its class's; 0 where the row is ignored
+  bool ignored, invalid;
+};
+
+template <class T>
+Label<T> label_at(const Call& call, int64_t sample) {
+  const int classes = call.layers[call.depth - 1].out.size();
+  const int64_t label = call.labels[sample];
+  const bool ignored = label == call.ignored_label;
+  const bool outside = label < 0 || label >= classes;
+  const int inside = static_cast<int>(label < 0 ? 0 : label >= classes ? classes - 1 : label);
+  const T* weights = static_cast<const T*>(call.class_weight);
+  return {inside, ignored ? T(0) : weights ? weights[inside] : T(1), ignored, ignored ? call.every_row : outside};
+}
+
+inline double logarithm(double value) { return __builtin_log(value); }
+
+template <class T, int kVectors>
+class Group {
+ public:
+  static constexpr int kWidth = kVectors * kLanes<T>;
+
+  // Memory of one group; the same object serves one group after another.
+  Group(const Shared<T>& shared, Arena& arena) : shared_(shared), call_(shared.call) {
+    const int depth = call_.depth;
+    state_ = arena.take<State>(depth + 1);
+    size_t inner = 0, out = call_.layers[0].below.size();
+    for (int l = 1; l <= depth; ++l) {
+      const Layer& layer = at(l);
+      State state{};
+      const size_t inner_size = size_t(layer.inner.size()) * kWidth, out_size = size_t(layer.out.size()) * kWidth;
+      state.base = arena.take<T>(inner_size * (1 + saved_planes(layer.before.activation)));
+      if (layer.pool != kNoPool) {
+        if (layer.pool == kMaxPool) {
+          state.relative = arena.take<T>(inner_size);
+          state.winners = arena.take<Integers<T>>(out_size / kLanes<T>);
+        }
+        state.pooled = arena.take<T>(out_size * (1 + saved_planes(layer.after.activation)));
+        state.after_derivative = arena.take<T>(out_size);
+      }
+      state.error = arena.take<T>(out_size);
+      if (call_.relaxes && l < depth) {
+        const bool outside = call_.gram && l == 1;  // its beliefs leave the loop
+        const size_t size = outside ? size_t(at(2).inner.size()) * kWidth : out_size;
+        state.d = arena.take<T>(out_size);
+        if (outside) {
+          s_ = arena.take<T>(size);
+          sum_ = arena.take<T>(size);
+          sum_before_ = arena.take<T>(size);
+          if (momentum()) sum_velocity_ = arena.take<T>(size);
+        }
+        if (momentum()) state.velocity = arena.take<T>(size);
+      }
+      if (arena.at != nullptr) state_[l] = state;
+      inner = inner_size > inner ? inner_size : inner;
+      out = layer.out.size() > int(out) ? layer.out.size() : out;
+    }
+    out *= kWidth;
+    const size_t largest = inner > out ? inner : out;
+    scratch_ = arena.take<T>(largest);
+    derivative_ = arena.take<T>(largest);
+    product_ = arena.take<T>(largest);
+    delta_[0] = arena.take<T>(largest);
+    delta_[1] = arena.take<T>(largest);
+    const size_t classes = size_t(at(depth).out.size()) * kWidth;
+    output_ = arena.take<T>(classes);
+    target_ = arena.take<T>(classes);
+    target_sum_ = arena.take<T>(kWidth);
+  }
+
+  void run(int64_t first_sample) {
+    first_ = first_sample;
+    const int64_t left = call_.batch - first_sample;
+    samples_ = static_cast<int>(left < kWidth ? left : kWidth);
+    forward();
+    load_target();
+    output_error(/*moved=*/nullptr, kLossStage);
+    if (call_.output_gradient != nullptr)
+      put(state_[call_.depth].error, at(call_.depth).out.size(), given_rows(call_.output_gradient, call_.depth));
+    if (call_.relaxes) {
+      start();
+      relax();
+      finish();
+    } else {
+      pull_back_once();
+    }
+  }
+
+ private:
+  struct State {
+    T *base, *relative, *pooled, *after_derivative, *error, *d, *velocity;
+    Integers<T>* winners;
+  };
+
+  const Layer& at(int l) const { return call_.layers[l - 1]; }
+  const LayerTensors& tensors(int l) const { return call_.tensors[l - 1]; }
+  bool momentum() const { return call_.momentum != 0; }
+  static size_t elements(const Map& map) { return size_t(map.size()) * kWidth; }
+  static void clear(T* memory, size_t count) { __builtin_memset(memory, 0, count * sizeof(T)); }
+
+  Rows<T> given_rows(void* memory, int l) const {
+    return Rows<T>{static_cast<T*>(memory), size_t(at(l).out.size())}.from(first_);
+  }
+  void put(const T* group, int features, Rows<T> rows) const { scatter<T, kWidth>(group, samples_, features, rows); }
+
+  // Values that are not finite make `bad` NaN in their lane: of lanes with a sample one is enough.
+  void check(Vector<T> (&bad)[kVectors], int64_t stage, int layer) const {
+    for (int n = 0; n < samples_; ++n)
+      if (const T lane = bad[n / kLanes<T>][n % kLanes<T>]; lane != lane) return note_first_bad(call_, stage, layer);
+  }
+  void check(const T* values, size_t count, int64_t stage, int layer) const {
+    Vector<T> bad[kVectors] = {};
+    for (size_t i = 0; i < count; i += kWidth)
+      for (int j = 0; j < kVectors; ++j) bad[j] += load(values + i + j * kLanes<T>) * T(0);
+    check(bad, stage, layer);
+  }
+
+  // ---- a layer
+
+  // The product of layer l with `from`, in `to`; finish(first, count) as its parts are complete.
+  template <class Finish>
+  PCFAST_INLINE void predict(int l, const T* from, T* to, Finish finish) {
+    const Layer& layer = at(l);
+    if (layer.kind == kNothing) {
+      __builtin_memcpy(to, from, elements(layer.inner) * sizeof(T));
+      finish(size_t(0), elements(layer.inner));
+    } else if (layer.kind == kLinear) {
+      multiply_linear<T, kVectors>(shared_.packed[l - 1].predict, layer.inner.channels, layer.below.size(), from, to, finish);
+    } else {
+      multiply_taps<T, kVectors>(shared_.packed[l - 1].predict, layer.below.channels * layer.taps(), layer.inner, from, to,
+                                 [&](int y, int x) { return predict_taps(layer, layer.below, y, x); }, finish);
+    }
+  }
+
+  // The transposed product with `delta`; finish(r, first, count) as parts of it are complete at r.
+  template <class Finish>
+  PCFAST_INLINE void feed_back(int l, const T* delta, Finish finish) {
+    const Layer& layer = at(l);
+    T* r = product_;
+    const auto complete = [&](size_t first, size_t count) { finish(r, first, count); };
+    if (layer.kind == kNothing) {
+      finish(delta, size_t(0), elements(layer.below));
+    } else if (layer.kind == kLinear) {
+      multiply_linear<T, kVectors>(shared_.packed[l - 1].feedback, layer.below.size(), layer.inner.channels, delta, r, complete);
+    } else {
+      multiply_taps<T, kVectors>(shared_.packed[l - 1].feedback, layer.inner.channels * layer.taps(), layer.below, delta, r,
+                                 [&](int y, int x) { return feedback_taps(layer, layer.inner, y, x); }, complete);
+    }
+  }
+
+  // vhat_l from uhat, into `out`; with `save` what differences need.
+  void activate_layer(int l, T* out, bool save) {
+    const Layer& layer = at(l);
+    const State& state = state_[l];
+    const size_t inner = elements(layer.inner), size = elements(layer.out);
+    if (layer.pool == kNoPool) {
+      activate<T>(layer.before, state.base, inner, out, save ? state.base + inner : nullptr, inner);
+      return;
+    }
+    if (save) {
+      activate<T>(layer.before, state.base, inner, scratch_, state.base + inner, inner);
+      pool<T, kVectors>(layer, scratch_, state.pooled, state.winners);
+      if (layer.pool == kMaxPool) relative_to_winner<T, kVectors>(layer, scratch_, state.pooled, state.relative);
+    }
+    activate<T>(layer.after, state.pooled, size, out, save ? state.pooled + size : nullptr, size);
+  }
+
+  // f_l's deviation, in `moved`, from that of its pre-activation, and its derivative there. moved may be s.
+  void deviate_tail(int l, T* s, T* moved) {
+    const Layer& layer = at(l);
+    const State& state = state_[l];
+    const size_t inner = elements(layer.inner), size = elements(layer.out);
+    act_diffs<T>(layer.before, state.base, inner, s, inner, layer.pool == kNoPool ? moved : s, derivative_);
+    if (layer.pool == kNoPool) return;
+    if (layer.pool == kMaxPool)
+      for (size_t i = 0; i < inner; i += kLanes<T>) store(s + i, load(state.relative + i) + load(s + i));
+    pool<T, kVectors>(layer, s, product_, state.winners);
+    act_diffs<T>(layer.after, state.pooled, size, product_, size, moved, state.after_derivative);
+  }
+
+  // delta = the error pulled back to the layer's product, at the point of the last deviate_tail.
+  void pull_back_tail(int l, const T* error, T* delta) {
+    const Layer& layer = at(l);
+    const State& state = state_[l];
+    const size_t inner = elements(layer.inner), size = elements(layer.out);
+    if (layer.pool == kNoPool) {
+      for (size_t i = 0; i < inner; i += kLanes<T>) store(delta + i, load(error + i) * load(derivative_ + i));
+      return;
+    }
+    for (size_t i = 0; i < size; i += kLanes<T>)
+      store(product_ + i, load(error + i) * load(state.after_derivative + i));
+    pull_back_pool<T, kVectors>(layer, product_, state.winners, delta);
+    if (layer.before.activation != kIdentity)
+      for (size_t i = 0; i < inner; i += kLanes<T>) store(delta + i, load(delta + i) * load(derivative_ + i));
+  }
+
+  // ---- the forward pass and the loss
+
+  void input(T* out) const {
+    gather<T, kWidth>(Rows<const T>{static_cast<const T*>(call_.x), size_t(at(1).below.size())}.from(first_), samples_,
+                      at(1).below.size(), out);
+  }
+
+  void forward() {
+    T *value = delta_[0], *next = delta_[1];
+    input(value);
+    for (int l = 1; l <= call_.depth; ++l) {
+      const Layer& layer = at(l);
+      State& state = state_[l];
+      const T* bias = static_cast<const T*>(tensors(l).bias);
+      const size_t channel = size_t(layer.inner.positions()) * kWidth;
+      predict(l, value, state.base, [&](size_t first, size_t count) {
+        if (bias == nullptr) return;
+        for (size_t c = first / channel; c < (first + count) / channel; ++c)
+          for (size_t i = c * channel; i < (c + 1) * channel; i += kLanes<T>)
+            store(state.base + i, load(state.base + i) + bias[c]);
+      });
+      T* out = l == call_.depth ? output_ : next;
+      activate_layer(l, out, /*save=*/true);
+      check(out, elements(layer.out), kForwardStage, l);
+      if (tensors(l).vhat != nullptr) put(out, layer.out.size(), given_rows(tensors(l).vhat, l));
+      if (!call_.relaxes && shared_.belief[l - 1].at != nullptr)
+        put(out, layer.out.size(), shared_.belief[l - 1].from(first_));
+      next = value;
+      value = out;
+    }
+  }
+
+  // Cross-entropy is -sum_c target[c] log_softmax(mu)[c] (pcfast/losses.py), target_sum the sum of target; mse compares
+  // with target. Lanes without a sample have target 0 and target_sum 0, and mse's target is the output: no error.
+  void load_target() {
+    const int classes = at(call_.depth).out.size();
+    const T* given = static_cast<const T*>(call_.target);
+    const T* weights = static_cast<const T*>(call_.class_weight);
+    const T own = T(1 - call_.smoothing), spread = T(call_.smoothing / classes);
+    clear(target_sum_, kWidth);
+    for (int n = 0; n < kWidth; ++n) {
+      const int64_t sample = first_ + n;
+      const bool there = n < samples_;
+      const Label<T> label = there && call_.labels != nullptr ? label_at<T>(call_, sample) : Label<T>{};
+      for (int c = 0; c < classes; ++c) {
+        T target = 0;
+        if (call_.loss == kMse) {
+          target = there ? given[sample * classes + c] : output_[size_t(c) * kWidth + n];
+        } else if (there && call_.labels != nullptr) {
+          target = label.index == c ? label.weight * own : T(0);
+          if (!label.ignored) target += (weights ? weights[c] : T(1)) * spread;
+          target *= T(shared_.label_scale);
+        } else if (there) {
+          const T scale = call_.mean ? T(call_.share) / T(call_.batch) : T(1);
+          target = (given[sample * classes + c] * own + spread) * (weights ? weights[c] : T(1)) * scale;
+        }
+        target_[size_t(c) * kWidth + n] = target;
+        target_sum_[n] += target;
+      }
+    }
+  }
+
+  // The loss's gradient at mu = vhat_L + moved, in error[L]; without `moved`, at vhat_L, with the samples' losses.
+  void output_error(const T* moved, int64_t stage) {
+    const int depth = call_.depth, classes = at(depth).out.size();
+    T* error = state_[depth].error;
+    Vector<T> bad[kVectors] = {};
+    for (int j = 0; j < kVectors; ++j) {
+      const size_t lane = size_t(j) * kLanes<T>;
+      const auto mu = [&](int c) {
+        const size_t i = size_t(c) * kWidth + lane;
+        return moved == nullptr ? load(output_ + i) : load(output_ + i) + load(moved + i);
+      };
+      Vector<T> loss = {};
+      if (call_.loss == kMse) {
+        const T scale = T(call_.loss_scale), half = T(call_.loss_scale / 2);
+        for (int c = 0; c < classes; ++c) {
+          const size_t i = size_t(c) * kWidth + lane;
+          const Vector<T> difference = mu(c) - load(target_ + i);
+          store(error + i, difference * scale);
+          loss += difference * difference * half;
+          bad[j] += load(error + i) * T(0);
+        }
+      } else {
+        Vector<T> highest = mu(0), sum = {};
+        for (int c = 1; c < classes; ++c) highest = mu(c) > highest ? mu(c) : highest;
+        for (int c = 0; c < classes; ++c) {
+          const Vector<T> e = exp<T>(mu(c) - highest);
+          store(error + size_t(c) * kWidth + lane, e);
+          sum += e;
+        }
+        Vector<T> log_sum = {};
+        if (moved == nullptr)
+          for (int n = 0; n < kLanes<T>; ++n) log_sum[n] = T(logarithm(double(sum[n])));
+        const Vector<T> share = load(target_sum_ + lane);
+        for (int c = 0; c < classes; ++c) {
+          const size_t i = size_t(c) * kWidth + lane;
+          const Vector<T> target = load(target_ + i);
+          store(error + i, load(error + i) / sum * share - target);
+          // a class of probability 0 that the target does not name costs nothing
+          if (moved == nullptr) loss -= target != 0 ? target * ((mu(c) - highest) - log_sum) : Vector<T>{};
+          bad[j] += load(error + i) * T(0);
+        }
+      }
+      if (moved != nullptr) continue;
+      bad[j] += loss * T(0);
+      for (int n = 0; n < kLanes<T>; ++n)
+        if (int(lane) + n < samples_) shared_.loss_rows[first_ + lane + n] = double(loss[n]);
+    }
+    check(bad, stage, stage == kLossStage ? 0 : depth);
+  }
+
+  // ---- the iterations
+
+  void start() {
+    for (int l = 1; l <= call_.depth; ++l) {
+      State& state = state_[l];
+      const size_t size = elements(at(l).out);
+      if (l == call_.depth) continue;
+      clear(state.error, size);
+      clear(state.d, size);
+      if (call_.gram && l == 1) {
+        const size_t inner = elements(at(2).inner);
+        clear(s_, inner);
+        clear(sum_, inner);
+        clear(sum_before_, inner);
+        if (momentum()) {
+          clear(state.velocity, inner);
+          clear(sum_velocity_, inner);
+        }
+        continue;
+      }
+      if (momentum()) clear(state.velocity, size);
+      if (tensors(l).start == nullptr) continue;
+      gather<T, kWidth>(
+          Rows<const T>{static_cast<const T*>(tensors(l).start), size_t(at(l).out.size())}.from(first_), samples_,
+          at(l).out.size(), state.d);
+      activate_layer(l, product_, /*save=*/false);
+      for (size_t i = 0; i < size; i += kLanes<T>) store(state.d + i, load(state.d + i) - load(product_ + i));
+      for (int n = samples_; n < kWidth; ++n)
+        for (size_t i = n; i < size; i += kWidth) state.d[i] = 0;
+    }
+  }
+
+  void relax() {
+    const int depth = call_.depth;
+    for (int64_t t = 1; t <= (call_.iterations > 0 ? call_.iterations : 1); ++t) {
+      last_ = t >= call_.iterations;
+      moves_ = call_.iterations > 0;
+      eta_ = moves_ ? T(call_.step_sizes[t - 1]) : T(0);
+      stage_ = kFirstIterationStage + t - 1;
+      // the lowest layer with an error, and the lowest whose beliefs move (active front, docs/method.md fact 3)
+      const int64_t lowest = call_.fresh ? depth - t + 1 : 1;
+      const int front = static_cast<int>(lowest > 1 ? lowest : 1);
+      const int moving = static_cast<int>(lowest - 1 > 1 ? lowest - 1 : 1);
+      for (int l = depth; l >= (moves_ ? moving : front); --l) {
+        if (call_.gram && l == 1) continue;
+        delta_now_ = delta_[l % 2];
+        // the prediction has moved where the beliefs below it had before this iteration
+        const bool moved = l > 1 && (!call_.fresh || l > front);
+        if (l == depth)
+          top(moved);
+        else if (l >= front)
+          hidden(l, moved);
+        if (!moves_ || l == depth) continue;
+        descend(l);
+        if (call_.gram && l == 2 && l >= front) descend_gram();
+      }
+      // layer 2 is the output's
+      if (call_.gram && depth == 2 && moves_) descend_gram();
+    }
+  }
+
+  // s_l = W_l d_{l-1}, or zero where nothing has moved
+  template <class Finish>
+  PCFAST_INLINE void predict_deviation(int l, bool moved, Finish finish) {
+    const size_t inner = elements(at(l).inner);
+    if (!moved) {
+      clear(scratch_, inner);
+      finish(size_t(0), inner);
+    } else if (call_.gram && l == 2) {
+      __builtin_memcpy(scratch_, s_, inner * sizeof(T));
+      finish(size_t(0), inner);
+    } else {
+      predict(l, state_[l - 1].d, scratch_, finish);
+    }
+  }
+
+  void top(bool moved) {
+    const int l = call_.depth;
+    predict_deviation(l, moved, [](size_t, size_t) {});
+    deviate_tail(l, scratch_, scratch_);
+    output_error(scratch_, stage_);
+    pull_back_tail(l, state_[l].error, delta_now_);
+  }
+
+  // eps_l = (mu_l - vhat_l) - d_l; its part of the update of d_l; delta_l
+  void hidden(int l, bool moved) {
+    const Layer& layer = at(l);
+    if (l == 1) {
+      clear(scratch_, elements(layer.out));
+      take_error(1, scratch_, 0, elements(layer.out));  // nothing below it moves: no delta
+      return;
+    }
+    const State& state = state_[l];
+    const size_t inner = elements(layer.inner);
+    if (layer.pool == kNoPool) {
+      predict_deviation(l, moved, [&](size_t first, size_t count) {
+        act_diffs<T>(layer.before, state.base + first, inner, scratch_ + first, count, scratch_ + first, derivative_ + first);
+        take_error(l, scratch_, first, count);
+        for (size_t i = first; i < first + count; i += kLanes<T>)
+          store(delta_now_ + i, load(scratch_ + i) * load(derivative_ + i));
+      });
+      return;
+    }
+    predict_deviation(l, moved, [](size_t, size_t) {});
+    deviate_tail(l, scratch_, scratch_);
+    take_error(l, scratch_, 0, elements(layer.out));
+    pull_back_tail(l, scratch_, delta_now_);
+  }
+
+  // Of the elements from `first` on: mu - vhat becomes eps, and d moves along it.
+  PCFAST_INLINE void take_error(int l, T* moved, size_t first, size_t count) {
+    const State& state = state_[l];
+    const bool with_velocity = momentum();
+    const T eta = eta_, decay = T(call_.momentum);
+    for (size_t i = first; i < first + count; i += kLanes<T>) {
+      const Vector<T> d = load(state.d + i), error = load(moved + i) - d;
+      store(moved + i, error);
+      if (with_velocity)
+        store(state.velocity + i, load(state.velocity + i) * decay - error);
+      else
+        store(state.d + i, d + error * eta);
+    }
+    if (last_) __builtin_memcpy(state.error + first, moved + first, count * sizeof(T));
+  }
+
+  // d_l -= eta J^T eps_{l+1}
+  void descend(int l) {
+    const State& state = state_[l];
+    const T eta = eta_;
+    const bool with_velocity = momentum();
+    Vector<T> bad[kVectors] = {};
+    feed_back(l + 1, delta_[(l + 1) % 2], [&](const T* r, size_t first, size_t count) {
+      for (size_t i = first; i < first + count; i += kWidth)
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) {
+          const size_t k = i + size_t(j) * kLanes<T>;
+          Vector<T> step = load(r + k);
+          if (with_velocity) {
+            step = load(state.velocity + k) + step;
+            store(state.velocity + k, step);
+          }
+          const Vector<T> d = load(state.d + k) - step * eta;
+          store(state.d + k, d);
+          bad[j] += d * T(0);
+        }
+    });
+    check(bad, stage_, l);
+  }
+
+  // Gram form of the clamped layer (docs/method.md fact 7):  s <- (1 - eta) s - eta delta_2 G,  S <- (1 - eta) S + eta delta_2;
+  // with momentum both descend along s + delta_2 G and S - delta_2.
+  void descend_gram() {
+    const Layer& layer = at(2);
+    const T* delta = delta_[0];
+    const size_t inner = elements(layer.inner);
+    const T eta = eta_, kept = T(1) - eta_, decay = T(call_.momentum);
+    T* velocity = state_[1].velocity;
+    if (last_) __builtin_memcpy(sum_before_, sum_, inner * sizeof(T));
+    for (size_t i = 0; i < inner; i += kLanes<T>) {
+      const Vector<T> sum = load(sum_ + i), now = load(delta + i);
+      if (momentum()) {
+        const Vector<T> step = load(sum_velocity_ + i) * decay + (sum - now);
+        store(sum_velocity_ + i, step);
+        store(sum_ + i, sum - step * eta);
+      } else {
+        store(sum_ + i, sum * kept + now * eta);
+      }
+    }
+    Vector<T> bad[kVectors] = {};
+    const auto finish = [&](size_t first, size_t count) {
+      for (size_t i = first; i < first + count; i += kWidth)
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) {
+          const size_t k = i + size_t(j) * kLanes<T>;
+          const Vector<T> r = load(product_ + k), before = load(s_ + k);
+          Vector<T> s;
+          if (momentum()) {
+            const Vector<T> step = load(velocity + k) * decay + (before + r);
+            store(velocity + k, step);
+            s = before - step * eta;
+          } else {
+            s = before * kept - r * eta;
+          }
+          store(s_ + k, s);
+          bad[j] += s * T(0);
+        }
+    };
+    if (layer.kind == kLinear) {
+      multiply_linear<T, kVectors>(shared_.gram, layer.inner.channels, layer.inner.channels, delta, product_, finish);
+    } else {
+      // the kernel correlated with itself, over the map with a border of k - 1
+      Layer own = layer;
+      own.kernel_y = 2 * layer.kernel_y - 1, own.kernel_x = 2 * layer.kernel_x - 1;
+      own.padding_y = layer.kernel_y - 1, own.padding_x = layer.kernel_x - 1;
+      multiply_taps<T, kVectors>(shared_.gram, layer.inner.channels * own.taps(), layer.inner, delta, product_,
+                                 [&](int y, int x) { return predict_taps(own, layer.inner, y, x); }, finish);
+    }
+    check(bad, stage_, 1);
+  }
+
+  // ---- what is left after the iterations
+
+  // Layer 1's beliefs and last error, which Gram form has kept out of the loop: d_1 = -S W_2, eps_1 = S_before W_2.
+  void leave_gram_form() {
+    State& state = state_[1];
+    feed_back(2, sum_, [&](const T* r, size_t first, size_t count) {
+      for (size_t i = first; i < first + count; i += kLanes<T>) store(state.d + i, -load(r + i));
+    });
+    feed_back(2, sum_before_, [&](const T* r, size_t first, size_t count) {
+      __builtin_memcpy(state.error + first, r + first, count * sizeof(T));
+    });
+  }
+
+  bool wants_update(int l) const {
+    return shared_.local_error[l - 1] != nullptr || shared_.convolution_gradient[l - 1] != nullptr;
+  }
+
+  // v_l at the end: v_0 is x.
+  void beliefs(int l, T* out) {
+    if (l == 0) return input(out);
+    activate_layer(l, out, /*save=*/false);
+    if (!call_.relaxes) return;
+    for (size_t i = 0; i < elements(at(l).out); i += kLanes<T>) store(out + i, load(out + i) + load(state_[l].d + i));
+  }
+
+  // A linear layer's update sums over the whole batch, later; a convolution's begins here, with the maps in cache.
+  void leave_for_update(int l, const T* delta) {
+    const Layer& layer = at(l);
+    if (layer.kind == kLinear) {
+      const Blocks blocks(layer.inner.channels);
+      for (int block = 0; block < blocks.count; ++block) {
+        const int first = blocks.begin(block), count = blocks.begin(block + 1) - first;
+        T* packed = shared_.local_error[l - 1] + first * call_.batch;
+        put(delta + size_t(first) * kWidth, count, Rows<T>{packed, size_t(count)}.from(first_));
+      }
+      return;
+    }
+    T* below = delta_[1];
+    beliefs(l - 1, below);
+    const size_t count = gradient_count(layer);
+    for (int j = 0; j < kVectors && j * kLanes<T> < samples_; ++j)
+      convolution_gradient<T, kWidth>(layer, delta + j * kLanes<T>, below + j * kLanes<T>,
+                                      shared_.convolution_gradient[l - 1] + (first_ / kLanes<T> + j) * count);
+  }
+
+  // Masks and arg-maxima at the last beliefs, errors of the last iteration (Torch2PC's order).
+  void finish() {
+    const int depth = call_.depth;
+    if (call_.gram) leave_gram_form();
+    const int64_t stage = kFirstIterationStage + call_.iterations;
+    for (int l = 1; l <= depth; ++l) {
+      const Layer& layer = at(l);
+      const State& state = state_[l];
+      check(state.error, elements(layer.out), stage, l);
+      if (tensors(l).error != nullptr) put(state.error, layer.out.size(), given_rows(tensors(l).error, l));
+      if (wants_update(l)) {
+        predict_deviation(l, l > 1, [](size_t, size_t) {});
+        deviate_tail(l, scratch_, scratch_);
+        pull_back_tail(l, state.error, delta_[0]);
+        leave_for_update(l, delta_[0]);
+      }
+      if (l == depth) continue;
+      const size_t size = elements(layer.out);
+      check(state.d, size, stage, l);
+      if (shared_.belief[l - 1].at == nullptr) continue;
+      beliefs(l, scratch_);
+      put(scratch_, layer.out.size(), shared_.belief[l - 1].from(first_));
+    }
+  }
+
+  // Backpropagation of the loss: exact, and fixed prediction in its closed form (docs/method.md fact 1).
+  void pull_back_once() {
+    const int depth = call_.depth;
+    for (int l = depth; l >= 1; --l) {
+      const Layer& layer = at(l);
+      T *error = state_[l].error, *delta = delta_[0];
+      if (l < depth) check(error, elements(layer.out), kFirstIterationStage, l);
+      clear(scratch_, elements(layer.inner));
+      deviate_tail(l, scratch_, scratch_);
+      pull_back_tail(l, error, delta);
+      if (l > 1)
+        feed_back(l, delta, [&](const T* r, size_t first, size_t count) {
+          __builtin_memcpy(state_[l - 1].error + first, r + first, count * sizeof(T));
+        });
+      if (!wants_update(l)) continue;
+      const T factor = T(call_.factors[l - 1]);
+      for (size_t i = 0; i < elements(layer.inner); i += kLanes<T>) store(delta + i, load(delta + i) * factor);
+      leave_for_update(l, delta);
+    }
+  }
+
+  const Shared<T>& shared_;
+  const Call& call_;
+  State* state_;
+  T *scratch_, *derivative_, *product_, *delta_[2], *output_, *target_, *target_sum_;
+  T *s_ = nullptr, *sum_ = nullptr, *sum_before_ = nullptr, *sum_velocity_ = nullptr;  // Gram form
+  T* delta_now_;
+  int64_t first_, stage_;
+  int samples_;
+  bool last_, moves_;
+  T eta_;
+};
+
+PCFAST_END

@@ -1,0 +1,298 @@
+// One call, for the instruction set that this file is compiled for (PCFAST_ISA): weights are packed, every lane group is
+// relaxed on whatever thread comes first, then the weight gradients are computed, block by block.
+//
+// Nothing of the C++ library is used here: the linker would take one object file's copy of it, with its instructions, for
+// all of them.
+#include "group.h"
+#include "subnormals.h"
+
+PCFAST_BEGIN
+
+namespace {
+
+// Calls body(index, thread) for every index, each on the thread that is free first.
+template <class T, class Body>
+void for_each(int threads, int64_t count, Body body) {
+  struct Context {
+    Body& body;
+    int64_t count, next;
+    int thread;
+  } context{body, count, 0, 0};
+  parallel(
+      count < threads ? static_cast<int>(count) : threads,
+      [](void* pointer) {
+        Context& shared = *static_cast<Context*>(pointer);
+        const int thread = __atomic_fetch_add(&shared.thread, 1, __ATOMIC_RELAXED);
+        const SubnormalsAreZero zero(sizeof(T) == sizeof(float));
+        for (int64_t i; (i = __atomic_fetch_add(&shared.next, 1, __ATOMIC_RELAXED)) < shared.count;)
+          shared.body(i, thread);
+      },
+      &context);
+}
+
+constexpr size_t kLine = 64;
+
+// Rows of whole cache lines, an odd number of them, so that a column does not fall into few of the cache's sets.
+template <class T>
+size_t odd_step(int features) {
+  const size_t lines = (features * sizeof(T) + kLine - 1) / kLine;
+  return (lines | 1) * (kLine / sizeof(T));
+}
+
+// Multiply-adds that are worth another thread.
+constexpr double kWorkOfAThread = 3e5;
+
+inline int useful_threads(const Call& call) {
+  double macs = 0;
+  for (int l = 0; l < call.depth; ++l) {
+    const Layer& layer = call.layers[l];
+    const double terms = layer.kind == kLinear ? layer.below.size() : double(layer.below.channels) * layer.taps();
+    macs += layer.kind == kNothing ? layer.below.size() : terms * layer.inner.size();
+  }
+  const double work = macs * call.batch * (3 + (call.relaxes ? 2.0 * call.iterations : 0.0));
+  const double most = 1 + work / kWorkOfAThread;
+  return most < call.threads ? static_cast<int>(most) : call.threads;
+}
+
+template <class T>
+size_t weight_count(const Layer& layer) {
+  if (layer.kind == kNothing) return 0;
+  return size_t(layer.inner.channels) * (layer.kind == kLinear ? layer.below.size() : layer.below.channels * layer.taps());
+}
+
+template <class T>
+class Run {
+ public:
+  explicit Run(const Call& call) : call_(call), threads_(useful_threads(call)) {
+    const int depth = call.depth;
+    wide_ = kMaxVectors * kLanes<T>;
+    // Narrow groups take a little more than half the time of wide ones: where they keep more threads busy
+    const auto rounds = [&](int width) { return ((call.batch + width - 1) / width + threads_ - 1) / threads_; };
+    if (call.batch <= kLanes<T> || 1.1 * rounds(kLanes<T>) < 2.0 * rounds(wide_)) wide_ = kLanes<T>;
+    groups_ = (call.batch + wide_ - 1) / wide_;
+
+    Arena counted{nullptr};
+    lay_out(counted);
+    memory_ = static_cast<char*>(take_workspace(counted.used));
+    Arena arena{memory_};
+    lay_out(arena);
+    for_each<T>(threads_, depth, [&](int64_t l, int) { pack_layer(static_cast<int>(l) + 1); });
+  }
+  ~Run() { give_back_workspace(memory_); }
+
+  void operator()() {
+    double weight = 0;
+    if (call_.labels != nullptr)
+      for (int64_t n = 0; n < call_.batch; ++n) {
+        const Label<T> label = label_at<T>(call_, n);
+        weight += label.weight;
+        if (label.invalid) *call_.invalid_label = true;
+      }
+    // where all labels are ignored the weights sum to zero, and so is the gradient
+    const double label_scale = !call_.mean ? 1 : weight > 0 ? call_.share / weight : 0;
+    if (call_.gram) make_gram();
+    const Shared<T> shared{call_, packed_, gram_packed_, local_error_, belief_, convolution_gradient_, loss_rows_, label_scale};
+
+    for_each<T>(threads_, groups_, [&](int64_t index, int thread) {
+      const int64_t first = index * wide_;
+      Arena arena{thread_memory_ + thread * thread_bytes_};
+      if (wide_ == kLanes<T> || call_.batch - first <= kLanes<T>)
+        Group<T, 1>(shared, arena).run(first);
+      else
+        Group<T, kMaxVectors>(shared, arena).run(first);
+    });
+    double loss = 0;
+    for (int64_t n = 0; n < call_.batch; ++n) loss += loss_rows_[n];
+    *static_cast<T*>(call_.loss_value) = T(loss);
+    if (call_.updates) weight_gradients();
+  }
+
+ private:
+  const Layer& at(int l) const { return call_.layers[l - 1]; }
+  const LayerTensors& tensors(int l) const { return call_.tensors[l - 1]; }
+
+  bool own_gradient(int l) const { return tensors(l).weight_gradient != nullptr || tensors(l).bias_gradient != nullptr; }
+
+  void lay_out(Arena& arena) {
+    const int depth = call_.depth;
+    packed_ = arena.take<Packed<T>>(depth);
+    local_error_ = arena.take<T*>(depth);
+    belief_ = arena.take<Rows<T>>(depth);
+    convolution_gradient_ = arena.take<T*>(depth);
+    tasks_ = arena.take<int64_t>(depth + 1);
+    loss_rows_ = arena.take<double>(call_.batch);
+    for (int l = 1; l <= depth; ++l) {
+      const size_t count = weight_count<T>(at(l));
+      const bool feeds_back = count > 0 && l > 1;
+      const Packed<T> packed{arena.take<T>(count), arena.take<T>(feeds_back ? count : 0)};
+      const bool convolution = at(l).kind == kConvolution, update = call_.updates && own_gradient(l);
+      T* error = update && !convolution ? arena.take<T>(call_.batch * at(l).inner.size()) : nullptr;
+      T* partial = update && convolution ? arena.take<T>(vectors() * gradient_count(at(l))) : nullptr;
+      const bool read_above = call_.updates && l < depth && at(l + 1).kind == kLinear && own_gradient(l + 1);
+      const Rows<T> belief = rows(arena, tensors(l).belief, at(l).out.size(), read_above);
+      if (arena.at == nullptr) continue;
+      packed_[l - 1] = packed;
+      if (!feeds_back) packed_[l - 1].feedback = nullptr;
+      local_error_[l - 1] = error;
+      belief_[l - 1] = belief;
+      convolution_gradient_[l - 1] = partial;
+    }
+    if (call_.gram) {
+      const Layer& layer = at(2);
+      const int taps = layer.kind == kLinear ? 1 : (2 * layer.kernel_y - 1) * (2 * layer.kernel_x - 1);
+      const size_t count = size_t(layer.inner.channels) * layer.inner.channels * taps;
+      gram_ = arena.take<T>(count);
+      gram_packed_ = arena.take<T>(count);
+    }
+    Arena wide{nullptr}, narrow{nullptr};
+    const Shared<T> shared{call_, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0};
+    Group<T, kMaxVectors>(shared, wide);
+    Group<T, 1>(shared, narrow);
+    thread_bytes_ = wide_ == kLanes<T> ? narrow.used : wide.used;
+    const size_t panel = sizeof(T) * kTermsAtOnce * kMaxVectors * kLanes<T>;
+    if (thread_bytes_ < panel) thread_bytes_ = panel;
+    thread_memory_ = arena.take<char>(thread_bytes_ * threads_);
+  }
+
+  T* panel_of(int thread) const { return reinterpret_cast<T*>(thread_memory_ + thread * thread_bytes_); }
+
+  // Of the caller, or where the updates read it, here; or none.
+  Rows<T> rows(Arena& arena, void* given, int features, bool needed) {
+    if (given != nullptr) return {static_cast<T*>(given), size_t(features)};
+    if (!needed) return {nullptr, 0};
+    const size_t step = odd_step<T>(features);
+    return {arena.take<T>(call_.batch * step), step};
+  }
+
+  void pack_layer(int l) {
+    const Layer& layer = at(l);
+    if (layer.kind == kNothing) return;
+    const T* weights = static_cast<const T*>(tensors(l).weight);
+    const bool linear = layer.kind == kLinear;
+    const int taps = linear ? 1 : layer.taps(), channels = linear ? layer.below.size() : layer.below.channels;
+    const size_t row = size_t(channels) * taps;
+    pack<T>(weights, layer.inner.channels, row, channels, taps, taps, const_cast<T*>(packed_[l - 1].predict));
+    if (packed_[l - 1].feedback != nullptr)
+      pack<T>(weights, channels, taps, layer.inner.channels, row, taps, const_cast<T*>(packed_[l - 1].feedback));
+  }
+
+  // G = W_2 W_2^T, or the kernel of layer 2 correlated with itself.
+  void make_gram() {
+    const Layer& layer = at(2);
+    const T* weights = static_cast<const T*>(tensors(2).weight);
+    const int size = layer.inner.channels;
+    if (layer.kind == kLinear) {
+      const int terms = layer.below.size();
+      constexpr int kWidth = kMaxVectors * kLanes<T>;
+      for_each<T>(threads_, (size + kWidth - 1) / kWidth, [&](int64_t index, int thread) {
+        const int first = static_cast<int>(index) * kWidth, columns = size - first < kWidth ? size - first : kWidth;
+        const auto transpose = [&](int64_t k, int count, T* panel) {
+          gather<T, kWidth>({weights + size_t(first) * terms + k, size_t(terms)}, columns, count, panel);
+        };
+        outer_panel<T>(packed_[1].predict, size, transpose, columns, terms, gram_ + first, size, panel_of(thread));
+      });
+      pack<T>(gram_, size, size, size, 1, 1, gram_packed_);
+      return;
+    }
+    const int ky = layer.kernel_y, kx = layer.kernel_x, channels = layer.below.channels, wide = 2 * kx - 1;
+    const int taps = (2 * ky - 1) * wide;
+    for (int i = 0; i < size; ++i)
+      for (int j = 0; j < size; ++j)
+        for (int tap = 0; tap < taps; ++tap) {
+          const int dy = tap / wide - (ky - 1), dx = tap % wide - (kx - 1);
+          T sum = 0;
+          for (int c = 0; c < channels; ++c)
+            for (int y = dy < 0 ? -dy : 0; y < ky && y + dy < ky; ++y)
+              for (int x = dx < 0 ? -dx : 0; x < kx && x + dx < kx; ++x)
+                sum += weights[((size_t(i) * channels + c) * ky + y + dy) * kx + x + dx] *
+                       weights[((size_t(j) * channels + c) * ky + y) * kx + x];
+          gram_[(size_t(i) * size + j) * taps + tap] = sum;
+        }
+    pack<T>(gram_, size, size_t(size) * taps, size, taps, taps, gram_packed_);
+  }
+
+  size_t vectors() const { return (call_.batch + kLanes<T> - 1) / kLanes<T>; }
+
+  // A task is a panel of columns of one layer's weights, or a whole convolution; the sum over the batch has one order.
+  void weight_gradients() {
+    constexpr int kWidth = kMaxVectors * kLanes<T>;
+    tasks_[0] = 0;
+    for (int l = 1; l <= call_.depth; ++l)
+      tasks_[l] = tasks_[l - 1] + (!own_gradient(l)                ? 0
+                                   : at(l).kind == kConvolution ? 1
+                                                                : (at(l).below.size() + kWidth - 1) / kWidth);
+    const int64_t stage = kFirstIterationStage + (call_.relaxes ? call_.iterations : 0);
+    for_each<T>(threads_, tasks_[call_.depth], [&](int64_t task, int thread) {
+      int l = 1;
+      while (task >= tasks_[l]) ++l;
+      if (at(l).kind == kConvolution) {
+        if (!sum_convolution(l)) note_first_bad(call_, stage, l);
+        return;
+      }
+      const int first = static_cast<int>(task - tasks_[l - 1]) * kWidth;
+      const int size = at(l).below.size(), columns = size - first < kWidth ? size - first : kWidth;
+      const T* error = local_error_[l - 1];
+      const Rows<const T> below = l > 1 ? Rows<const T>{belief_[l - 2].at, belief_[l - 2].step}
+                                        : Rows<const T>{static_cast<const T*>(call_.x), size_t(size)};
+      bool fine = true;
+      const auto copy = [&](int64_t k, int count, T* panel) {
+        if (columns < kWidth) __builtin_memset(panel, 0, sizeof(T) * count * kWidth);
+        for (int i = 0; i < count; ++i)
+          __builtin_memcpy(panel + i * kWidth, below.at + (k + i) * below.step + first, columns * sizeof(T));
+      };
+      if (T* to = static_cast<T*>(tensors(l).weight_gradient); to != nullptr)
+        fine = outer_panel<T>(error, at(l).inner.channels, copy, columns, call_.batch, to + first, size, panel_of(thread));
+      if (first == 0 && tensors(l).bias_gradient != nullptr)
+        fine = sum_rows(error, at(l).inner.channels, static_cast<T*>(tensors(l).bias_gradient)) && fine;
+      if (!fine) note_first_bad(call_, stage, l);
+    });
+  }
+
+  // The gradients that every vector of lanes has left, in their order.
+  bool sum_convolution(int l) {
+    const size_t count = gradient_count(at(l)), weights = weight_count<T>(at(l));
+    T *sum = convolution_gradient_[l - 1], bad = 0;
+    for (size_t v = 1; v < vectors(); ++v)
+      for (size_t i = 0; i < count; ++i) sum[i] += sum[v * count + i];
+    for (size_t i = 0; i < count; ++i) bad += sum[i] * T(0);
+    if (tensors(l).weight_gradient != nullptr) __builtin_memcpy(tensors(l).weight_gradient, sum, weights * sizeof(T));
+    if (tensors(l).bias_gradient != nullptr)
+      __builtin_memcpy(tensors(l).bias_gradient, sum + weights, (count - weights) * sizeof(T));
+    return bad == bad;
+  }
+
+  bool sum_rows(const T* packed, int features, T* out) {
+    T bad = 0;
+    const Blocks blocks(features);
+    for (int block = 0; block < blocks.count; ++block) {
+      const int first = blocks.begin(block), count = blocks.begin(block + 1) - first;
+      T* sum = out + first;
+      for (int i = 0; i < count; ++i) sum[i] = 0;
+      for (int64_t n = 0; n < call_.batch; ++n)
+        for (int i = 0; i < count; ++i) sum[i] += packed[first * call_.batch + n * count + i];
+      for (int i = 0; i < count; ++i) bad += sum[i] * T(0);
+    }
+    return bad == bad;
+  }
+
+  const Call& call_;
+  const int threads_;
+  int wide_;  // samples of a lane group
+  int64_t groups_;
+  size_t thread_bytes_;
+  char *memory_, *thread_memory_;
+  Packed<T>* packed_;
+  T** local_error_;
+  Rows<T>* belief_;
+  T** convolution_gradient_;
+  int64_t* tasks_;
+  double* loss_rows_;
+  T *gram_ = nullptr, *gram_packed_ = nullptr;
+};
+
+}  // namespace
+
+void run_float(const Call& call) { Run<float>{call}(); }
+void run_double(const Call& call) { Run<double>{call}(); }
+
+PCFAST_END

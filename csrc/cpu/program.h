@@ -1,0 +1,93 @@
+// What a relaxation on the CPU reads and writes. Plain C++17: every instruction set's object file and the module share it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pcfast::cpu {
+
+enum Kind : int { kNothing = 0, kLinear = 1, kConvolution = 2 };
+enum Pool : int { kNoPool = 0, kMaxPool = 1, kAveragePool = 2 };
+enum Loss : int { kCrossEntropy = 0, kMse = 1 };
+enum Activation : int {
+  kIdentity = 0,
+  kRelu = 1,
+  kLeakyRelu = 2,
+  kTanh = 3,
+  kSigmoid = 4,
+  kSilu = 5,
+  kGelu = 6,
+  kGeluTanh = 7,
+};
+
+struct Map {
+  int channels, height, width;
+
+  int positions() const { return height * width; }
+  int size() const { return channels * positions(); }
+};
+
+struct Tail {
+  int activation;
+  double negative_slope;
+};
+
+// A PC layer: a product or nothing, then `before`, a pool or nothing, and `after`. Features are a map of one position.
+struct Layer {
+  int kind;
+  Map below, inner, out;  // what it reads, what the product gives, what the layer gives
+  int kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x;
+  int pool, window_y, window_x;
+  Tail before, after;
+
+  int taps() const { return kernel_y * kernel_x; }
+};
+
+// Pointers of one layer; null where there is nothing. Arrays over the batch have a row per sample.
+struct LayerTensors {
+  const void *weight, *bias, *start;
+  void *vhat, *belief, *error, *weight_gradient, *bias_gradient;
+};
+
+// Stages of Report::key, in the order in which what is not finite is reported.
+constexpr int kForwardStage = 0, kLossStage = 1, kFirstIterationStage = 2;
+constexpr int64_t kStage = int64_t{1} << 20;  // layers a stage
+constexpr int64_t kAllFinite = INT64_MAX;
+
+// One call. Lists run over layers 1..depth, from index 0.
+struct Call {
+  const Layer* layers;
+  int depth, threads;
+  int64_t batch, iterations;
+  bool relaxes;  // else one backward pass: exact, fixed prediction
+  bool fresh;    // from the forward pass, not from given beliefs
+  bool gram;     // the clamped layer in Gram form (docs/method.md fact 7)
+  bool updates;  // local errors and weight gradients are wanted
+  const double* step_sizes;  // of every iteration
+  const double* factors;     // of every layer's local error, in a backward pass
+  double momentum;
+
+  int loss;
+  bool mean, every_row;  // cross-entropy: the reduction; whether an ignored label is invalid
+  int64_t ignored_label;
+  double smoothing, share, loss_scale;
+  const int64_t* labels;
+  const void *target, *class_weight;
+
+  const void* x;
+  const LayerTensors* tensors;
+  void *loss_value, *output_gradient;
+
+  // Written: kStage * stage + layer of what first was not finite, and whether a label is out of range.
+  int64_t* first_bad;
+  bool* invalid_label;
+};
+
+// Calls body(context) on up to `threads` threads, on the caller's alone where that is 1, and waits for all.
+void parallel(int threads, void (*body)(void*), void* context);
+
+// Memory that lasts until it is given back, aligned to 64 bytes, not cleared; kept for the next call.
+void* take_workspace(size_t bytes);
+void give_back_workspace(void* memory);
+
+}  // namespace pcfast::cpu
