@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -38,7 +39,7 @@ class _Updates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss, scale, gradients, *parameters):
         ctx.save_for_backward(*gradients)
-        ctx.scale, ctx.addresses = scale, _addresses(gradients)
+        ctx.scale, ctx.hooked = scale, _saved_tensors_hooks(True) is not None
         return loss.view_as(loss)
 
     @staticmethod
@@ -59,20 +60,19 @@ def _may_be_handed_on(ctx, gradients: tuple[Tensor, ...], grad_output: Tensor) -
         and not torch.is_grad_enabled()
         and not _keeps_graph()
         and grad_output.item() == 1.0
-        and ctx.addresses is not None
-        and _addresses(gradients) == ctx.addresses  # hooks of saved tensors may give the user's own
+        and not ctx.hooked  # hooks of saved tensors may give the user's own
+        and not any(map(_is_sparse, gradients))
+        and all(map(Tensor.is_contiguous, gradients))
     )
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int] | None:
-    """Where dense tensors lie; None where one is sparse or has gaps or overlaps."""
-    if any(tensor.is_sparse or not tensor.is_contiguous() for tensor in tensors):
-        return None
-    return list(map(Tensor.data_ptr, tensors))
 
 
 #: Whether the backward pass that runs keeps its graph, which may be differentiated once more.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+#: The hooks through which tensors that are saved now would go, or None.
+_saved_tensors_hooks = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda traced: "not known"
+)
+_is_sparse = operator.attrgetter("is_sparse")
 
 
 def pc_loss(
