@@ -20,6 +20,9 @@ from pcfast.checking.copies import random_batches
 SHAPE = (16, 20)
 
 
+CPU_IN_BFLOAT16 = "its kernels' products read the state's dtype, not torch.bfloat16: use eager"
+
+
 def net() -> nn.Sequential:
     """Five PC layers: the Gram form is layer 2's, the layers above run plainly."""
     return networks.mlp([20, 30, 30, 30, 30, 7])
@@ -52,17 +55,18 @@ def test_a_right_backend_passes(method):
     report = check(net(), SHAPE, method=method, draws=3)
     assert report.ok and not report.failures
     assert {(r.backend, r.reason) for r in report.refused} == {
-        (name, "it needs a CUDA device") for name in ("cuda", "triton")
-    }
-    assert {(row.backend, row.precision) for row in report.rows} == {
-        ("eager", "ieee"), ("eager", "bf16"), ("eager", "fp64"),
+        ("cuda", "it needs a CUDA device"), ("triton", "it needs a CUDA device"), ("cpu", CPU_IN_BFLOAT16),
     }  # fmt: skip
-    quantities = [(row.layer, row.quantity) for row in report.rows if row.precision == "ieee"]
+    ran = {("eager", "ieee"), ("eager", "bf16"), ("eager", "fp64"), ("cpu", "ieee"), ("cpu", "fp64")}
+    assert {(row.backend, row.precision) for row in report.rows} == ran
+    quantities = [
+        (row.layer, row.quantity) for row in report.rows if (row.backend, row.precision) == ("eager", "ieee")
+    ]
     assert quantities[:4] == [(1, "belief"), (1, "error"), (1, "update 0.0.weight"), (1, "update 0.0.bias")]
     assert len(quantities) == 5 * 4 and quantities[-1] == (5, "update 4.bias")
-    assert set(report.worst()) == {("eager", "ieee"), ("eager", "bf16"), ("eager", "fp64")}
+    assert set(report.worst()) == ran
     assert all(row.ratio <= worst.ratio for worst in report.worst().values() for row in report.rows
-               if row.precision == worst.precision)  # fmt: skip
+               if (row.backend, row.precision) == (worst.backend, worst.precision))  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -219,13 +223,14 @@ class Unable(Eager):
 def test_what_cannot_run_is_listed(monkeypatch):
     monkeypatch.setitem(BACKENDS, "unable", Unable())
     report = check(net(), SHAPE, draws=1)
-    assert report.ok and {row.backend for row in report.rows} == {"eager"}
+    assert report.ok and {row.backend for row in report.rows} == {"cpu", "eager"}
     assert {(r.backend, r.precision, r.reason) for r in report.refused} == {
         *(
             (name, precision, "it needs a CUDA device")
             for name in ("cuda", "triton")
             for precision in ("ieee", "bf16", "fp64")
         ),
+        ("cpu", "bf16", CPU_IN_BFLOAT16),
         ("unable", "ieee", "float64 only"),
         ("unable", "bf16", "float64 only"),
         ("unable", "fp64", "no such kernel"),
@@ -471,8 +476,12 @@ def test_progress_counts_relaxations():
         progress=lambda *step: seen.append(step),
     )
     assert [done for done, _, _ in seen] == list(range(len(seen)))
-    assert seen[-1] == (8, 8, "done")  # per draw the truth, what ieee costs, and two runs of eager
-    assert seen[0][2] == "reference in float64, draw 1 of 2" and "eager in ieee, draw 1 of 2" in seen[2][2]
+    assert seen[-1] == (
+        12,
+        12,
+        "done",
+    )  # per draw the truth, what ieee costs, and two runs of cpu and of eager
+    assert seen[0][2] == "reference in float64, draw 1 of 2" and "cpu in ieee, draw 1 of 2" in seen[2][2]
 
 
 # the rounding of a forward pass --------------------------------------------------------------------------------

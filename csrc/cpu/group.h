@@ -5,6 +5,10 @@
 // once, and errors and local errors live in scratch for two layers.
 #pragma once
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "activations.h"
 #include "pooling.h"
 #include "product.h"
@@ -20,7 +24,16 @@ struct Arena {
   template <class T>
   T* take(size_t count) {
     char* result = at == nullptr ? nullptr : at + used;
-    used += (count * sizeof(T) + 63) / 64 * 64;
+    const size_t bytes = count * sizeof(T);
+    size_t room = (bytes + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+    room += 64;  // nobody's
+    if (result != nullptr) {
+      ASAN_UNPOISON_MEMORY_REGION(result, bytes);
+      ASAN_POISON_MEMORY_REGION(result + bytes, room - bytes);
+    }
+#endif
+    used += room;
     return reinterpret_cast<T*>(result);
   }
 };

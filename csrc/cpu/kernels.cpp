@@ -149,12 +149,12 @@ class Run {
     Group<T, kMaxVectors>(shared, wide);
     Group<T, 1>(shared, narrow);
     thread_bytes_ = wide_ == kLanes<T> ? narrow.used : wide.used;
-    const size_t panel = sizeof(T) * kTermsAtOnce * kMaxVectors * kLanes<T>;
-    if (thread_bytes_ < panel) thread_bytes_ = panel;
     thread_memory_ = arena.take<char>(thread_bytes_ * threads_);
+    panels_ = arena.take<T>(kPanel * threads_);
   }
 
-  T* panel_of(int thread) const { return reinterpret_cast<T*>(thread_memory_ + thread * thread_bytes_); }
+  static constexpr size_t kPanel = size_t(kTermsAtOnce) * kMaxVectors * kLanes<T>;
+  T* panel_of(int thread) const { return panels_ + thread * kPanel; }
 
   // Of the caller, or where the updates read it, here; or none.
   Rows<T> rows(Arena& arena, void* given, int features, bool needed) {
@@ -266,10 +266,15 @@ class Run {
     const Blocks blocks(features);
     for (int block = 0; block < blocks.count; ++block) {
       const int first = blocks.begin(block), count = blocks.begin(block + 1) - first;
+      const T* rows = packed + first * call_.batch;
+      const Parts parts(call_.batch);
       T* sum = out + first;
-      for (int i = 0; i < count; ++i) sum[i] = 0;
-      for (int64_t n = 0; n < call_.batch; ++n)
-        for (int i = 0; i < count; ++i) sum[i] += packed[first * call_.batch + n * count + i];
+      for (int64_t part = 0; part < parts.count; ++part) {
+        T some[kMaxRows] = {};
+        for (int64_t n = parts.begin(part); n < parts.begin(part + 1); ++n)
+          for (int i = 0; i < count; ++i) some[i] += rows[n * count + i];
+        for (int i = 0; i < count; ++i) sum[i] = part == 0 ? some[i] : sum[i] + some[i];
+      }
       for (int i = 0; i < count; ++i) bad += sum[i] * T(0);
     }
     return bad == bad;
@@ -287,7 +292,7 @@ class Run {
   T** convolution_gradient_;
   int64_t* tasks_;
   double* loss_rows_;
-  T *gram_ = nullptr, *gram_packed_ = nullptr;
+  T *panels_, *gram_ = nullptr, *gram_packed_ = nullptr;
 };
 
 }  // namespace

@@ -27,12 +27,6 @@ struct Accumulators {
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) sum[i][j] = Vector<T>{};
   }
-  PCFAST_INLINE void read(const T* from, size_t step) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = load(from + i * step + j * kLanes<T>);
-  }
   PCFAST_INLINE void add(const T* weights, const T* panel) {
     Vector<T> right[kVectors];
 #pragma GCC unroll 2
@@ -42,11 +36,15 @@ struct Accumulators {
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) sum[i][j] += weights[i] * right[j];
   }
-  PCFAST_INLINE void write(T* out, size_t step) const {
+  // With `adds` on top of what `out` holds.
+  PCFAST_INLINE void write(T* out, size_t step, bool adds) const {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) store(out + i * step + j * kLanes<T>, sum[i][j]);
+      for (int j = 0; j < kVectors; ++j) {
+        T* to = out + i * step + j * kLanes<T>;
+        store(to, adds ? load(to) + sum[i][j] : sum[i][j]);
+      }
   }
 };
 
@@ -56,20 +54,20 @@ template <class T, int kRows, int kVectors>
 void linear_tile(const T* weights, size_t weight_step, const T* panel, size_t panel_step, int terms, T* out, size_t step,
                  bool adds) {
   Accumulators<T, kRows, kVectors> tile;
-  if (adds)
-    tile.read(out, step);
-  else
-    tile.clear();
+  tile.clear();
   for (int k = 0; k < terms; ++k) {
     tile.add(weights, panel);
     weights += weight_step;
     panel += panel_step;
   }
-  tile.write(out, step);
+  if (adds)
+    tile.write(out, step, true);
+  else
+    tile.write(out, step, false);
 }
 
 template <class T, int kRows, int kVectors>
-void tap_tile(const T* weights, const T* map, const Taps& taps, T* out, size_t step) {
+void tap_tile(const T* weights, const T* map, const Taps& taps, T* out, size_t step, bool adds) {
   constexpr int kGroup = kVectors * kLanes<T>;
   Accumulators<T, kRows, kVectors> tile;
   tile.clear();
@@ -83,7 +81,7 @@ void tap_tile(const T* weights, const T* map, const Taps& taps, T* out, size_t s
         m += ptrdiff_t(taps.map_column) * kGroup;
       }
     }
-  tile.write(out, step);
+  tile.write(out, step, adds);
 }
 
 // A range of positions, and the steps between their rows and columns in two maps.
@@ -126,7 +124,7 @@ using LaneTile = void (*)(const T*, size_t, const T*, size_t, const Range&, T*);
 template <class T>
 using LinearTile = void (*)(const T*, size_t, const T*, size_t, int, T*, size_t, bool);
 template <class T>
-using TapTile = void (*)(const T*, const T*, const Taps&, T*, size_t);
+using TapTile = void (*)(const T*, const T*, const Taps&, T*, size_t, bool);
 
 // Tiles of 1 to kMaxRows rows.
 template <class T, int kVectors>
@@ -204,6 +202,22 @@ inline Taps feedback_taps(const Layer& layer, const Map& above, int y, int x) {
           (py - y0) / layer.stride_y * above.width + (px - x0) / layer.stride_x, above.positions(), -above.width, -1};
 }
 
+// A sum over many terms is the sum of parts, whose sizes differ by one at most: it rounds less than one long chain, and a
+// panel of so many terms, two vectors wide, stays in L1 while all rows' tiles read it.
+constexpr int kTermsAtOnce = 128, kTermsOfMany = 96;
+
+struct Parts {
+  int64_t terms;
+  int64_t count;
+
+  explicit Parts(int64_t terms, int each = 1)
+      : terms(terms),
+        count(terms * each > kTermsAtOnce ? (terms * each + kTermsOfMany - 1) / kTermsOfMany : 1) {
+    if (count > terms) count = terms > 0 ? terms : 1;
+  }
+  int64_t begin(int64_t part) const { return terms * part / count; }
+};
+
 // The weight gradient of a convolution, of one vector of lanes: weights[out][in][tap] = sum over positions and lanes of
 // delta[out] * below[in], `delta` and `below` being maps of kGroup lanes; then bias[out], the sum of delta.
 template <class T, int kGroup>
@@ -240,32 +254,34 @@ void convolution_gradient(const Layer& layer, const T* delta, const T* below, T*
       for (int in = 0; in < ins; in += 2) {
         const int columns = ins - in < 2 ? 1 : 2;
         const auto tile = columns == 2 ? pairs.lane[count - 1] : singles.lane[count - 1];
-        tile(left + begin * left_channel, left_channel, right + in * right_channel, right_channel, range, sums);
-        for (int i = 0; i < count; ++i)
-          for (int j = 0; j < columns; ++j)
-            weights[(size_t(begin + i) * ins + in + j) * taps + tap] = sums[i * columns + j];
+        const Parts parts(range.rows, range.columns);
+        for (int64_t part = 0; part < parts.count; ++part) {
+          const int y = static_cast<int>(parts.begin(part));
+          Range now = range;
+          now.rows = static_cast<int>(parts.begin(part + 1)) - y;
+          tile(left + begin * left_channel + y * range.left_row, left_channel,
+               right + in * right_channel + y * range.right_row, right_channel, now, sums);
+          for (int i = 0; i < count; ++i)
+            for (int j = 0; j < columns; ++j) {
+              T& to = weights[(size_t(begin + i) * ins + in + j) * taps + tap];
+              to = part == 0 ? sums[i * columns + j] : to + sums[i * columns + j];
+            }
+        }
       }
     }
   }
   T* bias = weights + size_t(layer.inner.channels) * ins * taps;
   for (int out = 0; out < layer.inner.channels; ++out) {
     Vector<T> sum = {};
-    for (size_t i = 0; i < left_channel; i += kGroup) sum += load(delta + out * left_channel + i);
+    for (int y = 0; y < layer.inner.height; ++y) {
+      Vector<T> row = {};
+      for (int x = 0; x < layer.inner.width; ++x)
+        row += load(delta + out * left_channel + (size_t(y) * layer.inner.width + x) * kGroup);
+      sum += row;
+    }
     bias[out] = sum_of_lanes<T>(sum);
   }
 }
-
-// Terms of which a panel, two vectors wide, stays in L1 while all rows' tiles read it.
-constexpr int kTermsAtOnce = 192;
-
-// A sum over many terms, cut into parts of at most kTermsAtOnce whose sizes differ by one at most.
-struct Parts {
-  int64_t terms;
-  int64_t count;
-
-  explicit Parts(int64_t terms) : terms(terms), count(terms > kTermsAtOnce ? (terms + kTermsAtOnce - 1) / kTermsAtOnce : 1) {}
-  int64_t begin(int64_t part) const { return terms * part / count; }
-};
 
 // One product of a lane group. `finish(first, count)` is called for every run of elements that is complete, in order.
 template <class T, int kVectors, class Finish>
@@ -298,9 +314,19 @@ PCFAST_INLINE void multiply_taps(const T* packed, int terms, const Map& map, con
     const int first = blocks.begin(block), count = blocks.begin(block + 1) - first;
     T* out = to + first * channel;
     for (int y = 0; y < map.height; ++y)
-      for (int x = 0; x < map.width; ++x)
-        tiles.tap[count - 1](packed + size_t(first) * terms, from, taps_at(y, x),
-                             out + (size_t(y) * map.width + x) * kGroup, channel);
+      for (int x = 0; x < map.width; ++x) {
+        const Taps taps = taps_at(y, x);
+        const Parts parts(taps.channels, taps.rows * taps.columns);
+        for (int64_t part = 0; part < parts.count; ++part) {
+          const int begin = static_cast<int>(parts.begin(part));
+          Taps now = taps;
+          now.channels = static_cast<int>(parts.begin(part + 1)) - begin;
+          now.weight += begin * taps.weight_channel;
+          now.map += begin * taps.map_channel;
+          tiles.tap[count - 1](packed + size_t(first) * terms, from, now, out + (size_t(y) * map.width + x) * kGroup,
+                               channel, part > 0);
+        }
+      }
     finish(first * channel, count * channel);
   }
 }

@@ -18,6 +18,7 @@ import torch
 from installing import build_wheel, copy_sources, install, run_pip, run_python
 from native_build import CSRC, SUFFIX, configure, needs_gcc, tool
 
+from pcfast.backends.cpu import native as cpu_native
 from pcfast.backends.cuda import native
 from pcfast.cli import main
 from pcfast.errors import BackendError
@@ -92,9 +93,11 @@ def test_the_module_exports_its_entry_alone_and_brings_cudart(module):
     assert needed and not [name for name in needed if re.match("lib(cuda|nv|torch|c10|python)", name)]
 
 
-def test_the_interface_has_one_version():
+def test_the_interfaces_have_one_version_each():
     (written,) = re.findall(r"#define PCFAST_ABI_VERSION (\d+)", (CSRC / "abi.h").read_text())
     assert int(written) == native.ABI_VERSION
+    (written,) = re.findall(r"kAbiVersion = (\d+);", (CSRC / "cpu" / "module.cpp").read_text())
+    assert int(written) == cpu_native.ABI_VERSION
 
 
 # ---- a module that cannot be used
@@ -156,11 +159,27 @@ def test_a_module_for_the_cpu_that_is_not_there(monkeypatch, tmp_path):
 
 def test_info_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(native, "_MODULE", "pcfast._native_absent")
+    monkeypatch.setattr(cpu_native, "_MODULE", "pcfast._cpu_absent")
+    cpu_native._find.cache_clear()
+    try:
+        assert main(["info", "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        for module, key in ((native, "native"), (cpu_native, "cpu_kernels")):
+            assert result[key]["compiled"] is False and result[key]["reason"] == module.load_error()
+        assert main(["info"]) == 0
+        text = capsys.readouterr().out
+        assert "the CUDA kernels are not compiled" in text and "the CPU kernels are not compiled" in text
+    finally:
+        cpu_native._find.cache_clear()
+
+
+def test_info_names_the_cpu_kernels(capsys):
+    if cpu_native.load_error():
+        pytest.skip(cpu_native.load_error())
     assert main(["info", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)["native"]
-    assert result["compiled"] is False and result["reason"] == native.load_error()
-    assert main(["info"]) == 0
-    assert "the CUDA kernels are not compiled" in capsys.readouterr().out
+    result = json.loads(capsys.readouterr().out)["cpu_kernels"]
+    assert result["used"] == result["instruction_sets"][-1] == cpu_native.load().used()
+    assert result["openmp"] == cpu_native.openmp_runtime()
 
 
 def test_importing_pcfast_loads_no_module(tmp_path):
@@ -239,7 +258,14 @@ def test_chips(tmp_path, monkeypatch):
     assert re.search(r"PCFAST_CUDA_ARCHITECTURES: nvcc \S+ does\s+not\s+know\s+'999'", done.stderr)
 
 
-# The whole interface with a kernel that compiles in seconds.
+# Kernels that compile in seconds, with the whole interface.
+PLANTED_CPU = """
+#include "program.h"
+namespace pcfast::cpu::PCFAST_ISA {
+void run_float(const Call&) {}
+void run_double(const Call&) {}
+}
+"""
 PLANTED = """
 #include "../abi.h"
 __global__ void planted(int* at) { *at = 1; }
@@ -254,6 +280,7 @@ def test_wheel_editable_and_a_failure(tmp_path):
     """One test, in one folder, so that what does not change is compiled once."""
     source = copy_sources(tmp_path / "source")
     shutil.rmtree(source / "csrc" / "resident")
+    (source / "csrc" / "cpu" / "kernels.cpp").write_text(PLANTED_CPU)
     planted = source / "csrc" / "another" / "planted.cu"
     planted.parent.mkdir()
     planted.write_text(PLANTED)
@@ -265,7 +292,8 @@ def test_wheel_editable_and_a_failure(tmp_path):
     assert "linux" in wheel.name and not wheel.name.endswith("-none-any.whl")
     with ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert [name for name in names if name.endswith(".so")] == [f"pcfast/_native{SUFFIX}"]
+    modules = {f"pcfast/_native{SUFFIX}", f"pcfast/_cpu{SUFFIX}"}
+    assert {name for name in names if name.endswith(".so")} == modules
     assert not [name for name in names if "csrc" in name or "CMake" in name]
     assert not list(source.glob("pcfast/*.so"))
     installed = install(tmp_path / "wheel-venv", source, str(wheel))
@@ -288,25 +316,36 @@ def test_wheel_editable_and_a_failure(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("without", "why"), [("nvcc", "no nvcc on PATH"), ("PCFAST_NATIVE", "PCFAST_NATIVE=0")]
+    ("without", "said"),
+    [
+        ("nvcc", {"CUDA kernels: no nvcc on PATH"}),
+        ("compilers", {"CUDA kernels: no nvcc on PATH", "CPU kernels: no C++ compiler on PATH"}),
+        ("PCFAST_NATIVE", {"CUDA kernels: PCFAST_NATIVE=0", "CPU kernels: PCFAST_NATIVE=0"}),
+    ],
 )
-def test_a_wheel_without_the_kernels(without, why, tmp_path, monkeypatch):
-    if without == "nvcc":
-        monkeypatch.delenv("PCFAST_NATIVE", raising=False)
-        for name in NVCC_VARIABLES:
-            monkeypatch.delenv(name, raising=False)
+def test_a_wheel_without_kernels(without, said, tmp_path, monkeypatch):
+    """Each module is there where its compiler is."""
+    for name in ("PCFAST_NATIVE", "CXX", *NVCC_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    if without == "PCFAST_NATIVE":
+        monkeypatch.setenv("PCFAST_NATIVE", "0")
+    elif without == "nvcc":
         folders = os.environ["PATH"].split(os.pathsep)
         kept = [folder for folder in folders if not (Path(folder) / "nvcc").exists()]
         monkeypatch.setenv("PATH", os.pathsep.join(kept))
     else:
-        monkeypatch.setenv("PCFAST_NATIVE", "0")
+        monkeypatch.setenv("PATH", sysconfig.get_path("scripts"))
     source = copy_sources(tmp_path / "source")
+    (source / "csrc" / "cpu" / "kernels.cpp").write_text(PLANTED_CPU)
     done = run_pip("wheel", "--verbose", "--wheel-dir", tmp_path, source)
     assert done.returncode == 0, done.stderr
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "without its CUDA kernels" in line]
-    assert len(said) == 1 and why in said[0]
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "is installed without its" in line]
+    assert len(lines) == len(said) and all(any(why in line for line in lines) for why in said)
     (wheel,) = tmp_path.glob("*.whl")
-    assert "-py3-none-linux_" in wheel.name
+    with ZipFile(wheel) as archive:
+        modules = [name for name in archive.namelist() if name.endswith(".so")]
+    assert modules == ([f"pcfast/_cpu{SUFFIX}"] if without == "nvcc" else [])
+    assert ("-py3-none-linux_" in wheel.name) == (not modules)
 
 
 def test_what_is_missing_to_compile_is_named(tmp_path):

@@ -161,10 +161,15 @@ def test_ignored_labels(reduction, smoothing, weighted):
     assert pcfast.relax(model, x, torch.full_like(y, -7), loss=loss, backend="cpu").loss == 0
 
 
+@instruction_sets
 @pytest.mark.parametrize("normalizer", [BATCH, 10**4 * BATCH])
 @pytest.mark.parametrize("activation", IN_KERNELS)
-def test_activations(activation, normalizer):
-    """Also with errors far below the beliefs' rounding, of which nothing may cancel (docs/method.md fact 8)."""
+def test_activations(activation, normalizer, isa, instruction_set):
+    """Also with errors far below the beliefs' rounding, of which nothing may cancel (docs/method.md fact 8).
+
+    With SSE2 a product and a sum are two roundings, with the others the compiler makes one of them.
+    """
+    instruction_set(isa)
     torch.manual_seed(5)
     model, x = mlp(8, 15, 14, 9, 6, activation=IN_KERNELS[activation]), 2 * torch.randn(BATCH, 8)
     y = torch.randn(BATCH, 6)
@@ -448,6 +453,24 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 print("same")
 """
     assert run_python(code, OMP_NUM_THREADS="2").strip() == "same"
+
+
+# what is said of a plan ------------------------------------------------------------------------------------------
+
+
+def test_explain_says_what_lies_where(instruction_set):
+    instruction_set(native.load().instruction_sets()[0])
+    model = mlp(12, 60, 7, 5, 4)
+    lines = pcfast.explain(model, (33, 12)).kernels
+    assert f"instruction set {native.load().used()}, " in lines[1]
+    # layers 2 to 4 of the Gram form, 8 samples of 4 bytes: uhat, tanh(uhat) and d, of the output uhat and d
+    assert (
+        "5 lane groups of up to 8 samples" in lines[2]
+        and f" {8 * 4 * (3 * 7 + 3 * 5 + 2 * 4):,} bytes of state" in lines[2]
+    )
+    assert lines[3].startswith(f"{4 * (60 * 7 + 7 * 5 + 5 * 4):,} bytes of weights")
+    wide = pcfast.explain(mlp(784, 600, 600, 10), (300, 784), method="exact")
+    assert wide.plan.backend == "cpu" and "through torch" in wide.kernels[0]
 
 
 # what is refused, and what is said of bad values -----------------------------------------------------------------

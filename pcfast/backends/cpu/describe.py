@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from ...kernels.codes import ACTIVATIONS
+from ...model.activations import Gelu, GeluTanh, Sigmoid, Silu, Tanh
 from ...problem.plan import Plan
 from . import native
+from .program import Layer, layers_of
+
+_VECTOR_BYTES = {"avx2": 32, "avx512": 64}  # of the others 16
+# saved_planes of csrc/cpu/activations.h, by code
+_PLANES = {Tanh: 1, Gelu: 1, Sigmoid: 2, Silu: 2, GeluTanh: 2}
+_SAVED = {ACTIVATIONS[kind]: planes for kind, planes in _PLANES.items()}
 
 
 def describe(plan: Plan) -> list[str]:
-    """The kernels, their threads, and where state lies."""
-    threads = torch.get_num_threads()
-    return [f"one native call ({native.load().used()}), {threads} thread{'s' * (threads > 1)} of torch's"]
+    """The call, its threads, and what lies in a core's cache."""
+    layers, size, threads = layers_of(plan.network, plan.shapes), plan.dtype.itemsize, torch.get_num_threads()
+    used = native.load().used()
+    group = 2 * _VECTOR_BYTES.get(used, 16) // size
+    looped = layers[1:] if plan.gram else layers
+    state = sum(_state(layer, momentum=plan.belief_optimizer.momentum > 0) for layer in looped) * group * size
+    weights = sum(layer.weights for layer in layers[1:]) * size
+    lines = [
+        "one native call: forward pass, loss, iterations, local errors and weight gradients",
+        f"instruction set {used}, {threads} thread{'s' * (threads > 1)} of torch's",
+        f"{math.ceil(plan.x_shape[0] / group)} lane groups of up to {group} samples, each with one thread and at "
+        f"most {state:,} bytes of state",
+        f"{weights:,} bytes of weights above layer 1, packed for both products",
+    ]
+    return lines
+
+
+def _state(layer: Layer, *, momentum: bool) -> int:
+    """Elements a sample that an iteration reads and writes: uhat and what is saved with it, d, the velocity."""
+    inner, out = math.prod(layer.inner), math.prod(layer.out)
+    return inner * (1 + _SAVED.get(layer.before[0], 0)) + out * (1 + momentum)

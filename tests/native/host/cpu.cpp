@@ -1,0 +1,150 @@
+// Calls of the CPU kernels, for sanitizers: networks of every kind of layer, in one and in three threads, which must give the
+// same bits. Every array is a heap block of its own.
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/program.h"
+
+namespace pcfast::cpu::checked {
+void run_float(const Call& call);
+void run_double(const Call& call);
+}  // namespace pcfast::cpu::checked
+
+namespace {
+
+using namespace pcfast::cpu;
+
+std::mt19937 random_bits(7);
+
+template <class T>
+std::unique_ptr<T[]> drawn(size_t count, T scale) {
+  std::unique_ptr<T[]> result(new T[count]);
+  std::normal_distribution<double> normal;
+  for (size_t i = 0; i < count; ++i) result[i] = T(normal(random_bits)) * scale;
+  return result;
+}
+
+Layer linear(int in, int out, int activation) {
+  return {kLinear, {in, 1, 1}, {out, 1, 1}, {out, 1, 1}, 1, 1, 1, 1, 0, 0, kNoPool, 1, 1, {activation, 0.1}, {kIdentity, 0}};
+}
+
+Layer nothing(int size, int activation) {
+  return {kNothing, {size, 1, 1}, {size, 1, 1}, {size, 1, 1}, 1, 1, 1, 1, 0, 0, kNoPool, 1, 1, {activation, 0.1}, {kIdentity, 0}};
+}
+
+Layer convolution(Map below, int out, int kernel, int stride, int padding, int pool, int before, int after) {
+  const auto size = [&](int n) { return (n + 2 * padding - kernel) / stride + 1; };
+  const Map inner{out, size(below.height), size(below.width)};
+  const int window = pool == kNoPool ? 1 : 2;
+  return {kConvolution, below, inner, {out, inner.height / window, inner.width / window}, kernel, kernel, stride, stride,
+          padding, padding, pool, window, window, {before, 0.1}, {after, 0.1}};
+}
+
+struct Case {
+  const char* name;
+  std::vector<Layer> layers;
+  bool relaxes, gram, starts;
+  int loss;
+  double momentum;
+};
+
+template <class T>
+bool same_on_all_threads(const Case& one, void (*run)(const Call&)) {
+  const int64_t batch = 41, iterations = 5;
+  const size_t depth = one.layers.size(), classes = one.layers.back().out.size();
+  auto x = drawn<T>(batch * one.layers[0].below.size(), 1);
+  auto target = drawn<T>(batch * classes, 1);
+  auto class_weight = std::unique_ptr<T[]>(new T[classes]);
+  for (size_t c = 0; c < classes; ++c) class_weight[c] = T(c + 1);
+  std::unique_ptr<int64_t[]> labels(new int64_t[batch]);
+  for (int64_t n = 0; n < batch; ++n) labels[n] = n % 5 == 4 ? -7 : n % classes;
+  const double step_sizes[iterations] = {0.3, 0.2, 0.1, 0.1, 0.1}, factors[16] = {1, 1, 1, 1, 1, 1, 1, 1};
+  std::vector<std::unique_ptr<T[]>> held;
+  std::vector<std::vector<std::unique_ptr<T[]>>> results;
+  std::vector<std::vector<size_t>> sizes;
+  std::vector<LayerTensors> given(depth);
+  for (size_t l = 0; l < depth; ++l) {
+    const Layer& layer = one.layers[l];
+    const size_t terms = layer.kind == kLinear ? layer.below.size() : layer.below.channels * layer.taps();
+    if (layer.kind != kNothing) {
+      held.push_back(drawn<T>(terms * layer.inner.channels, T(0.5)));
+      given[l].weight = held.back().get();
+      held.push_back(drawn<T>(layer.inner.channels, 1));
+      given[l].bias = held.back().get();
+    }
+    if (one.starts && l + 1 < depth) {
+      held.push_back(drawn<T>(batch * layer.out.size(), 1));
+      given[l].start = held.back().get();
+    }
+  }
+  for (int threads : {1, 3}) {
+    std::vector<std::unique_ptr<T[]>> out;
+    std::vector<size_t> counts;
+    const auto array = [&](size_t count) {
+      out.emplace_back(new T[count]());
+      counts.push_back(count);
+      return out.back().get();
+    };
+    std::vector<LayerTensors> tensors = given;
+    for (size_t l = 0; l < depth; ++l) {
+      const Layer& layer = one.layers[l];
+      tensors[l].vhat = array(batch * layer.out.size());
+      if (one.relaxes) tensors[l].error = array(batch * layer.out.size());
+      if (one.relaxes && l + 1 < depth) tensors[l].belief = array(batch * layer.out.size());
+      if (layer.kind == kNothing) continue;
+      const size_t terms = layer.kind == kLinear ? layer.below.size() : layer.below.channels * layer.taps();
+      tensors[l].weight_gradient = array(terms * layer.inner.channels);
+      tensors[l].bias_gradient = array(layer.inner.channels);
+    }
+    int64_t first_bad = kAllFinite;
+    bool invalid_label = false;
+    Call call{};
+    call.layers = one.layers.data(), call.depth = static_cast<int>(depth), call.threads = threads;
+    call.batch = batch, call.iterations = one.relaxes ? iterations : 0;
+    call.relaxes = one.relaxes, call.fresh = !one.starts, call.gram = one.gram, call.updates = true;
+    call.step_sizes = step_sizes, call.factors = factors, call.momentum = one.momentum;
+    call.loss = one.loss, call.mean = true, call.ignored_label = -7, call.smoothing = 0.1, call.share = 1, call.loss_scale = 0.1;
+    if (one.loss == kMse)
+      call.target = target.get();
+    else
+      call.labels = labels.get(), call.class_weight = class_weight.get();
+    call.x = x.get(), call.tensors = tensors.data(), call.loss_value = array(1), call.output_gradient = array(batch * classes);
+    call.first_bad = &first_bad, call.invalid_label = &invalid_label;
+    run(call);
+    if (first_bad != kAllFinite || invalid_label) return false;
+    results.push_back(std::move(out));
+    sizes.push_back(counts);
+  }
+  for (size_t i = 0; i < results[0].size(); ++i)
+    if (std::memcmp(results[0][i].get(), results[1][i].get(), sizes[0][i] * sizeof(T)) != 0) return false;
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  const Layer first = convolution({2, 7, 8}, 7, 3, 1, 0, kNoPool, kTanh, kIdentity);
+  const Layer second = convolution(first.out, 3, 2, 1, 0, kMaxPool, kGelu, kRelu);
+  const Layer strided = convolution(first.out, 5, 3, 2, 1, kAveragePool, kSilu, kSigmoid);
+  const auto head = [](const Layer& below) { return linear(below.out.size(), 5, kLeakyRelu); };
+  const Case cases[] = {
+      {"mlp", {linear(9, 37, kTanh), linear(37, 13, kRelu), linear(13, 7, kGeluTanh), linear(7, 4, kIdentity)},
+       true, false, false, kCrossEntropy, 0.5},
+      {"gram mlp", {linear(200, 61, kTanh), linear(61, 6, kSigmoid), linear(6, 4, kIdentity)}, true, true, false, kMse, 0},
+      {"gram mlp, momentum", {linear(9, 61, kTanh), linear(61, 6, kSilu), linear(6, 4, kTanh)}, true, true, false, kMse, 0.7},
+      {"bare", {linear(9, 12, kIdentity), nothing(12, kGelu), linear(12, 4, kIdentity)}, true, false, true, kCrossEntropy, 0},
+      {"gram convolution", {first, second, head(second), linear(5, 4, kIdentity)}, true, true, false, kCrossEntropy, 0},
+      {"strided convolution", {first, strided, head(strided), linear(5, 4, kIdentity)}, true, false, true, kMse, 0.5},
+      {"one backward pass", {first, strided, head(strided), linear(5, 4, kIdentity)}, false, false, false, kCrossEntropy, 0},
+  };
+  int failures = 0;
+  for (const Case& one : cases)
+    if (!same_on_all_threads<float>(one, checked::run_float) || !same_on_all_threads<double>(one, checked::run_double)) {
+      std::printf("%s: not finite, or other bits on three threads\n", one.name);
+      ++failures;
+    }
+  return failures;
+}
