@@ -54,13 +54,13 @@ def updates_by_autograd(problem: Problem, plan: Plan) -> Outcome | None:
         except IndexError:  # a label out of range
             return None
     trained = [p for p in problem.known.parameters if p.requires_grad]
-    asked = [*trained, *(v for v in values if v.requires_grad)]
-    gradients = differentiation.gradients(value, asked)
+    # not by the layers' values: torch would keep those gradients, and what is not finite in them and counts is in these
+    gradients = differentiation.gradients(value, trained)
     with torch.no_grad():
         if any(g is None for g in gradients) or (
             problem.check and not status.all_finite([*values, value, *gradients])
         ):
             return None
     out = Outcome(value.detach(), values[-1].detach())
-    out.gradients = dict(zip(trained, gradients, strict=False))
+    out.gradients = dict(zip(trained, gradients, strict=True))
     return out
