@@ -54,7 +54,7 @@ def updates_by_autograd(problem: Problem, plan: Plan) -> Outcome | None:
         except IndexError:  # a label out of range
             return None
     trained = [p for p in problem.known.parameters if p.requires_grad]
-    # not by the layers' values: torch would keep those gradients, and what is not finite in them and counts is in these
+    # not by the layers' values: torch would keep those gradients, and what counts in them is in these
     gradients = differentiation.gradients(value, trained)
     with torch.no_grad():
         if any(g is None for g in gradients) or (
