@@ -222,8 +222,8 @@ def test_explain_says_backend_gram_form_and_work():
     model = nn.Sequential(nn.Linear(6, 40), nn.Sequential(nn.Linear(40, 4), nn.ReLU()), nn.Linear(4, CLASSES))
     explanation = pcfast.explain(model, (BATCH, 6), num_steps=10)
     text = str(explanation)
-    assert "strict (pc or spc), 10 iterations, on backend eager" in text
-    assert "reference refused: eager comes first" in text
+    assert "strict (pc or spc), 10 iterations, on backend cpu" in text
+    assert "reference refused: cpu comes first" in text
     assert "precision: state float32, matrix operands float32" in text
     assert "Gram form of layer 1: yes" in text
     forward = BATCH * (6 * 40 + 40 * 4 + 4 * 3)
@@ -233,7 +233,8 @@ def test_explain_says_backend_gram_form_and_work():
     assert explanation.refused == {
         "cuda": "it needs a CUDA device",
         "triton": "it needs a CUDA device",
-        "reference": "eager comes first",
+        "eager": "cpu comes first",
+        "reference": "cpu comes first",
     }
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import pcfast
 from pcfast import precision
-from pcfast.backends import Eager
+from pcfast.backends import BACKENDS, Eager
 from pcfast.diagnostics.diagnosis import diagnose
 from pcfast.model import spec as network
 from pcfast.relaxation import cuda_graphs
@@ -48,6 +48,12 @@ def mlp() -> nn.Sequential:
 
 def batch(rows: int = 6) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 5), torch.randint(0, CLASSES, (rows,))
+
+
+@pytest.fixture(autouse=True)
+def _as_on_cuda(monkeypatch) -> None:
+    """The CPU stands for a CUDA device here, and there "auto" passes the CPU kernels over."""
+    monkeypatch.setattr(BACKENDS["cpu"], "automatic", lambda device: (False, "no CPU"))
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ class Run {
     Group<T, kMaxVectors>(shared, wide);
     Group<T, 1>(shared, narrow);
     thread_bytes_ = wide_ == kLanes<T> ? narrow.used : wide.used;
-    thread_memory_ = arena.take<char>(thread_bytes_ * threads_);
+    thread_memory_ = arena.take<char>(thread_bytes_ * (groups_ < threads_ ? groups_ : threads_));
     panels_ = arena.take<T>(kPanel * threads_);
   }
 

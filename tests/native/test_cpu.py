@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import against_reference
 import golden
@@ -419,6 +420,19 @@ def test_a_samples_bits_depend_on_nothing_but_itself(name, gram, isa, instructio
             assert torch.equal(pcfast.relax(model, x, y, **settings).beliefs[1], whole.beliefs[1])
     finally:
         torch.set_num_threads(threads)
+
+
+def test_python_threads_relax_at_the_same_time():
+    """The memory of a call is its own; the last call's is kept for one of the next."""
+    problems = [drawn(name, 30) for name in ("mlp", "conv", "long sums", "bare")]
+
+    def relaxed(k: int) -> torch.Tensor:
+        return pcfast.relax(*problems[k % 4], num_steps=3, backend="cpu").beliefs[1]
+
+    truth = [relaxed(k) for k in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(relaxed, range(80)))
+    assert all(torch.equal(result, truth[k % 4]) for k, result in enumerate(results))
 
 
 def run_python(code: str, **environment: str) -> str:

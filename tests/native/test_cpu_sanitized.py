@@ -50,7 +50,7 @@ def program(tmp_path_factory) -> Callable[[str], Path]:
             vector.write_text(vector.read_text().replace("#pragma once\n", f"#pragma once\n{CHOICE}"))
             sources = [folder / "cpu" / name for name in ("kernels.cpp", "parallel.cpp", "workspace.cpp")]
             command = [
-                "g++", "-std=c++17", "-O1", "-g1", "-pthread", "-Wno-psabi", "-fno-sanitize-recover=all",
+                "g++", "-std=c++17", "-O1", "-pthread", "-Wno-psabi", "-fno-sanitize-recover=all",
                 f"-fsanitize={SANITIZERS[sanitizer]}", "-DPCFAST_ISA=checked", "-DPCFAST_CPU_STD_THREADS",
                 f"-I{folder}", Path(__file__).parent / "host" / "cpu.cpp", *sources, "-o", folder / "run",
             ]  # fmt: skip
@@ -63,9 +63,8 @@ def program(tmp_path_factory) -> Callable[[str], Path]:
 
 
 def run(path: Path, bug: str = "") -> tuple[int, str]:
-    done = subprocess.run(
-        [path], capture_output=True, text=True, env=os.environ | {"PLANTED": bug}, timeout=300
-    )
+    environment = os.environ | {"PLANTED": bug, "TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run([path], capture_output=True, text=True, env=environment, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -79,4 +78,4 @@ def test_the_kernels_are_clean_and_threads_change_no_bit(sanitizer, program):
 )
 def test_a_planted_bug_is_reported(sanitizer, bug, words, program):
     status, said = run(program(sanitizer), bug)
-    assert status != 0 and words in said and "/cpu/" in said
+    assert status != 0 and words in said and "pcfast::cpu::checked" in said

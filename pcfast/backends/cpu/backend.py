@@ -63,10 +63,10 @@ def _refusal(plan: Plan) -> str:
         return f"its kernels compute in float32 and float64, not {plan.dtype}: use eager"
     if plan.precision.operand != plan.precision.state:
         return f"its kernels' products read the state's dtype, not {plan.precision.operand}: use eager"
-    if plan.method != "strict":
-        return ""
     if plan.wanted.energies:
         return "energies sum errors over the batch in every iteration, and a thread has its samples' alone: use eager"
+    if plan.method != "strict":
+        return ""
     if plan.loss not in LOSSES:
         return "its kernels evaluate cross-entropy and mse, and torch cannot inside a call: use eager"
     layers = layers_of(plan.network, plan.shapes)
@@ -111,7 +111,7 @@ def _natively(plan: Plan) -> bool:
     if plan.method == "strict" and plan.depth > 1:
         return True
     wanted = plan.wanted
-    if wanted.states or wanted.activations or wanted.energies or plan.loss not in LOSSES:
+    if wanted.states or wanted.activations or plan.loss not in LOSSES:
         return False
     layers = layers_of(plan.network, plan.shapes)
     return not isinstance(layers, str) and all(
