@@ -1,4 +1,4 @@
-// The module pcfast._cpu: strict relaxation, and backpropagation, of a whole batch in one call.
+// The module pcfast._cpu: strict relaxation, and backpropagation, of a whole batch in one call; and what recognises a model.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "modules.h"
 #include "program.h"
 
 namespace py = pybind11;
@@ -31,8 +32,8 @@ namespace {
 
 using namespace pcfast::cpu;
 
-// Goes up with every change of what Python hands over; pcfast/backends/cpu/native.py expects the same.
-constexpr int kAbiVersion = 1;
+// Goes up with every change of what Python hands over; pcfast/support/cpu_module.py expects the same.
+constexpr int kAbiVersion = 2;
 
 #ifdef PCFAST_TORCHS_OPENMP
 constexpr bool kTorchsOpenMP = true;
@@ -156,5 +157,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("instruction_sets", instruction_sets);
   module.def("use", use);
   module.def("used", [] { return chosen->name; });
+  module.def("modules_hold", &modules_hold);
   py::class_<Program>(module, "Program").def(py::init<>()).def("add", &Program::add).def("run", &Program::run);
 }

@@ -12,7 +12,6 @@ import torch
 
 from .._version import __version__
 from ..backends import BACKENDS, kernel_backend, timings
-from ..backends.cpu import native as cpu_native
 from ..backends.cuda import native
 from ..backends.qualification import record
 from ..model.describe import describe
@@ -20,6 +19,7 @@ from ..networks import mlp
 from ..precision import choose_precision
 from ..problem.plan import plan
 from ..relaxation import contest, cuda_graphs
+from ..support import cpu_module
 from ..support.machine import cpu_name
 from .options import json_option
 from .output import console, print_json, table
@@ -178,11 +178,11 @@ def _timings(devices: Iterable[str]) -> list[dict]:
 
 def _cpu_kernels() -> dict:
     """The CPU kernels: the instruction sets among which this CPU chooses, and whose threads run them."""
-    missing = cpu_native.load_error()
+    missing = cpu_module.load_error()
     if missing:
         return {"compiled": False, "instruction_sets": [], "used": None, "openmp": None, "reason": missing}
-    module = cpu_native.load()
-    runtime = cpu_native.openmp_runtime() or "a runtime that nobody had loaded before"
+    module = cpu_module.load()
+    runtime = cpu_module.openmp_runtime() or "a runtime that nobody had loaded before"
     return {
         "compiled": True,
         "instruction_sets": module.instruction_sets(),

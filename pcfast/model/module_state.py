@@ -1,16 +1,19 @@
 """Modules as they were, and whether they still are: comparisons alone, of what :mod:`pcfast.model.snapshot` lists.
 
-Every step asks, and a network of 33 layers has 98 modules: hence no loop but those of map, chain and comparisons of
-lists.
+Every step asks, and a network of 33 layers has 98 modules. So the comparison is native (csrc/cpu/modules.cpp) where
+pcfast was installed with a C++ compiler; without one it has no loop but those of map, chain and comparisons of lists.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, repeat
 
 from torch import Tensor, nn
+
+from ..support import cpu_module
 
 _dict_of = operator.attrgetter("__dict__")
 _hooks_of = operator.itemgetter(
@@ -20,6 +23,27 @@ _held_by = operator.itemgetter("_parameters", "_buffers", "_modules")
 _facts_of = operator.attrgetter("shape", "dtype", "device", "requires_grad")
 
 _flat = chain.from_iterable
+
+
+def _held_now(dicts: list[dict]) -> tuple[list[tuple[str, ...]], list[Tensor | nn.Module | None]]:
+    """Names and values of all parameters, buffers and children; the names module by module, each kind apart."""
+    held = list(_flat(map(_held_by, dicts)))
+    return list(map(tuple, held)), list(_flat(map(dict.values, held)))
+
+
+def _modules_hold(root, modules, classes, names, held, tensors, facts) -> bool:
+    """As csrc/cpu/modules.h says."""
+    modules = [root, *modules]
+    dicts = list(map(_dict_of, modules))
+    if any(_flat(map(_hooks_of, dicts))) or any(map(dict.__contains__, dicts, repeat("forward"))):
+        return False
+    names_now, held_now = _held_now(dicts)
+    return (
+        list(map(type, modules)) == classes
+        and names_now == names
+        and all(map(operator.is_, held_now, held))
+        and list(map(_facts_of, tensors)) == facts
+    )
 
 
 class ModuleState:
@@ -36,27 +60,20 @@ class ModuleState:
     def __init__(self, root: nn.Module, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
         self._modules, self._tensors = list(modules), list(tensors)
         self._classes = list(map(type, [root, *self._modules]))
-        self._names, self._held = self._held_now(self._dicts_of(root))
+        self._names, self._held = _held_now(list(map(_dict_of, [root, *self._modules])))
         self._facts = list(map(_facts_of, self._tensors))
 
-    def _dicts_of(self, root: nn.Module) -> list[dict]:
-        return [root.__dict__, *map(_dict_of, self._modules)]
-
-    @staticmethod
-    def _held_now(dicts: list[dict]) -> tuple[list[tuple[str, ...]], list[Tensor | nn.Module | None]]:
-        """Names and values of all parameters, buffers and children; the names module by module, each kind apart."""
-        held = list(_flat(map(_held_by, dicts)))
-        return list(map(tuple, held)), list(_flat(map(dict.values, held)))
-
     def holds(self, root: nn.Module) -> bool:
-        """Whether no module has hooks or a forward of its own, and all hold what they held, as it was."""
-        dicts = self._dicts_of(root)
-        if any(_flat(map(_hooks_of, dicts))) or any(map(dict.__contains__, dicts, repeat("forward"))):
-            return False
-        names, held = self._held_now(dicts)
-        return (
-            list(map(type, [root, *self._modules])) == self._classes
-            and names == self._names
-            and all(map(operator.is_, held, self._held))
-            and list(map(_facts_of, self._tensors)) == self._facts
-        )
+        """Whether no module has hooks or a forward of its own, and all hold what they held, as it was.
+
+        Raises:
+            AttributeError, KeyError, RuntimeError: a module or tensor has become another thing.
+        """
+        expected = self._modules, self._classes, self._names, self._held, self._tensors, self._facts
+        return (_native() or _modules_hold)(root, *expected)
+
+
+@functools.cache
+def _native() -> Callable[..., bool] | None:
+    """:func:`_modules_hold`, compiled; None where there is none."""
+    return None if cpu_module.load_error() else cpu_module.load().modules_hold

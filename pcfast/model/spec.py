@@ -338,6 +338,11 @@ class Network:
     def opaque(self) -> tuple[Opaque, ...]:
         return tuple(op for op in self.leaves if isinstance(op, Opaque))
 
+    @functools.cached_property
+    def convolves(self) -> bool:
+        """Whether cuDNN may run some of it: convolutions, normalisation, or modules of unknown kind."""
+        return any(isinstance(op, Conv2d | BatchNorm | Opaque) for op in self.leaves)
+
     @property
     def takes_integers(self) -> bool:
         """Whether layer 1 begins with a module of unknown kind, which may embed tokens (reshaping aside)."""

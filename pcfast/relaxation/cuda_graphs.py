@@ -71,16 +71,16 @@ def _layout(tensor: Tensor) -> Hashable:
     return (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
-def _numerics() -> Hashable:
+def _numerics(plan: Plan) -> Hashable:
     """The switches that decide which kernels torch picks."""
     cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
     # fp32_precision follows the older switches (allow_tf32, set_float32_matmul_precision) too; reading those
     # raises once somebody has used fp32_precision
-    return (
-        (cublas.fp32_precision, cublas.allow_bf16_reduced_precision_reduction),
-        (cudnn.conv.fp32_precision, cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
-        torch.are_deterministic_algorithms_enabled(),
-    )
+    products = cublas.fp32_precision, cublas.allow_bf16_reduced_precision_reduction
+    convolutions = None
+    if plan.network.convolves:
+        convolutions = cudnn.conv.fp32_precision, cudnn.enabled, cudnn.benchmark, cudnn.deterministic
+    return products, convolutions, torch.are_deterministic_algorithms_enabled()
 
 
 @hashed_once
@@ -101,7 +101,7 @@ def graph_key(problem: Problem, plan: Plan) -> Hashable:
         (problem.loss.kind, problem.loss.settings, problem.loss.normalizer),
         None if weight is None else (weight.data_ptr(), _layout(weight)),
         problem.known.layout,
-        _numerics(),
+        _numerics(plan),
         torch.cuda.current_stream(problem.x.device).cuda_stream if problem.x.is_cuda else None,
         threading.get_ident(),  # cuBLAS and cuDNN handles are per thread, and capturing must not make any
     )

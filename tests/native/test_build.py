@@ -18,10 +18,10 @@ import torch
 from installing import build_wheel, copy_sources, install, run_pip, run_python
 from native_build import CSRC, SUFFIX, configure, needs_gcc, tool
 
-from pcfast.backends.cpu import native as cpu_native
 from pcfast.backends.cuda import native
 from pcfast.cli import main
 from pcfast.errors import BackendError
+from pcfast.support import cpu_module
 
 NVCC_VARIABLES = ("CUDACXX", "CUDA_HOME", "CUDA_PATH")
 
@@ -97,7 +97,7 @@ def test_the_interfaces_have_one_version_each():
     (written,) = re.findall(r"#define PCFAST_ABI_VERSION (\d+)", (CSRC / "abi.h").read_text())
     assert int(written) == native.ABI_VERSION
     (written,) = re.findall(r"kAbiVersion = (\d+);", (CSRC / "cpu" / "module.cpp").read_text())
-    assert int(written) == cpu_native.ABI_VERSION
+    assert int(written) == cpu_module.ABI_VERSION
 
 
 # ---- a module that cannot be used
@@ -159,27 +159,27 @@ def test_a_module_for_the_cpu_that_is_not_there(monkeypatch, tmp_path):
 
 def test_info_says_what_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(native, "_MODULE", "pcfast._native_absent")
-    monkeypatch.setattr(cpu_native, "_MODULE", "pcfast._cpu_absent")
-    cpu_native._find.cache_clear()
+    monkeypatch.setattr(cpu_module, "_MODULE", "pcfast._cpu_absent")
+    cpu_module._find.cache_clear()
     try:
         assert main(["info", "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
-        for module, key in ((native, "native"), (cpu_native, "cpu_kernels")):
+        for module, key in ((native, "native"), (cpu_module, "cpu_kernels")):
             assert result[key]["compiled"] is False and result[key]["reason"] == module.load_error()
         assert main(["info"]) == 0
         text = capsys.readouterr().out
         assert "the CUDA kernels are not compiled" in text and "the CPU kernels are not compiled" in text
     finally:
-        cpu_native._find.cache_clear()
+        cpu_module._find.cache_clear()
 
 
 def test_info_names_the_cpu_kernels(capsys):
-    if cpu_native.load_error():
-        pytest.skip(cpu_native.load_error())
+    if cpu_module.load_error():
+        pytest.skip(cpu_module.load_error())
     assert main(["info", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)["cpu_kernels"]
-    assert result["used"] == result["instruction_sets"][-1] == cpu_native.load().used()
-    assert result["openmp"] == cpu_native.openmp_runtime()
+    assert result["used"] == result["instruction_sets"][-1] == cpu_module.load().used()
+    assert result["openmp"] == cpu_module.openmp_runtime()
 
 
 def test_importing_pcfast_loads_no_module(tmp_path):

@@ -26,12 +26,12 @@ from torch import nn
 
 import pcfast
 from pcfast.backends import BACKENDS
-from pcfast.backends.cpu import native
 from pcfast.backends.cpu.relaxation import Call
 from pcfast.checking.bounds import relative_error
 from pcfast.checking.checker import check
 from pcfast.losses import describe_loss
 from pcfast.problem import plan as planning
+from pcfast.support import cpu_module as native
 
 pytestmark = pytest.mark.skipif(os.environ.get("PCFAST_NATIVE") == "0", reason="PCFAST_NATIVE=0")
 BATCH = kernel_networks.BATCH
@@ -452,7 +452,7 @@ def test_one_openmp_runtime_and_a_fork():
     code = """
 import os, torch, pcfast
 from pcfast.networks import mlp
-from pcfast.backends.cpu import native
+from pcfast.support import cpu_module as native
 model, x, y = mlp([64, 200, 200, 10]), torch.randn(256, 64), torch.randint(0, 10, (256,))
 def relaxed(): return pcfast.relax(model, x, y, num_steps=5, backend="cpu").beliefs[1]
 truth = relaxed()

@@ -8,10 +8,10 @@ import torch
 
 from ...kernels.codes import LOSSES
 from ...problem.plan import Plan
+from ...support import cpu_module
 from ..base import Backend
 from ..eager import backend as eager
 from ..kernel_backend import unknown_to_kernels, without_kernels
-from . import native
 from .describe import describe
 from .program import CONVOLUTION, LINEAR, Layer, layers_of
 
@@ -27,7 +27,7 @@ class Cpu(Backend):
     def supports(self, plan):
         if plan.device.type != "cpu":
             return False, f"it runs on a CPU, not on {plan.device.type}"
-        reason = native.load_error() or _refusal(plan)
+        reason = cpu_module.load_error() or _refusal(plan)
         return not reason, reason
 
     def run(self, problem, plan):

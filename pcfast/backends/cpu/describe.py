@@ -9,7 +9,7 @@ import torch
 from ...kernels.codes import ACTIVATIONS
 from ...model.activations import Gelu, GeluTanh, Sigmoid, Silu, Tanh
 from ...problem.plan import Plan
-from . import native
+from ...support import cpu_module
 from .program import Layer, layers_of
 
 _VECTOR_BYTES = {"avx2": 32, "avx512": 64}  # of the others 16
@@ -21,7 +21,7 @@ _SAVED = {ACTIVATIONS[kind]: planes for kind, planes in _PLANES.items()}
 def describe(plan: Plan) -> list[str]:
     """The call, its threads, and what lies in a core's cache."""
     layers, size, threads = layers_of(plan.network, plan.shapes), plan.dtype.itemsize, torch.get_num_threads()
-    used = native.load().used()
+    used = cpu_module.load().used()
     group = 2 * _VECTOR_BYTES.get(used, 16) // size
     looped = layers[1:] if plan.gram else layers
     state = sum(_state(layer, momentum=plan.belief_optimizer.momentum > 0) for layer in looped) * group * size

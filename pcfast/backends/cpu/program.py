@@ -10,8 +10,8 @@ from ...deviation.chain import pool_first
 from ...kernels.codes import AVG_POOL, MAX_POOL, NO_POOL, activation_code
 from ...model import spec as specs
 from ...problem.plan import Plan
+from ...support import cpu_module
 from ..kernel_forms import LinearForm, TorchForm, layer_form, maps
-from . import native
 
 #: Kind of csrc/cpu/program.h.
 NOTHING, LINEAR, CONVOLUTION = range(3)
@@ -112,7 +112,7 @@ def _layer(layer: specs.LayerSpec, inner: tuple, map: Map | None, below: Map, ou
 @functools.lru_cache(maxsize=256)
 def program_of(plan: Plan):
     """The native program of a plan that the kernels run."""
-    program = native.load().Program()
+    program = cpu_module.load().Program()
     for layer in layers_of(plan.network, plan.shapes):
         program.add(*layer.arguments)
     return program

@@ -1,8 +1,7 @@
 """The methods in deviation form with plain PyTorch operations, no autograd in the loop; one file a method.
 
 exact, fixed_prediction and zero_divergence cost one forward and one backward pass for any number of iterations
-(one_backward.py), exact that of torch where it is all that is asked for (backpropagation.py); strict, error_based and
-incremental iterate.
+(one_backward.py); strict, error_based and incremental iterate.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from ...problem.types import Outcome
 from ...support.replay import recorded_buffers
 from ..base import Backend, without_closed_form
 from ..forward import layer_chains, undone_on_failure
-from .backpropagation import updates_by_autograd
 from .error_based import error_based
 from .incremental import incremental
 from .one_backward import one_backward
@@ -60,8 +58,6 @@ def replays(problem, plan) -> tuple[bool, str]:
 
 def run(problem, plan) -> Outcome:
     """As :meth:`Backend.run`."""
-    if (outcome := updates_by_autograd(problem, plan)) is not None:
-        return outcome
     with numerics(problem.x.device, plan.precision):
         chains = layer_chains(problem, plan)
         with undone_on_failure(chains):

@@ -1,4 +1,4 @@
-"""The one place that loads the CPU kernels: pcfast._cpu, compiled from csrc/cpu/ where there is a C++ compiler.
+"""The one place that loads native code for CPUs: pcfast._cpu, compiled from csrc/cpu/ where there is a C++ compiler.
 
 Its threads are OpenMP's. The module names no runtime: two of them in one process would have twice as many threads as
 cores, whose waiting costs several times the step. So the runtime that torch has loaded is made visible first.
@@ -15,10 +15,10 @@ from types import ModuleType
 
 import torch
 
-from ...errors import BackendError
+from ..errors import BackendError
 
 #: kAbiVersion of csrc/cpu/module.cpp.
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _MODULE = "pcfast._cpu"
 _REINSTALL = "install pcfast again, from the same sources (in a checkout: make native)"

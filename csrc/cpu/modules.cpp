@@ -1,6 +1,5 @@
-// pcfast._modules: the comparison of pcfast/model/module_state.py in C++. Modules and tensors are asked through Python's
-// own interface; this file knows no torch. It keeps nothing: what is compared with lies in lists of Python's.
-#include <pybind11/pybind11.h>
+// Modules and tensors are asked through Python's own interface: this file knows no torch, and keeps nothing.
+#include "modules.h"
 
 namespace py = pybind11;
 
@@ -73,8 +72,12 @@ bool module_holds(PyObject* module, Expected& expected) {
   return true;
 }
 
-bool holds(const py::object& root, const py::list& modules, const py::list& classes, const py::list& names,
-           const py::list& held, const py::list& tensors, const py::list& facts) {
+}  // namespace
+
+namespace pcfast::cpu {
+
+bool modules_hold(const py::object& root, const py::list& modules, const py::list& classes, const py::list& names,
+                  const py::list& held, const py::list& tensors, const py::list& facts) {
   Expected expected{classes.ptr(), names.ptr(), held.ptr()};
   if (classes.size() != modules.size() + 1 || facts.size() != tensors.size()) return false;
   if (!module_holds(root.ptr(), expected)) return false;
@@ -91,6 +94,4 @@ bool holds(const py::object& root, const py::list& modules, const py::list& clas
   return true;
 }
 
-}  // namespace
-
-PYBIND11_MODULE(PCFAST_MODULE, module) { module.def("holds", &holds); }
+}  // namespace pcfast::cpu
