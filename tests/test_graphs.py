@@ -257,11 +257,8 @@ _OLD_SWITCHES = "ignore:Please use the new API"  # of some torch releases, said 
 def test_torchs_switches_change_the_key(name, monkeypatch):
     """Those of cuDNN where it has something to run."""
     model, (x, y) = mlp(), batch()
-    convolving = nn.Sequential(
-        nn.Unflatten(1, (1, -1, 1)), nn.Sequential(nn.Conv2d(1, 2, (2, 1)), nn.Flatten()), mlp()
-    )
-    convolving = convolving[:2].append(nn.LazyLinear(4))
-    convolving(x)
+    convolution = nn.Sequential(nn.Conv2d(1, 2, (2, 1)), nn.Flatten())
+    convolving = nn.Sequential(nn.Unflatten(1, (1, 5, 1)), convolution, nn.Linear(8, CLASSES))
     before, convolved = (key_of(m, x, y, monkeypatch) for m in (model, convolving))
     with switched(*SWITCHES[name]):
         assert (key_of(model, x, y, monkeypatch) == before) == name.startswith("cuDNN")

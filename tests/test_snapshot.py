@@ -12,10 +12,21 @@ import torch.nn.functional as F
 from torch import nn
 
 import pcfast
+from pcfast.model import module_state
 from pcfast.model.describe import SETTINGS, describe
 from pcfast.model.snapshot import snapshot
 from pcfast.problem.settings import Settings
 from pcfast.relaxation.solve import prepare
+from pcfast.support import cpu_module
+
+
+@pytest.fixture(autouse=True, params=["native", "python"])
+def _comparison(request, monkeypatch):
+    """Compiled, and as it is without a compiler."""
+    if request.param == "python":
+        monkeypatch.setattr(module_state, "_native", lambda: None)
+    elif module_state._native() is None:
+        pytest.skip(cpu_module.load_error())
 
 
 class Doubling(nn.Linear):
