@@ -33,7 +33,7 @@ namespace {
 using namespace pcfast::cpu;
 
 // Goes up with every change of what Python hands over; pcfast/support/cpu_module.py expects the same.
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 
 #ifdef PCFAST_TORCHS_OPENMP
 constexpr bool kTorchsOpenMP = true;
@@ -158,5 +158,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("use", use);
   module.def("used", [] { return chosen->name; });
   module.def("modules_hold", &modules_hold);
+  module.def("places_hold", &places_hold);
   py::class_<Program>(module, "Program").def(py::init<>()).def("add", &Program::add).def("run", &Program::run);
 }

@@ -94,4 +94,16 @@ bool modules_hold(const py::object& root, const py::list& modules, const py::lis
   return true;
 }
 
+bool places_hold(const py::list& tensors, const py::list& places) {
+  static PyObject* const address = interned("data_ptr");
+  static PyObject* const stride = interned("stride");
+  if (places.size() != tensors.size()) return false;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    PyObject *tensor = PyList_GET_ITEM(tensors.ptr(), i), *place = PyList_GET_ITEM(places.ptr(), i);
+    if (!equal(owned(PyObject_CallMethodNoArgs(tensor, address)).ptr(), PyTuple_GET_ITEM(place, 0))) return false;
+    if (!equal(owned(PyObject_CallMethodNoArgs(tensor, stride)).ptr(), PyTuple_GET_ITEM(place, 1))) return false;
+  }
+  return true;
+}
+
 }  // namespace pcfast::cpu

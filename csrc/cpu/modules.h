@@ -13,4 +13,7 @@ bool modules_hold(const pybind11::object& root, const pybind11::list& modules, c
                   const pybind11::list& names, const pybind11::list& held, const pybind11::list& tensors,
                   const pybind11::list& facts);
 
+// Whether `tensors` lie at `places`: tuples of address and strides.
+bool places_hold(const pybind11::list& tensors, const pybind11::list& places);
+
 }  // namespace pcfast::cpu

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ class Checks:
     def __init__(self, problem: Problem, forward: ForwardPass) -> None:
         self._problem, self._forward = problem, forward
         self._builder = None
+        self._summed: dict[int, tuple[Tensor, Tensor]] = {}  # results and their sums
         if problem.check and not problem.raise_now:
             self._builder = status.StatusBuilder()
             self._builder.begin(problem.x, forward.vhat[1:], forward.loss_values)
@@ -42,6 +43,13 @@ class Checks:
         """Take a kernel's own record: ``first_bad`` (L-1,), the iteration that left v_l NaN or infinite."""
         if self._builder is not None:
             self._builder.observe_first(first_bad, num_steps)
+
+    def see(self, results: Iterable[Tensor]) -> None:
+        """Look at results of :meth:`finish` while a cache still holds them."""
+        if self._builder is None and self._problem.check:
+            for result in results:
+                if result.numel() > status.SMALL and not result.is_sparse:
+                    self._summed[id(result)] = result, status.sum_of(result)
 
     def finish(
         self,
@@ -64,8 +72,12 @@ class Checks:
         forward, problem = self._forward, self._problem
         if not problem.check:
             return
-        values = (value for _, value in results)
-        if status.all_finite([*forward.vhat[1:], *forward.loss_values, *values, *out.gradients.values()]):
+        values = [
+            *forward.vhat[1:], *forward.loss_values, *(value for _, value in results), *out.gradients.values()
+        ]  # fmt: skip
+        if status.all_of_finite_sums(total for _, total in self._summed.values()):
+            values = [value for value in values if id(value) not in self._summed]
+        if status.all_finite(values):
             return
         bad = status.first_non_finite(forward.vhat[1:])
         if bad is not None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain, repeat
+from types import ModuleType
 
 from torch import Tensor, nn
 
@@ -69,11 +70,25 @@ class ModuleState:
         Raises:
             AttributeError, KeyError, RuntimeError: a module or tensor has become another thing.
         """
-        expected = self._modules, self._classes, self._names, self._held, self._tensors, self._facts
-        return (_native() or _modules_hold)(root, *expected)
+        native = _native()
+        compare = _modules_hold if native is None else native.modules_hold
+        return compare(
+            root, self._modules, self._classes, self._names, self._held, self._tensors, self._facts
+        )
+
+
+def places_of(tensors: list[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
+    """Address and strides of each."""
+    return [(tensor.data_ptr(), tensor.stride()) for tensor in tensors]
+
+
+def places_hold(tensors: list[Tensor], places: list[tuple[int, tuple[int, ...]]]) -> bool:
+    """Whether ``places`` are :func:`places_of` the tensors."""
+    native = _native()
+    return places_of(tensors) == places if native is None else native.places_hold(tensors, places)
 
 
 @functools.cache
-def _native() -> Callable[..., bool] | None:
-    """:func:`_modules_hold`, compiled; None where there is none."""
-    return None if cpu_module.load_error() else cpu_module.load().modules_hold
+def _native() -> ModuleType | None:
+    """The module that compares natively; None where there is none."""
+    return None if cpu_module.load_error() else cpu_module.load()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..support.hashing import hashed_once
 from .describe import BUFFERED, GLOBAL_HOOKS, PARAMETRISED, SETTINGS, describe, kind_of
-from .module_state import ModuleState
+from .module_state import ModuleState, places_hold, places_of
 from .placement import common_placement, tensors_of
 from .spec import Network
 
@@ -56,7 +56,7 @@ class Snapshot:
         self.calls: dict[Hashable, object] = {}
         self._model = weakref.ref(model)  # copies of the model's attributes carry this, too
         self._tensors = [*self.parameters, *self.buffers]
-        self._layout: tuple[object, TensorLayout] | None = None  # and what it was made for
+        self._layout: tuple[list, TensorLayout] | None = None  # and the places that it was made of
         try:
             self._remember(model)
             # what functional_call puts in their place is another in every call
@@ -100,9 +100,9 @@ class Snapshot:
     @property
     def layout(self) -> TensorLayout:
         """That of the parameters and buffers, now."""
-        found = list(map(Tensor.data_ptr, self._tensors)), list(map(Tensor.stride, self._tensors))
-        if self._layout is None or self._layout[0] != found:
-            self._layout = found, TensorLayout((len(self.parameters), *map(_layout_of, self._tensors)))
+        if self._layout is None or not places_hold(self._tensors, self._layout[0]):
+            layout = TensorLayout((len(self.parameters), *map(_layout_of, self._tensors)))
+            self._layout = places_of(self._tensors), layout
         return self._layout[1]
 
     def __deepcopy__(self, memo: dict) -> None:

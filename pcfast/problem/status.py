@@ -10,7 +10,7 @@ from __future__ import annotations
 import cmath
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,7 @@ from .belief_optimizers import StepSize
 CHECKS = ("auto", "sync", "deferred", "off")
 
 _FINE = -1
-_SMALL = 4096  # elements: up to here one sum of a copy of many tensors costs less than a sum of each
+SMALL = 4096  # elements: up to here one sum of a copy of many tensors costs less than a sum of each
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,23 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """True where no tensor holds NaN or infinity. Waits for the device."""
     filled = [_values(tensor) if tensor.is_sparse else tensor for tensor in tensors if tensor.numel()]
-    small = [tensor for tensor in filled if tensor.numel() <= _SMALL]
+    small = [tensor for tensor in filled if tensor.numel() <= SMALL]
     looked_at = filled
     if len(small) > 1:
-        looked_at = [tensor for tensor in filled if tensor.numel() > _SMALL]
+        looked_at = [tensor for tensor in filled if tensor.numel() > SMALL]
         looked_at.append(_flatten_dense_tensors(small))
-    # A sum is finite only where all terms are, and much cheaper than a look at each; it may overflow, though.
-    sums = [
-        tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None) for tensor in looked_at
-    ]
-    return all(cmath.isfinite(s.item()) for s in sums) or bool(torch.isfinite(norms(filled)).all())
+    # it may overflow, though
+    return all_of_finite_sums(map(sum_of, looked_at)) or bool(torch.isfinite(norms(filled)).all())
+
+
+def sum_of(tensor: Tensor) -> Tensor:
+    """A dense tensor's sum, 0-dim: finite only where all terms are, and much cheaper than a look at each."""
+    return tensor.sum(dtype=torch.float32 if tensor.dtype == torch.float16 else None)
+
+
+def all_of_finite_sums(sums: Iterable[Tensor]) -> bool:
+    """Whether all of some :func:`sum_of` are finite. Waits for the device."""
+    return all(cmath.isfinite(s.item()) for s in sums)
 
 
 def first_non_finite(tensors: Sequence[Tensor]) -> int | None:

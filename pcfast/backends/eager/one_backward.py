@@ -41,8 +41,10 @@ def one_backward(problem: Problem, plan: Plan, chains: Chains) -> Outcome:
         )
         out.add_gradients(result, l)
         gradients[l - 1] = g
+        checks.see(gradient for _, gradient in result)
         if g is None:
             break
+        checks.see([g])
     results = [(max(l, 1), g) for l, g in enumerate(gradients) if g is not None]
     if wanted.states:
         out.errors = [None if g is None else g * factors[depth - l] for l, g in enumerate(gradients)]
