@@ -235,7 +235,7 @@ def test_the_command(capsys):
 def test_the_command_on_what_is_here(capsys):
     assert main(["explain", "--net", "mlp", "--device", "cpu", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["device"] == "cpu" and told["chip"] is None and told["backend"] == "eager"
+    assert told["device"] == "cpu" and told["chip"] is None and told["backend"] == "cpu"
     assert told["multiply_adds"]["total"] == sum(
         told["multiply_adds"][part] for part in ("forward", "relaxation", "gradients")
     )

@@ -12,7 +12,7 @@ from native_build import needs_gcc
 from torch import nn
 
 import pcfast
-from pcfast.backends import choice, kernel_backend
+from pcfast.backends import BACKENDS, choice, kernel_backend
 from pcfast.backends.cuda import native
 from pcfast.backends.qualification import record, run
 from pcfast.backends.qualification.record import UNTESTED
@@ -61,6 +61,7 @@ def automatic(host_module, monkeypatch, tmp_path):
     monkeypatch.setenv(native.ON_HOST, str(host_module))
     monkeypatch.setenv("PCFAST_CACHE", str(tmp_path))
     monkeypatch.setattr(kernel_backend, "AUTOMATIC_DEVICES", ("cpu",))
+    monkeypatch.setattr(BACKENDS["cpu"], "automatic", lambda device: (False, "the CPU stands for a GPU"))
     choice.forget()
     yield
     choice.forget()

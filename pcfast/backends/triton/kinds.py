@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..kernel_forms import LinearForm, PointwiseForm
-from .conv_form import ConvForm
-from .launch_plan import Design
+
+if TYPE_CHECKING:
+    from .launch_plan import Design
 
 LINEAR, FUSED_LOOP, LINEAR_GRAM, WIDE_OUTPUT = "linear", "mlp_relaxation", "linear_gram", "wide_output"
 POINTWISE, POOLING, POINTWISE_GRAM = "pointwise", "pooling", "pointwise_gram"
@@ -18,6 +21,8 @@ NAMES = (
 
 def names_of(design: Design) -> set[str]:
     """The kinds of kernels of one relaxation."""
+    from .conv_form import ConvForm  # here: it imports triton
+
     names = {MOMENTUM} if design.momentum else set()
     if not design.fresh:
         names.add(START)
