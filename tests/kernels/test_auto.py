@@ -46,6 +46,7 @@ def qualification(**failed: str) -> Qualification:
 def folder(tmp_path, monkeypatch):
     """ "auto" considers the CPU, whose kernels are qualified; a cache folder of its own."""
     monkeypatch.setattr(kernel_backend, "AUTOMATIC_DEVICES", ("cpu",))
+    monkeypatch.setattr(BACKENDS["cpu"], "automatic", lambda device: (False, "the CPU stands for a GPU"))
     monkeypatch.setattr(contest, "ROUNDS", 3)
     monkeypatch.setenv("PCFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(choice.VARIABLE, raising=False)
@@ -179,6 +180,7 @@ def test_another_process_reads_what_was_measured(priced):
         "import interpreter, test_auto as t\n"
         "interpreter.repair()\n"
         "t.kernel_backend.AUTOMATIC_DEVICES = ('cpu',)\n"
+        "t.BACKENDS['cpu'].automatic = lambda device: (False, '')\n"
         "def clock_of(device): raise AssertionError('timed again')\n"
         "t.contest.clock_of = clock_of\n"
         "print(t.backend_of(t.problem()))"
