@@ -180,7 +180,7 @@ def test_another_process_reads_what_was_measured(priced):
         "import interpreter, test_auto as t\n"
         "interpreter.repair()\n"
         "t.kernel_backend.AUTOMATIC_DEVICES = ('cpu',)\n"
-        "t.BACKENDS['cpu'].automatic = lambda device: (False, '')\n"
+        "t.BACKENDS['cpu'].automatic = lambda device: (False, 'the CPU stands for a GPU')\n"
         "def clock_of(device): raise AssertionError('timed again')\n"
         "t.contest.clock_of = clock_of\n"
         "print(t.backend_of(t.problem()))"
