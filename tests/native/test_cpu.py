@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from kernel_networks import RESIDENT as NETWORKS
 from kernel_networks import clamped, mlp
 from networks_for_tests import IN_KERNELS, LOSSES, architectures, loss_and_target
-from plans import planned
+from plans import planned, wherever_possible
 from torch import nn
 
 import pcfast
@@ -66,19 +66,6 @@ def instruction_set():
 instruction_sets = pytest.mark.parametrize(
     "isa", [] if native.load_error() else native.load().instruction_sets()
 )
-
-_choose_gram = planning.choose_gram
-
-
-def wherever_possible(monkeypatch, gram: bool) -> None:
-    """Layer 1 in Gram form wherever it is possible, or nowhere, whatever costs less."""
-
-    def choose(*arguments):
-        _, reason = _choose_gram(*arguments)
-        return gram and reason.endswith("without"), reason
-
-    monkeypatch.setattr(planning, "choose_gram", choose)
-    planning.plan.cache_clear()
 
 
 @pytest.fixture(autouse=True)

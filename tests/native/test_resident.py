@@ -24,7 +24,7 @@ from kernel_networks import RESIDENT as NETWORKS
 from kernel_networks import clamped, mlp
 from native_build import needs_gcc
 from networks_for_tests import IN_KERNELS, LOSSES, architectures, loss_and_target
-from plans import planned
+from plans import planned, wherever_possible
 from torch import nn
 
 import pcfast
@@ -71,20 +71,6 @@ def samples(monkeypatch):
     placement.place.cache_clear()
     yield lambda count: monkeypatch.setattr(placement, "SAMPLES", (count,))
     placement.place.cache_clear()
-
-
-_choose_gram = planning.choose_gram
-
-
-def wherever_possible(monkeypatch, gram: bool) -> None:
-    """Layer 1 in Gram form wherever it is possible, or nowhere, whatever costs less."""
-
-    def choose(*arguments):
-        _, reason = _choose_gram(*arguments)
-        return gram and reason.endswith("without"), reason
-
-    monkeypatch.setattr(planning, "choose_gram", choose)
-    planning.plan.cache_clear()
 
 
 @pytest.fixture(autouse=True)
