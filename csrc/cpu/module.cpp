@@ -33,7 +33,7 @@ namespace {
 using namespace pcfast::cpu;
 
 // Goes up with every change of what Python hands over; pcfast/support/cpu_module.py expects the same.
-constexpr int kAbiVersion = 3;
+constexpr int kAbiVersion = 4;
 
 #ifdef PCFAST_TORCHS_OPENMP
 constexpr bool kTorchsOpenMP = true;
@@ -158,6 +158,9 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("use", use);
   module.def("used", [] { return chosen->name; });
   module.def("modules_hold", &modules_hold);
-  module.def("places_hold", &places_hold);
+  py::class_<Tensors>(module, "Tensors")
+      .def(py::init<const py::list&>())
+      .def("kinds_hold", &Tensors::kinds_hold)
+      .def("places_hold", &Tensors::places_hold);
   py::class_<Program>(module, "Program").def(py::init<>()).def("add", &Program::add).def("run", &Program::run);
 }

@@ -1,6 +1,9 @@
 // Modules and tensors are asked through Python's own interface: this file knows no torch, and keeps nothing.
 #include "modules.h"
 
+#include <algorithm>
+#include <stdexcept>
+
 namespace py = pybind11;
 
 namespace {
@@ -16,7 +19,7 @@ PyObject* const kForward = interned("forward");
 PyObject* const kHooks[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"), interned("_backward_hooks"),
                             interned("_backward_pre_hooks")};
 PyObject* const kHeld[] = {interned("_parameters"), interned("_buffers"), interned("_modules")};
-PyObject* const kFacts[] = {interned("shape"), interned("dtype"), interned("device"), interned("requires_grad")};
+PyObject* const kRequiresGrad = interned("requires_grad");
 
 // A dictionary among a module's attributes, borrowed. Raises KeyError where there is none.
 PyObject* dictionary(const py::object& attributes, PyObject* name) {
@@ -72,36 +75,66 @@ bool module_holds(PyObject* module, Expected& expected) {
   return true;
 }
 
+bool requires_grad(PyObject* tensor) { return owned(PyObject_GetAttr(tensor, kRequiresGrad)).ptr() == Py_True; }
+
 }  // namespace
 
 namespace pcfast::cpu {
 
 bool modules_hold(const py::object& root, const py::list& modules, const py::list& classes, const py::list& names,
-                  const py::list& held, const py::list& tensors, const py::list& facts) {
+                  const py::list& held) {
   Expected expected{classes.ptr(), names.ptr(), held.ptr()};
-  if (classes.size() != modules.size() + 1 || facts.size() != tensors.size()) return false;
+  if (classes.size() != modules.size() + 1) return false;
   if (!module_holds(root.ptr(), expected)) return false;
   for (py::handle module : modules) {
     if (!module_holds(module.ptr(), expected)) return false;
   }
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    PyObject *tensor = PyList_GET_ITEM(tensors.ptr(), i), *fact = PyList_GET_ITEM(facts.ptr(), i);
-    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(fact); ++k) {
-      const py::object now = owned(PyObject_GetAttr(tensor, kFacts[k]));
-      if (!equal(now.ptr(), PyTuple_GET_ITEM(fact, k))) return false;
+  return true;
+}
+
+Tensors::Tensors(const py::list& tensors) {
+  for (py::handle tensor : tensors) {
+    if (api_ == nullptr) {
+      const py::capsule api = py::type::of(tensor).attr(kExchangeApiAttribute);
+      api_ = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(api.ptr(), kExchangeApiCapsule));
+      if (api_ == nullptr) throw py::error_already_set();
+      if (api_->version.major != kExchangeApiMajor || api_->dltensor_from_py_object_no_sync == nullptr) {
+        throw std::runtime_error("torch's DLPack interface is of another version, or shows no tensors");
+      }
     }
+    const DLTensor now = view(tensor.ptr());
+    seen_.push_back({now.data, now.device, now.dtype, requires_grad(tensor.ptr()),
+                     {now.shape, now.shape + now.ndim}, {now.strides, now.strides + now.ndim}});
+  }
+}
+
+DLTensor Tensors::view(PyObject* tensor) const {
+  DLTensor result;
+  if (api_->dltensor_from_py_object_no_sync(tensor, &result)) throw py::error_already_set();
+  return result;
+}
+
+bool Tensors::kinds_hold(const py::list& tensors) const {
+  if (tensors.size() != seen_.size()) return false;
+  for (size_t i = 0; i < seen_.size(); ++i) {
+    PyObject* tensor = PyList_GET_ITEM(tensors.ptr(), i);
+    const DLTensor now = view(tensor);
+    const Seen& seen = seen_[i];
+    if (now.device.device_type != seen.device.device_type || now.device.device_id != seen.device.device_id) return false;
+    if (now.dtype.code != seen.dtype.code || now.dtype.bits != seen.dtype.bits) return false;
+    if (!std::equal(now.shape, now.shape + now.ndim, seen.shape.begin(), seen.shape.end())) return false;
+    if (requires_grad(tensor) != seen.requires_grad) return false;
   }
   return true;
 }
 
-bool places_hold(const py::list& tensors, const py::list& places) {
-  static PyObject* const address = interned("data_ptr");
-  static PyObject* const stride = interned("stride");
-  if (places.size() != tensors.size()) return false;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    PyObject *tensor = PyList_GET_ITEM(tensors.ptr(), i), *place = PyList_GET_ITEM(places.ptr(), i);
-    if (!equal(owned(PyObject_CallMethodNoArgs(tensor, address)).ptr(), PyTuple_GET_ITEM(place, 0))) return false;
-    if (!equal(owned(PyObject_CallMethodNoArgs(tensor, stride)).ptr(), PyTuple_GET_ITEM(place, 1))) return false;
+bool Tensors::places_hold(const py::list& tensors) const {
+  if (tensors.size() != seen_.size()) return false;
+  for (size_t i = 0; i < seen_.size(); ++i) {
+    const DLTensor now = view(PyList_GET_ITEM(tensors.ptr(), i));
+    const Seen& seen = seen_[i];
+    if (now.data != seen.address) return false;
+    if (!std::equal(now.strides, now.strides + now.ndim, seen.strides.begin(), seen.strides.end())) return false;
   }
   return true;
 }

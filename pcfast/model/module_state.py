@@ -21,7 +21,7 @@ _hooks_of = operator.itemgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
 _held_by = operator.itemgetter("_parameters", "_buffers", "_modules")
-_facts_of = operator.attrgetter("shape", "dtype", "device", "requires_grad")
+_kind_of = operator.attrgetter("shape", "dtype", "device", "requires_grad")
 
 _flat = chain.from_iterable
 
@@ -32,7 +32,7 @@ def _held_now(dicts: list[dict]) -> tuple[list[tuple[str, ...]], list[Tensor | n
     return list(map(tuple, held)), list(_flat(map(dict.values, held)))
 
 
-def _modules_hold(root, modules, classes, names, held, tensors, facts) -> bool:
+def _modules_hold(root, modules, classes, names, held) -> bool:
     """As csrc/cpu/modules.h says."""
     modules = [root, *modules]
     dicts = list(map(_dict_of, modules))
@@ -40,11 +40,48 @@ def _modules_hold(root, modules, classes, names, held, tensors, facts) -> bool:
         return False
     names_now, held_now = _held_now(dicts)
     return (
-        list(map(type, modules)) == classes
-        and names_now == names
-        and all(map(operator.is_, held_now, held))
-        and list(map(_facts_of, tensors)) == facts
+        list(map(type, modules)) == classes and names_now == names and all(map(operator.is_, held_now, held))
     )
+
+
+class _Tensors:
+    """As csrc/cpu/modules.h says, for tensors of any kind."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._kinds, self._places = self._kinds_of(tensors), self._places_of(tensors)
+
+    def kinds_hold(self, tensors: list[Tensor]) -> bool:
+        return self._kinds_of(tensors) == self._kinds
+
+    def places_hold(self, tensors: list[Tensor]) -> bool:
+        return self._places_of(tensors) == self._places
+
+    @staticmethod
+    def _kinds_of(tensors):
+        return list(map(_kind_of, tensors))
+
+    @staticmethod
+    def _places_of(tensors):
+        return [(tensor.data_ptr(), tensor.stride()) for tensor in tensors]
+
+
+def tensors_as_they_are(tensors: list[Tensor]):
+    """What tells later whether the tensors still are of their kinds and lie where they lie.
+
+    Raises:
+        AttributeError, RuntimeError: tensors that have no address.
+    """
+    native = _native()
+    if native is not None and all(type(tensor) in _SHOWN for tensor in tensors):
+        try:
+            return native.Tensors(tensors)
+        except (AttributeError, BufferError, RuntimeError, TypeError):
+            pass  # torch's DLPack interface does not show them, or there is none
+    return _Tensors(tensors)
+
+
+#: Others may lie elsewhere than they say.
+_SHOWN = (Tensor, nn.Parameter)
 
 
 class ModuleState:
@@ -62,7 +99,7 @@ class ModuleState:
         self._modules, self._tensors = list(modules), list(tensors)
         self._classes = list(map(type, [root, *self._modules]))
         self._names, self._held = _held_now(list(map(_dict_of, [root, *self._modules])))
-        self._facts = list(map(_facts_of, self._tensors))
+        self._seen = tensors_as_they_are(self._tensors)
 
     def holds(self, root: nn.Module) -> bool:
         """Whether no module has hooks or a forward of its own, and all hold what they held, as it was.
@@ -73,19 +110,8 @@ class ModuleState:
         native = _native()
         compare = _modules_hold if native is None else native.modules_hold
         return compare(
-            root, self._modules, self._classes, self._names, self._held, self._tensors, self._facts
-        )
-
-
-def places_of(tensors: list[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
-    """Address and strides of each."""
-    return [(tensor.data_ptr(), tensor.stride()) for tensor in tensors]
-
-
-def places_hold(tensors: list[Tensor], places: list[tuple[int, tuple[int, ...]]]) -> bool:
-    """Whether ``places`` are :func:`places_of` the tensors."""
-    native = _native()
-    return places_of(tensors) == places if native is None else native.places_hold(tensors, places)
+            root, self._modules, self._classes, self._names, self._held
+        ) and self._seen.kinds_hold(self._tensors)
 
 
 @functools.cache

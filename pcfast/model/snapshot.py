@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..support.hashing import hashed_once
 from .describe import BUFFERED, GLOBAL_HOOKS, PARAMETRISED, SETTINGS, describe, kind_of
-from .module_state import ModuleState, places_hold, places_of
+from .module_state import ModuleState, tensors_as_they_are
 from .placement import common_placement, tensors_of
 from .spec import Network
 
@@ -56,7 +56,7 @@ class Snapshot:
         self.calls: dict[Hashable, object] = {}
         self._model = weakref.ref(model)  # copies of the model's attributes carry this, too
         self._tensors = [*self.parameters, *self.buffers]
-        self._layout: tuple[list, TensorLayout] | None = None  # and the places that it was made of
+        self._layout: tuple[object, TensorLayout] | None = None  # and the tensors as they were then
         try:
             self._remember(model)
             # what functional_call puts in their place is another in every call
@@ -100,9 +100,9 @@ class Snapshot:
     @property
     def layout(self) -> TensorLayout:
         """That of the parameters and buffers, now."""
-        if self._layout is None or not places_hold(self._tensors, self._layout[0]):
+        if self._layout is None or not self._layout[0].places_hold(self._tensors):
             layout = TensorLayout((len(self.parameters), *map(_layout_of, self._tensors)))
-            self._layout = places_of(self._tensors), layout
+            self._layout = tensors_as_they_are(self._tensors), layout
         return self._layout[1]
 
     def __deepcopy__(self, memo: dict) -> None:

@@ -18,7 +18,7 @@ import torch
 from ..errors import BackendError
 
 #: kAbiVersion of csrc/cpu/module.cpp.
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _MODULE = "pcfast._cpu"
 _REINSTALL = "install pcfast again, from the same sources (in a checkout: make native)"
