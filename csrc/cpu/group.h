@@ -144,10 +144,18 @@ class Group {
     target_sum_ = arena.take<T>(kWidth);
   }
 
+  // Of a network of one layer, whose outputs are given: the loss's gradient there, and the samples' losses.
+  void output_error_of(int64_t first_sample, Rows<const T> outputs, Rows<T> error) {
+    begin(first_sample);
+    const int classes = at(1).out.size();
+    gather<T, kWidth>(outputs.from(first_sample), samples_, classes, output_);
+    load_target();
+    output_error(/*moved=*/nullptr, kLossStage);
+    put(state_[1].error, classes, error.from(first_sample));
+  }
+
   void run(int64_t first_sample) {
-    first_ = first_sample;
-    const int64_t left = call_.batch - first_sample;
-    samples_ = static_cast<int>(left < kWidth ? left : kWidth);
+    begin(first_sample);
     forward();
     load_target();
     output_error(/*moved=*/nullptr, kLossStage);
@@ -163,6 +171,12 @@ class Group {
   }
 
  private:
+  void begin(int64_t first_sample) {
+    first_ = first_sample;
+    const int64_t left = call_.batch - first_sample;
+    samples_ = static_cast<int>(left < kWidth ? left : kWidth);
+  }
+
   struct State {
     T *base, *relative, *pooled, *after_derivative, *error, *d, *velocity;
     Integers<T>* winners;

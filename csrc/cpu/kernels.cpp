@@ -4,6 +4,7 @@
 // Nothing of the C++ library is used here: the linker would take one object file's copy of it, with its instructions, for
 // all of them.
 #include "group.h"
+#include "row_pass.h"
 #include "subnormals.h"
 
 PCFAST_BEGIN
@@ -60,6 +61,27 @@ size_t weight_count(const Layer& layer) {
   return size_t(layer.inner.channels) * (layer.kind == kLinear ? layer.below.size() : layer.below.channels * layer.taps());
 }
 
+// What a target of labels counts: of a mean its share over the weights of all rows.
+template <class T>
+double label_scale_of(const Call& call) {
+  double weight = 0;
+  if (call.labels != nullptr)
+    for (int64_t n = 0; n < call.batch; ++n) {
+      const Label<T> label = label_at<T>(call, n);
+      weight += label.weight;
+      if (label.invalid) *call.invalid_label = true;
+    }
+  // where all labels are ignored the weights sum to zero, and so is the gradient
+  return !call.mean ? 1 : weight > 0 ? call.share / weight : 0;
+}
+
+template <class T>
+void write_loss(const Call& call, const double* rows) {
+  double loss = 0;
+  for (int64_t n = 0; n < call.batch; ++n) loss += rows[n];
+  *static_cast<T*>(call.loss_value) = T(loss);
+}
+
 template <class T>
 class Run {
  public:
@@ -81,15 +103,7 @@ class Run {
   ~Run() { give_back_workspace(memory_); }
 
   void operator()() {
-    double weight = 0;
-    if (call_.labels != nullptr)
-      for (int64_t n = 0; n < call_.batch; ++n) {
-        const Label<T> label = label_at<T>(call_, n);
-        weight += label.weight;
-        if (label.invalid) *call_.invalid_label = true;
-      }
-    // where all labels are ignored the weights sum to zero, and so is the gradient
-    const double label_scale = !call_.mean ? 1 : weight > 0 ? call_.share / weight : 0;
+    const double label_scale = label_scale_of<T>(call_);
     if (call_.gram) make_gram();
     const Shared<T> shared{call_, packed_, gram_packed_, local_error_, belief_, convolution_gradient_, loss_rows_, label_scale};
 
@@ -101,9 +115,7 @@ class Run {
       else
         Group<T, kMaxVectors>(shared, arena).run(first);
     });
-    double loss = 0;
-    for (int64_t n = 0; n < call_.batch; ++n) loss += loss_rows_[n];
-    *static_cast<T*>(call_.loss_value) = T(loss);
+    write_loss<T>(call_, loss_rows_);
     if (call_.updates) weight_gradients();
   }
 
@@ -171,9 +183,14 @@ class Run {
     const bool linear = layer.kind == kLinear;
     const int taps = linear ? 1 : layer.taps(), channels = linear ? layer.below.size() : layer.below.channels;
     const size_t row = size_t(channels) * taps;
-    pack<T>(weights, layer.inner.channels, row, channels, taps, taps, const_cast<T*>(packed_[l - 1].predict));
-    if (packed_[l - 1].feedback != nullptr)
-      pack<T>(weights, channels, taps, layer.inner.channels, row, taps, const_cast<T*>(packed_[l - 1].feedback));
+    T *predict = const_cast<T*>(packed_[l - 1].predict), *feedback = const_cast<T*>(packed_[l - 1].feedback);
+    if (linear) {
+      pack_linear<T>(weights, layer.inner.channels, row, channels, 1, predict);
+      if (feedback != nullptr) pack_linear<T>(weights, channels, 1, layer.inner.channels, row, feedback);
+      return;
+    }
+    pack<T>(weights, layer.inner.channels, row, channels, taps, taps, predict);
+    if (feedback != nullptr) pack<T>(weights, channels, taps, layer.inner.channels, row, taps, feedback);
   }
 
   // G = W_2 W_2^T, or the kernel of layer 2 correlated with itself.
@@ -189,9 +206,12 @@ class Run {
         const auto transpose = [&](int64_t k, int count, T* panel) {
           gather<T, kWidth>({weights + size_t(first) * terms + k, size_t(terms)}, columns, count, panel);
         };
-        outer_panel<T>(packed_[1].predict, size, transpose, columns, terms, gram_ + first, size, panel_of(thread));
+        const auto left_at = [&](int row, int, int64_t k, int now) {
+          return packed_[1].predict + size_t(size) * k + size_t(row) * now;
+        };
+        outer_panel<T>(left_at, size, transpose, columns, terms, gram_ + first, size, panel_of(thread));
       });
-      pack<T>(gram_, size, size, size, 1, 1, gram_packed_);
+      pack_linear<T>(gram_, size, size, size, 1, gram_packed_);
       return;
     }
     const int ky = layer.kernel_y, kx = layer.kernel_x, channels = layer.below.channels, wide = 2 * kx - 1;
@@ -241,7 +261,9 @@ class Run {
           __builtin_memcpy(panel + i * kWidth, below.at + (k + i) * below.step + first, columns * sizeof(T));
       };
       if (T* to = static_cast<T*>(tensors(l).weight_gradient); to != nullptr)
-        fine = outer_panel<T>(error, at(l).inner.channels, copy, columns, call_.batch, to + first, size, panel_of(thread));
+        fine = outer_panel<T>(
+            [&](int row, int count, int64_t k, int) { return error + row * call_.batch + k * count; },
+            at(l).inner.channels, copy, columns, call_.batch, to + first, size, panel_of(thread));
       if (first == 0 && tensors(l).bias_gradient != nullptr)
         fine = sum_rows(error, at(l).inner.channels, static_cast<T*>(tensors(l).bias_gradient)) && fine;
       if (!fine) note_first_bad(call_, stage, l);
@@ -295,9 +317,46 @@ class Run {
   T *panels_, *gram_ = nullptr, *gram_packed_ = nullptr;
 };
 
+// One backward pass by torch's BLAS.
+template <class T>
+void run_in_rows(const Call& call) {
+  const int threads = useful_threads(call);
+  Call output = call;  // the last layer alone, for the loss
+  output.layers = &call.layers[call.depth - 1], output.tensors = &call.tensors[call.depth - 1], output.depth = 1;
+  const auto shared = [](const Call& of, double* loss_rows, double label_scale) {
+    return Shared<T>{of, nullptr, nullptr, nullptr, nullptr, nullptr, loss_rows, label_scale};
+  };
+  Arena counted{nullptr};
+  counted.take<double>(call.batch);
+  RowPass<T>(shared(call, nullptr, 0), threads, counted);
+  Group<T, 1>(shared(output, nullptr, 0), counted);
+
+  char* memory = static_cast<char*>(take_workspace(counted.used));
+  Arena arena{memory};
+  double* loss_rows = arena.take<double>(call.batch);
+  const double label_scale = label_scale_of<T>(call);
+  const Shared<T> whole = shared(call, loss_rows, label_scale), last = shared(output, loss_rows, label_scale);
+  RowPass<T> pass(whole, threads, arena);
+  Group<T, 1> group(last, arena);
+  const size_t classes = output.layers->out.size();
+  pass([&](int64_t count, auto body) { for_each<T>(threads, count, body); },
+       [&](const T* outputs, T* error) {
+         for (int64_t first = 0; first < call.batch; first += kLanes<T>)
+           group.output_error_of(first, {outputs, classes}, {error, classes});
+       });
+  write_loss<T>(call, loss_rows);
+  give_back_workspace(memory);
+}
+
+template <class T>
+void run(const Call& call) {
+  if (call.gemm != nullptr) return run_in_rows<T>(call);
+  Run<T>{call}();
+}
+
 }  // namespace
 
-void run_float(const Call& call) { Run<float>{call}(); }
-void run_double(const Call& call) { Run<double>{call}(); }
+void run_float(const Call& call) { run<float>(call); }
+void run_double(const Call& call) { run<double>(call); }
 
 PCFAST_END

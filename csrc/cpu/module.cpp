@@ -33,7 +33,7 @@ namespace {
 using namespace pcfast::cpu;
 
 // Goes up with every change of what Python hands over; pcfast/support/cpu_module.py expects the same.
-constexpr int kAbiVersion = 4;
+constexpr int kAbiVersion = 5;
 
 #ifdef PCFAST_TORCHS_OPENMP
 constexpr bool kTorchsOpenMP = true;
@@ -95,12 +95,12 @@ class Program {
                        {std::get<0>(after), std::get<1>(after)}});
   }
 
-  // Pointers: by layer as LayerTensors has them, then x, labels, target, class_weight, loss_value, output_gradient.
+  // gemm: of torch's BLAS in this dtype, for one backward pass by rows; else 0. Pointers: by layer as LayerTensors has them, then x, labels, target, class_weight, loss_value, output_gradient.
   // Returns the stage and the layer of what first was not finite, or None, and whether a label is invalid.
   std::tuple<py::object, bool> run(int scalar_bytes, int threads, int64_t batch, int64_t iterations, bool relaxes, bool fresh,
                                    bool gram, bool updates, const std::vector<double>& scalars,
                                    double momentum, int loss, bool mean, bool every_row, int64_t ignored_label,
-                                   double smoothing, double share, double loss_scale,
+                                   double smoothing, double share, double loss_scale, std::uintptr_t gemm,
                                    const std::vector<std::uintptr_t>& pointers) const {
     constexpr size_t kPerLayer = sizeof(LayerTensors) / sizeof(void*), kOthers = 6;
     const size_t depth = layers_.size();
@@ -131,6 +131,7 @@ class Program {
     call.step_sizes = call.factors = numbers, call.momentum = momentum;
     call.loss = loss, call.mean = mean, call.every_row = every_row, call.ignored_label = ignored_label;
     call.smoothing = smoothing, call.share = share, call.loss_scale = loss_scale;
+    call.gemm = reinterpret_cast<const void*>(gemm);
     call.x = pointer(other), call.labels = static_cast<const int64_t*>(pointer(other + 1)), call.target = pointer(other + 2);
     call.class_weight = pointer(other + 3), call.tensors = tensors.data(), call.loss_value = pointer(other + 4);
     call.output_gradient = pointer(other + 5);

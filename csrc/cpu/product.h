@@ -161,7 +161,37 @@ struct Blocks {
   int begin(int block) const { return static_cast<int>(int64_t(rows) * block / count); }
 };
 
-// Weights as tiles read them: block after block, each [term][row], where term = channel * taps + tap.
+// A sum over many terms is the sum of parts, whose sizes differ by one at most: it rounds less than one long chain, and a
+// panel of so many terms, two vectors wide, stays in L1 while all rows' tiles read it.
+constexpr int kTermsAtOnce = 128, kTermsOfMany = 96;
+
+struct Parts {
+  int64_t terms;
+  int64_t count;
+
+  explicit Parts(int64_t terms, int each = 1)
+      : terms(terms),
+        count(terms * each > kTermsAtOnce ? (terms * each + kTermsOfMany - 1) / kTermsOfMany : 1) {
+    if (count > terms) count = terms > 0 ? terms : 1;
+  }
+  int64_t begin(int64_t part) const { return terms * part / count; }
+};
+
+// Weights of a linear layer as its products read them, from beginning to end: part after part, in each block after block,
+// in each [term][row].
+template <class T>
+void pack_linear(const T* weights, int rows, size_t row_step, int terms, size_t term_step, T* packed) {
+  const Blocks blocks(rows);
+  const Parts parts(terms);
+  for (int64_t part = 0; part < parts.count; ++part)
+    for (int block = 0; block < blocks.count; ++block) {
+      const int first = blocks.begin(block), last = blocks.begin(block + 1);
+      for (int64_t k = parts.begin(part); k < parts.begin(part + 1); ++k)
+        for (int i = first; i < last; ++i) *packed++ = weights[i * row_step + k * term_step];
+    }
+}
+
+// Weights of a convolution: block after block, each [term][row], where term = channel * taps + tap.
 template <class T>
 void pack(const T* weights, int rows, size_t row_step, int channels, size_t channel_step, int taps, T* packed) {
   const Blocks blocks(rows);
@@ -201,22 +231,6 @@ inline Taps feedback_taps(const Layer& layer, const Map& above, int y, int x) {
           y0 * layer.kernel_x + x0, layer.taps(), layer.stride_y * layer.kernel_x, layer.stride_x,
           (py - y0) / layer.stride_y * above.width + (px - x0) / layer.stride_x, above.positions(), -above.width, -1};
 }
-
-// A sum over many terms is the sum of parts, whose sizes differ by one at most: it rounds less than one long chain, and a
-// panel of so many terms, two vectors wide, stays in L1 while all rows' tiles read it.
-constexpr int kTermsAtOnce = 128, kTermsOfMany = 96;
-
-struct Parts {
-  int64_t terms;
-  int64_t count;
-
-  explicit Parts(int64_t terms, int each = 1)
-      : terms(terms),
-        count(terms * each > kTermsAtOnce ? (terms * each + kTermsOfMany - 1) / kTermsOfMany : 1) {
-    if (count > terms) count = terms > 0 ? terms : 1;
-  }
-  int64_t begin(int64_t part) const { return terms * part / count; }
-};
 
 // The weight gradient of a convolution, of one vector of lanes: weights[out][in][tap] = sum over positions and lanes of
 // delta[out] * below[in], `delta` and `below` being maps of kGroup lanes; then bias[out], the sum of delta.
@@ -295,7 +309,7 @@ PCFAST_INLINE void multiply_linear(const T* packed, int rows, int terms, const T
     const int now = static_cast<int>(parts.begin(part + 1) - k);
     for (int block = 0; block < blocks.count; ++block) {
       const int first = blocks.begin(block), count = blocks.begin(block + 1) - first;
-      tiles.linear[count - 1](packed + size_t(first) * terms + k * count, count, from + k * kGroup, kGroup, now,
+      tiles.linear[count - 1](packed + size_t(rows) * k + size_t(first) * now, count, from + k * kGroup, kGroup, now,
                               to + size_t(first) * kGroup, kGroup, part > 0);
       if (part + 1 == parts.count) finish(size_t(first) * kGroup, size_t(count) * kGroup);
     }
@@ -331,11 +345,12 @@ PCFAST_INLINE void multiply_taps(const T* packed, int terms, const Map& map, con
   }
 }
 
-// out[i][j] = sum over k of left[k][i] * right[k][j] for the columns j of one panel, `left` being packed as weights are.
+// out[i][j] = sum over k of left[k][i] * right[k][j] for the columns j of one panel. left_at(first, count, k, now): where
+// `count` rows of `left` from `first` on begin, of terms k to k + now, as [term][row].
 // copy_panel(k, count, panel) writes right[k][..] to right[k + count - 1][..] side by side, rows of a panel's width.
 // Returns whether all of it is finite.
-template <class T, class CopyPanel>
-PCFAST_INLINE bool outer_panel(const T* left, int rows, CopyPanel copy_panel, int columns, int64_t terms, T* out,
+template <class T, class LeftAt, class CopyPanel>
+PCFAST_INLINE bool outer_panel(LeftAt left_at, int rows, CopyPanel copy_panel, int columns, int64_t terms, T* out,
                                size_t out_step, T* panel) {
   constexpr int kWidth = kMaxVectors * kLanes<T>;
   const auto& tiles = Tiles<T, kMaxVectors>::all();
@@ -352,7 +367,7 @@ PCFAST_INLINE bool outer_panel(const T* left, int rows, CopyPanel copy_panel, in
       T* to = out + first * out_step;
       if (part > 0)
         for (int i = 0; i < count; ++i) __builtin_memcpy(sum + i * kWidth, to + i * out_step, columns * sizeof(T));
-      tiles.linear[count - 1](left + first * terms + k * count, count, panel, kWidth, now, sum, kWidth, part > 0);
+      tiles.linear[count - 1](left_at(first, count, k, now), count, panel, kWidth, now, sum, kWidth, part > 0);
       for (int i = 0; i < count; ++i) {
         for (int j = 0; j < kWidth; j += kLanes<T>) bad += load(sum + i * kWidth + j) * T(0);
         __builtin_memcpy(to + i * out_step, sum + i * kWidth, columns * sizeof(T));

@@ -74,6 +74,8 @@ struct Call {
   const int64_t* labels;
   const void *target, *class_weight;
 
+  const void* gemm;  // of torch's BLAS: the products of one backward pass (row_pass.h); null for kernels' own
+
   const void* x;
   const LayerTensors* tensors;
   void *loss_value, *output_gradient;

@@ -109,9 +109,9 @@ class ModuleState:
         """
         native = _native()
         compare = _modules_hold if native is None else native.modules_hold
-        return compare(
-            root, self._modules, self._classes, self._names, self._held
-        ) and self._seen.kinds_hold(self._tensors)
+        return compare(root, self._modules, self._classes, self._names, self._held) and self._seen.kinds_hold(
+            self._tensors
+        )
 
 
 @functools.cache

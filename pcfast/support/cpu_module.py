@@ -6,6 +6,7 @@ cores, whose waiting costs several times the step. So the runtime that torch has
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -18,7 +19,7 @@ import torch
 from ..errors import BackendError
 
 #: kAbiVersion of csrc/cpu/module.cpp.
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _MODULE = "pcfast._cpu"
 _REINSTALL = "install pcfast again, from the same sources (in a checkout: make native)"
@@ -53,6 +54,16 @@ def openmp_runtime() -> str:
     paths = dict.fromkeys(path for line in mapped if _RUNTIME.match(Path(path := line[73:]).name))
     beside_torch = str(Path(torch.__file__).parent)
     return next((path for path in paths if path.startswith(beside_torch)), next(iter(paths), ""))
+
+
+@functools.cache
+def gemm(dtype: torch.dtype) -> int:
+    """Returns the address of sgemm or dgemm (Fortran's interface) of torch's BLAS; 0 where it is not exported."""
+    name = {torch.float32: "sgemm_", torch.float64: "dgemm_"}[dtype]
+    for path in sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*")):
+        with contextlib.suppress(OSError, AttributeError):
+            return ctypes.cast(getattr(ctypes.CDLL(str(path)), name), ctypes.c_void_p).value or 0
+    return 0
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from torch import nn
 
 import pcfast
 from pcfast.backends import BACKENDS
+from pcfast.backends.cpu import relaxation, speed
 from pcfast.backends.cpu.relaxation import Call
 from pcfast.checking.bounds import relative_error
 from pcfast.checking.checker import check
@@ -63,6 +64,22 @@ def instruction_set():
     module.use(before)
 
 
+@pytest.fixture
+def form(request, monkeypatch) -> str:
+    """In what layers of any width run one backward pass."""
+
+    def forget():
+        speed.natively.cache_clear()
+        relaxation._fixed.cache_clear()
+
+    forget()
+    if request.param == speed.ROWS:
+        monkeypatch.setattr(speed, "_MAX_WEIGHT_BYTES_ONCE", 0)
+    yield request.param
+    forget()
+
+
+forms = pytest.mark.parametrize("form", [speed.LANE_GROUPS, speed.ROWS], indirect=True)
 instruction_sets = pytest.mark.parametrize(
     "isa", [] if native.load_error() else native.load().instruction_sets()
 )
@@ -118,8 +135,12 @@ def test_both_forms_of_the_clamped_layer(name, num_steps, gram, monkeypatch):
 
 
 @pytest.mark.parametrize("loss_name", [name for name in LOSSES if name != "custom"])
-@pytest.mark.parametrize("method", ["strict", "exact"])
-def test_losses(loss_name, method, calls):
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [("strict", speed.LANE_GROUPS), ("exact", speed.LANE_GROUPS), ("exact", speed.ROWS)],
+    indirect=["form"],
+)
+def test_losses(loss_name, method, form, calls):
     torch.manual_seed(3)
     model, x = mlp(8, 12, 9, 10), torch.randn(BATCH, 8)
     loss, y = loss_and_target(loss_name, BATCH, 10)
@@ -309,13 +330,17 @@ def test_any_network_agrees_or_is_refused(
     assert_gradients_agree(*by_backend, model, truth, num_steps)
 
 
+@forms
+@pytest.mark.parametrize("batch", [1, 16, 40])
 @pytest.mark.parametrize("method", ["exact", "zero_divergence", "fixed_prediction"])
 @pytest.mark.parametrize("name", ["mlp", "bare", "activated output", "one unit"])
-def test_methods_without_a_loop(method, name, calls):
-    model, x, y = drawn(name, 40)
+def test_methods_without_a_loop(method, name, batch, form, calls):
+    model, x, y = drawn(name, batch)
     moving = MOVING["both"](7) if method == "fixed_prediction" else {}
     result = updates(model, x, y, method=method, num_steps=7, backend="cpu", **moving)
-    assert pcfast.last_run().plan.backend == "cpu" and len(calls) == 1
+    in_rows = form == speed.ROWS
+    assert pcfast.last_run().plan.backend == "cpu"
+    assert len(calls) == (not in_rows or name != "bare")  # a layer without a product is no matter of rows
     truth = updates(
         *against_reference.in_double(model, x, y), method=method, num_steps=7, backend="reference", **moving
     )
@@ -329,7 +354,28 @@ def test_one_layer_has_no_loop(calls):
     assert [call.relaxes for call in calls] == [False]
 
 
-def test_parameters_that_are_shared_frozen_or_not_there():
+@instruction_sets
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", IN_KERNELS)
+def test_one_backward_pass_in_rows(activation, dtype, isa, instruction_set, monkeypatch):
+    """Products by torch's BLAS, in widths that fill no vector."""
+    instruction_set(isa)
+    monkeypatch.setattr(speed, "_MAX_WEIGHT_BYTES_ONCE", 0)
+    torch.manual_seed(5)
+    model, x = (
+        mlp(8, 15, 14, 9, 6, activation=IN_KERNELS[activation]).to(dtype),
+        2 * torch.randn(37, 8).to(dtype),
+    )
+    y = torch.randint(0, 6, (37,))
+    result = updates(model, x, y, method="exact", backend="cpu")
+    assert speed.natively(pcfast.last_run().plan) == speed.ROWS
+    truth = updates(*against_reference.in_double(model, x, y), method="exact", backend="reference")
+    for p, q in zip(result, truth, strict=True):
+        assert relative_error(p, q) < 40 * torch.finfo(dtype).eps
+
+
+@forms
+def test_parameters_that_are_shared_frozen_or_not_there(form):
     torch.manual_seed(2)
     shared = nn.Linear(6, 6)
     model = nn.Sequential(
@@ -338,7 +384,8 @@ def test_parameters_that_are_shared_frozen_or_not_there():
         nn.Sequential(shared, nn.Tanh()),
         nn.Linear(6, 3),
     )
-    model[3].weight.requires_grad_(False)
+    for frozen in (model[0], model[3]):
+        frozen.weight.requires_grad_(False)
     x, y = torch.randn(5, 4), torch.randint(0, 3, (5,))
     for method in ("strict", "exact"):
         grads = []
@@ -471,7 +518,9 @@ def test_explain_says_what_lies_where(instruction_set):
     )
     assert lines[3].startswith(f"{4 * (60 * 7 + 7 * 5 + 5 * 4):,} bytes of weights")
     wide = pcfast.explain(mlp(784, 600, 600, 10), (300, 784), method="exact")
-    assert wide.plan.backend == "cpu" and "through torch" in wide.kernels[0]
+    assert wide.plan.backend == "cpu" and "torch's BLAS" in wide.kernels[0]
+    convolutions = nn.Sequential(nn.Conv2d(64, 128, 3), nn.Sequential(nn.Flatten(), nn.Linear(128, 2)))
+    assert "through torch" in pcfast.explain(convolutions, (9, 64, 3, 3), method="exact").kernels[0]
 
 
 # what is refused, and what is said of bad values -----------------------------------------------------------------
@@ -524,7 +573,8 @@ def test_without_the_module_auto_takes_eager_and_says_why(monkeypatch, caplog):
 
 @pytest.mark.parametrize("check", ["sync", "deferred"])
 @pytest.mark.parametrize("method", ["strict", "exact", "fixed_prediction"])
-def test_bad_values_are_reported_as_by_eager(method, check, calls):
+@forms
+def test_bad_values_are_reported_as_by_eager(form, method, check, calls):
     def said(model, x, y, **settings) -> list[tuple]:
         result = []
         for name in ("eager", "cpu"):

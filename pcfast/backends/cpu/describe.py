@@ -11,6 +11,7 @@ from ...model.activations import Gelu, GeluTanh, Sigmoid, Silu, Tanh
 from ...problem.plan import Plan
 from ...support import cpu_module
 from .program import Layer, layers_of
+from .speed import ROWS, natively
 
 _VECTOR_BYTES = {"avx2": 32, "avx512": 64}  # of the others 16
 # saved_planes of csrc/cpu/activations.h, by code
@@ -20,6 +21,14 @@ _SAVED = {ACTIVATIONS[kind]: planes for kind, planes in _PLANES.items()}
 
 def describe(plan: Plan) -> list[str]:
     """The call, its threads, and what lies in a core's cache."""
+    form = natively(plan)
+    if not form:
+        return ["no loop: one forward and one backward pass through torch"]
+    if form == ROWS:
+        return [
+            "one native call: one forward and one backward pass over rows of samples, products by torch's BLAS, and "
+            "biases, activations, derivatives and checks fused between them"
+        ]
     layers, size, threads = layers_of(plan.network, plan.shapes), plan.dtype.itemsize, torch.get_num_threads()
     used = cpu_module.load().used()
     group = 2 * _VECTOR_BYTES.get(used, 16) // size

@@ -14,8 +14,10 @@ from ...kernels.codes import LOSSES
 from ...problem import status
 from ...problem.plan import Plan
 from ...problem.types import Outcome, Problem, check_start
+from ...support import cpu_module
 from ..eager.one_backward import factors_of
 from .program import layers_of, program_of
+from .speed import ROWS, natively
 
 # stages of csrc/cpu/program.h
 _FORWARD, _LOSS, _FIRST_ITERATION = range(3)
@@ -31,6 +33,7 @@ class _Fixed:
         shapes: of v_0..v_L.
         relaxes: the loop runs; else one backward pass.
         settings: of Program.run, up to the scalars.
+        gemm: of torch's BLAS, where it computes the products; else 0.
         activations, states: whether vhat_l and the output's gradient, and whether beliefs and errors are wanted.
     """
 
@@ -39,6 +42,7 @@ class _Fixed:
     shapes: tuple[tuple[int, ...], ...]
     relaxes: bool
     settings: tuple
+    gemm: int
     activations: bool
     states: bool
 
@@ -51,9 +55,10 @@ def _fixed(plan: Plan) -> _Fixed:
         plan.x_shape[0], plan.num_steps if relaxes else 0, relaxes, plan.fresh, relaxes and plan.gram,
         wanted.gradients,
     )  # fmt: skip
+    gemm = cpu_module.gemm(plan.dtype) if natively(plan) == ROWS else 0
     return _Fixed(
         program_of(plan), tuple(tuple(layer.head.split(".")) if layer.head else None for layer in layers),
-        (plan.shapes[0][0], *(inner[-1] for inner in plan.shapes)), relaxes, settings,
+        (plan.shapes[0][0], *(inner[-1] for inner in plan.shapes)), relaxes, settings, gemm,
         wanted.states or wanted.activations, wanted.states and relaxes,
     )  # fmt: skip
 
@@ -139,7 +144,7 @@ class Call:
         )  # fmt: skip
         self.bad, invalid_label = fixed.program.run(
             size, torch.get_num_threads(), *fixed.settings, self._scalars(), plan.belief_optimizer.momentum, *loss,
-            pointers,
+            fixed.gemm, pointers,
         )  # fmt: skip
         if invalid_label and problem.raise_now:
             problem.loss.prepare(output, problem.y, raise_now=True)

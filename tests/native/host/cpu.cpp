@@ -43,12 +43,28 @@ Layer convolution(Map below, int out, int kernel, int stride, int padding, int p
           padding, padding, pool, window, window, {before, 0.1}, {after, 0.1}};
 }
 
+// Fortran's xGEMM, plainly.
+template <class T>
+void gemm(const char* transpose_a, const char* transpose_b, const int64_t* m, const int64_t* n, const int64_t* k,
+          const T* alpha, const T* a, const int64_t* lda, const T* b, const int64_t* ldb, const T* beta, T* c,
+          const int64_t* ldc) {
+  for (int64_t j = 0; j < *n; ++j)
+    for (int64_t i = 0; i < *m; ++i) {
+      T sum = 0;
+      for (int64_t l = 0; l < *k; ++l)
+        sum += (*transpose_a == 'T' ? a[i * *lda + l] : a[l * *lda + i]) * (*transpose_b == 'T' ? b[l * *ldb + j] : b[j * *ldb + l]);
+      T& to = c[j * *ldc + i];
+      to = *alpha * sum + (*beta == 0 ? T(0) : *beta * to);
+    }
+}
+
 struct Case {
   const char* name;
   std::vector<Layer> layers;
   bool relaxes, gram, starts;
   int loss;
   double momentum;
+  bool in_rows = false;
 };
 
 template <class T>
@@ -112,6 +128,7 @@ bool same_on_all_threads(const Case& one, void (*run)(const Call&)) {
     else
       call.labels = labels.get(), call.class_weight = class_weight.get();
     call.x = x.get(), call.tensors = tensors.data(), call.loss_value = array(1), call.output_gradient = array(batch * classes);
+    if (one.in_rows) call.gemm = reinterpret_cast<const void*>(&gemm<T>);
     call.first_bad = &first_bad, call.invalid_label = &invalid_label;
     run(call);
     if (first_bad != kAllFinite || invalid_label) return false;
@@ -138,6 +155,8 @@ int main() {
       {"bare", {linear(9, 12, kIdentity), nothing(12, kGelu), linear(12, 4, kIdentity)}, true, false, true, kCrossEntropy, 0},
       {"gram convolution", {first, second, head(second), linear(5, 4, kIdentity)}, true, true, false, kCrossEntropy, 0},
       {"strided convolution", {first, strided, head(strided), linear(5, 4, kIdentity)}, true, false, true, kMse, 0.5},
+      {"one backward pass in rows", {linear(9, 37, kTanh), linear(37, 13, kRelu), linear(13, 7, kSilu), linear(7, 4, kIdentity)},
+       false, false, false, kCrossEntropy, 0, true},
       {"one backward pass", {first, strided, head(strided), linear(5, 4, kIdentity)}, false, false, false, kCrossEntropy, 0},
   };
   int failures = 0;
