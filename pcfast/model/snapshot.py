@@ -43,6 +43,7 @@ class Snapshot:
         placement: as :func:`pcfast.model.placement.common_placement`.
         parameters, buffers: each once, in the order of ``model.parameters()`` and ``buffers()``.
         calls: for relaxation/solve.py: what it found out about calls with this model.
+        parts: for backends: what they found out about its parameters, by whatever they need it for.
         reusable: whether :meth:`holds` can tell: not of modules with hooks, or of a make of their own.
 
     Raises:
@@ -54,6 +55,7 @@ class Snapshot:
         self.placement = common_placement(model)
         self.parameters, self.buffers = tensors_of(model)
         self.calls: dict[Hashable, object] = {}
+        self.parts: dict[Hashable, object] = {}
         self._model = weakref.ref(model)  # copies of the model's attributes carry this, too
         self._tensors = [*self.parameters, *self.buffers]
         self._layout: tuple[object, TensorLayout] | None = None  # and the tensors as they were then

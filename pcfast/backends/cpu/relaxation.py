@@ -63,6 +63,44 @@ def _fixed(plan: Plan) -> _Fixed:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Parameters:
+    """A model's parameters, as calls read and write them.
+
+    Attributes:
+        pairs: of each layer weight and bias.
+        owners: of each layer with a product its index, and those of them that are trained.
+        trained: these of all layers.
+        offsets: of each layer, where in a flat tensor the updates of its weight and bias begin; -1 for none.
+        total: elements of that tensor.
+    """
+
+    pairs: list[tuple[Tensor | None, Tensor | None]]
+    owners: list[tuple[int, list[nn.Parameter]]]
+    trained: list[nn.Parameter]
+    offsets: list[int]
+    total: int
+
+    @classmethod
+    def of(cls, model: nn.Module, heads: tuple[tuple[str, ...] | None, ...], with_updates: bool):
+        """Those of ``model``; ``heads`` as of :class:`_Fixed`. Without updates none is trained."""
+        pairs, owners, offsets, total = [], [], [], 0
+        for l, names in enumerate(heads, start=1):
+            pair = (None, None)
+            if names is not None:
+                head = model
+                for name in names:
+                    head = head._modules[name]
+                pair = head.weight, head.bias
+                owners.append((l, [p for p in pair if with_updates and p is not None and p.requires_grad]))
+            pairs.append(pair)
+            for p in pair:
+                trained = with_updates and p is not None and p.requires_grad
+                offsets.append(total if trained else -1)
+                total += p.numel() if trained else 0
+        return cls(pairs, owners, [p for _, own in owners for p in own], offsets, total)
+
+
 class Call:
     """One call; make it, and call :meth:`outcome`, under no_grad.
 
@@ -92,34 +130,14 @@ class Call:
         problem.loss.check_target(shapes[-1], problem.y)
         starts = self._starts(shapes)
 
-        # per layer: weight and bias, those of them that are trained, and where in `flat` their updates begin
-        pairs: list[tuple[Tensor | None, Tensor | None]] = []
-        owners: list[tuple[int, list[nn.Parameter]]] = []
-        parameters: list[nn.Parameter] = []
-        offsets: list[int] = []
-        total = 0
-        for l, names in enumerate(fixed.heads, start=1):
-            if names is None:
-                pairs.append((None, None))
-                offsets += (-1, -1)
-                continue
-            head = problem.model
-            for name in names:
-                head = head._modules[name]
-            pairs.append(pair := (head.weight, head.bias))
-            own: list[nn.Parameter] = []
-            for p in pair:
-                if with_updates and p is not None and p.requires_grad:
-                    own.append(p)
-                    offsets.append(total)
-                    total += p.numel()
-                else:
-                    offsets.append(-1)
-            parameters += own
-            owners.append((l, own))
-        flat = torch.empty(total, dtype=dtype)
+        key = fixed.heads, with_updates
+        parts = problem.known.parts.get(key)
+        if parts is None:
+            parts = problem.known.parts[key] = _Parameters.of(problem.model, *key)
+        pairs, owners, parameters = parts.pairs, parts.owners, parts.trained
+        flat = torch.empty(parts.total, dtype=dtype)
         base, size = flat.data_ptr(), flat.element_size()
-        updates = [0 if offset < 0 else base + size * offset for offset in offsets]
+        updates = [0 if offset < 0 else base + size * offset for offset in parts.offsets]
 
         output = torch.empty(shapes[-1], dtype=dtype)
         value = torch.empty((), dtype=dtype)
@@ -152,7 +170,7 @@ class Call:
         out = Outcome(value, output)
         if parameters:
             result = _unflatten_dense_tensors(flat, parameters)
-            out.gradients, out.owners = dict(zip(parameters, result, strict=True)), owners
+            out.gradients, out.owners = dict(zip(parameters, result, strict=True)), list(owners)
             if len(out.gradients) < len(parameters):  # one in several layers: its updates add up
                 out.gradients, out.owners, result = {}, [], iter(result)
                 for l, own in owners:
