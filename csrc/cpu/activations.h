@@ -194,51 +194,57 @@ PCFAST_INLINE ActDiff<T> act_diff_at(T slope, const T* saved, size_t plane, Vect
   }
 }
 
-template <class T, int kActivation, bool kFar>
-void act_diff_loop(T slope, const T* u, size_t plane, const T* s, size_t count, T* act_diff, T* derivative) {
-  for (size_t i = 0; i < count; i += kLanes<T>) {
-    ActDiff<T> at = act_diff_at<T, kActivation, kFar>(slope, u + plane + i, plane, load(u + i), load(s + i));
-    store(act_diff + i, at.act_diff);
-    store(derivative + i, at.derivative);
-  }
+template <class T, int kActivation, bool kFar, class Use>
+void act_diff_loop(T slope, const T* u, size_t plane, const T* s, size_t count, Use use) {
+  for (size_t i = 0; i < count; i += kLanes<T>)
+    use(i, act_diff_at<T, kActivation, kFar>(slope, u + plane + i, plane, load(u + i), load(s + i)));
 }
 
-template <class T, int kActivation>
-void act_diff_by_size(T reach, T slope, const T* u, size_t plane, const T* s, size_t count, T* act_diff, T* derivative) {
+template <class T, int kActivation, class Use>
+void act_diff_by_size(T reach, T slope, const T* u, size_t plane, const T* s, size_t count, Use use) {
   Vector<T> largest = {};
   for (size_t i = 0; i < count; i += kLanes<T>) {
     Vector<T> size = magnitude<T>(load(s + i));
     largest = size > largest ? size : largest;
   }
   if (largest_lane<T>(largest) < reach)
-    act_diff_loop<T, kActivation, false>(slope, u, plane, s, count, act_diff, derivative);
+    act_diff_loop<T, kActivation, false>(slope, u, plane, s, count, use);
   else
-    act_diff_loop<T, kActivation, true>(slope, u, plane, s, count, act_diff, derivative);
+    act_diff_loop<T, kActivation, true>(slope, u, plane, s, count, use);
 }
 
-// Differences, which may take the place of s, and derivatives of `count` elements. u: uhat, then the saved planes, each
+// use(i, ActDiff) for every vector of `count` elements, of which i is the first. u: uhat, then the saved planes, each
 // `plane` elements after the one before.
-template <class T>
-void act_diffs(const Tail& tail, const T* u, size_t plane, const T* s, size_t count, T* act_diff, T* derivative) {
+template <class T, class Use>
+void for_each_act_diff(const Tail& tail, const T* u, size_t plane, const T* s, size_t count, Use use) {
   const T slope = T(tail.negative_slope);
   switch (tail.activation) {
     case kRelu:
-      return act_diff_loop<T, kRelu, false>(slope, u, plane, s, count, act_diff, derivative);
+      return act_diff_loop<T, kRelu, false>(slope, u, plane, s, count, use);
     case kLeakyRelu:
-      return act_diff_loop<T, kLeakyRelu, false>(slope, u, plane, s, count, act_diff, derivative);
+      return act_diff_loop<T, kLeakyRelu, false>(slope, u, plane, s, count, use);
     case kTanh:
-      return act_diff_by_size<T, kTanh>(kTanhSmall<T>, slope, u, plane, s, count, act_diff, derivative);
+      return act_diff_by_size<T, kTanh>(kTanhSmall<T>, slope, u, plane, s, count, use);
     case kSigmoid:
-      return act_diff_by_size<T, kSigmoid>(kSmall<T>, slope, u, plane, s, count, act_diff, derivative);
+      return act_diff_by_size<T, kSigmoid>(kSmall<T>, slope, u, plane, s, count, use);
     case kSilu:
-      return act_diff_by_size<T, kSilu>(kSmall<T>, slope, u, plane, s, count, act_diff, derivative);
+      return act_diff_by_size<T, kSilu>(kSmall<T>, slope, u, plane, s, count, use);
     case kGelu:
-      return act_diff_by_size<T, kGelu>(kQuadratureReach<T>, slope, u, plane, s, count, act_diff, derivative);
+      return act_diff_by_size<T, kGelu>(kQuadratureReach<T>, slope, u, plane, s, count, use);
     case kGeluTanh:  // its sigmoid moves by up to twice k (1 + 3 c w^2) s: by s alone nothing is near
-      return act_diff_loop<T, kGeluTanh, true>(slope, u, plane, s, count, act_diff, derivative);
+      return act_diff_loop<T, kGeluTanh, true>(slope, u, plane, s, count, use);
     default:
-      return act_diff_loop<T, kIdentity, false>(slope, u, 0, s, count, act_diff, derivative);
+      return act_diff_loop<T, kIdentity, false>(slope, u, 0, s, count, use);
   }
+}
+
+// Differences, which may take the place of s, and derivatives.
+template <class T>
+void act_diffs(const Tail& tail, const T* u, size_t plane, const T* s, size_t count, T* act_diff, T* derivative) {
+  for_each_act_diff<T>(tail, u, plane, s, count, [&](size_t i, const ActDiff<T>& at) {
+    store(act_diff + i, at.act_diff);
+    store(derivative + i, at.derivative);
+  });
 }
 
 PCFAST_END

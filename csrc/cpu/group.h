@@ -457,24 +457,26 @@ class Group {
     }
   }
 
-  // s_l = W_l d_{l-1}, or zero where nothing has moved
+  // s_l = W_l d_{l-1}, or zero where nothing has moved; finish(s, first, count) as parts of it are complete at s.
   template <class Finish>
   PCFAST_INLINE void predict_deviation(int l, bool moved, Finish finish) {
     const size_t inner = elements(at(l).inner);
-    if (!moved) {
-      clear(scratch_, inner);
-      finish(size_t(0), inner);
-    } else if (call_.gram && l == 2) {
-      __builtin_memcpy(scratch_, s_, inner * sizeof(T));
-      finish(size_t(0), inner);
-    } else {
-      predict(l, state_[l - 1].d, scratch_, finish);
-    }
+    if (moved && call_.gram && l == 2) return finish(s_, size_t(0), inner);
+    const auto complete = [&](size_t first, size_t count) { finish(scratch_, first, count); };
+    if (moved) return predict(l, state_[l - 1].d, scratch_, complete);
+    clear(scratch_, inner);
+    complete(size_t(0), inner);
+  }
+  // The same, in scratch_.
+  void predict_to_scratch(int l, bool moved) {
+    predict_deviation(l, moved, [&](const T* s, size_t first, size_t count) {
+      if (s != scratch_) __builtin_memcpy(scratch_ + first, s + first, count * sizeof(T));
+    });
   }
 
   void top(bool moved) {
     const int l = call_.depth;
-    predict_deviation(l, moved, [](size_t, size_t) {});
+    predict_to_scratch(l, moved);
     deviate_tail(l, scratch_, scratch_);
     output_error(scratch_, stage_);
     pull_back_tail(l, state_[l].error, delta_now_);
@@ -485,40 +487,39 @@ class Group {
     const Layer& layer = at(l);
     if (l == 1) {
       clear(scratch_, elements(layer.out));
-      take_error(1, scratch_, 0, elements(layer.out));  // nothing below it moves: no delta
+      take_errors(1, scratch_);  // nothing below it moves: no delta
       return;
     }
     const State& state = state_[l];
     const size_t inner = elements(layer.inner);
     if (layer.pool == kNoPool) {
-      predict_deviation(l, moved, [&](size_t first, size_t count) {
-        act_diffs<T>(layer.before, state.base + first, inner, scratch_ + first, count, scratch_ + first, derivative_ + first);
-        take_error(l, scratch_, first, count);
-        for (size_t i = first; i < first + count; i += kLanes<T>)
-          store(delta_now_ + i, load(scratch_ + i) * load(derivative_ + i));
+      predict_deviation(l, moved, [&](const T* s, size_t first, size_t count) {
+        for_each_act_diff<T>(layer.before, state.base + first, inner, s + first, count,
+                             [&](size_t i, const ActDiff<T>& at) {
+                               store(delta_now_ + first + i, take_error(state, at.act_diff, first + i) * at.derivative);
+                             });
       });
       return;
     }
-    predict_deviation(l, moved, [](size_t, size_t) {});
+    predict_to_scratch(l, moved);
     deviate_tail(l, scratch_, scratch_);
-    take_error(l, scratch_, 0, elements(layer.out));
+    take_errors(l, scratch_);
     pull_back_tail(l, scratch_, delta_now_);
   }
 
-  // Of the elements from `first` on: mu - vhat becomes eps, and d moves along it.
-  PCFAST_INLINE void take_error(int l, T* moved, size_t first, size_t count) {
+  // eps of the vector of elements at i, where mu - vhat is `moved`; d moves along it.
+  PCFAST_INLINE Vector<T> take_error(const State& state, Vector<T> moved, size_t i) {
+    const Vector<T> d = load(state.d + i), error = moved - d;
+    if (momentum())
+      store(state.velocity + i, load(state.velocity + i) * T(call_.momentum) - error);
+    else
+      store(state.d + i, d + error * eta_);
+    if (last_) store(state.error + i, error);
+    return error;
+  }
+  void take_errors(int l, T* moved) {
     const State& state = state_[l];
-    const bool with_velocity = momentum();
-    const T eta = eta_, decay = T(call_.momentum);
-    for (size_t i = first; i < first + count; i += kLanes<T>) {
-      const Vector<T> d = load(state.d + i), error = load(moved + i) - d;
-      store(moved + i, error);
-      if (with_velocity)
-        store(state.velocity + i, load(state.velocity + i) * decay - error);
-      else
-        store(state.d + i, d + error * eta);
-    }
-    if (last_) __builtin_memcpy(state.error + first, moved + first, count * sizeof(T));
+    for (size_t i = 0; i < elements(at(l).out); i += kLanes<T>) store(moved + i, take_error(state, load(moved + i), i));
   }
 
   // d_l -= eta J^T eps_{l+1}
@@ -652,7 +653,7 @@ class Group {
       check(state.error, elements(layer.out), stage, l);
       if (tensors(l).error != nullptr) put(state.error, layer.out.size(), given_rows(tensors(l).error, l));
       if (wants_update(l)) {
-        predict_deviation(l, l > 1, [](size_t, size_t) {});
+        predict_to_scratch(l, l > 1);
         deviate_tail(l, scratch_, scratch_);
         pull_back_tail(l, state.error, delta_[0]);
         leave_for_update(l, delta_[0]);
