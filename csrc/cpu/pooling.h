@@ -29,7 +29,7 @@ void pool(const Layer& layer, const T* map, T* pooled, Integers<T>* winners) {
     for (int j = 0; j < kVectors; ++j) {
       const size_t at = size_t(to) * kVectors + j;
       Vector<T> value = load(map + (size_t(from) * kVectors + j) * kLanes<T>), best = load(pooled + at * kLanes<T>);
-      if (layer.pool == kAveragePool) {
+      if (layer.pool == kAvgPool) {
         store(pooled + at * kLanes<T>, k == 0 ? value * share : best + value * share);
       } else if (k == 0) {
         store(pooled + at * kLanes<T>, value);
@@ -54,7 +54,7 @@ void pull_back_pool(const Layer& layer, const T* pooled, const Integers<T>* winn
       const size_t at = size_t(from) * kVectors + j;
       Vector<T> value = load(pooled + at * kLanes<T>);
       T* out = map + (size_t(to) * kVectors + j) * kLanes<T>;
-      if (layer.pool == kAveragePool)
+      if (layer.pool == kAvgPool)
         store(out, value * share);
       else
         store(out, winners[at] == k ? value : Vector<T>{});

@@ -4,21 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../codes.h"
+
 namespace pcfast::cpu {
 
 enum Kind : int { kNothing = 0, kLinear = 1, kConvolution = 2 };
-enum Pool : int { kNoPool = 0, kMaxPool = 1, kAveragePool = 2 };
-enum Loss : int { kCrossEntropy = 0, kMse = 1 };
-enum Activation : int {
-  kIdentity = 0,
-  kRelu = 1,
-  kLeakyRelu = 2,
-  kTanh = 3,
-  kSigmoid = 4,
-  kSilu = 5,
-  kGelu = 6,
-  kGeluTanh = 7,
-};
 
 struct Map {
   int channels, height, width;

@@ -5,20 +5,10 @@
 // taken of two nearly equal numbers. NaN in uhat or s gives NaN.
 #pragma once
 
+#include "../codes.h"
 #include "../tile/platform.cuh"
 
 namespace pcfast::resident {
-
-enum Activation : int {
-  kIdentity = 0,
-  kRelu = 1,
-  kLeakyRelu = 2,
-  kTanh = 3,
-  kSigmoid = 4,
-  kSilu = 5,
-  kGelu = 6,
-  kGeluTanh = 7,
-};
 
 template <class Real>
 struct ActDiff {

@@ -22,6 +22,7 @@
 
 #include <cstdint>
 
+#include "../codes.h"
 #include "geometry.h"
 
 namespace pcfast::resident {
@@ -39,10 +40,6 @@ enum ProductKind : int32_t {
 // What products read: the state as it is, or rounded for Tensor Cores. Weights of linear layers are kept in bfloat16 for
 // kBf16; all other weights are kept in the state's type, rounded.
 enum OperandKind : int32_t { kIeee = 0, kTf32 = 1, kBf16 = 2 };
-
-enum PoolKind : int32_t { kNoPool = 0, kMaxPool = 1, kAvgPool = 2 };
-
-enum LossKind : int32_t { kCrossEntropy = 0, kMse = 1 };
 
 // A strided view of an array in shared memory: element (sample, channel, y, x) lies at
 // first + sample * samples + channel * channels + y * rows + x * columns.

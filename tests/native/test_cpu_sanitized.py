@@ -42,6 +42,7 @@ def program(tmp_path_factory) -> Callable[[str], Path]:
 
         def make() -> None:
             shutil.copytree(CSRC / "cpu", folder / "cpu", dirs_exist_ok=True)
+            shutil.copy(CSRC / "codes.h", folder)
             for file, old, new in BUGS.values():
                 text = (folder / "cpu" / file).read_text()
                 assert text.count(old) == 1, (file, old)

@@ -15,6 +15,7 @@ void run_double(const Call& call);
 
 namespace {
 
+using namespace pcfast;
 using namespace pcfast::cpu;
 
 std::mt19937 random_bits(7);
@@ -145,7 +146,7 @@ bool same_on_all_threads(const Case& one, void (*run)(const Call&)) {
 int main() {
   const Layer first = convolution({2, 7, 8}, 7, 3, 1, 0, kNoPool, kTanh, kIdentity);
   const Layer second = convolution(first.out, 3, 2, 1, 0, kMaxPool, kGelu, kRelu);
-  const Layer strided = convolution(first.out, 5, 3, 2, 1, kAveragePool, kSilu, kSigmoid);
+  const Layer strided = convolution(first.out, 5, 3, 2, 1, kAvgPool, kSilu, kSigmoid);
   const auto head = [](const Layer& below) { return linear(below.out.size(), 5, kLeakyRelu); };
   const Case cases[] = {
       {"mlp", {linear(9, 37, kTanh), linear(37, 13, kRelu), linear(13, 7, kGeluTanh), linear(7, 4, kIdentity)},
