@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from .building import device_of
 
 #: Of a checkpoint's ``kept``: the job, all restarts by its launcher included, that wrote it.
 JOB = "job"
-_REASON = "pcfast/reason"
+_JOB, _REASON = "pcfast/job", "reason"  # keys of stores
+_POLL_S = 0.01
 _LOST = re.compile(r"gloo|nccl|ucc|connection (closed|reset)|socket|broken pipe|timed out", re.I)
 
 
@@ -50,16 +52,14 @@ class Launch:
         job: names this job and all its restarts; None without a launcher.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, store: dist.Store | None) -> None:
-        self.group, self.processes, self._store = group, processes_of(group), store
-        self.job = None if store is None else self._name_of_job()
-
-    def _name_of_job(self) -> str:
-        """The same in all restarts: the launcher's store outlives them, beneath the prefix of each."""
-        store = self._store
-        while isinstance(store, dist.PrefixStore):
-            store = store.underlying_store
-        return store.compare_set("pcfast/job", "", os.urandom(8).hex()).decode()
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        of_job: dist.Store | None = None,
+        of_this_start: dist.Store | None = None,
+    ) -> None:
+        self.group, self.processes, self._store = group, processes_of(group), of_this_start
+        self.job = None if of_job is None else of_job.compare_set(_JOB, "", os.urandom(8).hex()).decode()
 
     def device(self, name: str) -> torch.device:
         """``--device`` for this process: of GPUs each takes its own."""
@@ -95,6 +95,33 @@ class Launch:
             return True
 
 
+def _of_this_start(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the launcher's ``store`` that no earlier start has written to.
+
+    torchrun keeps its store when it starts the processes anew, and with it the addresses of those that are gone, to
+    which gloo would connect. Rank 0 names the part; the others ask with tickets, since they cannot tell by themselves
+    what an earlier rank 0 has left.
+    """
+    if rank:
+        ticket = os.urandom(8).hex()
+        store.set(f"pcfast/ticket/{rank}", ticket)
+        name = store.get(f"pcfast/start/{ticket}").decode()
+        store.set(f"{name}/joined/{rank}", "")
+        return dist.PrefixStore(name, store)
+    name, missing = f"pcfast/{os.urandom(8).hex()}", set(range(1, size))
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{name}/joined/{other}"]):
+                missing.discard(other)
+            elif store.check([f"pcfast/ticket/{other}"]):
+                store.set(f"pcfast/start/{store.get(f'pcfast/ticket/{other}').decode()}", name)
+        if time.monotonic() > deadline:
+            raise ProcessLost(f"ranks {sorted(missing)} have not come within {store.timeout}")
+        time.sleep(_POLL_S)
+    return dist.PrefixStore(name, store)
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Launch]:
     """Join the processes that the launcher started; without a launcher there is one.
@@ -102,15 +129,16 @@ def joined() -> Iterator[Launch]:
     Whatever ends the block passes on, on every process; one of them is left to say it.
     """
     if not launched():
-        yield Launch(None, None)
+        yield Launch()
         return
+    output.silenced = False  # until they can agree on it, each says what is wrong
     store, number, size = next(dist.rendezvous("env://"))
+    of_this_start = _of_this_start(store, number, size)
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=number, world_size=size
+        "cpu:gloo,cuda:nccl" if nccl else "gloo", store=of_this_start, rank=number, world_size=size
     )
-    launch = Launch(dist.group.WORLD, store)
-    output.silenced = False
+    launch = Launch(dist.group.WORLD, store, of_this_start)
     try:
         yield launch
     except BaseException as error:
