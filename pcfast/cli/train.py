@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from ..recipes import RECIPES
 from ..support.files import checked_folder
 from ..training import trainer as training
 from ..training.checkpoints import read_run
+from ..training.writers import WRITERS
 from .building import (
     belief_optimizer_of,
     data_of,
@@ -35,6 +37,7 @@ from .building import (
     with_defaults,
 )
 from .launch import JOB, Launch, joined
+from .logs import logged
 from .options import (
     Folder,
     RecipeName,
@@ -53,7 +56,7 @@ from .options import (
 from .output import print_json
 from .user_model import digest_of
 
-_OF_THE_CALL = ("out", "resume", "as_json")  # options that say nothing about the run
+_OF_THE_CALL = ("out", "resume", "log", "as_json")  # options that say nothing about the run
 #: Options that may stand beside --recipe, which fixes the others.
 _BESIDE_A_RECIPE = (
     "recipe", "data_dir", "epochs", "backend", "precision", "device", "seed", *_OF_THE_CALL
@@ -91,6 +94,12 @@ _BESIDE_A_RECIPE = (
     help="Go on from the checkpoint in --out, with the options of that run. --epochs, --backend and --device may be "
     "given anew.",
 )
+@click.option(
+    "--log",
+    type=click.Choice(list(WRITERS)),
+    multiple=True,
+    help="Write losses, scores, energies and convergence of every epoch there too (docs/commands/train.md).",
+)
 @json_option
 @click.pass_context
 def train(context: click.Context, **options) -> int:
@@ -117,19 +126,26 @@ def _train(launch: Launch, context: click.Context, options: dict) -> int:
                 torch.manual_seed(options["seed"])
                 made = _of_recipe(options) if options["recipe"] else _of_options(options, given)
     model, data, settings = made
+    backend = {"backend": options["backend"]}
+    logs = logged(options["log"], out, options["resume"], data, {**settings, **backend}, device)
     try:
-        history = training.train(
-            model,
-            data,
-            **settings,
-            **{name: options[name] for name in ("backend", "precision", "seed")},
-            device=device,
-            out=out,
-            resume=options["resume"],
-            progress=not options["as_json"],
-            kept={**_kept(options), **({JOB: launch.job} if launch.job else {})},
-            process_group=launch.group,
-        )
+        with contextlib.ExitStack() as opened:
+            with processes.agreed():
+                after_epoch = opened.enter_context(logs)
+            history = training.train(
+                model,
+                data,
+                **settings,
+                **backend,
+                **{name: options[name] for name in ("precision", "seed")},
+                device=device,
+                out=out,
+                resume=options["resume"],
+                progress=not options["as_json"],
+                kept={**_kept(options), **({JOB: launch.job} if launch.job else {})},
+                process_group=launch.group,
+                after_epoch=after_epoch,
+            )
     except KeyboardInterrupt as interrupt:
         if not str(interrupt):
             raise

@@ -65,6 +65,7 @@ from .distributed import processes_of
 from .history import History
 from .progress import Display, Interrupt
 from .run import IncrementalRun, TrainingRun
+from .writers import SCALARS
 
 # Beyond them a number is a slip of the keyboard, or the run a wait of years; some fit in no 64 bits.
 MAX_EPOCHS, MAX_STEPS, MAX_SAMPLES, HIGHEST_SEED = 10**6, 10**6, 2**31 - 1, 2**63 - 1
@@ -107,6 +108,7 @@ def train(
     progress: bool = True,
     kept: dict | None = None,
     process_group: dist.ProcessGroup | None = None,
+    after_epoch: Callable[[nn.Sequential, History], None] | None = None,
 ) -> History:
     """Train ``model`` in place by predictive coding.
 
@@ -155,6 +157,8 @@ def train(
         process_group: train on its processes together, e.g. on ``torch.distributed.group.WORLD``; each calls
             ``train`` with the same model, data and arguments, ``batch_size`` being that of all. Rank 0 alone writes
             files and progress and needs ``out``. See docs/distributed.md.
+        after_epoch: called with the model and the history after every finished epoch and its checkpoint, on the
+            process that writes. What it draws from torch's random state is missing from the run.
 
     Returns:
         The history, earlier epochs of a resumed run included.
@@ -173,7 +177,7 @@ def train(
 def _train(
     model, data, *, epochs, batch_size, loss, method, step_size, num_steps, belief_optimizer, nudging, nudging_growth,
     vinit, reduction, update_scale, optimizer, scheduler, augment, drop_last, backend, precision, device, seed, out,
-    resume, progress, kept, process_group,
+    resume, progress, kept, process_group, after_epoch,
 ) -> History:  # fmt: skip
     """:func:`train`, with gradients."""
     processes = processes_of(process_group)
@@ -318,7 +322,7 @@ def _train(
                 if len(run.history) >= epochs:
                     more = "its schedule ends there" if schedule else "ask for more epochs to go on"
                     display.say(f"the run has {len(run.history)} epochs already; {more}")
-            _train_epochs(run, epochs, folder, config, display, interrupt, aside=not resume)
+            _train_epochs(run, epochs, folder, config, display, interrupt, after_epoch, aside=not resume)
     return run.history
 
 
@@ -398,6 +402,7 @@ def _train_epochs(
     config: dict,
     display: Display,
     interrupt: Interrupt,
+    after_epoch: Callable[[nn.Sequential, History], None] | None = None,
     *,
     aside: bool,
 ) -> None:
@@ -416,12 +421,14 @@ def _train_epochs(
             run.finish_epoch()
         random_state = run.random_state()
         if writes:
-            moved = set_aside(folder, FILES) if aside else None
+            moved = set_aside(folder, (*FILES, SCALARS)) if aside else None
             aside = False
             _save(run, folder, config, random_state)
             display.say(f"an earlier run was moved to {moved}" if moved else "")
         if finished:
             display.after_epoch()
+            if after_epoch is not None and run.processes.leads:
+                after_epoch(run.model, run.history)
         stopped = stop.now()
         if writes:
             last = len(run.history) == epochs or stopped
