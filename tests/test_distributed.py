@@ -225,3 +225,17 @@ def test_a_process_that_dies_ends_all_with_its_reason(name, words, tmp_path):
     assert answers[0][0] == 1 and (answers[1] is None if name == "killed" else answers[1][0] == 1)
     assert len(lines) == 1 and all(word in lines[0] for word in words), lines
     assert seconds < 30
+
+
+def test_compare_shares_out_the_methods(tmp_path):
+    options = ("--widths", 12, "--num-steps", 3, "--batch-size", 300, "--epochs", 1, "--iterations", "1,2")
+    methods = ("--method", "strict", "--method", "fixed_prediction", "--method", "exact")
+    given = ("compare", *options, *methods, "--out")
+    answers = on_processes(command, 2, *given, tmp_path / "two")
+    one = on_processes(command, 1, *given, tmp_path / "one")
+    assert [status for status, *_ in (*answers, *one)] == [0, 0, 0], answers
+    assert answers[1][1] == "" and answers[0][1].replace("two", "one") == one[0][1]
+    for name in ("training.csv", "updates.csv", "iterations.csv"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+    (status, _, said), (other, *_, silent) = on_processes(command, 2, "compare", "--step-size", -1)
+    assert (status, other) == (2, 2) and "--step-size" in said and silent == ""
