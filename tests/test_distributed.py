@@ -34,6 +34,9 @@ CASES |= {
     "a preset": {**presets.jpc(step_size=0.5, num_steps=4, loss="mse")},
     "nudging by epoch": {"loss": "mse", "nudging": pcfast.Nudging("centred", beta=0.2), "nudging_growth": 0.1},
     "no last batch": {"drop_last": True},
+    "parts that do not learn": {"partly": True},
+    "parts that do not learn, iPC": {"partly": True, "method": "incremental"},
+    "errors that do not reach layer 1": {"num_steps": 1},
 }  # fmt: skip
 
 
@@ -44,6 +47,29 @@ def network(*, dropout: float = 0.0) -> nn.Sequential:
         nn.Sequential(nn.Linear(8, 7), nn.ReLU()),
         nn.Linear(7, 4),
     ).double()
+
+
+class Spare(nn.Module):
+    """Has a parameter that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, x):
+        return x.sin()  # which pcfast does not know
+
+
+def partly_trained() -> nn.Sequential:
+    """With parameters that are not used, frozen, and used twice, and a frozen BatchNorm."""
+    model = network()
+    same = nn.Linear(7, 7).double()
+    model[1].append(Spare())
+    model[1].append(nn.BatchNorm1d(7).double().eval())
+    model[0][0].bias.requires_grad_(False)
+    model.insert(2, nn.Sequential(same, nn.Tanh()))
+    model.insert(3, nn.Sequential(same, nn.Tanh()))
+    return model
 
 
 def rows(settings: dict) -> Data:
@@ -57,9 +83,9 @@ def rows(settings: dict) -> Data:
 
 
 def trained(settings: dict, group=None) -> tuple[list[torch.Tensor], dict]:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5)
     settings = {"epochs": 2, "batch_size": 8, "progress": False, **STEPS, **settings}
+    model = partly_trained() if settings.pop("partly", False) else network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5, weight_decay=0.1)
     history = train(model, rows(settings), optimizer=optimizer, process_group=group, **settings)
     measured = {name: values for name, values in vars(history).items() if name != "seconds"}
     return [parameter.detach() for parameter in model.parameters()], measured
