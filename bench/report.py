@@ -59,7 +59,9 @@ def record(path: Path) -> Path:
     }
     if on_cpu & GPU_BACKENDS:
         raise click.ClickException("the run's kernels ran on a CPU: leave their backends out")
-    kind = "".join(f"-{kind}" for kind in ("kernels", "methods", "host", "distributed") if result.get(kind))
+    kind = "".join(
+        f"-{kind}" for kind in ("kernels", "methods", "host", "distributed", "workers") if result.get(kind)
+    )
     target = RESULTS / folder_of(result) / f"{result['recorded'][:10]}-{result['commit']}{kind}.json"
     if target.exists():
         raise click.ClickException(f"{target} is there already: records are never replaced")

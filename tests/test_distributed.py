@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import pcfast
 from pcfast import presets
+from pcfast.cli import main
 from pcfast.datasets import Data
 from pcfast.errors import ArgumentError
 from pcfast.losses import half_squared_error
@@ -265,3 +267,24 @@ def test_compare_shares_out_the_methods(tmp_path):
         assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
     (status, _, said), (other, *_, silent) = on_processes(command, 2, "compare", "--step-size", -1)
     assert (status, other) == (2, 2) and "--step-size" in said and silent == ""
+
+
+def wrong_sums(*arguments: object) -> tuple[int, str, str]:
+    from pcfast.bench import workers
+
+    right = workers._step
+    workers._step = lambda ddp, x, y: right(ddp, 2 * x, y)
+    return command(*arguments)
+
+
+def test_bench_times_steps_of_all_processes(tmp_path, capsys):
+    given = ("bench", "mlp_128", "tiny_exact", "--workers", "--quick", "--json", tmp_path / "record.json")
+    (status, said, _), (other, silent, _) = on_processes(command, 2, *given)
+    assert (status, other) == (0, 0) and "mlp_128, ieee, 2 processes" in said and silent == ""
+    first, _ = json.loads((tmp_path / "record.json").read_text())["workers"]
+    assert (first["processes"], first["rows"], first["all_reduces"]) == (2, 128, 1)
+    assert first["bytes"] == 4 * (784 * 128 + 128 * 128 + 128 * 10 + 128 + 128 + 10)
+    assert first["seconds"] > 0 < first["alone_seconds"]
+    closed = on_processes(wrong_sums, 2, "bench", "tiny_exact", "--workers", "--quick")
+    assert [status for status, *_ in closed] == [1, 1] and "gate closed" in closed[0][1]
+    assert main(["bench", "--workers"]) == 2 and "torchrun" in capsys.readouterr().err
