@@ -5,8 +5,9 @@
     python -m pcfast.bench.report            # tables in README and docs/, the pictures there
 
 Records are append-only: bench/results/<device>/<date>-<commit>.json, with -kernels in the name where they are of
-`pcfast bench --kernels`, -methods and -host of `python -m pcfast.bench.methods` and `host_time`. The tables' numbers
-come from nowhere else; tests compare them. A record whose sources differ from today's is marked so.
+`pcfast bench --kernels`, -methods, -host and -distributed of `python -m pcfast.bench.methods`, `host_time` and
+`distributed`. The tables' numbers come from nowhere else; tests compare them. A record whose sources differ from
+today's is marked so.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import click
 from pcfast.support.files import write_atomically
 from pcfast.support.plotting import require_matplotlib
 
-from . import host_time, methods, sources, tables
+from . import distributed, host_time, methods, scaling, sources, tables
 from .runner import FORMAT
 
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results", HERE.parent / "README.md"
 METHODS, HOST = HERE.parent / "docs" / "methods.md", HERE.parent / "docs" / "architecture.md"
+SCALING = HERE.parent / "docs" / "scaling.md"
 PICTURE, DEPTH_PICTURE = HERE.parent / "docs" / "speed.png", HERE.parent / "docs" / "depth.png"
 BEGIN, END = "<!-- bench/report.py: begin -->", "<!-- bench/report.py: end -->"
 #: Backends whose kernels are interpreted on a CPU, or compiled for it, for tests alone.
@@ -57,7 +59,9 @@ def record(path: Path) -> Path:
     }
     if on_cpu & GPU_BACKENDS:
         raise click.ClickException("the run's kernels ran on a CPU: leave their backends out")
-    kind = "".join(f"-{kind}" for kind in ("kernels", "methods", "host") if result.get(kind))
+    kind = "".join(
+        f"-{kind}" for kind in ("kernels", "methods", "host", "distributed", "workers") if result.get(kind)
+    )
     target = RESULTS / folder_of(result) / f"{result['recorded'][:10]}-{result['commit']}{kind}.json"
     if target.exists():
         raise click.ClickException(f"{target} is there already: records are never replaced")
@@ -77,7 +81,7 @@ def newest(of: str = "rows") -> list[dict]:
     """The newest record of every device, GPUs first; records of older formats are kept but not shown.
 
     Args:
-        of: what a record has to have: "rows" of training steps, "kernels", "methods" or "host".
+        of: what a record has to have: "rows" of training steps, "kernels", "methods", "host" or "distributed".
     """
     by_device: dict[str, dict] = {}
     for path in RESULTS.glob("*/*.json"):
@@ -191,11 +195,24 @@ def host_text(records: Iterable[dict]) -> str:
     """Markdown of all records of host times: a table a device."""
     parts = []
     for result in records:
-        heading, *rows = host_time.cells(result)
-        lines = [heading, ["---"] * len(heading), *rows]
         before = f" Before: commit {result['before']['commit']}." if "before" in result else ""
-        parts += ["\n".join(f"| {' | '.join(line)} |" for line in lines), _where_and_when(result) + before]
+        parts += [_markdown(host_time.cells(result)), _where_and_when(result) + before]
     return "\n\n".join(parts) or NOT_RECORDED
+
+
+def scaling_text(records: Iterable[dict]) -> str:
+    """Markdown of all records of several processes, and of what many devices cost on paper."""
+    parts = []
+    for result in records:
+        made = (distributed.difference_cells(result), distributed.collective_cells(result))
+        parts += [*map(_markdown, made), _where_and_when(result)]
+    return "\n\n".join([*(parts or [NOT_RECORDED]), "## On paper", scaling.text()])
+
+
+def _markdown(cells: list[list[str]]) -> str:
+    """A table; its first row is the heading."""
+    heading, *rows = cells
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *rows))
 
 
 def with_tables(readme: str, records: Iterable[dict], of_kernels: Iterable[dict] = ()) -> str:
@@ -211,6 +228,11 @@ def with_methods(page: str, records: Iterable[dict]) -> str:
 def with_host_times(page: str, records: Iterable[dict]) -> str:
     """docs/architecture.md with the text between the markers replaced."""
     return _between_markers(page, host_text(records))
+
+
+def with_scaling(page: str, records: Iterable[dict]) -> str:
+    """docs/scaling.md with the text between the markers replaced."""
+    return _between_markers(page, scaling_text(records))
 
 
 def _between_markers(page: str, made: str) -> str:
@@ -418,6 +440,8 @@ def main(path: Path | None) -> None:
     write_atomically(METHODS, lambda file: file.write(page.encode()))
     host_page = with_host_times(HOST.read_text(), newest("host"))
     write_atomically(HOST, lambda file: file.write(host_page.encode()))
+    scaling_page = with_scaling(SCALING.read_text(), newest("distributed"))
+    write_atomically(SCALING, lambda file: file.write(scaling_page.encode()))
     picture(records)
     depth_picture(records)
 

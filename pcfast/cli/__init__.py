@@ -22,6 +22,7 @@ from .._version import __version__
 from ..errors import ArgumentError, PcfastError, RelaxationDiverged
 from ..support import interrupts
 from ..training.progress import takes_over
+from . import launch, output
 from .bench import bench
 from .check import check
 from .compare import compare
@@ -107,6 +108,7 @@ def main(
     """
     open_closed_streams()
     printable_whatever_it_is()
+    output.silenced, output.prefix = launch.rank() != 0, ""
     with _stopped_by_signals():
         status = _status(lambda: command.main(arguments, prog_name=name, standalone_mode=False) or 0)
         return _status(flush_output) or status
@@ -164,9 +166,11 @@ def _status(work: Callable[[], int | None]) -> int:
 
 
 def _fail(status: int, message: str, prefix: str = "error: ") -> int:
-    """One line on standard error."""
+    """One line on standard error; nothing where another process of the command says it."""
+    if output.silenced:
+        return status
     with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
-        print(f"{prefix}{' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"{prefix}{output.prefix}{' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from functools import partial
+from pathlib import Path
 
 import click
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from ..bench import runner
+from ..bench import workers as bench_workers
 from ..bench.contenders import CONTENDERS
 from ..bench.tables import by_case, by_kernel, cells, growth_lines, headings, kernel_cells, kernel_headings
 from ..bench.workloads import WORKLOADS
@@ -17,6 +20,7 @@ from ..errors import ArgumentError
 from ..precision import PRECISIONS, check_precision
 from ..support.files import write_json
 from .building import check_record, device_of, kept_so_far
+from .launch import Launch, joined
 from .options import Finite, device_option, record_option
 from .output import console, progress_bar, table
 
@@ -45,16 +49,27 @@ KERNEL_PRECISIONS = ("ieee", "tf32", "bf16")
     is_flag=True,
     help="Time the kernels of the cuda and triton backends instead, each alone. Needs a GPU.",
 )
+@click.option(
+    "--workers",
+    is_flag=True,
+    help="Time steps of all processes of torchrun together instead, with the all-reduce of updates and without.",
+)
 @device_option
 @click.option("--quick", is_flag=True, help="A few small workloads and few rounds: about a minute.")
 @click.option("--minutes", type=Finite(min=0), metavar="X", help="Stop cleanly after about so long.")
 @record_option
-def bench(workloads, contenders, precisions, kernels, device, quick, minutes, path) -> int:
+def bench(workloads, contenders, precisions, kernels, workers, device, quick, minutes, path) -> int:
     """Time whole training steps of WORKLOADS (default: all) against what others run.
 
     Nothing is timed before it has computed the right updates. Contenders take turns; times are medians. Exit status 1
     where the gate was closed to one of pcfast's backends.
     """
+    if workers:
+        for name, given in (("contender", contenders), ("kernels", kernels), ("minutes", minutes)):
+            if given:
+                raise ArgumentError(name, f"--{name} with --workers", "one of the two", "Run them in turn.")
+        with joined() as launch:
+            return _together(launch, workloads, precisions, device, quick, path)
     device = device_of(device)
     if kernels:
         _check_for_kernels(workloads, contenders, precisions)
@@ -85,6 +100,43 @@ def bench(workloads, contenders, precisions, kernels, device, quick, minutes, pa
     if path is not None:
         write_json(path, record)
     return 1 if _failed(record) else 0
+
+
+def _together(launch: Launch, workloads, precisions, device: str, quick: bool, path: Path | None) -> int:
+    """``--workers``."""
+    processes = launch.processes
+    with processes.agreed():
+        if launch.group is None:
+            remedy = "torchrun --nproc-per-node 2 -m pcfast bench --workers"
+            raise ArgumentError("workers", "--workers in one process", "the processes of torchrun", remedy)
+        device = launch.device(device)
+        precisions = precisions or ("ieee",)
+        for precision in precisions:
+            check_precision(precision, device)
+        names = workloads or tuple(name for name, w in WORKLOADS.items() if w.quick)
+        for name in names:
+            if WORKLOADS[name].method == "incremental":
+                given = f"{name}, which moves parameters in every iteration"
+                raise ArgumentError("workloads", given, "others, whose updates one backward pass adds up")
+        if processes.leads:
+            check_record(path)
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with progress_bar(*columns) if processes.leads else contextlib.nullcontext() as update:
+
+        def progress(done: int, total: int, what: str) -> None:
+            if update is not None:
+                update(completed=done, total=total, description=what)
+
+        record = bench_workers.run(names, precisions, device, processes, quick=quick, progress=progress)
+    if processes.leads:
+        heading, *rows = bench_workers.cells(record)
+        shown = table("Training steps of all processes, medians of the slowest", *heading)
+        for row in rows:
+            shown.add_row(*row)
+        console().print(shown)
+        if path is not None:
+            write_json(path, record)
+    return 1 if any(row["reason"] for row in record["workers"]) else 0
 
 
 def _check_for_kernels(workloads, contenders, precisions) -> None:

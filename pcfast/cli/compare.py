@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 
 from .. import networks
 from ..autograd import pc_loss
+from ..backends.qualification.automatic import local_rank
 from ..comparison import compare as comparison
 from ..comparison import plots as comparison_plots
 from ..comparison.compare import ITERATIONS, METHODS, STEP_SIZES, WHOLE, TrainingComparison
@@ -31,9 +33,11 @@ from ..support.files import results_folder, set_aside, write_csv, write_json
 from ..support.machine import describe_machine
 from ..support.naming import module_text
 from ..support.plotting import drawn, require_matplotlib
+from ..training.distributed import ALONE, Alone
 from ..training.trainer import CHECKPOINT, MAX_EPOCHS, MAX_STEPS, MakeOptimizer
-from .building import data_of, device_of, network_of, optimizer_of, with_defaults
+from .building import data_of, network_of, optimizer_of, with_defaults
 from .defaults import DEFAULTS
+from .launch import Launch, joined
 from .options import (
     Count,
     Folder,
@@ -50,6 +54,7 @@ from .options import (
 )
 from .output import console, print_json, progress_bar, table
 
+T = TypeVar("T")
 PARTS = ("training", "iterations", "errors")
 CONFIG, OVERVIEW = "config.json", "compare.png"
 FILES = (
@@ -126,47 +131,82 @@ def compare(as_json: bool, out: Path | None, **options) -> int:
 
     Every part writes its tables (CSV) and figures (PNG) into the folder as soon as it is finished; compare.png shows
     them all. Earlier results there are moved to earlier-N. Exit status 1: a relaxation diverged in training.
+
+    Under torchrun its processes share out the methods.
     """
     chosen = with_defaults(options)
+    out = out or Path("runs") / f"compare-{chosen['data']}"
+    with joined() as launch, contextlib.ExitStack() as held:
+        processes = launch.processes
+        with processes.agreed():
+            work = _made(chosen, launch)
+            if processes.leads:
+                _check_out(out)
+                held.enter_context(results_folder(out))
+            held.enter_context(use_precision(chosen["precision"], work.device))
+        for turn in (local_rank() == 0, local_rank() != 0):  # one process on a machine fetches the data
+            with processes.agreed():
+                if turn and work.model is not None:
+                    _load(work)
+        parts = [part for part in PARTS if part in chosen["parts"]]
+        if processes.leads:
+            return _compared(work, parts, out, as_json)
+        results = _Results()
+        for part in parts:
+            _RUN[part](work, results, None)
+        return 1 if results.training and results.training.ended else 0
+
+
+def _made(chosen: dict, launch: Launch) -> _Work:
+    """Networks and device; raises what the options say that cannot be."""
     for name, check in (("step_size", checked_step_size), ("num_steps", checked_steps)):
         check(chosen[name])
         _named(f"errors_{name}", check, chosen[f"errors_{name}"])
-    device = device_of(chosen["device"])
+    device = launch.device(chosen["device"])
     check_precision(chosen["precision"], device)
     make_optimizer = optimizer_of(chosen)
     require_matplotlib()
-    parts = [part for part in PARTS if part in chosen["parts"]]
-    out = out or Path("runs") / f"compare-{chosen['data']}"
-    work = _Work(chosen, device, make_optimizer)
-    if parts != ["errors"]:
+    work = _Work(chosen, device, make_optimizer, launch.processes)
+    if set(chosen["parts"]) != {"errors"}:
         work.model = _model(chosen, device)
-    if "errors" in parts:
+    if "errors" in chosen["parts"]:
         work.vgg = _vgg(chosen, device)
+    return work
+
+
+def _check_out(out: Path) -> None:
     if (out / CHECKPOINT).exists():
         given = f"{out}, the folder of a training run"
         raise ArgumentError("out", given, "another folder", "Its config.json would be moved away.")
+
+
+def _load(work: _Work) -> None:
+    chosen = work.chosen
+    work.data = data_of(
+        chosen["data"],
+        chosen["data_dir"],
+        work.model,
+        seed=chosen["seed"],
+        loss=chosen["loss"],
+        spec=chosen["model"],
+    )
+    _rehearse(work)
+
+
+def _compared(work: _Work, parts: list[str], out: Path, as_json: bool) -> int:
+    """Run the parts, print and write what they find; the exit status."""
+    chosen = work.chosen
     say, aside, results = console(), None, _Results()
-    with results_folder(out), use_precision(chosen["precision"], device):
-        if work.model is not None:
-            work.data = data_of(
-                chosen["data"],
-                chosen["data_dir"],
-                work.model,
-                seed=chosen["seed"],
-                loss=chosen["loss"],
-                spec=chosen["model"],
-            )
-            _rehearse(work)
-        for part in parts:
-            with _bar(part) as progress:
-                shown = _RUN[part](work, results, progress)
-            if part == parts[0]:  # a run that fails before leaves earlier results where they are
-                aside = set_aside(out, FILES)
-                write_json(out / CONFIG, _config(work, parts), indent=2)
-            if not as_json:  # before the files, whose disk may be full
-                for printed in shown:
-                    say.print(printed)
-            _write(part, out, results, chosen)
+    for part in parts:
+        with _bar(part) as progress:
+            shown = _RUN[part](work, results, progress)
+        if part == parts[0]:  # a run that fails before leaves earlier results where they are
+            aside = set_aside(out, FILES)
+            write_json(out / CONFIG, _config(work, parts), indent=2)
+        if not as_json:  # before the files, whose disk may be full
+            for printed in shown:
+                say.print(printed)
+        _write(part, out, results, chosen)
     if aside is not None and not as_json:
         say.print(f"earlier results were moved to {aside}")
     ended = results.training.ended if results.training else {}
@@ -189,6 +229,7 @@ class _Work:
     chosen: dict
     device: torch.device
     make_optimizer: MakeOptimizer
+    processes: Alone = ALONE
     model: nn.Sequential | None = None
     data: Data | None = None
     vgg: nn.Sequential | None = None
@@ -196,11 +237,23 @@ class _Work:
     @property
     def common(self) -> dict:
         """Arguments of every comparison."""
-        return {
-            "methods": self.chosen["methods"],
-            "loss": self.chosen["loss"],
-            "backend": self.chosen["backend"],
-        }
+        return {"loss": self.chosen["loss"], "backend": self.chosen["backend"]}
+
+    def dealt(self, compare: Callable[[Sequence[str]], T]) -> list[T]:
+        """What ``compare(methods)`` gives on every process for its share of the methods, where it has one."""
+        mine = self.processes.dealt(self._methods)
+        with self.processes.agreed():
+            made = compare(mine) if mine else None
+        return [one for one in self.processes.gathered(made) if one is not None]
+
+    def in_order(self, rows: Iterable) -> tuple:
+        """``rows`` by their methods as the command line has them, backpropagation's first."""
+        place = {method: number for number, method in enumerate(self._methods)}
+        return tuple(sorted(rows, key=lambda row: place.get(row.method, -1)))
+
+    @property
+    def _methods(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.chosen["methods"]))
 
     @property
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -245,10 +298,17 @@ def _rehearse(work: _Work) -> None:
 def _training(work: _Work, results: _Results, progress) -> list:
     chosen = work.chosen
     names = ("batch_size", "step_size", "num_steps", "seed", "test_every")
-    result = results.training = comparison.compare_training(
-        work.model, work.data, epochs=chosen["compare_epochs"], optimizer=work.make_optimizer, progress=progress,
-        **{name: chosen[name] for name in names}, **work.common,
-    )  # fmt: skip
+    first, *others = work.dealt(lambda methods: comparison.compare_training(
+        work.model, work.data, methods=methods, epochs=chosen["compare_epochs"], optimizer=work.make_optimizer,
+        progress=progress, **{name: chosen[name] for name in names}, **work.common,
+    ))  # fmt: skip
+    steps = (row for other in others for row in other.steps if row.method != comparison.BACKPROPAGATION)
+    updates = (row for other in others for row in other.updates)
+    result = results.training = replace(
+        first,
+        steps=work.in_order((*first.steps, *steps)),
+        updates=work.in_order((*first.updates, *updates)),
+    )
     curves = table(
         "Learning curves: training as mean of the last epoch, test at its end",
         "", ">training loss", ">training accuracy", ">test loss", ">test accuracy",
@@ -272,10 +332,11 @@ def _training(work: _Work, results: _Results, progress) -> list:
 
 def _iterations(work: _Work, results: _Results, progress) -> list:
     chosen = work.chosen
-    rows = results.iterations = comparison.compare_iterations(
-        work.model, *work.batch, step_sizes=chosen["step_sizes"], iterations=chosen["iterations"],
+    every = work.dealt(lambda methods: comparison.compare_iterations(
+        work.model, *work.batch, methods=methods, step_sizes=chosen["step_sizes"], iterations=chosen["iterations"],
         progress=progress, **work.common,
-    )  # fmt: skip
+    ))  # fmt: skip
+    rows = results.iterations = work.in_order(row for rows in every for row in rows)
     whole = {(row.method, row.step_size, row.num_steps): row for row in rows if row.layer == WHOLE}
     methods, step_sizes, counts = (list(dict.fromkeys(column)) for column in zip(*whole, strict=True))
     shown = []
@@ -308,10 +369,11 @@ def _errors(work: _Work, results: _Results, progress) -> list:
     y = torch.randint(classes, (IMAGES,), generator=generator).to(work.device)
     if chosen["loss"] == "mse":
         y = F.one_hot(y, classes).to(dtype)
-    rows = results.errors = comparison.compare_errors(
-        work.vgg, x, y, num_steps=chosen["errors_num_steps"], step_size=chosen["errors_step_size"],
-        progress=progress, **work.common,
-    )  # fmt: skip
+    every = work.dealt(lambda methods: comparison.compare_errors(
+        work.vgg, x, y, methods=methods, num_steps=chosen["errors_num_steps"],
+        step_size=chosen["errors_step_size"], progress=progress, **work.common,
+    ))  # fmt: skip
+    rows = results.errors = work.in_order(row for rows in every for row in rows)
     methods = list(dict.fromkeys(row.method for row in rows))
     grid = table(
         f"Errors by layer: {_errors_of(chosen)}", ">layer", ">backpropagation: norm",

@@ -47,6 +47,10 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
+#: Another process of this command says how it ended (launch.py).
+silenced = False
+#: Which process an error is of.
+prefix = ""
 #: Standard output was closed when the program was started.
 closed_output = False
 

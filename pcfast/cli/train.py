@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Collection
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import torch
 from click.core import ParameterSource
 from torch import nn
 
+from ..backends.qualification.automatic import local_rank
 from ..datasets import Data
 from ..errors import ArgumentError
 from ..model.grouping import FORMS, flattened, group_layers
@@ -21,10 +23,10 @@ from ..recipes import RECIPES
 from ..support.files import checked_folder
 from ..training import trainer as training
 from ..training.checkpoints import read_run
+from ..training.writers import WRITERS
 from .building import (
     belief_optimizer_of,
     data_of,
-    device_of,
     in_dtype_of,
     loaded,
     loss_of_preset,
@@ -34,6 +36,8 @@ from .building import (
     preset_of,
     with_defaults,
 )
+from .launch import JOB, Launch, joined
+from .logs import logged
 from .options import (
     Folder,
     RecipeName,
@@ -52,7 +56,7 @@ from .options import (
 from .output import print_json
 from .user_model import digest_of
 
-_OF_THE_CALL = ("out", "resume", "as_json")  # options that say nothing about the run
+_OF_THE_CALL = ("out", "resume", "log", "as_json")  # options that say nothing about the run
 #: Options that may stand beside --recipe, which fixes the others.
 _BESIDE_A_RECIPE = (
     "recipe", "data_dir", "epochs", "backend", "precision", "device", "seed", *_OF_THE_CALL
@@ -90,6 +94,12 @@ _BESIDE_A_RECIPE = (
     help="Go on from the checkpoint in --out, with the options of that run. --epochs, --backend and --device may be "
     "given anew.",
 )
+@click.option(
+    "--log",
+    type=click.Choice(list(WRITERS)),
+    multiple=True,
+    help="Write losses, scores, energies and convergence of every epoch there too (docs/commands/train.md).",
+)
 @json_option
 @click.pass_context
 def train(context: click.Context, **options) -> int:
@@ -98,34 +108,50 @@ def train(context: click.Context, **options) -> int:
     The run folder gets checkpoint.pt, config.json, log.csv (one line an epoch) and curves.png. Ctrl-C, SIGTERM and
     SIGHUP finish the batch and write the checkpoint; --resume continues from it, on a CPU bit for bit as if nothing
     had happened.
+
+    Under torchrun its processes train together, each on its part of every batch of --batch-size rows.
     """
-    out = checked_folder("out", options["out"] or Path("runs") / (options["recipe"] or options["data"]))
-    given = [name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
-    if options["resume"]:
-        options = _options_of_run(out, context, options, given)
-    elif options["preset"] is not None and "loss" not in given:
-        options["loss"] = loss_of_preset(options["preset"])
-    if options["recipe"] is not None:
-        _check_beside_recipe(given, options["recipe"])
-    device = device_of(options["device"])
-    torch.manual_seed(options["seed"])
-    model, data, settings = _of_recipe(options) if options["recipe"] else _of_options(options, given)
+    with joined() as launch:
+        return _train(launch, context, options)
+
+
+def _train(launch: Launch, context: click.Context, options: dict) -> int:
+    processes = launch.processes
+    out, options, given = processes.first(lambda: _asked_for(launch, context, options))
+    with processes.agreed():
+        device = launch.device(options["device"])
+    for turn in (local_rank() == 0, local_rank() != 0):  # one process on a machine fetches the data
+        with processes.agreed():
+            if turn:
+                torch.manual_seed(options["seed"])
+                made = _of_recipe(options) if options["recipe"] else _of_options(options, given)
+    model, data, settings = made
+    backend = {"backend": options["backend"]}
+    logs = logged(options["log"], out, options["resume"], data, {**settings, **backend}, device)
     try:
-        history = training.train(
-            model,
-            data,
-            **settings,
-            **{name: options[name] for name in ("backend", "precision", "seed")},
-            device=device,
-            out=out,
-            resume=options["resume"],
-            progress=not options["as_json"],
-            kept=_kept(options),
-        )
+        with contextlib.ExitStack() as opened:
+            with processes.agreed():
+                after_epoch = opened.enter_context(logs)
+            history = training.train(
+                model,
+                data,
+                **settings,
+                **backend,
+                **{name: options[name] for name in ("precision", "seed")},
+                device=device,
+                out=out,
+                resume=options["resume"],
+                progress=not options["as_json"],
+                kept={**_kept(options), **({JOB: launch.job} if launch.job else {})},
+                process_group=launch.group,
+                after_epoch=after_epoch,
+            )
     except KeyboardInterrupt as interrupt:
         if not str(interrupt):
             raise
         raise KeyboardInterrupt(f"{interrupt}; go on with: pcfast train --out {out} --resume") from None
+    if not processes.leads:
+        return 0
     files = [path for name in training.FILES if (path := out / name).exists()]
     if options["as_json"]:
         print_json({"history": asdict(history), "files": [str(file) for file in files]})
@@ -134,6 +160,20 @@ def train(context: click.Context, **options) -> int:
         click.echo(file)
     click.echo(f"test {history.score('test')}")
     return 0
+
+
+def _asked_for(launch: Launch, context: click.Context, options: dict) -> tuple[Path, dict, list[str]]:
+    """The run folder, the options of the run, and the names of those that the command line gives."""
+    out = checked_folder("out", options["out"] or Path("runs") / (options["recipe"] or options["data"]))
+    given = [name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    if options["resume"] or launch.restarted(out, training.CHECKPOINT):
+        options = {**options, "resume": True}
+        options = _options_of_run(out, context, options, given)
+    elif options["preset"] is not None and "loss" not in given:
+        options["loss"] = loss_of_preset(options["preset"])
+    if options["recipe"] is not None:
+        _check_beside_recipe(given, options["recipe"])
+    return out, options, given
 
 
 def _check_beside_recipe(given: Collection[str], recipe: str) -> None:
@@ -220,6 +260,7 @@ def _options_of_run(out: Path, context: click.Context, options: dict, given: Col
     _check_config(path, config)
     kept = config["kept"]
     digest = kept.pop(_MODEL_DIGEST, None)
+    kept.pop(JOB, None)
     _check_kept(out, context, kept)
     now = {**options, **_kept(options)}
     now["widths"] = None if now["widths"] is None else list(now["widths"])
@@ -244,7 +285,7 @@ def _options_of_run(out: Path, context: click.Context, options: dict, given: Col
 
 _MODEL_DIGEST = "model_sha256"
 #: What a run may be resumed with anew: config.json of a run that was killed may be older there.
-_ANEW = ("epochs", "backend", "device", "data_dir", _MODEL_DIGEST)
+_ANEW = ("epochs", "backend", "device", "data_dir", _MODEL_DIGEST, JOB)
 _MAX_BYTES = 16 << 20  # of config.json: a thousand times a large one
 
 

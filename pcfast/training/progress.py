@@ -150,7 +150,7 @@ class Display:
             completed=len(run.history) * run.samples + run.position,
             epoch=len(run.history) + 1,
             rate=run.position / run.seconds,
-            loss=run.loss_sum.item() / run.position,
+            loss=run.loss_sum.item() / run.seen,
             score=score_text(run.of_classes, run.score()),
         )
         self._written(lambda: self.bar.update(self.task, **values))

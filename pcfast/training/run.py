@@ -22,6 +22,7 @@ from ..problem.status import synchronize
 from ..support import modes
 from . import scores
 from .checkpoints import FORMAT, check_state, checksum, unfit, unfit_where_refused
+from .distributed import ALONE, Alone
 from .history import History
 from .scores import hits
 
@@ -39,16 +40,20 @@ def evaluate(
     return _evaluated(model, x, y, loss, batch_size, scores.are_classes(y, loss))
 
 
-def _evaluated(model, x: Tensor, y: Tensor, loss, batch_size: int, of_classes: bool) -> tuple[float, float]:
+def _evaluated(
+    model, x: Tensor, y: Tensor, loss, batch_size: int, of_classes: bool, processes: Alone = ALONE
+) -> tuple[float, float]:
     described = describe_loss(loss)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     score = torch.zeros((), dtype=torch.float64, device=x.device)
     with modes.evaluating(model), torch.no_grad():
-        for x_batch, y_batch in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+        for x_batch, y_batch in processes.dealt(batches):
             output = model(x_batch)
             value = described.value(output, y_batch)
             total += value if _sums(loss) else value * len(x_batch)
             score += hits(output, y_batch) if of_classes else scores.residual(output, y_batch)
+        processes.add_up(total, score)
         if not of_classes:
             return total.item() / len(x), scores.r2(score.item(), scores.spread(y).item())
     return total.item() / len(x), score.item() / len(x)
@@ -59,8 +64,9 @@ class TrainingRun:
 
     def __init__(
         self, model, optimizer, data, loss, update, batch_size, seed, device, *, schedule=None, augment=None,
-        samples=None, reduction="sum",
+        samples=None, reduction="sum", processes=ALONE,
     ):  # fmt: skip
+        self.processes = processes
         self.model, self.optimizer, self.schedule, self.loss = model, optimizer, schedule, loss
         self.sums = _sums(loss) and not reductions.REDUCTIONS[reduction][1]  # what ``update`` says is a sum
         self.update, self.augment = update, augment
@@ -69,6 +75,7 @@ class TrainingRun:
         self.data = Data(*(tensor.to(device) for tensor in data))
         self.history = History()
         self.position = 0  # samples of the running epoch that are done
+        self.seen = 0  # those of them that the totals below are of: on several processes, of this one's rows
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.of_classes = scores.are_classes(data.y_train, loss) and scores.are_classes(data.y_test, loss)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)  # rows, where targets are classes
@@ -86,6 +93,8 @@ class TrainingRun:
         order = torch.from_numpy(order).to(self.device)
         with modes.training(self.model):
             self._train_batches(order, stop, after_batch)
+        self.processes.add_up(self.loss_sum, self.correct, self.residual)
+        self.seen = self.position
 
     def _train_batches(
         self, order: Tensor, stop: Callable[[], bool], after_batch: Callable[[int], None]
@@ -93,16 +102,19 @@ class TrainingRun:
         start, before = time.perf_counter(), self.seconds
         while self.position < self.samples and not stop():
             rows = order[self.position : self.position + self.batch_size]
-            x, y = self.inputs(rows), self.data.y_train[rows]
+            mine = self.processes.rows(rows)
+            x, y = self.inputs(mine), self.data.y_train[mine]
             loss, output = self.learn(x, y)
             torch.clear_autocast_cache()  # under autocast for the whole run it would keep the weights of before
             with torch.no_grad():
                 self.loss_sum += loss if self.sums else loss * len(rows)
+                output, y = self.processes.counted(output), self.processes.counted(y)
                 if self.of_classes:
                     self.correct += hits(output, y)
                 else:
                     self.residual += scores.residual(output, y)
             self.position += len(rows)
+            self.seen += len(y)
             self.seconds = before + time.perf_counter() - start
             after_batch(len(rows))
         synchronize()  # on CUDA a divergence is known only now; it must not reach the checkpoint
@@ -129,14 +141,15 @@ class TrainingRun:
     def score(self) -> float:
         """Accuracy, or R^2 where targets are values, of the running epoch so far."""
         if self.of_classes:
-            return self.correct.item() / self.position
-        return scores.r2(self.residual.item() / self.position, self.variance)
+            return self.correct.item() / self.seen
+        return scores.r2(self.residual.item() / self.seen, self.variance)
 
     def finish_epoch(self) -> None:
         """Evaluate, log, and get ready for the next epoch."""
         test_loss, test_score = _evaluated(
-            self.model, self.data.x_test, self.data.y_test, self.loss, self.batch_size, self.of_classes
-        )
+            self.model, self.data.x_test, self.data.y_test, self.loss, self.batch_size, self.of_classes,
+            self.processes,
+        )  # fmt: skip
         name = "accuracy" if self.of_classes else "r2"
         self.history.append(
             train_loss=self.loss_sum.item() / self.samples,
@@ -144,13 +157,29 @@ class TrainingRun:
             seconds=self.seconds,
             **{f"train_{name}": self.score(), f"test_{name}": test_score},
         )
-        self.position, self.seconds = 0, 0.0
+        self.position, self.seen, self.seconds = 0, 0, 0.0
         for total in (self.loss_sum, self.correct, self.residual):
             total.zero_()
 
-    def checkpoint(self, config: dict) -> dict:
-        """Everything that :meth:`restore` needs, in types that weights_only loading accepts, and a checksum of it."""
+    def random_state(self) -> dict:
+        """Torch's, as a checkpoint holds it: this process's, and in the key "others" that of the others."""
         cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        state, *others = self.processes.gathered({"cpu": torch.get_rng_state(), "cuda": cuda})
+        return {**state, "others": others} if others else state
+
+    def _restore_random_state(self, saved: dict, position: int, epoch: int) -> None:
+        """This process's own; a new one where another number of processes wrote the checkpoint."""
+        others, rank = saved.get("others", []), self.processes.rank
+        if rank and len(others) + 1 != self.processes.size:
+            torch.manual_seed(self.processes.seed(self.seed, epoch, position))
+            return
+        state = others[rank - 1] if rank else saved
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and state["cuda"]:
+            torch.cuda.set_rng_state(state["cuda"][0], self.device)
+
+    def checkpoint(self, config: dict, random_state: dict) -> dict:
+        """Everything that :meth:`restore` needs, in types that weights_only loading accepts, and a checksum of it."""
         parts = {
             "format": FORMAT,
             "config": config,
@@ -163,7 +192,7 @@ class TrainingRun:
             "correct": self.correct.item(),
             "residual": self.residual.item(),
             "seconds": self.seconds,
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "rng": random_state,
             "history": asdict(self.history),
         }
         return {**parts, "checksum": checksum(parts)}
@@ -180,9 +209,7 @@ class TrainingRun:
             raise unfit(path, "out", f"position {position} in {of}")
         check_state(path, "out", self.model, checkpoint["model"])
         with unfit_where_refused(path, "out", "rng"):
-            torch.set_rng_state(checkpoint["rng"]["cpu"])
-            if self.device.type == "cuda" and checkpoint["rng"]["cuda"]:
-                torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][0], self.device)
+            self._restore_random_state(checkpoint["rng"], position, checkpoint["epoch"])
         with unfit_where_refused(path, "out", "optimizer"):
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         if self.schedule is not None:
@@ -191,9 +218,11 @@ class TrainingRun:
         with unfit_where_refused(path, "out", "model"):
             self.model.load_state_dict(checkpoint["model"])
         self.position, self.seconds = position, checkpoint["seconds"]
-        self.loss_sum.fill_(checkpoint["loss_sum"])
-        self.correct.fill_(checkpoint["correct"])
-        self.residual.fill_(checkpoint["residual"])
+        if self.processes.leads:  # the totals are added up at the end
+            self.seen = position
+            self.loss_sum.fill_(checkpoint["loss_sum"])
+            self.correct.fill_(checkpoint["correct"])
+            self.residual.fill_(checkpoint["residual"])
         self.history = History(**checkpoint["history"])
         if not self.of_classes and self.history.of_classes:  # of a format that did not measure it
             unknown = [math.nan] * len(self.history)

@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -60,9 +61,11 @@ from .checkpoints import (
     loss_name,
     run_settings,
 )
+from .distributed import processes_of
 from .history import History
 from .progress import Display, Interrupt
 from .run import IncrementalRun, TrainingRun
+from .writers import SCALARS
 
 # Beyond them a number is a slip of the keyboard, or the run a wait of years; some fit in no 64 bits.
 MAX_EPOCHS, MAX_STEPS, MAX_SAMPLES, HIGHEST_SEED = 10**6, 10**6, 2**31 - 1, 2**63 - 1
@@ -104,6 +107,8 @@ def train(
     resume: bool = False,
     progress: bool = True,
     kept: dict | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    after_epoch: Callable[[nn.Sequential, History], None] | None = None,
 ) -> History:
     """Train ``model`` in place by predictive coding.
 
@@ -149,6 +154,11 @@ def train(
             scheduler), backend and device may differ. Functions are told apart by their names.
         progress: show a progress bar (in a terminal) and print one line an epoch.
         kept: plain values for ``config.json`` beside the settings, e.g. what the model and the data were made from.
+        process_group: train on its processes together, e.g. on ``torch.distributed.group.WORLD``; each calls
+            ``train`` with the same model, data and arguments, ``batch_size`` being that of all. Rank 0 alone writes
+            files and progress and needs ``out``. See docs/distributed.md.
+        after_epoch: called with the model and the history after every finished epoch and its checkpoint, on the
+            process that writes. What it draws from torch's random state is missing from the run.
 
     Returns:
         The history, earlier epochs of a resumed run included.
@@ -167,102 +177,110 @@ def train(
 def _train(
     model, data, *, epochs, batch_size, loss, method, step_size, num_steps, belief_optimizer, nudging, nudging_growth,
     vinit, reduction, update_scale, optimizer, scheduler, augment, drop_last, backend, precision, device, seed, out,
-    resume, progress, kept,
+    resume, progress, kept, process_group, after_epoch,
 ) -> History:  # fmt: skip
     """:func:`train`, with gradients."""
-    for name, value, least, most in (
-        ("epochs", epochs, 1, MAX_EPOCHS), ("batch_size", batch_size, 1, MAX_SAMPLES),
-        ("seed", seed, 0, HIGHEST_SEED),
-    ):  # fmt: skip
-        check_count(name, value, least)
-        _check_most(name, value, most)
-    if not isinstance(model, nn.Sequential):
-        raise ArgumentTypeError("model", f"a {type(model).__name__}", "an nn.Sequential of PC layers")
-    parameters = list(model.parameters())
-    if not parameters:
-        raise ArgumentError("model", "no parameters", "at least one parameter to train")
-    if resume and out is None:
-        raise ArgumentError("out", "None with resume=True", "the folder of the run to go on with")
-    method = canonical(method)
-    reductions.checked(reduction, method)
-    check_start_of_all(vinit, method)
-    update_scale = reductions.checked_scale(update_scale)
-    nudging_growth = nudges.checked_growth(nudging_growth, nudging)
-    num_steps = checked_steps(num_steps)
-    _check_most("num_steps", num_steps, MAX_STEPS)
-    step_size = checked_step_sizes(step_size, num_steps)
-    if any(parameter.is_inference() for parameter in parameters):
-        given = "parameters made under torch.inference_mode, which have no gradients"
-        raise ArgumentError("model", given, "a model made outside of it")
-    data = checked_data(data, parameters[0].dtype)
-    data = Data(*(tensor.clone() if tensor.is_inference() else tensor for tensor in data))
-    samples = len(data.x_train)
-    if not isinstance(drop_last, bool):
-        raise ArgumentTypeError("drop_last", repr(drop_last), "True or False")
-    if augment is not None:
-        needed = "a function of a batch of inputs, e.g. datasets.FlipAndCrop(padding=4)"
-        _check_function("augment", augment, needed, data.x_train)
-    if drop_last:
-        samples -= samples % batch_size
-        if not samples:
-            raise ArgumentError(
-                "batch_size",
-                f"{batch_size} with drop_last",
-                f"at most the {len(data.x_train)} training samples",
-            )
-    device = parameters[0].device if device is None else checked_device(device)
-    if precision == "fp64" and parameters[0].dtype != torch.float64:
-        raise ArgumentError("precision", f"fp64 for a model of {parameters[0].dtype}", "model.double()")
-    if precision is not None:
-        check_precision(precision, device)
-    folder = None if out is None else checked_folder("out", out)
+    processes = processes_of(process_group)
+    with processes.agreed():
+        for name, value, least, most in (
+            ("epochs", epochs, 1, MAX_EPOCHS), ("batch_size", batch_size, 1, MAX_SAMPLES),
+            ("seed", seed, 0, HIGHEST_SEED),
+        ):  # fmt: skip
+            check_count(name, value, least)
+            _check_most(name, value, most)
+        if not isinstance(model, nn.Sequential):
+            raise ArgumentTypeError("model", f"a {type(model).__name__}", "an nn.Sequential of PC layers")
+        parameters = list(model.parameters())
+        if not parameters:
+            raise ArgumentError("model", "no parameters", "at least one parameter to train")
+        if resume and out is None:
+            raise ArgumentError("out", "None with resume=True", "the folder of the run to go on with")
+        method = canonical(method)
+        reductions.checked(reduction, method)
+        check_start_of_all(vinit, method)
+        update_scale = reductions.checked_scale(update_scale)
+        nudging_growth = nudges.checked_growth(nudging_growth, nudging)
+        num_steps = checked_steps(num_steps)
+        _check_most("num_steps", num_steps, MAX_STEPS)
+        step_size = checked_step_sizes(step_size, num_steps)
+        if any(parameter.is_inference() for parameter in parameters):
+            given = "parameters made under torch.inference_mode, which have no gradients"
+            raise ArgumentError("model", given, "a model made outside of it")
+        data = checked_data(data, parameters[0].dtype)
+        data = Data(*(tensor.clone() if tensor.is_inference() else tensor for tensor in data))
+        samples = len(data.x_train)
+        if not isinstance(drop_last, bool):
+            raise ArgumentTypeError("drop_last", repr(drop_last), "True or False")
+        if augment is not None:
+            needed = "a function of a batch of inputs, e.g. datasets.FlipAndCrop(padding=4)"
+            _check_function("augment", augment, needed, data.x_train)
+        if drop_last:
+            samples -= samples % batch_size
+            if not samples:
+                raise ArgumentError(
+                    "batch_size",
+                    f"{batch_size} with drop_last",
+                    f"at most the {len(data.x_train)} training samples",
+                )
+        device = parameters[0].device if device is None else checked_device(device)
+        if precision == "fp64" and parameters[0].dtype != torch.float64:
+            raise ArgumentError("precision", f"fp64 for a model of {parameters[0].dtype}", "model.double()")
+        if precision is not None:
+            check_precision(precision, device)
+        processes.check_rows(min(batch_size, samples))
+        processes.check_model(model)
+        folder = None if out is None else checked_folder("out", out)
 
-    model.to(device)
-    optimizer = _made_optimizer(optimizer, parameters)
-    updates = epochs * -(-samples // batch_size) * (num_steps if method == "incremental" else 1)
-    schedule = None if scheduler is None else _made_scheduler(scheduler, optimizer, updates)
-    settings = run_settings(
-        model,
-        data,
-        optimizer,
-        loss=loss_name(loss),
-        method=method,
-        step_size=step_size,
-        num_steps=num_steps,
-        belief_optimizer=None if belief_optimizer is None else repr(belief_optimizer),
-        nudging=None if nudging is None else callable_name(nudging),
-        nudging_growth=nudging_growth or None,
-        vinit=vinit,
-        reduction=None if reduction == "sum" else reduction,
-        update_scale=None if update_scale == 1 else update_scale,
-        batch_size=batch_size,
-        drop_last=drop_last or None,
-        augment=None if augment is None else callable_name(augment),
-        scheduler=None if schedule is None else {"name": callable_name(scheduler), "steps": updates},
-        precision=precision,
-        seed=seed,
-    )
-    config = _plain({
-        "settings": settings,
-        "epochs": epochs,
-        "backend": backend,
-        "device": str(device),
-        "kept": kept or {},
-        "machine": describe_machine(device),
-    })  # fmt: skip
-    relaxation = Settings(
-        loss, method, step_size, num_steps, belief_optimizer, backend=backend, vinit=vinit, reduction=reduction,
-        update_scale=update_scale,
-    )  # fmt: skip
-    nudging_of = nudges.by_epoch(nudging, nudging_growth, epochs, method)
+        model.to(device)
+        optimizer = _made_optimizer(optimizer, parameters)
+        updates = epochs * -(-samples // batch_size) * (num_steps if method == "incremental" else 1)
+        schedule = None if scheduler is None else _made_scheduler(scheduler, optimizer, updates)
+        settings = run_settings(
+            model,
+            data,
+            optimizer,
+            loss=loss_name(loss),
+            method=method,
+            step_size=step_size,
+            num_steps=num_steps,
+            belief_optimizer=None if belief_optimizer is None else repr(belief_optimizer),
+            nudging=None if nudging is None else callable_name(nudging),
+            nudging_growth=nudging_growth or None,
+            vinit=vinit,
+            reduction=None if reduction == "sum" else reduction,
+            update_scale=None if update_scale == 1 else update_scale,
+            batch_size=batch_size,
+            drop_last=drop_last or None,
+            augment=None if augment is None else callable_name(augment),
+            scheduler=None if schedule is None else {"name": callable_name(scheduler), "steps": updates},
+            precision=precision,
+            seed=seed,
+        )
+        config = _plain({
+            "settings": settings,
+            "epochs": epochs,
+            "backend": backend,
+            "device": str(device),
+            "kept": kept or {},
+            "machine": describe_machine(device),
+            **({"processes": processes.size} if processes.size > 1 else {}),
+        })  # fmt: skip
+        relaxation = Settings(
+            loss, method, step_size, num_steps, belief_optimizer, backend=backend, vinit=vinit, reduction=reduction,
+            update_scale=update_scale,
+        )  # fmt: skip
+        nudging_of = nudges.by_epoch(nudging, nudging_growth, epochs, method)
+    processes.check_same({**settings, "device": device.type}, model)
     if method == "incremental":
-        update = functools.partial(incremental.step_with, relaxation, model, optimizer=optimizer)
+        step = processes.step(incremental.step_with)
+        update = functools.partial(step, relaxation, model, optimizer=optimizer)
         kind = IncrementalRun
     else:
+        loss_of = processes.loss(loss_with, model, relaxation)
 
         def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             now = replace(relaxation, nudging=nudging_of(len(run.history)))
-            return loss_with(now, model, x, y, return_output=True)
+            return loss_of(now, model, x, y, return_output=True)
 
         kind = TrainingRun
     run = kind(
@@ -278,31 +296,33 @@ def _train(
         augment=augment,
         samples=samples,
         reduction=reduction,
+        processes=processes,
     )
-    with modes.modes_kept(model):
-        with _switches(precision, device), seeded(seed, device):
+    with modes.modes_kept(model), contextlib.ExitStack() as held:
+        with processes.agreed(), _switches(precision, device), seeded(seed, device):
             rehearse(run)
         if resume:
-            checkpoint = load_checkpoint(folder / CHECKPOINT, settings)
-        if folder is not None:
-            plotting.require_matplotlib()
-
-        held = contextlib.nullcontext() if folder is None else results_folder(folder)
+            checkpoint = processes.first(lambda: load_checkpoint(folder / CHECKPOINT, settings))
+        with processes.agreed():
+            if folder is not None and processes.leads:
+                plotting.require_matplotlib()
+                held.enter_context(results_folder(folder))
         with (
-            held,
             _switches(precision, device),
-            seeded(seed, device),
-            Display(progress, epochs, run) as display,
+            seeded(processes.seed(seed), device),
+            Display(progress and processes.leads, epochs, run) as display,
             Interrupt(display.enabled) as interrupt,
             _stepping(schedule, optimizer),
         ):
             if resume:
-                run.restore(checkpoint, folder / CHECKPOINT)
-                _repair(run, folder, checkpoint["config"])
+                with processes.agreed():
+                    run.restore(checkpoint, folder / CHECKPOINT)
+                    if processes.leads:
+                        _repair(run, folder, checkpoint["config"])
                 if len(run.history) >= epochs:
                     more = "its schedule ends there" if schedule else "ask for more epochs to go on"
                     display.say(f"the run has {len(run.history)} epochs already; {more}")
-            _train_epochs(run, epochs, folder, config, display, interrupt, aside=not resume)
+            _train_epochs(run, epochs, folder, config, display, interrupt, after_epoch, aside=not resume)
     return run.history
 
 
@@ -333,7 +353,7 @@ def rehearse(run: TrainingRun) -> None:
     batch of an epoch in train mode where that one is smaller than the others: BatchNorm takes no single row.
     """
     with modes.evaluating(run.model):
-        rows = slice(run.batch_size)
+        rows = run.processes.first_rows(run.batch_size)
         x = run.inputs(rows)
         if run.augment is not None and not (
             isinstance(x, Tensor) and x.shape == run.data.x_train[rows].shape
@@ -345,9 +365,10 @@ def rehearse(run: TrainingRun) -> None:
     last = run.samples % run.batch_size
     if not last:
         return
+    rows = run.processes.first_rows(last)
     with modes.training(run.model), _buffers_kept(run.model):
         try:
-            run.rehearse(run.inputs(slice(last)), run.data.y_train[:last])
+            run.rehearse(run.inputs(rows), run.data.y_train[rows])
         except BackendError:
             raise
         except (ValueError, RuntimeError) as error:
@@ -381,40 +402,47 @@ def _train_epochs(
     config: dict,
     display: Display,
     interrupt: Interrupt,
+    after_epoch: Callable[[nn.Sequential, History], None] | None = None,
     *,
     aside: bool,
 ) -> None:
     """Train, and write the run folder after every epoch; with ``aside`` an earlier run is first moved away there.
 
     That waits for the first epoch: a run that fails before leaves everything as it was. An epoch is saved before
-    anything is said of it.
+    anything is said of it. Of several processes one writes.
     """
     drawn = time.monotonic()
+    stop = run.processes.stop(lambda: interrupt.requested)
+    writes = folder is not None and run.processes.leads
     while len(run.history) < epochs:
-        run.train_epoch(lambda: interrupt.requested, display.after_batch)
-        finished = run.position == run.samples and not interrupt.requested
+        run.train_epoch(stop, display.after_batch)
+        finished = run.position == run.samples and not stop.now()
         if finished:
             run.finish_epoch()
-        if folder is not None:
-            moved = set_aside(folder, FILES) if aside else None
+        random_state = run.random_state()
+        if writes:
+            moved = set_aside(folder, (*FILES, SCALARS)) if aside else None
             aside = False
-            _save(run, folder, config)
+            _save(run, folder, config, random_state)
             display.say(f"an earlier run was moved to {moved}" if moved else "")
         if finished:
             display.after_epoch()
-        if folder is not None:
-            last = len(run.history) == epochs or interrupt.requested
+            if after_epoch is not None and run.processes.leads:
+                after_epoch(run.model, run.history)
+        stopped = stop.now()
+        if writes:
+            last = len(run.history) == epochs or stopped
             if len(run.history) and (last or time.monotonic() - drawn > SECONDS_BETWEEN_DRAWINGS):
                 _draw(run, folder, config)
                 drawn = time.monotonic()
-        if interrupt.requested:
+        if stopped or stop.now():
             kept = "" if folder is None else f"; resuming continues from {folder / CHECKPOINT}"
             raise KeyboardInterrupt(f"training stopped after {len(run.history)} epochs{kept}")
 
 
-def _save(run: TrainingRun, folder: Path, config: dict) -> None:
+def _save(run: TrainingRun, folder: Path, config: dict, random_state: dict) -> None:
     """Write checkpoint, configuration and log, each atomically."""
-    checkpoint = run.checkpoint(config)
+    checkpoint = run.checkpoint(config, random_state)
     write_atomically(folder / CHECKPOINT, lambda file: torch.save(checkpoint, file))
     _write_beside(run, folder, config)
 
