@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from graph_networks import cases, energy
@@ -178,3 +180,36 @@ def test_float32_loses_no_digits():
     truth = updates(torch.float64, "reference")
     error, literal_error = ((value - truth).norm() / truth.norm() for value in (single, literal))
     assert error < 3e-6 and literal_error > 10 * error
+
+
+@FIXED
+@given(st.data())
+@pytest.mark.parametrize("optimizer", [None, pcfast.GradientDescent(0.4)])
+def test_incremental_is_the_literal_loop(optimizer, data):
+    """Beliefs and parameters after three calls, with an optimiser of the weights that remembers."""
+    case = data.draw(cases())
+    parameters = list(case.graph.parameters())
+    if not parameters:
+        return
+    results = []
+    for backend in ("reference", "eager"):
+        graph = copy.deepcopy(case.graph)
+        weights = torch.optim.SGD(graph.parameters(), lr=0.02, momentum=0.5)
+        for _ in range(3):
+            asked = {"num_steps": 4, "backend": backend, "belief_optimizer": optimizer, **case.settings}
+            loss = pcfast.incremental_step(graph, case.x, case.y, weights, **asked)
+        results.append({"loss": loss, **graph.state_dict()})
+    assert_same(*results)
+
+
+def test_incremental_on_a_chain_is_the_chains():
+    results = []
+    for precision in (None, 1.0):
+        model = chain()
+        weights = torch.optim.Adam(model.parameters(), lr=1e-3)
+        torch.manual_seed(3)
+        x, y = torch.randn(6, 1, 8, 8).double(), torch.randn(6, 4).double()
+        for _ in range(3):
+            pcfast.incremental_step(model, x, y, weights, loss="mse", num_steps=4, precision=precision)
+        results.append(model.state_dict())
+    assert_same(*results)
