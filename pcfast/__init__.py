@@ -34,6 +34,7 @@ from .model.graph import Graph, Prior, Root
 from .model.grouping import group_layers
 from .model.merging import Concatenate, Sum
 from .model.residual import Residual
+from .model.scaling import Scale
 from .presets import settings as presets
 from .presets.identification import Match, identify
 from .problem.belief_optimizers import Adam, GradientDescent
@@ -71,6 +72,7 @@ __all__ = [
     "Residual",
     "Root",
     "Run",
+    "Scale",
     "ShapeError",
     "Sum",
     "TuningReport",

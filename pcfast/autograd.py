@@ -136,19 +136,24 @@ def pc_loss(
         loss, method, step_size, num_steps, belief_optimizer, nudging, backend, vinit, reduction, update_scale,
         normalizer, tolerance, check, precision, noise, generator,
     )  # fmt: skip
-    if isinstance(model, Graph) or settings.beyond_chains or clamp is not None:
-        return graph_loss_with(settings, model, x, y, clamp, return_output)
-    return loss_with(settings, model, x, y, return_output)
+    return loss_with(settings, model, x, y, return_output, clamp)
 
 
 def loss_with(
-    settings: Settings, model: nn.Sequential, x: Tensor, y: Tensor, return_output: bool = False
+    settings: Settings,
+    model: nn.Sequential | Graph,
+    x: Tensor | Mapping[str, Tensor] | None,
+    y: Tensor | Mapping[str, Tensor] | None,
+    return_output: bool = False,
+    clamp: Mapping[str, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`pc_loss`."""
     if torch.compiler.is_dynamo_compiling():
         from . import compiled  # here: it needs torch's compiler, which takes long to import
 
-        return compiled.loss_with(settings, model, x, y, return_output)
+        return compiled.loss_with(settings, model, x, y, return_output, clamp)
+    if isinstance(model, Graph) or settings.beyond_chains or clamp is not None:
+        return _graph_loss_with(settings, model, x, y, return_output, clamp)
     if not torch.is_grad_enabled():
         value, output = forward_loss(model, x, y, settings)
         return (value, output) if return_output else value
@@ -162,8 +167,8 @@ def loss_with(
     return (value, outcome.output) if return_output else value
 
 
-def graph_loss_with(
-    settings: Settings, model: nn.Sequential | Graph, x, y, clamp, return_output: bool = False
+def _graph_loss_with(
+    settings: Settings, model: nn.Sequential | Graph, x, y, return_output: bool, clamp
 ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]]:
     """As :func:`pc_loss`, of a graph, or of a chain with settings that only graphs have."""
     chain = on_graphs.chain_of(model, settings, x, y, clamp)
@@ -270,10 +275,7 @@ class PredictiveCoding(nn.Module):
         """``model(x)`` without ``y`` and ``clamp``; with one of them what :func:`pc_loss` gives."""
         if y is None and clamp is None:
             return self.model(**x) if isinstance(x, Mapping) else self.model(x)
-        settings = self.settings
-        if isinstance(self.model, Graph) or settings.beyond_chains or clamp is not None:
-            return graph_loss_with(settings, self.model, x, y, clamp, return_output)
-        return loss_with(settings, self.model, x, y, return_output)
+        return loss_with(self.settings, self.model, x, y, return_output, clamp)
 
     def extra_repr(self) -> str:
         shown = {field.name: getattr(self, field.name) for field in fields(Settings)}

@@ -155,7 +155,8 @@ def test_langevin_noise_samples_the_energys_distribution():
     """A linear Gaussian chain, both ends clamped: v has mean v* and covariance T (A - eta A^2 / 2)^-1.
 
     That is the stationary one of v <- v - eta A (v - v*) + sqrt(2 eta T) n: it solves
-    S = (1 - eta A) S (1 - eta A) + 2 eta T. Bounds are five standard deviations of the sample's moments, with a fixed seed.
+    S = (1 - eta A) S (1 - eta A) + 2 eta T. Bounds are five standard deviations of the sample's moments, and the
+    seed is fixed.
     """
     torch.manual_seed(0)
     nodes = {

@@ -10,7 +10,7 @@ from ..precision import Precision
 from .affine import Conv2dStep, LinearStep
 from .normalisation import BatchNormStep
 from .opaque import OpaqueStep
-from .pointwise import DropoutStep, ElementwiseStep, ReshapeStep
+from .pointwise import DropoutStep, ElementwiseStep, ReshapeStep, ScaleStep
 from .pooling import AdaptiveAvgPool2dStep, AvgPool2dStep, MaxPool2dStep
 from .step import Gradients, Step
 
@@ -24,6 +24,7 @@ _STEPS: dict[type[specs.Op], type[Step]] = {
     specs.Flatten: ReshapeStep,
     specs.Unflatten: ReshapeStep,
     specs.Dropout: DropoutStep,
+    specs.Scale: ScaleStep,
     specs.BatchNorm: BatchNormStep,
     specs.Opaque: OpaqueStep,
 }

@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import ModelError
 from . import activations, sharding
 from .residual import Residual as ResidualModule
+from .scaling import Scale as ScaleModule
 from .spec import (
     AdaptiveAvgPool2d,
     AvgPool2d,
@@ -26,6 +27,7 @@ from .spec import (
     Op,
     Opaque,
     Residual,
+    Scale,
     Unflatten,
 )
 
@@ -154,6 +156,7 @@ _KNOWN = {
     nn.AdaptiveAvgPool2d: _adaptive_avg_pool,
     nn.Flatten: lambda path, m: Flatten(path, _name(m), m.start_dim, m.end_dim),
     nn.Unflatten: _unflatten,
+    ScaleModule: lambda path, m: Scale(path, _name(m), m.factor),
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
 }
@@ -177,6 +180,7 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.Flatten: ("start_dim", "end_dim"),
     nn.Unflatten: ("dim", "unflattened_size"),
+    ScaleModule: ("factor",),
     nn.BatchNorm1d: _NORMALISATION,
     nn.BatchNorm2d: _NORMALISATION,
 }  # fmt: skip
