@@ -181,7 +181,7 @@ def _graph_loss_with(
     asked = settings if trains else replace(settings, method="strict", num_steps=0, step_size=0.1)
     wanted = NOTHING_BUT_UPDATES if trains else Wanted(gradients=False)
     outcome, _ = on_graphs.solve(model, x, y, asked, clamp, wanted)
-    share = reductions.share(settings.reduction, on_graphs.rows_given(x, clamp), settings.normalizer)
+    share = reductions.share(settings.reduction, on_graphs.given_tensor(x, y, clamp), settings.normalizer)
     value = reductions.reduced(outcome.loss, share)
     if trains and outcome.gradients:
         scale = share * settings.update_scale

@@ -106,7 +106,7 @@ def step_with(
     validation.check_trainable(model)
     validation.check_optimizer(optimizer, model.parameters())
     parameters = list(model.parameters())
-    given = on_graphs.rows_given(x, clamp) if on_graph else x
+    given = on_graphs.given_tensor(x, y, clamp) if on_graph else x
     share = reductions.share(settings.reduction, given, settings.normalizer)
 
     def move(updates: dict[nn.Parameter, Tensor]) -> None:

@@ -96,7 +96,8 @@ def test_other_refusals():
 
 X, Y = torch.randn(4, 6), torch.randint(0, 3, (4,))
 CALLS = {
-    "no value": ({"y": Y}, ArgumentError, "at least one"),
+    "no value": ({}, ArgumentError, "at least one"),
+    "no input": ({"y": Y}, ModelError, "no value for 'x'"),
     "not reached": ({"clamp": {"h2": torch.zeros(4, 5)}}, ModelError, "neither clamped nor predicted"),
     "unknown clamp": ({"x": X, "clamp": {"q": X}}, ArgumentError, "the name 'q'"),
     "twice": ({"x": X, "clamp": {"x": X}}, ArgumentError, "second value"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from recorded_programs import load
 from torch import Tensor, nn
 
 import pcfast
@@ -199,3 +200,21 @@ def test_langevin_noise_samples_the_energys_distribution():
         graph, clamp={"x": x[:7], "y": y[:7]}, precision=precision, step_size=eta, num_steps=500
     )
     torch.testing.assert_close(flat(quiet.beliefs, ["h1", "h2"]), mean.expand(7, 5), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize("as_loss", [False, True])
+def test_a_generative_network_is_pctrainers(backend, as_loss):
+    """Its recorded training: a trainable prior at the root, the data below, beliefs from a start of their own."""
+    recorded = load("pctrainer_generative__bias_prior_relu")
+    settings = {name: value for name, value in recorded.settings().items() if name != "vinit"}
+    chain = recorded.model()
+    nodes: dict = {"v1": Prior(5, mean=recorded.arrays["param.0.0.bias"], trainable=True)}
+    nodes |= {f"v{k + 1}": (chain[k], f"v{k}") for k in range(1, len(chain))}
+    graph = Graph(nodes).double()
+    start = {f"v{l}": recorded.arrays[f"start.{l}"] for l in range(1, len(chain))}
+    given = {"y": recorded.arrays["y"]} if as_loss else {"clamp": {"output": recorded.arrays["y"]}}
+    pcfast.pc_loss(graph, **given, **settings, vinit=start, backend=backend).backward()
+    result = {"0.0.bias": graph.v1.mean.grad}
+    result |= {name: p.grad for name, p in chain.named_parameters() if not name.startswith("0.")}
+    assert recorded.difference(result, "grad.") < 1e-10

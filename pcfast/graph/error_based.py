@@ -37,6 +37,7 @@ def error_based(problem: GraphProblem, plan: GraphPlan, nodes) -> GraphOutcome:
     results = [
         (k + 1, t) for state in (free.d, free.all_errors()) for k, t in enumerate(state) if t is not None
     ]
+    out.settled = free.outputs
     checks.finish(out, results, lambda: free.locate(checks.raise_where_bad))
     forward.update_statistics(out)
     return out
@@ -47,6 +48,7 @@ class _FreeErrors:
 
     Attributes:
         d: of every node v - its value at the start, of the last :meth:`evaluate`; None where zero.
+        outputs: predictions that losses are taken at, likewise, by node.
     """
 
     def __init__(self, problem: GraphProblem, forward: GraphForward) -> None:
@@ -60,7 +62,7 @@ class _FreeErrors:
         self._changes: dict[int, Tensor] = {}
         self._clamped: dict[int, Tensor] = {}  # mu - v of clamped nodes
         self._signals: dict[int, Tensor] = {}  # lambda of clamped nodes and of losses
-        self._outputs: dict[int, Tensor] = {}
+        self.outputs: dict[int, Tensor] = {}
         self.d: list[Tensor | None] = [None] * count
         self.energies: list[Tensor] = []
 
@@ -75,8 +77,8 @@ class _FreeErrors:
                     self._clamped[k] = base if moved is None else base + moved
                     self._signals[k] = weighted(self._clamped[k], problem.weights[k])
             elif k in problem.losses:
-                self._outputs[k] = forward.values[k] if moved is None else forward.values[k] + moved
-                gradient = forward.targets[k].gradient_at(self._outputs[k])
+                self.outputs[k] = forward.values[k] if moved is None else forward.values[k] + moved
+                gradient = forward.targets[k].gradient_at(self.outputs[k])
                 self._signals[k] = weighted(gradient, problem.weights[k])
             else:
                 change = self._changes.get(k)
@@ -142,7 +144,7 @@ class _FreeErrors:
         row = []
         for k, error in enumerate(self.all_errors()):
             if k in forward.targets:
-                value = forward.targets[k].value_at(self._outputs[k]) * self._problem.weights[k]
+                value = forward.targets[k].value_at(self.outputs[k]) * self._problem.weights[k]
             else:
                 absent = error is None or self._nodes[k] is None
                 value = zero if absent else node_energy(error, self._problem.weights[k])

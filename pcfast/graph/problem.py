@@ -84,7 +84,8 @@ class GraphProblem:
     @property
     def x(self) -> Tensor:
         """One of the tensors given: where it lies, everything lies."""
-        return next(iter(self.clamped.values()))
+        targets = (y for _, y in self.losses.values() if isinstance(y, Tensor))
+        return next(value for value in (*self.clamped.values(), *targets))
 
     @property
     def step_size(self) -> StepSize:
@@ -142,10 +143,11 @@ class GraphOutcome(Outcome):
 
     Attributes:
         outputs: predictions of the graph's outputs at the start.
-        rows_of_energies: (nodes,) for each iteration.
+        settled: of nodes that a loss is taken at, by index, their predictions as the last iteration found them.
     """
 
     outputs: list[Tensor] = field(default_factory=list)
+    settled: dict[int, Tensor] = field(default_factory=dict)
 
 
 def weighted(error: Tensor | None, weight: Weight) -> Tensor | None:

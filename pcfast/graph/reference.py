@@ -63,6 +63,7 @@ class _Relaxation:
     def __init__(self, problem: GraphProblem, plan: GraphPlan, layers: list[_NodeLayer | None]) -> None:
         self.problem, self.plan, self.layers, self.nodes = problem, plan, layers, problem.spec.nodes
         self.energies: list[Tensor] = []
+        self.settled: dict[int, Tensor] = {}  # predictions that losses are taken at, of the last errors
 
     def inputs(self, k: int, v: list[Tensor]) -> list[Tensor]:
         return [v[i] for i in self.nodes[k].inputs]
@@ -93,6 +94,7 @@ class _Relaxation:
         for k, prediction in enumerate(mu):
             if k in self.problem.losses:
                 loss, y = self.problem.losses[k]
+                self.settled[k] = prediction
                 result.append(loss.gradient_by_autograd(prediction, y) * self.problem.weights[k])
             else:
                 result.append(None if prediction is None else prediction - v[k])
@@ -149,6 +151,7 @@ class _Relaxation:
             "incremental": self.incremental,
         }.get(problem.method, self.strict)  # fmt: skip
         out.beliefs, out.errors, points, pulled = method(vhat, out)
+        out.settled = self.settled
         if problem.wanted.energies:
             empty = torch.zeros((0, len(self.nodes)), dtype=self.plan.dtype)
             out.energies = torch.stack(self.energies) if self.energies else empty

@@ -37,6 +37,7 @@ def strict(problem: GraphProblem, plan: GraphPlan, nodes) -> GraphOutcome:
         out.energies = loop.stacked_energies()
     results = [(k + 1, b.d) for k, b in loop.links.items() if b.d is not None]
     results += [(k + 1, e) for k, e in enumerate(errors) if e is not None]
+    out.settled = loop.outputs
     checks.finish(out, results, lambda: loop.locate(checks.raise_where_bad))
     forward.update_statistics(out)
     return out
@@ -49,6 +50,7 @@ class Loop:
         links: of every free node its beliefs.
         weights: pi_k of every node; of a loss's node 1, for its gradient has it already.
         fixed: predictions and Jacobians stay at the start.
+        outputs: predictions that losses are taken at, of the last errors, by node.
     """
 
     def __init__(self, problem: GraphProblem, forward: GraphForward) -> None:
@@ -63,7 +65,7 @@ class Loop:
             start = problem.start_of(k, value) if nodes[k].inputs and k in problem.start else None
             self.links[k] = Belief(value, start, error, problem.optimizer)
         self._wanted = [[i in self.links for i in node.inputs] for node in nodes]
-        self._outputs: dict[int, Tensor] = {}  # predictions that losses are taken at, of the last errors
+        self.outputs: dict[int, Tensor] = {}
         self.energies: list[Tensor] = []
 
     def moves(self, k: int) -> list[Tensor | None]:
@@ -89,10 +91,10 @@ class Loop:
             )
         if k in forward.targets:
             if moved is None:
-                self._outputs[k] = forward.values[k]
+                self.outputs[k] = forward.values[k]
                 return forward.sources[k]
-            self._outputs[k] = forward.values[k] + moved
-            return weighted(forward.targets[k].gradient_at(self._outputs[k]), self._problem.weights[k])
+            self.outputs[k] = forward.values[k] + moved
+            return weighted(forward.targets[k].gradient_at(self.outputs[k]), self._problem.weights[k])
         base = forward.base_errors[k]
         return base if moved is None else base + moved  # clamped; a clamped root has neither
 
@@ -137,7 +139,7 @@ class Loop:
         row = []
         for k, error in enumerate(errors):
             if k in forward.targets:
-                value = forward.targets[k].value_at(self._outputs[k]) * self._problem.weights[k]
+                value = forward.targets[k].value_at(self.outputs[k]) * self._problem.weights[k]
             else:
                 value = zero if error is None else node_energy(error, self.weights[k])
             row.append(value.to(zero.dtype))

@@ -97,13 +97,12 @@ class GraphSpec:
             return False
         return all(node.kind == "chain" and node.inputs == (k,) for k, node in enumerate(others))
 
-    def check_shapes(self, given: Mapping[int, Shape]) -> None:
-        """Check the shapes of all values, batch included, from those of ``given`` nodes.
+    def check_shapes(self, rows: int, given: Mapping[int, Shape]) -> None:
+        """Check the shapes of all values, batch of ``rows`` included, from those of ``given`` nodes.
 
         Raises:
             ShapeError: naming the node where they do not fit.
         """
-        rows = next(iter(given.values()))[0]
         shapes: list[Shape | None] = []
         for k, node in enumerate(self.nodes):
             predicted = (

@@ -85,12 +85,10 @@ def prepare(
     _refuse(settings)
     placement = common_placement(model)
     clamped = _clamped(spec, x, clamp)
-    if not clamped:
-        raise ArgumentError("clamp", "no node", "the value of at least one", 'E.g. clamp={"y": y}.')
-    first = next(iter(clamped.values()))
-    rows = len(first) if isinstance(first, Tensor) and first.dim() else 0
+    first = given_tensor(x, y, clamp)
+    rows = len(first)
     dtype = _check_values(spec, clamped, placement, rows)
-    losses = _losses(spec, y, settings, clamped)
+    losses = _losses(spec, y, settings, clamped, first)
     free = [k for k in range(len(spec.nodes)) if k not in clamped and k not in losses]
     vinit = _by_name(spec, settings.vinit, free, chain)
     start = _start(spec, vinit, free, rows, first, method)
@@ -114,7 +112,7 @@ def prepare(
             validation.check_step_fits(size, precision.state)
     if method == "incremental":
         validation.check_moving_precision(first.device.type, dtype)
-    spec.check_shapes({k: tuple(v.shape) for k, v in clamped.items()})
+    spec.check_shapes(rows, {k: tuple(v.shape) for k, v in clamped.items()})
     weights = [w.to(first.device, precision.state) if isinstance(w, Tensor) else w for w in weights]
     deferred = settings.check == "deferred" or (settings.check == "auto" and first.is_cuda)
     raise_now = (not first.is_cuda and not deferred) or method == "incremental"
@@ -160,12 +158,21 @@ def solve(
     return outcome, recorded(Run(plan, False, "relaxations on graphs are not captured in a CUDA graph"))
 
 
-def rows_given(x, clamp) -> Tensor:
-    """One of the tensors that nodes are clamped to, for the number of rows."""
-    values = [*(x.values() if isinstance(x, Mapping) else [] if x is None else [x]), *(clamp or {}).values()]
-    if not values or not isinstance(values[0], Tensor):
-        raise ArgumentError("clamp", "no node", "the value of at least one", 'E.g. clamp={"y": y}.')
-    return values[0]
+def given_tensor(x, y, clamp) -> Tensor:
+    """One of the tensors that nodes are clamped to, or a target: it has the rows of the batch.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    values = []
+    for given in (x, clamp, y):
+        values += given.values() if isinstance(given, Mapping) else [] if given is None else [given]
+    found = next((value for value in values if isinstance(value, Tensor) and value.dim()), None)
+    if found is None:
+        raise ArgumentError(
+            "clamp", "no node", "the value of at least one, or a target", 'E.g. clamp={"y": y}.'
+        )
+    return found
 
 
 def _refuse(settings: Settings) -> None:
@@ -245,7 +252,7 @@ def _check_values(spec: GraphSpec, clamped: dict[int, Tensor], placement, rows: 
 
 
 def _losses(
-    spec: GraphSpec, y, settings: Settings, clamped: dict[int, Tensor]
+    spec: GraphSpec, y, settings: Settings, clamped: dict[int, Tensor], given: Tensor
 ) -> dict[int, tuple[Loss, object]]:
     if y is None:
         return {}
@@ -258,7 +265,6 @@ def _losses(
             )  # fmt: skip
         y = {spec.names[spec.outputs[0]]: y}
     result = {}
-    given = next(iter(clamped.values()))
     for name, target in y.items():
         k = resolved(spec, "y", name)
         if spec.children[k]:

@@ -180,7 +180,7 @@ def _on_graph(model, x, y, settings: Settings, clamp, energies: bool) -> GraphRe
     wanted = Wanted(gradients=False, states=True, energies=energies)
     outcome, run = on_graphs.solve(model, x, y, settings, clamp, wanted)
     names = run.plan.spec.names
-    given = on_graphs.rows_given(x, clamp)
+    given = on_graphs.given_tensor(x, y, clamp)
     rows = None if outcome.energies is None else dict(zip(names, outcome.energies.unbind(1), strict=True))
     return GraphRelaxation(
         dict(zip(names, dealias(outcome.activations, given), strict=True)),
