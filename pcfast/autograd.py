@@ -168,9 +168,12 @@ def loss_with(
 
 
 def _graph_loss_with(
-    settings: Settings, model: nn.Sequential | Graph, x, y, return_output: bool, clamp
+    settings: Settings, model: nn.Sequential | Graph, x, y, return_output: bool, clamp, settled: bool = False
 ) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]]:
-    """As :func:`pc_loss`, of a graph, or of a chain with settings that only graphs have."""
+    """As :func:`pc_loss`, of a graph, or of a chain with settings that only graphs have.
+
+    With ``settled`` loss and outputs are those of the last iteration.
+    """
     chain = on_graphs.chain_of(model, settings, x, y, clamp)
     if chain is not None:
         return loss_with(settings, *chain, return_output)
@@ -182,12 +185,25 @@ def _graph_loss_with(
     wanted = NOTHING_BUT_UPDATES if trains else Wanted(gradients=False)
     outcome, _ = on_graphs.solve(model, x, y, asked, clamp, wanted)
     share = reductions.share(settings.reduction, on_graphs.given_tensor(x, y, clamp), settings.normalizer)
-    value = reductions.reduced(outcome.loss, share)
+    outputs, value = outcome.outputs, outcome.loss
+    if settled:
+        outputs = list(outcome.settled.values())
+        value = settings.described_loss().value(outputs[0], y)
+    value = reductions.reduced(value, share)
     if trains and outcome.gradients:
         scale = share * settings.update_scale
         value = _Updates.apply(value, scale, list(outcome.gradients.values()), *outcome.gradients)
-    outputs = outcome.outputs
     return (value, outputs[0] if len(outputs) == 1 else tuple(outputs)) if return_output else value
+
+
+def reconstruction_loss(
+    settings: Settings, graph: Graph, x: Tensor | None, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(loss, output) of a graph with latent roots, as relaxation leaves its only output.
+
+    ``backward`` gives the updates, as that of :func:`pc_loss`.
+    """
+    return _graph_loss_with(settings, graph, x, y, True, None, settled=True)
 
 
 class PredictiveCoding(nn.Module):

@@ -39,13 +39,15 @@ def evaluate(
     return _evaluated(model, x, y, loss, batch_size, scores.are_classes(y, loss))
 
 
-def _evaluated(model, x: Tensor, y: Tensor, loss, batch_size: int, of_classes: bool) -> tuple[float, float]:
+def _evaluated(
+    model, x: Tensor, y: Tensor, loss, batch_size: int, of_classes: bool, predict=None
+) -> tuple[float, float]:
     described = describe_loss(loss)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     score = torch.zeros((), dtype=torch.float64, device=x.device)
     with modes.evaluating(model), torch.no_grad():
         for x_batch, y_batch in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            output = model(x_batch)
+            output = model(x_batch) if predict is None else predict(x_batch, y_batch)
             value = described.value(output, y_batch)
             total += value if _sums(loss) else value * len(x_batch)
             score += hits(output, y_batch) if of_classes else scores.residual(output, y_batch)
@@ -59,8 +61,9 @@ class TrainingRun:
 
     def __init__(
         self, model, optimizer, data, loss, update, batch_size, seed, device, *, schedule=None, augment=None,
-        samples=None, reduction="sum",
+        samples=None, reduction="sum", predict=None,
     ):  # fmt: skip
+        self.predict = predict  # outputs from inputs and targets, of a network that reconstructs
         self.model, self.optimizer, self.schedule, self.loss = model, optimizer, schedule, loss
         self.sums = _sums(loss) and not reductions.REDUCTIONS[reduction][1]  # what ``update`` says is a sum
         self.update, self.augment = update, augment
@@ -135,8 +138,9 @@ class TrainingRun:
     def finish_epoch(self) -> None:
         """Evaluate, log, and get ready for the next epoch."""
         test_loss, test_score = _evaluated(
-            self.model, self.data.x_test, self.data.y_test, self.loss, self.batch_size, self.of_classes
-        )
+            self.model, self.data.x_test, self.data.y_test, self.loss, self.batch_size, self.of_classes,
+            self.predict,
+        )  # fmt: skip
         name = "accuracy" if self.of_classes else "r2"
         self.history.append(
             train_loss=self.loss_sum.item() / self.samples,
