@@ -30,15 +30,19 @@ from .errors import (
 )
 from .explanation import Explanation, explain
 from .incremental import incremental_step
+from .model.graph import Graph, Prior, Root
 from .model.grouping import group_layers
+from .model.merging import Concatenate, Sum
 from .model.residual import Residual
+from .model.scaling import Scale
 from .presets import settings as presets
 from .presets.identification import Match, identify
 from .problem.belief_optimizers import Adam, GradientDescent
 from .problem.nudging import Nudging
+from .problem.per_layer import PerLayer
 from .problem.status import synchronize
 from .relaxation.cuda_graphs import use_cuda_graphs
-from .relaxation.result import Relaxation, relax
+from .relaxation.result import GraphRelaxation, Relaxation, relax
 from .relaxation.solve import Run, last_run
 from .torch2pc import PCInfer
 from .tuning.tuner import TuningReport, tune
@@ -48,21 +52,29 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "BackendError",
+    "Concatenate",
     "Explanation",
     "GradientDescent",
+    "Graph",
+    "GraphRelaxation",
     "Match",
     "ModelError",
     "NonFiniteError",
     "Nudging",
     "PCInfer",
     "PcfastError",
+    "PerLayer",
     "PredictiveCoding",
+    "Prior",
     "Qualification",
     "Relaxation",
     "RelaxationDiverged",
     "Residual",
+    "Root",
     "Run",
+    "Scale",
     "ShapeError",
+    "Sum",
     "TuningReport",
     "__version__",
     "explain",

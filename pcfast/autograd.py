@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
 
 from .losses import LossLike
 from .model.describe import describe
+from .model.graph import Graph
+from .model.graph_spec import describe_graph
 from .problem import reductions, validation
 from .problem.belief_optimizers import BeliefOptimizer
 from .problem.nudging import Nudging
-from .problem.settings import Settings
+from .problem.settings import Precisions, Settings, StepSizes
+from .problem.types import NOTHING_BUT_UPDATES, Wanted
+from .relaxation import on_graphs
 from .relaxation.solve import forward_loss, solve
 from .support import host
 
@@ -76,23 +80,27 @@ _is_sparse = operator.attrgetter("is_sparse")
 
 
 def pc_loss(
-    model: nn.Sequential,
-    x: Tensor,
-    y: Tensor,
+    model: nn.Sequential | Graph,
+    x: Tensor | Mapping[str, Tensor] | None = None,
+    y: Tensor | Mapping[str, Tensor] | None = None,
     *,
-    loss: LossLike = "cross_entropy",
+    loss: LossLike | Mapping[str, LossLike] = "cross_entropy",
     method: str = "strict",
-    step_size: float | Sequence[float] = 0.1,
+    step_size: StepSizes = 0.1,
     num_steps: int = 20,
     belief_optimizer: BeliefOptimizer | None = None,
     nudging: Nudging | None = None,
     backend: str = "auto",
-    vinit: list[Tensor | None] | float | None = None,
+    vinit: list[Tensor | None] | Mapping[str, Tensor] | float | None = None,
     reduction: str = "sum",
     update_scale: float = 1.0,
     normalizer: int | None = None,
     tolerance: float | None = None,
     check: str = "auto",
+    clamp: Mapping[str, Tensor] | None = None,
+    precision: Precisions | None = None,
+    noise: float | None = None,
+    generator: torch.Generator | None = None,
     return_output: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The forward-pass loss, whose backward gives the predictive-coding updates.
@@ -115,29 +123,37 @@ def pc_loss(
     Args: as :func:`pcfast.relax`, centred nudging included, and
         reduction: of loss and updates, too: with a mean for the weights both are divided by the rows.
         update_scale: a factor > 0 of the updates, not of the loss that is returned.
-        return_output: also return the forward pass's output vhat_L (detached).
+        return_output: also return the forward pass's output vhat_L (detached); a tuple of a graph's several.
 
     Returns:
-        The loss, 0-dim; with ``return_output`` the pair ``(loss, output)``.
+        The loss, 0-dim: on a graph, and with ``precision``, the energy at the start, which is the loss where nothing
+        but inputs is clamped and precision is 1; with ``return_output`` the pair ``(loss, output)``.
 
     Raises:
         ArgumentError and its kinds, BackendError, RelaxationDiverged: ``.grad`` is untouched then.
     """
     settings = Settings(
         loss, method, step_size, num_steps, belief_optimizer, nudging, backend, vinit, reduction, update_scale,
-        normalizer, tolerance, check,
+        normalizer, tolerance, check, precision, noise, generator,
     )  # fmt: skip
-    return loss_with(settings, model, x, y, return_output)
+    return loss_with(settings, model, x, y, return_output, clamp)
 
 
 def loss_with(
-    settings: Settings, model: nn.Sequential, x: Tensor, y: Tensor, return_output: bool = False
+    settings: Settings,
+    model: nn.Sequential | Graph,
+    x: Tensor | Mapping[str, Tensor] | None,
+    y: Tensor | Mapping[str, Tensor] | None,
+    return_output: bool = False,
+    clamp: Mapping[str, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`pc_loss`."""
     if torch.compiler.is_dynamo_compiling():
         from . import compiled  # here: it needs torch's compiler, which takes long to import
 
-        return compiled.loss_with(settings, model, x, y, return_output)
+        return compiled.loss_with(settings, model, x, y, return_output, clamp)
+    if isinstance(model, Graph) or settings.beyond_chains or clamp is not None:
+        return _graph_loss_with(settings, model, x, y, return_output, clamp)
     if not torch.is_grad_enabled():
         value, output = forward_loss(model, x, y, settings)
         return (value, output) if return_output else value
@@ -149,6 +165,45 @@ def loss_with(
         scale = share * settings.update_scale
         value = _Updates.apply(value, scale, list(outcome.gradients.values()), *outcome.gradients)
     return (value, outcome.output) if return_output else value
+
+
+def _graph_loss_with(
+    settings: Settings, model: nn.Sequential | Graph, x, y, return_output: bool, clamp, settled: bool = False
+) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+    """As :func:`pc_loss`, of a graph, or of a chain with settings that only graphs have.
+
+    With ``settled`` loss and outputs are those of the last iteration.
+    """
+    chain = on_graphs.chain_of(model, settings, x, y, clamp)
+    if chain is not None:
+        return loss_with(settings, *chain, return_output)
+    trains = torch.is_grad_enabled()
+    if trains:
+        validation.check_trainable(model)
+    # without gradients the energy at the start is all that is wanted
+    asked = settings if trains else replace(settings, method="strict", num_steps=0, step_size=0.1)
+    wanted = NOTHING_BUT_UPDATES if trains else Wanted(gradients=False)
+    outcome, _ = on_graphs.solve(model, x, y, asked, clamp, wanted)
+    share = reductions.share(settings.reduction, on_graphs.given_tensor(x, y, clamp), settings.normalizer)
+    outputs, value = outcome.outputs, outcome.loss
+    if settled:
+        outputs = list(outcome.settled.values())
+        value = settings.described_loss().value(outputs[0], y)
+    value = reductions.reduced(value, share)
+    if trains and outcome.gradients:
+        scale = share * settings.update_scale
+        value = _Updates.apply(value, scale, list(outcome.gradients.values()), *outcome.gradients)
+    return (value, outputs[0] if len(outputs) == 1 else tuple(outputs)) if return_output else value
+
+
+def reconstruction_loss(
+    settings: Settings, graph: Graph, x: Tensor | None, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(loss, output) of a graph with latent roots, as relaxation leaves its only output.
+
+    ``backward`` gives the updates, as that of :func:`pc_loss`.
+    """
+    return _graph_loss_with(settings, graph, x, y, True, None, settled=True)
 
 
 class PredictiveCoding(nn.Module):
@@ -172,11 +227,11 @@ class PredictiveCoding(nn.Module):
 
     def __init__(
         self,
-        model: nn.Sequential,
+        model: nn.Sequential | Graph,
         *,
-        loss: LossLike = "cross_entropy",
+        loss: LossLike | Mapping[str, LossLike] = "cross_entropy",
         method: str = "strict",
-        step_size: float | Sequence[float] = 0.1,
+        step_size: StepSizes = 0.1,
         num_steps: int = 20,
         belief_optimizer: BeliefOptimizer | None = None,
         nudging: Nudging | None = None,
@@ -187,16 +242,23 @@ class PredictiveCoding(nn.Module):
         normalizer: int | None = None,
         tolerance: float | None = None,
         check: str = "auto",
+        precision: Precisions | None = None,
+        noise: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        describe(model, hooks=False)  # those that are there in a call count
         settings = Settings(
             loss, method, step_size, num_steps, belief_optimizer, nudging, backend, vinit, reduction, update_scale,
-            normalizer, tolerance, check,
+            normalizer, tolerance, check, precision, noise, generator,
         )  # fmt: skip
-        relaxing = settings.checked()
-        settings.described_loss()
-        validation.check_start_of_all(vinit, relaxing.method)
+        if isinstance(model, Graph) or settings.beyond_chains:
+            describe_graph(model)
+            relaxing = replace(settings.checked_on_graphs(), step_size=step_size)
+        else:
+            describe(model, hooks=False)  # those that are there in a call count
+            relaxing = settings.checked()
+            settings.described_loss()
+            validation.check_start_of_all(vinit, relaxing.method)
         if normalizer is not None:
             validation.check_count("normalizer", normalizer)
         self.model = model
@@ -215,13 +277,21 @@ class PredictiveCoding(nn.Module):
         return Settings(
             self.loss, self.method, self.step_size, self.num_steps, self.belief_optimizer, self.nudging, self.backend,
             self.vinit, self.reduction, self.update_scale, self.normalizer, self.tolerance, self.check,
+            self.precision, self.noise, self.generator,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, y: Tensor | None = None, *, return_output: bool = False):
-        """``model(x)`` without ``y``; with ``y`` what :func:`pc_loss` gives."""
-        if y is None:
-            return self.model(x)
-        return loss_with(self.settings, self.model, x, y, return_output)
+    def forward(
+        self,
+        x: Tensor | Mapping[str, Tensor] | None = None,
+        y: Tensor | Mapping[str, Tensor] | None = None,
+        *,
+        clamp: Mapping[str, Tensor] | None = None,
+        return_output: bool = False,
+    ):
+        """``model(x)`` without ``y`` and ``clamp``; with one of them what :func:`pc_loss` gives."""
+        if y is None and clamp is None:
+            return self.model(**x) if isinstance(x, Mapping) else self.model(x)
+        return loss_with(self.settings, self.model, x, y, return_output, clamp)
 
     def extra_repr(self) -> str:
         shown = {field.name: getattr(self, field.name) for field in fields(Settings)}

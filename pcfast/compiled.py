@@ -369,7 +369,7 @@ def _literal(name: str) -> bool:
     return backend is not None and backend.literal
 
 
-def _fits(model, x, y, settings: Settings) -> bool:
+def _fits(model, x, y, settings: Settings, clamp) -> bool:
     """Whether the operator's arguments can say what the call says. An eager call says what is wrong with others."""
     if not isinstance(model, nn.Sequential) or not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return False
@@ -383,7 +383,9 @@ def _fits(model, x, y, settings: Settings) -> bool:
         return False
     if settings.normalizer is not None and type(settings.normalizer) is not int:
         return False
-    others = settings.belief_optimizer, settings.nudging, settings.tolerance
+    others = (
+        settings.belief_optimizer, settings.nudging, settings.tolerance, settings.precision, settings.noise, clamp,
+    )  # fmt: skip
     if any(setting is not None for setting in others):
         return False
     if settings.reduction != "sum" or settings.update_scale != 1:
@@ -400,15 +402,17 @@ def _fits(model, x, y, settings: Settings) -> bool:
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def loss_with(settings: Settings, model, x, y, return_output: bool) -> Tensor | tuple[Tensor, Tensor]:
+def loss_with(
+    settings: Settings, model, x, y, return_output: bool, clamp=None
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`pcfast.pc_loss` while a compiler traces it: one node, or a graph break where the call does not fit.
 
     Every attribute that is read here is guarded: a change of it traces anew.
     """
-    moving = _moving_buffers(model) if _fits(model, x, y, settings) else None
+    moving = _moving_buffers(model) if _fits(model, x, y, settings, clamp) else None
     described = None if moving is None else describe_loss(settings.loss)
     if described is None or described.kind not in _KINDS:
-        return _outside(settings, model, x, y, return_output)
+        return _outside(settings, model, x, y, return_output, clamp)
     device, vinit = x.device.type, settings.vinit or []
     value, output, _, moved = step(
         x.detach(),

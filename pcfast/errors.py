@@ -55,30 +55,29 @@ class RelaxationDiverged(PcfastError, ArithmeticError):
     Attributes:
         iteration: relaxation iteration, 1-based; 0 means the forward pass before the relaxation;
             None means that no belief was non-finite in any iteration, but an error, an update or the loss is.
-        layer: PC layer, 1-based, lowest of those that were non-finite in that iteration.
+        layer: PC layer, 1-based, lowest of those that were non-finite in that iteration; of a graph the node's name.
         step_size: eta of the run, a tuple for a schedule.
     """
 
     def __init__(
         self,
         iteration: int | None,
-        layer: int | None,
+        layer: int | str | None,
         step_size: float | tuple[float, ...],
         detail: str = "",
     ) -> None:
         self.iteration, self.layer, self.step_size, self.detail = iteration, layer, step_size, detail
         if isinstance(step_size, tuple):
             step_size = step_size[iteration - 1] if iteration else max(step_size, default=0.0)
+        what = f"node {layer!r}" if isinstance(layer, str) else f"layer {layer}"
         if iteration == 0:
-            where = f"the forward pass of layer {layer} is not finite, before any relaxation"
+            where = f"the forward pass of {what} is not finite, before any relaxation"
             remedy = "Check the parameters and the scale of x; lower the optimiser's learning rate."
         elif iteration is None:
-            where = f"the errors, updates or loss of layer {layer} are not finite (step size {step_size:g})"
+            where = f"the errors, updates or loss of {what} are not finite (step size {step_size:g})"
             remedy = "Try a smaller step_size; check the scale of x and of the loss, and the parameters."
         else:
-            where = (
-                f"relaxation diverged in iteration {iteration} at layer {layer} with step size {step_size:g}"
-            )
+            where = f"relaxation diverged in iteration {iteration} at {what} with step size {step_size:g}"
             remedy = (
                 f"Try a smaller step_size (e.g. {step_size / 2:g}), fewer num_steps, a mean instead of a sum "
                 'loss, smaller weights, or method="fixed_prediction" with step_size <= 1.'

@@ -6,7 +6,7 @@ docs/methods.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,24 @@ from torch.optim import Optimizer
 
 from .errors import ArgumentError
 from .losses import LossLike
+from .model.graph import Graph
 from .problem import reductions, validation
 from .problem.belief_optimizers import BeliefOptimizer
 from .problem.plan import canonical
-from .problem.settings import Settings
+from .problem.settings import Precisions, Settings, StepSizes
+from .relaxation import on_graphs
 from .relaxation.solve import loss_without_updates, prepare, solve
 
 
 def incremental_step(
-    model: nn.Sequential,
-    x: Tensor,
-    y: Tensor,
+    model: nn.Sequential | Graph,
+    x: Tensor | Mapping[str, Tensor] | None,
+    y: Tensor | Mapping[str, Tensor] | None,
     optimizer: Optimizer,
     *,
-    loss: LossLike = "cross_entropy",
+    loss: LossLike | Mapping[str, LossLike] = "cross_entropy",
     method: str = "incremental",
-    step_size: float | Sequence[float] = 0.1,
+    step_size: StepSizes = 0.1,
     num_steps: int = 20,
     belief_optimizer: BeliefOptimizer | None = None,
     backend: str = "auto",
@@ -37,6 +39,8 @@ def incremental_step(
     update_scale: float = 1.0,
     normalizer: int | None = None,
     check: str = "auto",
+    clamp: Mapping[str, Tensor] | None = None,
+    precision: Precisions | None = None,
     return_output: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """One batch of incremental predictive coding: ``num_steps`` iterations, ``num_steps`` optimiser steps.
@@ -79,9 +83,9 @@ def incremental_step(
         )
     settings = Settings(
         loss, method, step_size, num_steps, belief_optimizer, backend=backend, reduction=reduction,
-        update_scale=update_scale, normalizer=normalizer, check=check,
+        update_scale=update_scale, normalizer=normalizer, check=check, precision=precision,
     )  # fmt: skip
-    return step_with(settings, model, x, y, optimizer, return_output)
+    return step_with(settings, model, x, y, optimizer, return_output, clamp)
 
 
 def step_with(
@@ -91,16 +95,19 @@ def step_with(
     y: Tensor,
     optimizer: Optimizer,
     return_output: bool = False,
+    clamp: Mapping[str, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As :func:`incremental_step`."""
-    if torch.compiler.is_dynamo_compiling():
+    on_graph = isinstance(model, Graph) or settings.beyond_chains or clamp is not None
+    if not on_graph and torch.compiler.is_dynamo_compiling():
         from . import compiled  # here: it needs torch's compiler, which takes long to import
 
         return compiled.incremental_step(settings, model, x, y, optimizer, return_output)
     validation.check_trainable(model)
     validation.check_optimizer(optimizer, model.parameters())
     parameters = list(model.parameters())
-    share = reductions.share(settings.reduction, x, settings.normalizer)
+    given = on_graphs.given_tensor(x, y, clamp) if on_graph else x
+    share = reductions.share(settings.reduction, given, settings.normalizer)
 
     def move(updates: dict[nn.Parameter, Tensor]) -> None:
         scale = share * settings.update_scale
@@ -111,7 +118,10 @@ def step_with(
         optimizer.step()
         torch.clear_autocast_cache()  # it would keep casts of the weights of before
 
-    outcome, _ = solve(model, x, y, settings, move=move)
+    if on_graph:
+        outcome, _ = on_graphs.solve(model, x, y, settings, clamp, move=move)
+    else:
+        outcome, _ = solve(model, x, y, settings, move=move)
     value = reductions.reduced(outcome.loss, share)
     return (value, outcome.output) if return_output else value
 

@@ -1,7 +1,8 @@
 """Networks of the predictive-coding papers, and the default network.
 
-Each function returns a fresh ``nn.Sequential`` with PyTorch's default initialisation (vgg19: torchvision's;
-float32, CPU); every element of the outer Sequential is one PC layer. Shapes are (batch, ...), B is the batch size.
+Each function returns a fresh ``nn.Sequential``, or a :class:`pcfast.Graph`, with PyTorch's default initialisation
+(vgg19: torchvision's; float32, CPU); every element of an outer Sequential, and every node of a graph, is one PC
+layer. Shapes are (batch, ...), B is the batch size.
 
 Sources:
 [R22] R. Rosenbaum, "On the relationship between predictive coding and backpropagation", PLOS ONE 17(3)
@@ -20,6 +21,9 @@ from itertools import pairwise
 from torch import nn
 
 from .errors import ArgumentError
+from .model.graph import Graph, Prior, Root
+from .model.merging import Sum
+from .model.scaling import Scale
 
 Activation = Callable[[], nn.Module]
 
@@ -265,3 +269,146 @@ def vgg19(num_classes: int = 1000, *, width: int = 64, image_size: int = 224) ->
             nn.init.normal_(module.weight, 0, 0.01)
             nn.init.zeros_(module.bias)
     return model
+
+
+def resnet18(
+    num_classes: int = 10,
+    *,
+    channels: int = 3,
+    width: int = 64,
+    blocks: Sequence[int] = (2, 2, 2, 2),
+    activation: Activation = nn.ReLU,
+    projection: int = 3,
+    mupc: bool = False,
+) -> Graph:
+    """ResNet-18 for images of 32 x 32 and the like, with skips over beliefs: a :class:`pcfast.Graph`.
+
+    A stem, and in each stage blocks of two PC layers, "b11a" and "b11b" for block 1 of stage 1: the first
+    reads the block's input, the second the first, and adds the block's input to what it makes of that. Where a stage
+    halves the image, a strided convolution stands in the skip. The last layer averages over the image.
+
+    ``blocks=(1, 1, 1, 1)`` is "ResNet18" of the program of [G26], with one block a stage; two are those of He et al.
+    (2016), as FabricPC builds it, whose projections have a kernel of 1.
+
+    Args:
+        num_classes: >= 1.
+        channels: of the images.
+        width: channels of the first stage; every stage has twice as many.
+        blocks: of each stage.
+        activation: makes an activation; in a block it follows the sum.
+        projection: kernel of the skips that halve the image, 1 or 3.
+        mupc: muPC (Innocenti et al., 2025) in place of BatchNorm: no biases, weights from N(0, 1), and behind them
+            factors fan_in^-1/2, in the second layer of each block (fan_in * blocks)^-1/2, in the last one 1 / fan_in;
+            the activation stands before the sum, as in FabricPC.
+
+    Input (B, channels, height, width), output (B, num_classes) logits.
+
+    Raises:
+        ArgumentError: an argument out of its range.
+    """
+    _check_classes(num_classes)
+    blocks = tuple(blocks)
+    for name, value in (("channels", channels), ("width", width), ("blocks", min(blocks, default=0))):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(name, str(value), "whole numbers >= 1")
+    if projection not in (1, 3):
+        raise ArgumentError("projection", str(projection), "1 or 3")
+    depth = sum(blocks)
+
+    def convolution(inputs, outputs, *, stride=1, kernel=3, share=1, bias=True) -> list[nn.Module]:
+        made = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=bias and not mupc)
+        if not mupc:
+            return [made, nn.BatchNorm2d(outputs)]
+        nn.init.normal_(made.weight)
+        return [made, Scale((inputs * kernel**2 * share) ** -0.5)]
+
+    nodes: dict = {
+        "x": Root(),
+        "stem": (nn.Sequential(*convolution(channels, width, bias=False), activation()), "x"),
+    }
+    below, inputs = "stem", width
+    for stage, count in enumerate(blocks):
+        outputs = width * 2**stage
+        for block in range(count):
+            stride = 2 if stage and not block else 1
+            name = f"b{stage + 1}{block + 1}"
+            first = [*convolution(inputs, outputs, stride=stride), activation()]
+            second = convolution(outputs, outputs, share=depth)
+            skip = None
+            if stride > 1:
+                skip = nn.Sequential(*convolution(inputs, outputs, stride=2, kernel=projection))
+            if mupc:
+                merged = Sum(nn.Sequential(*second, activation()), skip)
+            else:
+                merged = nn.Sequential(Sum(nn.Sequential(*second), skip), activation())
+            nodes[f"{name}a"] = (nn.Sequential(*first), below)
+            nodes[f"{name}b"] = (merged, f"{name}a", below)
+            below, inputs = f"{name}b", outputs
+    last = [nn.Linear(inputs, num_classes, bias=not mupc)]
+    if mupc:
+        nn.init.normal_(last[0].weight)
+        last.append(Scale(1 / inputs))
+    nodes["y"] = (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *last), below)
+    return Graph(nodes)
+
+
+def residual_mlp(widths: Sequence[int], activation: Activation = nn.Tanh) -> Graph:
+    """A classifier with skips over beliefs: hidden layers but the first add what the layer below reads.
+
+    h_k = activation(W_k h_{k-1} + b_k) + h_{k-2}, with a linear map in the skip where widths differ.
+
+    Args:
+        widths: features of the input "x", of the hidden layers "h1", "h2", ... and of the output "y"; at least four.
+        activation: makes the activation of a layer.
+
+    Input (B, widths[0]), output (B, widths[-1]).
+
+    Raises:
+        ArgumentError: fewer than four widths, or one below 1.
+    """
+    if len(widths) < 4 or any(width < 1 for width in widths):
+        raise ArgumentError(
+            "widths", str(list(widths)), "an input, at least two hidden and an output width, each >= 1"
+        )
+    nodes: dict = {"x": Root(widths[0])}
+    names = ["x", *(f"h{k}" for k in range(1, len(widths) - 1))]
+    for k, (inputs, outputs) in enumerate(pairwise(widths[:-1]), start=1):
+        layer = nn.Sequential(nn.Linear(inputs, outputs), activation())
+        if k == 1:
+            nodes[names[k]] = (layer, "x")
+        else:
+            skip = None if widths[k - 2] == outputs else nn.Linear(widths[k - 2], outputs, bias=False)
+            nodes[names[k]] = (Sum(layer, skip), names[k - 1], names[k - 2])
+    return Graph({**nodes, "y": (nn.Linear(widths[-2], widths[-1]), names[-1])})
+
+
+def decoder(
+    latent: int, widths: Sequence[int], activation: Activation = nn.Tanh, *, classes: int = 0
+) -> Graph:
+    """A generative network: a latent root "z" with a standard Gaussian prior, hidden layers, and the data "x" below.
+
+    Args:
+        latent: units of "z".
+        widths: features of the hidden layers "h1", "h2", ... and of "x".
+        activation: makes the activation of a hidden layer.
+        classes: 0, or the units of a second root "label", one-hot, that the first layer reads, too.
+
+    Raises:
+        ArgumentError: a width below 1.
+    """
+    if not widths or any(width < 1 for width in (latent, *widths)) or classes < 0:
+        raise ArgumentError("widths", str([latent, *widths, classes]), "widths >= 1, and at least one")
+    nodes: dict = {"z": Prior(latent)}
+    inputs: tuple[str, ...] = ("z",)
+    if classes:
+        nodes["label"] = Root(classes)
+        inputs = ("z", "label")
+    below = latent
+    for k, width in enumerate(widths, start=1):
+        name = "x" if k == len(widths) else f"h{k}"
+        layer: nn.Module = nn.Linear(below, width)
+        if len(inputs) > 1:
+            layer = Sum(layer, nn.Linear(classes, width, bias=False))
+        nodes[name] = (layer if name == "x" else nn.Sequential(layer, activation()), *inputs)
+        below, inputs = width, (name,)
+    return Graph(nodes)

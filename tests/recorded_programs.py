@@ -19,7 +19,6 @@ from pages import DOCS, blocks_of_code
 from torch import Tensor, nn
 
 import pcfast
-from pcfast.losses import half_squared_error
 from pcfast.presets import settings as presets
 from pcfast.presets.identification import difference
 
@@ -28,8 +27,6 @@ FOLDER = TESTS / "data" / "programs"
 FILES = sorted(FOLDER.glob("*.npz"))
 PAGE = DOCS / "ports.md"
 STEPS = (1, 5, 20)
-#: A precision for each layer has no settings in a chain.
-WITHOUT_SETTINGS = ("fabricpc__precision_per_layer",)
 LOSSES = {
     "half squared error": "mse",
     "cross-entropy on one-hot rows": "cross_entropy",
@@ -130,11 +127,8 @@ class Recorded:
         if any(key.startswith("start.") for key in self.arrays):
             after["vinit"] = [None, *(self.arrays[f"start.{l}"] for l in range(1, len(meta["arch"]))), None]
         size = meta["step_size"]
-        if "precision" in meta:  # a factor p of hidden energies alone: of all energies, and of the loss 1 / p
-            p, *others = meta["precision"]
-            assert others == [p] * (len(others) - 1) + [1.0]
-            size *= p
-            after |= {"update_scale": p, "loss": lambda output, y: half_squared_error(output, y) / p}
+        if "precision" in meta:
+            beside["precision"] = meta["precision"]
         preset = presets.PRESETS[self.preset](
             step_size=size, num_steps=meta["iterations"], loss=LOSSES[meta["loss"]], **beside
         )
@@ -222,8 +216,6 @@ def rows() -> list[tuple]:
     worst: dict[tuple, list] = {}
     for path in FILES:
         recorded = load(path)
-        if recorded.name in WITHOUT_SETTINGS:
-            continue
         first, after = recorded.steps(20)
         key = (recorded.meta["program"], recorded.meta["revision"], recorded.preset)
         entry = worst.setdefault(key, [0, 0.0, 0.0, 0.0])

@@ -59,25 +59,23 @@ def test_mupc_is_jpcs():
     assert_meets("jpc_mupc__resnet5_relu", model, list(model.parameters()), step, 1e-11)
 
 
-@pytest.mark.parametrize("precision", [2.0, 1.0])
-def test_one_precision_is_fabricpcs(precision):
-    page = example("One precision for all hidden layers")
-    meta, arrays = load("fabricpc__precision_2_hidden").parts
-    flat = nn.Sequential(nn.Linear(8, 10), nn.Tanh(), nn.Linear(10, 9), nn.Tanh(), nn.Linear(9, 4)).double()
-    model = pcfast.group_layers(flat)
+@pytest.mark.parametrize("name", ["fabricpc__precision_2_hidden", "fabricpc__precision_per_layer"])
+def test_precisions_are_fabricpcs(name):
+    page = example("A precision for each layer")
+    meta, arrays = load(name).parts
+    model = load(name).model()
     parameters = list(model.parameters())
+    settings = {"step_size": meta["step_size"], "iterations": meta["iterations"]}
+
+    def step(meta, arrays, precision=None):
+        page["precise_step"](
+            model, arrays["x"], arrays["y"], precision=precision or meta["precision"], **settings
+        )
+
+    assert_meets(name, model, parameters, step, 1e-12)
     set_parameters(parameters, of_kind("param", arrays))
-    settings = {"step_size": meta["step_size"], "iterations": meta["iterations"], "precision": precision}
-
-    def step(meta, arrays):
-        page["precise_step"](model, arrays["x"], arrays["y"], **settings)
-
-    if precision == 2.0:
-        assert meta["precision"] == [2.0, 2.0, 1.0]
-        assert_meets("fabricpc__precision_2_hidden", model, parameters, step, 1e-12)
-    else:
-        step(meta, arrays)
-        assert worst([p.grad for p in parameters], of_kind("grad", arrays)) > 0.5
+    step(meta, arrays, 1.0)
+    assert worst([p.grad for p in parameters], of_kind("grad", arrays)) > 0.5
 
 
 def plain_loop(model, x, y, *, step_size, iterations, scale=1.0, decay=0.0, rows=None):

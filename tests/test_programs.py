@@ -7,15 +7,14 @@ from collections import Counter
 import pytest
 import torch
 from pages import blocks_of_code
-from recorded_programs import BEGIN, END, FILES, PAGE, STEPS, WITHOUT_SETTINGS, load, port
+from recorded_programs import BEGIN, END, FILES, PAGE, STEPS, load, port
 from torch import nn
 
 import pcfast
 from pcfast import ArgumentError, ArgumentTypeError, ShapeError, identify
 from pcfast.model.grouping import flattened
 
-RUNS = [path for path in FILES if path.stem not in WITHOUT_SETTINGS]
-EVERY_RUN = pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+EVERY_RUN = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
 def allowed(recorded) -> float:
@@ -24,8 +23,8 @@ def allowed(recorded) -> float:
 
 
 def test_all_files_are_there():
-    assert len(FILES) == 39 and len(RUNS) == 38
-    presets = {load(path).preset for path in RUNS}
+    assert len(FILES) == 39
+    presets = {load(path).preset for path in FILES}
     assert presets == set(pcfast.presets.PRESETS) - {"torch2pc"}  # which has recorded runs of its own
 
 
@@ -47,8 +46,7 @@ def test_beliefs_and_errors(path):
     meta, settings, model = recorded.meta, recorded.settings(), recorded.model()
     if settings["method"] == "incremental":
         pytest.skip("its beliefs move with the weights: test_updates_and_weights")
-    size = meta["step_size"] * meta.get("precision", [1.0])[0]
-    y = recorded.arrays["y"]
+    size, y = meta["step_size"], recorded.arrays["y"]
 
     def relaxed(moves: int):
         if settings["method"] == "error_based":
@@ -60,6 +58,7 @@ def test_beliefs_and_errors(path):
     for prefix, key, states in (("v.", "v_moves", "beliefs"), ("eps.", "eps_moves", "errors")):
         if expected := recorded.under(prefix):
             result = getattr(relaxed(meta.get(key, meta["belief_moves"])), states)
+            result = list(result.values()) if isinstance(result, dict) else result  # with precision by name
             assert recorded.difference({l: result[int(l)] for l in expected}, prefix) < allowed(recorded), (
                 prefix
             )
@@ -74,7 +73,7 @@ def identified(recorded, model, **settings):
     vinit = own.get("vinit")
     result = dict(
         step_size=recorded.meta["step_size"], num_steps=recorded.meta["iterations"],
-        belief_optimizer=recorded.belief_optimizer, nudging=own.get("nudging"),
+        belief_optimizer=recorded.belief_optimizer, nudging=own.get("nudging"), precision=own.get("precision"),
         vinit=None if isinstance(vinit, float) else vinit, last_updates=last or None,
         optimizer=(lambda parameters: recorded.optimizer(parameters)[0]) if last else None,
     )  # fmt: skip
@@ -100,8 +99,6 @@ def pcfast_settings_agree(match, recorded, model) -> bool:
 @EVERY_RUN
 def test_the_right_preset_is_named(path):
     recorded = load(path)
-    if recorded.preset == "fabricpc" and "precision" in recorded.meta:
-        pytest.skip("a precision is no preset's setting: docs/examples.md")
     model = recorded.model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     matches = identified(recorded, model)
@@ -193,7 +190,7 @@ def test_the_table_on_the_page_is_of_these_files():
     """All but its numbers, which are rounding and depend on the processor."""
     rows = PAGE.read_text().split(BEGIN)[1].split(END)[0].splitlines()[2:]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    of_files = Counter((r.meta["program"], r.meta["revision"], f"`{r.preset}`") for r in map(load, RUNS))
+    of_files = Counter((r.meta["program"], r.meta["revision"], f"`{r.preset}`") for r in map(load, FILES))
     assert {tuple(row[:3]): int(row[3]) for row in cells} == of_files
     for row in cells:
         assert max(map(float, row[4:7])) < (1e-6 if "Deepity" in row[0] else 2e-12)

@@ -14,7 +14,7 @@ from pcfast.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES_OF_CODE = ["README.md", "docs/guide.md", "docs/layers.md", "docs/examples.md"]
+PAGES_OF_CODE = ["README.md", "docs/guide.md", "docs/layers.md", "docs/examples.md", "docs/graphs.md"]
 
 
 def test_the_tables_are_made_from_the_newest_records():

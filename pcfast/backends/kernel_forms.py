@@ -122,7 +122,10 @@ def layer_form(layer: specs.LayerSpec, inner: tuple, map: tuple[int, int, int] |
         rest = [op for _, op, _ in kept[1:]]
         if len(kept[0][2]) != 2:
             return TorchForm("its input is not one row of features a sample")
-        if any(not isinstance(op, specs.Elementwise) for op in rest) or len(rest) > 1:
+        others = [op for op in rest if not isinstance(op, specs.Elementwise)]
+        if others:
+            return TorchForm(f"a {others[0].name} follows its linear layer")
+        if len(rest) > 1:
             return TorchForm("more than one activation follows its linear layer")
         return LinearForm(first.in_features, first.out_features, rest[0].activation if rest else None)
     convolution = None

@@ -7,6 +7,8 @@ on purpose: this file says what is right, and every other backend is judged by i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from .base import Backend
 from .divergence import check_iteration
 
 
-class _Layer:
+class Layer:
     """f_l as a function of the beliefs below it, with one draw of random numbers for the whole step."""
 
     def __init__(self, module, device):
@@ -34,17 +36,15 @@ class _Layer:
         with recorded_buffers(self.module)():
             return self(v)
 
-    def __call__(self, v: Tensor) -> Tensor:
+    def __call__(self, *v: Tensor) -> Tensor:
         if self.replay is None:  # the forward pass: draws, and moves running statistics
             self.replay = Replay(self.module, self.device)
             with torch.enable_grad():
-                leaf = v.detach()
-                if leaf.is_floating_point() or leaf.is_complex():
-                    leaf.requires_grad_(True)
-                mu = self.replay.first(lambda: self._evaluate(leaf))
+                leaves = leaves_of(v)
+                mu = self.replay.first(lambda: self._evaluate(*leaves))
                 differentiation.trained(mu)  # refuses what cannot be differentiated
             return mu.detach()
-        return self.replay.again(lambda: self._evaluate(v))
+        return self.replay.again(lambda: self._evaluate(*v))
 
     def undo(self) -> None:
         """Buffers as they were before the forward pass."""
@@ -55,8 +55,12 @@ class _Layer:
         """The step has changed parameters: buffers stay as the forward pass left them."""
         self.replay.keep()
 
-    def _evaluate(self, v: Tensor) -> Tensor:
-        mu = self.module(v.clone())  # a clone, so that in-place modules leave the beliefs alone
+    def call(self, *v: Tensor) -> Tensor:
+        """The module's own call."""
+        return self.module(*v)
+
+    def _evaluate(self, *v: Tensor) -> Tensor:
+        mu = self.call(*map(torch.clone, v))  # clones, so that in-place modules leave the beliefs alone
         if not isinstance(mu, Tensor) or not (mu.is_floating_point() or mu.is_complex()):
             given = f"a tensor of {mu.dtype}" if isinstance(mu, Tensor) else f"a {type(mu).__name__}"
             raise ModelError(
@@ -76,16 +80,19 @@ class _Layer:
             (gradient,) = differentiation.gradients(mu, [v], error)
         return mu.detach(), torch.zeros_like(v) if gradient is None else gradient
 
-    def parameter_gradients(self, v: Tensor, error: Tensor):
+    def parameter_gradients(self, error: Tensor, *v: Tensor):
         """(parameter, (df/dtheta)^T error) at beliefs v, for parameters in use."""
         with torch.enable_grad():
-            v = v.detach()
-            if v.is_floating_point() or v.is_complex():
-                v.requires_grad_(True)  # so that a checkpoint inside tracks its parameters, too
-            mu = self(v)
-            parameters = differentiation.trained(mu, differentiation.registered(self.module), [v])
+            leaves = leaves_of(v)  # so that a checkpoint inside tracks its parameters, too
+            mu = self(*leaves)
+            parameters = differentiation.trained(mu, differentiation.registered(self.module), leaves)
             result = differentiation.gradients(mu, parameters, error) if parameters else ()
         return [(p, g) for p, g in zip(parameters, result, strict=True) if g is not None]
+
+
+def leaves_of(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs as points to differentiate at; integers as they are."""
+    return [v.detach().requires_grad_(v.is_floating_point() or v.is_complex()) for v in inputs]
 
 
 class Reference(Backend):
@@ -99,16 +106,16 @@ class Reference(Backend):
     def updates(self, model, network, precision, x, beliefs, errors):
         outcome, v = Outcome(None, None), x
         for l, module in enumerate(model, start=1):
-            layer, below = _Layer(module, x.device), v if beliefs is None else beliefs[l - 1]
+            layer, below = Layer(module, x.device), v if beliefs is None else beliefs[l - 1]
             v = layer.redraw(below)
-            outcome.add_gradients(layer.parameter_gradients(below, errors[l]), l)
+            outcome.add_gradients(layer.parameter_gradients(errors[l], below), l)
         return outcome.gradients
 
     @torch.no_grad()
     def run(self, problem, plan):
         if problem.check:
             validation.check_finite("x", problem.x)
-        layers = [None, *(_Layer(module, problem.x.device) for module in problem.model)]
+        layers = [None, *(Layer(module, problem.x.device) for module in problem.model)]
         try:
             return self._run(problem, plan, layers)
         except BaseException:
@@ -179,7 +186,7 @@ class Reference(Backend):
         if plan.wanted.gradients:
             for _, errors, points, share in relaxed:
                 for l in range(1, depth + 1):
-                    result = layers[l].parameter_gradients(points[l - 1], errors[l])
+                    result = layers[l].parameter_gradients(errors[l], points[l - 1])
                     outcome.add_gradients([(p, g if share == 1 else g * share) for p, g in result], l)
             outcome.add_gradients(loss_updates, depth)
         if problem.check:
@@ -301,7 +308,7 @@ def _incremental(layers, vhat, problem, plan):
         _, errors = _evaluate(layers, v, problem.y, problem)
         outcome = Outcome(None, None)
         for l in range(1, depth + 1):
-            outcome.add_gradients(layers[l].parameter_gradients(v[l - 1], errors[l]), l)
+            outcome.add_gradients(layers[l].parameter_gradients(errors[l], v[l - 1]), l)
         for l in range(1, depth):
             _, feedback = layers[l + 1].vjp(v[l], errors[l + 1])
             move(l, feedback - errors[l], t + 1)

@@ -54,6 +54,7 @@ from .options import (
     seed_option,
 )
 from .output import print_json
+from .tasks import GENERATIVE, SAMPLES, TASK_DEFAULTS, check_task, draw_samples, of_task
 from .user_model import digest_of
 
 _OF_THE_CALL = ("out", "resume", "log", "as_json")  # options that say nothing about the run
@@ -75,6 +76,21 @@ _BESIDE_A_RECIPE = (
 @network_options
 @method_option
 @preset_option
+@click.option(
+    "--task",
+    type=click.Choice(("classify", *GENERATIVE)),
+    default="classify",
+    show_default=True,
+    help="reconstruct: a decoder whose latent variables are inferred from the images; generate: one that reads the "
+    "class, too, and draws each (docs/graphs.md). Both write samples.png; --widths are the decoder's hidden layers, "
+    "and relaxation and optimiser have other defaults.",
+)
+@click.option(
+    "--latent",
+    type=click.IntRange(1, 4096),
+    metavar="N",
+    help="Latent variables of --task reconstruct and generate.  [default: 16]",
+)
 @click.option(
     "--beliefs",
     type=click.Choice(FORMS),
@@ -124,7 +140,10 @@ def _train(launch: Launch, context: click.Context, options: dict) -> int:
         with processes.agreed():
             if turn:
                 torch.manual_seed(options["seed"])
-                made = _of_recipe(options) if options["recipe"] else _of_options(options, given)
+                if options["task"] in GENERATIVE:
+                    made = of_task(options)
+                else:
+                    made = _of_recipe(options) if options["recipe"] else _of_options(options, given)
     model, data, settings = made
     backend = {"backend": options["backend"]}
     logs = logged(options["log"], out, options["resume"], data, {**settings, **backend}, device)
@@ -152,7 +171,9 @@ def _train(launch: Launch, context: click.Context, options: dict) -> int:
         raise KeyboardInterrupt(f"{interrupt}; go on with: pcfast train --out {out} --resume") from None
     if not processes.leads:
         return 0
-    files = [path for name in training.FILES if (path := out / name).exists()]
+    if options["task"] in GENERATIVE:
+        draw_samples(model.to(device), data, settings, options, out / SAMPLES)
+    files = [path for name in (*training.FILES, SAMPLES) if (path := out / name).exists()]
     if options["as_json"]:
         print_json({"history": asdict(history), "files": [str(file) for file in files]})
         return 0
@@ -169,6 +190,11 @@ def _asked_for(launch: Launch, context: click.Context, options: dict) -> tuple[P
     if options["resume"] or launch.restarted(out, training.CHECKPOINT):
         options = {**options, "resume": True}
         options = _options_of_run(out, context, options, given)
+    elif options["task"] in GENERATIVE:
+        check_task(given)
+        options |= {name: value for name, value in TASK_DEFAULTS.items() if name not in given}
+    elif options["latent"] is not None:
+        raise ArgumentError("latent", "--latent with --task classify", "--task reconstruct or generate")
     elif options["preset"] is not None and "loss" not in given:
         options["loss"] = loss_of_preset(options["preset"])
     if options["recipe"] is not None:

@@ -10,7 +10,7 @@ from ..precision import Precision
 from .affine import Conv2dStep, LinearStep
 from .normalisation import BatchNormStep
 from .opaque import OpaqueStep
-from .pointwise import DropoutStep, ElementwiseStep, ReshapeStep
+from .pointwise import DropoutStep, ElementwiseStep, ReshapeStep, ScaleStep
 from .pooling import AdaptiveAvgPool2dStep, AvgPool2dStep, MaxPool2dStep
 from .step import Gradients, Step
 
@@ -24,6 +24,7 @@ _STEPS: dict[type[specs.Op], type[Step]] = {
     specs.Flatten: ReshapeStep,
     specs.Unflatten: ReshapeStep,
     specs.Dropout: DropoutStep,
+    specs.Scale: ScaleStep,
     specs.BatchNorm: BatchNormStep,
     specs.Opaque: OpaqueStep,
 }
@@ -45,10 +46,11 @@ def pool_first(ops: tuple[specs.Op, ...]) -> list[specs.Op]:
 
 def layer_chain(spec: specs.LayerSpec, model: nn.Module, precision: Precision) -> Chain:
     """The chain that one PC layer f_l of ``model`` is."""
-    return _chain(spec.ops, model, precision)
+    return chain_of(spec.ops, model, precision)
 
 
-def _chain(ops: tuple[specs.Op, ...], model: nn.Module, precision: Precision) -> Chain:
+def chain_of(ops: tuple[specs.Op, ...], model: nn.Module, precision: Precision) -> Chain:
+    """The chain of operations of ``model``."""
     return Chain([_step(op, model, precision) for op in pool_first(ops)])
 
 
@@ -57,7 +59,7 @@ def _step(op: specs.Op, model: nn.Module, precision: Precision) -> Step:
     for name in op.path.split("."):  # get_submodule takes several times as long, in every step
         module = module._modules[name]
     if isinstance(op, specs.Residual):
-        return ResidualStep(op, module, precision, _chain(op.ops, model, precision))
+        return ResidualStep(op, module, precision, chain_of(op.ops, model, precision))
     return _STEPS[type(op)](op, module, precision)
 
 

@@ -56,6 +56,16 @@ class DropoutStep(LinearMapStep):
         return e * self._mask
 
 
+class ScaleStep(LinearMapStep):
+    """Multiplication by a constant."""
+
+    def _apply(self, a):
+        return a * self.spec.factor
+
+    def pullback(self, e):
+        return e * self.spec.factor
+
+
 class ReshapeStep(LinearMapStep):
     """Flatten and Unflatten."""
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..errors import RelaxationDiverged
+from ..model.graph import Graph
 from ..problem.plan import canonical
 from ..problem.settings import Settings
 from ..problem.types import Wanted
@@ -23,13 +24,13 @@ def of_history(history: History) -> dict[str, float]:
     return {name.replace("_", "/"): column[-1] for name, column in history.columns.items()}
 
 
-def of_relaxation(model: nn.Sequential, x: Tensor, y: Tensor, settings: Settings) -> dict[str, float]:
+def of_relaxation(model: nn.Sequential | Graph, x: Tensor, y: Tensor, settings: Settings) -> dict[str, float]:
     """Energy at the first and the last iteration, what part is left, and convergence; NaN where it diverges.
 
-    Of the plain target, also where training nudges it. Nothing for methods in which beliefs descend no energy. In
-    eval mode; parameters, ``.grad``, buffers, modes and torch's random state stay as they are.
+    Of the plain target, also where training nudges it. Nothing for graphs, and for methods in which beliefs descend no
+    energy. In eval mode; parameters, ``.grad``, buffers, modes and torch's random state stay as they are.
     """
-    if canonical(settings.method) not in METHODS or not settings.num_steps:
+    if isinstance(model, Graph) or canonical(settings.method) not in METHODS or not settings.num_steps:
         return {}
     replay, buffers = replaying(x.device), recorded_buffers(model)
     settings = replace(settings, nudging=None, check="sync")

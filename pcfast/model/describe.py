@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import ModelError
 from . import activations, sharding
 from .residual import Residual as ResidualModule
+from .scaling import Scale as ScaleModule
 from .spec import (
     AdaptiveAvgPool2d,
     AvgPool2d,
@@ -26,6 +27,7 @@ from .spec import (
     Op,
     Opaque,
     Residual,
+    Scale,
     Unflatten,
 )
 
@@ -154,6 +156,7 @@ _KNOWN = {
     nn.AdaptiveAvgPool2d: _adaptive_avg_pool,
     nn.Flatten: lambda path, m: Flatten(path, _name(m), m.start_dim, m.end_dim),
     nn.Unflatten: _unflatten,
+    ScaleModule: lambda path, m: Scale(path, _name(m), m.factor),
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
 }
@@ -177,6 +180,7 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.AdaptiveAvgPool2d: ("output_size",),
     nn.Flatten: ("start_dim", "end_dim"),
     nn.Unflatten: ("dim", "unflattened_size"),
+    ScaleModule: ("factor",),
     nn.BatchNorm1d: _NORMALISATION,
     nn.BatchNorm2d: _NORMALISATION,
 }  # fmt: skip
@@ -192,7 +196,7 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
     return kind if kind in SETTINGS else None
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """True where hooks of the user's are called with ``module``."""
     before, after = module._forward_pre_hooks, module._forward_hooks
     if module._backward_hooks or module._backward_pre_hooks:
@@ -202,12 +206,12 @@ def _has_hooks(module: nn.Module) -> bool:
     return not all(map(sharding.is_sharding, (*before.values(), *after.values())))
 
 
-def _patched(module: nn.Module) -> bool:
+def patched(module: nn.Module) -> bool:
     """True where this instance was given a forward of its own."""
     return "forward" in module.__dict__
 
 
-def _plain_sequential(module: nn.Module) -> bool:
+def plain_sequential(module: nn.Module) -> bool:
     """True where calling ``module`` is to call its elements in order (hooks aside)."""
     kind = type(module)
     if kind is not nn.Sequential:
@@ -215,7 +219,7 @@ def _plain_sequential(module: nn.Module) -> bool:
             return False
         if kind.__iter__ is not nn.Sequential.__iter__ or kind.__call__ is not nn.Module.__call__:
             return False
-    return not _patched(module)
+    return not patched(module)
 
 
 #: What torch keeps hooks in that every module calls.
@@ -233,9 +237,9 @@ def _of_torch(hook) -> bool:
     return getattr(hook, "__module__", "").startswith("torch.")
 
 
-def _check_called_by_elements(model: nn.Sequential) -> None:
+def check_called_by_elements(model: nn.Sequential) -> None:
     """Raise ModelError where ``model(x)`` is more than its layers one after the other."""
-    if _has_hooks(model):
+    if has_hooks(model):
         raise ModelError(
             "model",
             f"a {_name(model)} that has hooks itself: model(x) is more than its layers one after the other",
@@ -286,18 +290,18 @@ def _plain_residual(module: nn.Module) -> bool:
 
 def _children(path: str, module: nn.Sequential) -> Iterator[Op]:
     for name, child in module._modules.items():  # named_children would skip a repeated module
-        yield from _operations(f"{path}.{name}", child)
+        yield from operations(f"{path}.{name}", child)
 
 
-def _operations(path: str, module: nn.Module) -> Iterator[Op]:
+def operations(path: str, module: nn.Module) -> Iterator[Op]:
     """The operations of ``module`` in order; nested Sequentials are flattened, no-ops are left out."""
     kind = sharding.original(type(module))
     name = kind.__name__
-    if _has_hooks(module):
+    if has_hooks(module):
         yield _opaque(path, module, f"{name} has hooks")
-    elif _patched(module):
+    elif patched(module):
         yield _opaque(path, module, f"{name} was given another forward")
-    elif _plain_sequential(module):
+    elif plain_sequential(module):
         yield from _children(path, module)
     elif _plain_residual(module):
         yield Residual(path, name, tuple(_children(path, module)))
@@ -330,20 +334,20 @@ def describe(model: nn.Module, *, hooks: bool = True) -> Network:
             "an nn.Sequential whose elements are the predictive-coding layers",
             "Wrap the model: nn.Sequential(block1, block2, ...).",
         )
-    if not _plain_sequential(model):
+    if not plain_sequential(model):
         raise ModelError(
             "model",
             f"{type(model).__name__}, which overrides Sequential.forward, __call__ or __iter__",
             "a Sequential evaluated element by element",
         )
     if hooks:
-        _check_called_by_elements(model)
+        check_called_by_elements(model)
     if len(model) == 0:
         raise ModelError("model", "an empty Sequential", "at least one layer")
     return _same(
         Network(
             tuple(
-                LayerSpec(index, tuple(_operations(name, module)))
+                LayerSpec(index, tuple(operations(name, module)))
                 for index, (name, module) in enumerate(model._modules.items(), start=1)
             )
         )

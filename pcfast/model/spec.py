@@ -185,6 +185,11 @@ class Unflatten(Op):
 
 
 @dataclass(frozen=True)
+class Scale(Op):
+    factor: float
+
+
+@dataclass(frozen=True)
 class Dropout(Op):
     """Dropout in training mode (in eval mode it is no operation): one mask a step."""
 

@@ -22,6 +22,7 @@ from ..problem import belief_optimizers, validation
 from ..problem import nudging as nudges
 from ..problem.belief_optimizers import BeliefOptimizer
 from ..problem.nudging import Nudging
+from ..problem.settings import Precisions
 from . import settings as presets
 from .settings import PRESETS, Preset
 
@@ -101,6 +102,7 @@ def identify(
     loss: str | None = None,
     belief_optimizer: BeliefOptimizer | None = None,
     nudging: Nudging | None = None,
+    precision: Precisions | None = None,
     vinit: list[Tensor | None] | float | None = None,
     last_updates: Mapping[str, Tensor] | Sequence[Tensor] | None = None,
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
@@ -118,8 +120,8 @@ def identify(
             is not there is not compared.
         step_size, num_steps: the program's own, of its belief optimiser and its T.
         loss: "mse" (0.5 |.|^2) or "cross_entropy"; None tries those that take y.
-        belief_optimizer, nudging, vinit: the program's, as for :func:`pcfast.pc_loss`; v_0..v_L of the network as
-            the program has it, which need not be ``model``'s nesting.
+        belief_optimizer, nudging, precision, vinit: the program's, as for :func:`pcfast.pc_loss`; v_0..v_L of the
+            network as the program has it, which need not be ``model``'s nesting.
         last_updates, optimizer: of an incremental program the gradients of the call's last iteration, and what makes
             its weight optimiser from the parameters: only they tell about its relaxation.
 
@@ -149,7 +151,10 @@ def identify(
     tolerance = TOLERANCES.get(next(iter(recorded.values())).dtype, _COARSE)
     matches = []
     for layers, form in _forms(double):
-        for name, kind, preset in _candidates(kinds, step_size, num_steps, belief_optimizer, nudging, vinit):
+        if isinstance(precision, list | tuple) and len(precision) != len(form):
+            continue  # precisions of another nesting
+        given = {"belief_optimizer": belief_optimizer, "nudging": nudging, "precision": precision}
+        for name, kind, preset in _candidates(kinds, step_size, num_steps, given, vinit):
             settings = dict(preset)
             incremental = preset.method == "incremental"
             if last is not None and not incremental:
@@ -255,11 +260,8 @@ def _forms(model: nn.Sequential) -> Iterator[tuple[str, nn.Sequential]]:
             yield words, form
 
 
-def _candidates(
-    kinds, step_size, num_steps, belief_optimizer, nudging, vinit
-) -> Iterator[tuple[str, str, Preset]]:
-    """(name with its variant, loss, preset)."""
-    given = {"belief_optimizer": belief_optimizer, "nudging": nudging}
+def _candidates(kinds, step_size, num_steps, given: dict, vinit) -> Iterator[tuple[str, str, Preset]]:
+    """(name with its variant, loss, preset), of presets that know everything ``given``."""
     given = {name: value for name, value in given.items() if value is not None}
     validation.checked_step_sizes(step_size, validation.checked_steps(num_steps))
     for name, program in PRESETS.items():

@@ -23,6 +23,7 @@ from ..problem import belief_optimizers, reductions, validation
 from ..problem import nudging as nudges
 from ..problem.belief_optimizers import BeliefOptimizer, StepSize
 from ..problem.nudging import Nudging
+from ..problem.settings import Precisions
 
 #: Losses as the programs with an energy sum them over a batch.
 LOSSES = {"mse": half_squared_error, "cross_entropy": functools.partial(F.cross_entropy, reduction="sum")}
@@ -33,8 +34,8 @@ class Preset:
     """``pc_loss(model, x, y, **preset)``, and so for every function that relaxes; what is None is left out.
 
     Attributes:
-        loss, method, step_size, num_steps, belief_optimizer, nudging, vinit, reduction, update_scale: as for
-            :func:`pcfast.pc_loss`; method "incremental" is for :func:`pcfast.incremental_step`.
+        loss, method, step_size, num_steps, belief_optimizer, nudging, vinit, reduction, update_scale, precision: as
+            for :func:`pcfast.pc_loss`; method "incremental" is for :func:`pcfast.incremental_step`.
     """
 
     loss: LossLike
@@ -46,6 +47,7 @@ class Preset:
     belief_optimizer: BeliefOptimizer | None = None
     nudging: Nudging | None = None
     vinit: float | None = None
+    precision: Precisions | None = None
 
     def keys(self) -> Iterator[str]:
         """The names of the keyword arguments."""
@@ -264,16 +266,23 @@ def deepity(*, step_size: float, num_steps: int, loss: str = "mse", start: str =
     return _fresh(loss, *_one_less(step_size, num_steps), "sum_beliefs_mean_weights", None, vinit=vinit)
 
 
-def fabricpc(*, step_size: float | Sequence[float], num_steps: int, loss: str = "mse") -> Preset:
-    """FabricPC, inference by gradient descent with precision 1: summed energy for beliefs, mean for weights.
+def fabricpc(
+    *,
+    step_size: float | Sequence[float],
+    num_steps: int,
+    loss: str = "mse",
+    precision: Precisions | None = None,
+) -> Preset:
+    """FabricPC, inference by gradient descent: summed energy for beliefs, mean for weights.
 
     Args:
         step_size, num_steps: eta_infer and infer_steps. loss: "mse" (Gaussian, 0.5 |.|^2) or "cross_entropy".
+        precision: of its nodes' Gaussian energies: a number, or one for each layer, the output's last.
 
     Raises:
         ArgumentError and its kinds.
     """
-    return _fresh(loss, step_size, num_steps, "sum_beliefs_mean_weights", None)
+    return _fresh(loss, step_size, num_steps, "sum_beliefs_mean_weights", None, precision=precision)
 
 
 def fabricpc_epc(*, step_size: float, num_steps: int, loss: str = "mse") -> Preset:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import get_args
 
+import torch
 from torch import Tensor
 
 from ..losses import Loss, LossLike, describe_loss
 from . import belief_optimizers, early_exit, nudging, reductions, validation
 from .belief_optimizers import BeliefOptimizer, StepSize
 from .nudging import Nudging
+from .per_layer import PerLayer
 from .plan import canonical
+
+#: Settings that only relaxations on graphs read.
+BEYOND_CHAINS = ("precision", "noise", "generator")
+#: One for all, one for each layer of a chain, by the names of a graph's nodes; a tensor has one for each unit.
+Precisions = float | Sequence[float | Tensor] | Mapping[str, float | Tensor] | PerLayer
+StepSizes = float | Sequence[float] | Mapping[str, float | Sequence[float]] | PerLayer
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Settings:
 
     loss: LossLike | None = "cross_entropy"
     method: str = "strict"
-    step_size: float | Sequence[float] = 0.1
+    step_size: StepSizes = 0.1
     num_steps: int = 20
     belief_optimizer: BeliefOptimizer | None = None
     nudging: Nudging | None = None
@@ -48,6 +56,20 @@ class Settings:
     normalizer: int | None = None
     tolerance: float | None = None
     check: str = "auto"
+    precision: Precisions | None = None
+    noise: float | None = None
+    generator: torch.Generator | None = None
+
+    @property
+    def beyond_chains(self) -> bool:
+        """Whether they ask for what relaxations on graphs do alone."""
+        if self.precision is None and self.noise is None and type(self.step_size) is float:
+            return False
+        return (
+            self.precision is not None
+            or self.noise is not None
+            or isinstance(self.step_size, Mapping | PerLayer)
+        )
 
     def checked(self, *, moves: bool = False) -> Relaxing:
         """The settings of the iterations, checked.
@@ -65,6 +87,10 @@ class Settings:
         # others may be mutable, or hold a bool, which equals the number that a cache would take it for
         plain = all(type(value) in _PLAIN for value in given)
         return _checked(*given) if plain else _checked.__wrapped__(*given)
+
+    def checked_on_graphs(self, *, moves: bool = False) -> Relaxing:
+        """As :meth:`checked`, without the step sizes, which a graph's nodes have their own of."""
+        return replace(self, step_size=0.0).checked(moves=moves)
 
     def described_loss(self, *, known: bool = True) -> Loss | None:
         """The loss, described; None where there is none.

@@ -24,15 +24,15 @@ from ..problem import reductions, validation
 from ..problem.belief_optimizers import BeliefOptimizer, StepSize
 from ..problem.nudging import Nudging
 from ..problem.plan import LOOPS, Plan, plan
-from ..problem.settings import Settings
+from ..problem.settings import BEYOND_CHAINS, Settings
 from ..problem.types import Wanted
 from . import cuda_graphs
 
 #: Kinds that are kept of one model.
 _CAPACITY = 64
 
-# of Settings, the loss aside
-_NAMES = tuple(field.name for field in fields(Settings) if field.name != "loss")
+# of Settings, the loss aside, and what no chain's relaxation reads
+_NAMES = tuple(field.name for field in fields(Settings) if field.name not in ("loss", *BEYOND_CHAINS))
 _read = operator.attrgetter(*_NAMES)
 _STEP_SIZE = _NAMES.index("step_size")
 #: Values that are equal where calls are, if their types are, too. Others may change inside.

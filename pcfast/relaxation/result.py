@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
 from ..losses import LossLike
+from ..model.graph import Graph
 from ..problem.belief_optimizers import BeliefOptimizer
 from ..problem.nudging import Nudging
 from ..problem.plan import canonical
-from ..problem.settings import Settings
+from ..problem.settings import Precisions, Settings, StepSizes
 from ..problem.types import Wanted
+from . import on_graphs
 from .solve import Run, solve
 
 
@@ -46,33 +49,59 @@ class Relaxation:
     iterations: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class GraphRelaxation:
+    """Result of :func:`relax` on a graph, by the nodes' names.
+
+    Attributes:
+        activations: values of the forward pass: what is clamped, the roots' starts, predictions.
+        loss: the energy there, with the losses: 0-dim.
+        beliefs: after the last iteration; of a clamped node its value, of a loss's node its prediction at the start.
+        errors: of the last iteration, prediction minus belief; of a loss's node the gradient of what the loss counts
+            in the energy; None for roots without a prior.
+        energies: of every node (n,) on request, pi |eps|^2 / 2 or the loss, as each iteration found them; else None.
+        run: which backend ran, and how.
+    """
+
+    activations: dict[str, Tensor]
+    loss: Tensor
+    beliefs: dict[str, Tensor]
+    errors: dict[str, Tensor | None]
+    energies: dict[str, Tensor] | None
+    run: Run
+
+
 def relax(
-    model: nn.Sequential,
-    x: Tensor,
-    y: Tensor,
+    model: nn.Sequential | Graph,
+    x: Tensor | Mapping[str, Tensor] | None = None,
+    y: Tensor | Mapping[str, Tensor] | None = None,
     *,
-    loss: LossLike = "cross_entropy",
+    loss: LossLike | Mapping[str, LossLike] = "cross_entropy",
     method: str = "strict",
-    step_size: float | Sequence[float] = 0.1,
+    step_size: StepSizes = 0.1,
     num_steps: int = 20,
     belief_optimizer: BeliefOptimizer | None = None,
     nudging: Nudging | None = None,
     backend: str = "auto",
-    vinit: list[Tensor | None] | float | None = None,
+    vinit: list[Tensor | None] | Mapping[str, Tensor] | float | None = None,
     reduction: str = "sum",
     update_scale: float = 1.0,
     normalizer: int | None = None,
     energies: bool = False,
     tolerance: float | None = None,
     check: str = "auto",
-) -> Relaxation:
+    clamp: Mapping[str, Tensor] | None = None,
+    precision: Precisions | None = None,
+    noise: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Relaxation | GraphRelaxation:
     """Relax beliefs and errors; parameters and their ``.grad`` stay as they are.
 
     Rosenbaum (2022), algorithms 1 to 3; docs/method.md. The other methods: docs/methods.md.
 
     Args:
-        model: ``nn.Sequential`` of PC layers.
-        x: input (B, ...), the model's dtype and device.
+        model: ``nn.Sequential`` of PC layers, or a :class:`pcfast.Graph`, of which docs/graphs.md says more.
+        x: input (B, ...), the model's dtype and device; of a graph's roots, by name where there are several.
         y: target, as ``loss`` needs it: int64 class indices (B,) or probabilities (B, C) for cross-entropy, the
             output's shape for mse, anything for a callable.
         loss: "cross_entropy", "mse" or a callable ``loss(output, y) -> scalar``.
@@ -102,9 +131,19 @@ def relax(
         check: when bad values are reported: "sync" at once, "deferred" by a later call or
             :func:`pcfast.synchronize`, "auto" (sync on CPU, deferred on CUDA), "off". The reference backend
             never defers.
+        clamp: of a graph, or of a Sequential ("input" and its layers' names): further nodes that are held at values,
+            instead of or beside ``x`` and ``y``. Nodes that are not given are free.
+        precision: what each layer's energy counts: pi |eps|^2 / 2; the loss counts pi, too. A number, one for each
+            layer, of a graph a mapping from names; tensors have one for each unit. None is 1.
+        noise: strict only: temperature T of Langevin noise: every iteration adds sqrt(2 step_size T) times standard
+            normal numbers to every belief.
+        generator: draws the noise; None for torch's own.
+
+    A ``step_size`` for each layer is a :class:`pcfast.PerLayer`, of a graph a mapping from names.
 
     Returns:
-        :class:`Relaxation`. State tensors are float32 for float32, bfloat16 and float16 models and under
+        :class:`Relaxation`; :class:`GraphRelaxation` for a graph, and where ``clamp``, ``precision``, ``noise`` or a
+        step size a layer are given. State tensors are float32 for float32, bfloat16 and float16 models and under
         autocast, float64 for float64 models (the reference backend keeps the model's own dtype).
 
     Raises:
@@ -127,8 +166,51 @@ def relax(
         )  # fmt: skip
     settings = Settings(
         loss, method, step_size, num_steps, belief_optimizer, nudging, backend, vinit, reduction, update_scale,
-        normalizer, tolerance, check,
+        normalizer, tolerance, check, precision, noise, generator,
     )  # fmt: skip
+    if isinstance(model, Graph) or settings.beyond_chains or clamp is not None:
+        return _on_graph(model, x, y, settings, clamp, energies)
+    return _on_chain(model, x, y, settings, energies)
+
+
+def _on_graph(model, x, y, settings: Settings, clamp, energies: bool) -> GraphRelaxation:
+    chain = on_graphs.chain_of(model, settings, x, y, clamp)
+    if chain is not None:
+        return _by_name(model, _on_chain(chain[0], chain[1], chain[2], settings, energies))
+    wanted = Wanted(gradients=False, states=True, energies=energies)
+    outcome, run = on_graphs.solve(model, x, y, settings, clamp, wanted)
+    names = run.plan.spec.names
+    given = on_graphs.given_tensor(x, y, clamp)
+    rows = None if outcome.energies is None else dict(zip(names, outcome.energies.unbind(1), strict=True))
+    return GraphRelaxation(
+        dict(zip(names, dealias(outcome.activations, given), strict=True)),
+        outcome.loss,
+        dict(zip(names, dealias(outcome.beliefs, given), strict=True)),
+        dict(zip(names, outcome.errors, strict=True)),
+        rows,
+        run,
+    )
+
+
+def _by_name(graph: Graph, relaxation: Relaxation) -> GraphRelaxation:
+    """A chain's relaxation by the names of the graph that it is."""
+    names, energies = graph.names, None
+    if relaxation.energies is not None:
+        columns = [torch.zeros_like(relaxation.energies[:, 0]), *relaxation.energies.unbind(1)]
+        energies = dict(zip(names, columns, strict=True))
+    return GraphRelaxation(
+        dict(zip(names, relaxation.activations, strict=True)),
+        relaxation.loss,
+        # fixed prediction moves v_0, which is clamped here
+        dict(zip(names, [relaxation.activations[0], *relaxation.beliefs[1:]], strict=True)),
+        dict(zip(names, [None, *relaxation.errors[1:]], strict=True)),
+        energies,
+        relaxation.run,
+    )
+
+
+def _on_chain(model, x, y, settings: Settings, energies: bool) -> Relaxation:
+    method = settings.method
     input_error = method == "fixed_prediction"
     wanted = Wanted(gradients=False, states=True, input_error=input_error, energies=energies)
     outcome, run = solve(model, x, y, settings, wanted)

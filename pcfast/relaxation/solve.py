@@ -46,6 +46,12 @@ def last_run() -> Run | None:
     return getattr(_last, "run", None)
 
 
+def recorded(run: Run) -> Run:
+    """Remember ``run`` as this thread's last; returns it."""
+    _last.run = run
+    return run
+
+
 def prepare(
     model: nn.Sequential,
     x: Tensor,
@@ -137,8 +143,7 @@ def _solve(model, x, y, settings, wanted, activations, output_gradient, move) ->
         ran, why = outcome.fell_back
         planned = replace(planned, backend=ran, refusals=(*planned.refusals, (planned.backend, why)))
         log_fallback(ran, planned.refusals)
-    run = _last.run = Run(planned, not reason, reason)
-    return outcome, run
+    return outcome, recorded(Run(planned, not reason, reason))
 
 
 def forward_loss(model: nn.Sequential, x: Tensor, y: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -264,7 +264,9 @@ def run_settings(model: nn.Sequential, data: Data, optimizer: Optimizer, **value
     ]
     settings = {
         **values,
-        "network": [module_text(layer) for layer in model],
+        "network": [module_text(layer) for layer in model]
+        if isinstance(model, nn.Sequential)
+        else repr(model),
         "optimizer": {"name": type(optimizer).__qualname__, "groups": groups},
         "parameters": {name: _signature(p) for name, p in model.named_parameters()},
         "data": {name: f"{_signature(t)} sha256 {_digest(t)}" for name, t in data._asdict().items()},

@@ -41,7 +41,14 @@ def evaluate(
 
 
 def _evaluated(
-    model, x: Tensor, y: Tensor, loss, batch_size: int, of_classes: bool, processes: Alone = ALONE
+    model,
+    x: Tensor,
+    y: Tensor,
+    loss,
+    batch_size: int,
+    of_classes: bool,
+    processes: Alone = ALONE,
+    predict=None,
 ) -> tuple[float, float]:
     described = describe_loss(loss)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -49,7 +56,7 @@ def _evaluated(
     with modes.evaluating(model), torch.no_grad():
         batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
         for x_batch, y_batch in processes.dealt(batches):
-            output = model(x_batch)
+            output = model(x_batch) if predict is None else predict(x_batch, y_batch)
             value = described.value(output, y_batch)
             total += value if _sums(loss) else value * len(x_batch)
             score += hits(output, y_batch) if of_classes else scores.residual(output, y_batch)
@@ -64,9 +71,10 @@ class TrainingRun:
 
     def __init__(
         self, model, optimizer, data, loss, update, batch_size, seed, device, *, schedule=None, augment=None,
-        samples=None, reduction="sum", processes=ALONE,
+        samples=None, reduction="sum", processes=ALONE, predict=None,
     ):  # fmt: skip
         self.processes = processes
+        self.predict = predict  # outputs from inputs and targets, of a network that reconstructs
         self.model, self.optimizer, self.schedule, self.loss = model, optimizer, schedule, loss
         self.sums = _sums(loss) and not reductions.REDUCTIONS[reduction][1]  # what ``update`` says is a sum
         self.update, self.augment = update, augment
@@ -148,7 +156,7 @@ class TrainingRun:
         """Evaluate, log, and get ready for the next epoch."""
         test_loss, test_score = _evaluated(
             self.model, self.data.x_test, self.data.y_test, self.loss, self.batch_size, self.of_classes,
-            self.processes,
+            self.processes, self.predict,
         )  # fmt: skip
         name = "accuracy" if self.of_classes else "r2"
         self.history.append(

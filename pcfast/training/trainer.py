@@ -20,7 +20,7 @@ import inspect
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,17 +32,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .. import incremental
-from ..autograd import loss_with
+from ..autograd import loss_with, reconstruction_loss
 from ..datasets import Data, checked_data
 from ..errors import ArgumentError, ArgumentTypeError, BackendError
 from ..losses import LossLike
+from ..model.graph import Graph
 from ..precision import check_precision, use_precision
 from ..problem import nudging as nudges
 from ..problem import reductions
 from ..problem.belief_optimizers import BeliefOptimizer
 from ..problem.nudging import Nudging
+from ..problem.per_layer import PerLayer
 from ..problem.plan import canonical
-from ..problem.settings import Settings
+from ..problem.settings import Precisions, Settings, StepSizes
 from ..problem.validation import (
     check_count,
     check_optimizer,
@@ -62,6 +64,7 @@ from .checkpoints import (
     run_settings,
 )
 from .distributed import processes_of
+from .generation import latent_roots, reconstructions
 from .history import History
 from .progress import Display, Interrupt
 from .run import IncrementalRun, TrainingRun
@@ -80,15 +83,17 @@ MakeScheduler = Callable[[Optimizer, int], LRScheduler]
 
 
 def train(
-    model: nn.Sequential,
+    model: nn.Sequential | Graph,
     data: Data | Sequence[Tensor],
     *,
+    task: str = "predict",
     epochs: int,
     batch_size: int = 64,
     loss: LossLike = F.cross_entropy,
     method: str = "strict",
-    step_size: float | Sequence[float] = 0.1,
+    step_size: StepSizes = 0.1,
     num_steps: int = 20,
+    node_precision: Precisions | None = None,
     belief_optimizer: BeliefOptimizer | None = None,
     nudging: Nudging | NudgingByEpoch | None = None,
     nudging_growth: float = 0.0,
@@ -124,7 +129,11 @@ def train(
     eval mode is put in train mode as a whole. Afterwards every part is in the mode in which it was.
 
     Args:
-        model: each element is one PC layer; parameters of any floating dtype.
+        model: each element is one PC layer, or a :class:`pcfast.Graph` of one input and one output; parameters of any
+            floating dtype.
+        task: "predict" targets from inputs; "reconstruct" the targets of a Graph with latent roots, which have a
+            prior and are inferred from the targets: scores are those of reconstructions. Where the graph has no
+            other root, inputs are not read.
         data: ``Data`` or (x_train, y_train, x_test, y_test): inputs (N, ...) in the model's dtype; targets
             class indices, int64, (N,), or class probabilities, floating point, (N, C), where the loss takes
             them (MSE takes one-hot targets), or any values (regression): see :class:`History`. Copied to the device
@@ -134,8 +143,9 @@ def train(
         loss: a callable loss(output, y) -> scalar, or a name, as for ``pcfast.pc_loss``. A callable that sums
             over the batch says so in an attribute ``reduction`` = "sum" (as torch's modules do); only the
             logged numbers depend on it.
-        method, step_size, num_steps, belief_optimizer, nudging, vinit, reduction, update_scale, backend: as for
-            ``pcfast.pc_loss``; or method "incremental", as for ``pcfast.incremental_step``. So ``**preset`` fits.
+        method, step_size, num_steps, node_precision, belief_optimizer, nudging, vinit, reduction, update_scale,
+            backend: as for ``pcfast.pc_loss``, whose ``precision`` is ``node_precision`` here; or method
+            "incremental", as for ``pcfast.incremental_step``. So ``**preset`` fits.
             ``nudging`` may be a function of the epoch 0, 1, ..., called for all epochs before the first.
         nudging_growth: what beta gains every epoch, as far as 1.
         optimizer: makes the optimiser from the parameters, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``, or
@@ -175,9 +185,9 @@ def train(
 
 
 def _train(
-    model, data, *, epochs, batch_size, loss, method, step_size, num_steps, belief_optimizer, nudging, nudging_growth,
-    vinit, reduction, update_scale, optimizer, scheduler, augment, drop_last, backend, precision, device, seed, out,
-    resume, progress, kept, process_group, after_epoch,
+    model, data, *, task, epochs, batch_size, loss, method, step_size, num_steps, node_precision, belief_optimizer,
+    nudging, nudging_growth, vinit, reduction, update_scale, optimizer, scheduler, augment, drop_last, backend,
+    precision, device, seed, out, resume, progress, kept, process_group, after_epoch,
 ) -> History:  # fmt: skip
     """:func:`train`, with gradients."""
     processes = processes_of(process_group)
@@ -188,8 +198,15 @@ def _train(
         ):  # fmt: skip
             check_count(name, value, least)
             _check_most(name, value, most)
-        if not isinstance(model, nn.Sequential):
-            raise ArgumentTypeError("model", f"a {type(model).__name__}", "an nn.Sequential of PC layers")
+        if not isinstance(model, nn.Sequential | Graph):
+            needed = "an nn.Sequential of PC layers, or a pcfast.Graph"
+            raise ArgumentTypeError("model", f"a {type(model).__name__}", needed)
+        _check_task(task, model, method)
+        if processes.size > 1 and (isinstance(model, Graph) or node_precision is not None):
+            raise ArgumentError(
+                "model", f"a Graph, or a precision a layer, on {processes.size} processes", "one process",
+                "Graphs are trained on one device.",
+            )  # fmt: skip
         parameters = list(model.parameters())
         if not parameters:
             raise ArgumentError("model", "no parameters", "at least one parameter to train")
@@ -202,7 +219,8 @@ def _train(
         nudging_growth = nudges.checked_growth(nudging_growth, nudging)
         num_steps = checked_steps(num_steps)
         _check_most("num_steps", num_steps, MAX_STEPS)
-        step_size = checked_step_sizes(step_size, num_steps)
+        if not isinstance(step_size, Mapping | PerLayer):
+            step_size = checked_step_sizes(step_size, num_steps)
         if any(parameter.is_inference() for parameter in parameters):
             given = "parameters made under torch.inference_mode, which have no gradients"
             raise ArgumentError("model", given, "a model made outside of it")
@@ -241,8 +259,10 @@ def _train(
             optimizer,
             loss=loss_name(loss),
             method=method,
-            step_size=step_size,
+            step_size=repr(step_size) if isinstance(step_size, PerLayer) else step_size,
             num_steps=num_steps,
+            task=None if task == "predict" else task,
+            node_precision=None if node_precision is None else repr(node_precision),
             belief_optimizer=None if belief_optimizer is None else repr(belief_optimizer),
             nudging=None if nudging is None else callable_name(nudging),
             nudging_growth=nudging_growth or None,
@@ -267,14 +287,21 @@ def _train(
         })  # fmt: skip
         relaxation = Settings(
             loss, method, step_size, num_steps, belief_optimizer, backend=backend, vinit=vinit, reduction=reduction,
-            update_scale=update_scale,
+            update_scale=update_scale, precision=node_precision,
         )  # fmt: skip
         nudging_of = nudges.by_epoch(nudging, nudging_growth, epochs, method)
+    predict = None
     processes.check_same({**settings, "device": device.type}, model)
     if method == "incremental":
         step = processes.step(incremental.step_with)
         update = functools.partial(step, relaxation, model, optimizer=optimizer)
         kind = IncrementalRun
+    elif task == "reconstruct":
+
+        def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return reconstruction_loss(relaxation, model, x if model.inputs else None, y)
+
+        predict, kind = functools.partial(reconstructions, model, relaxation), TrainingRun
     else:
         loss_of = processes.loss(loss_with, model, relaxation)
 
@@ -297,6 +324,7 @@ def _train(
         samples=samples,
         reduction=reduction,
         processes=processes,
+        predict=predict,
     )
     with modes.modes_kept(model), contextlib.ExitStack() as held:
         with processes.agreed(), _switches(precision, device), seeded(seed, device):
@@ -324,6 +352,20 @@ def _train(
                     display.say(f"the run has {len(run.history)} epochs already; {more}")
             _train_epochs(run, epochs, folder, config, display, interrupt, after_epoch, aside=not resume)
     return run.history
+
+
+def _check_task(task: str, model: nn.Sequential | Graph, method: str) -> None:
+    if task not in ("predict", "reconstruct"):
+        raise ArgumentError("task", repr(task), '"predict" or "reconstruct"')
+    if task == "predict":
+        return
+    if not isinstance(model, Graph) or not latent_roots(model):
+        given = "a Graph without priors" if isinstance(model, Graph) else f"a {type(model).__name__}"
+        needed = "a pcfast.Graph with a pcfast.Prior"
+        remedy = "E.g. pcfast.networks.decoder."
+        raise ArgumentError("model", f"{given} with task 'reconstruct'", needed, remedy)
+    if method == "incremental":
+        raise ArgumentError("method", "'incremental' with task 'reconstruct'", "another method")
 
 
 def _check_most(name: str, value: int, most: int) -> None:
