@@ -27,8 +27,8 @@ def of_history(history: History) -> dict[str, float]:
 def of_relaxation(model: nn.Sequential | Graph, x: Tensor, y: Tensor, settings: Settings) -> dict[str, float]:
     """Energy at the first and the last iteration, what part is left, and convergence; NaN where it diverges.
 
-    Of the plain target, also where training nudges it. Nothing for graphs, and for methods in which beliefs descend no
-    energy. In eval mode; parameters, ``.grad``, buffers, modes and torch's random state stay as they are.
+    Of the plain target, also where training nudges it. Nothing for graphs, and for methods in which beliefs descend
+    no energy. In eval mode; parameters, ``.grad``, buffers, modes and torch's random state stay as they are.
     """
     if isinstance(model, Graph) or canonical(settings.method) not in METHODS or not settings.num_steps:
         return {}
