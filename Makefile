@@ -20,7 +20,7 @@ NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc csrc/* csrc/*/*)
 PIP_INSTALL := $(VENV_PYTHON) -m pip install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help train test ptx native fuzz lowest compile-all lint bench clean
+.PHONY: help train test ptx native fuzz lowest rehearse compile-all lint bench clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -36,18 +36,28 @@ test: $(NATIVE) ## run the whole test suite
 	@OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 -rs
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 -rs tests/kernels
 
-# What is deleted one by one is recorded of the tests' release of triton.
+# What kernels execute, and what is deleted one by one, are recorded of the tests' release of triton.
 ptx: $(NATIVE) $(if $(TRITON),$(TRITON_FOLDER)/.installed) ## execute every compiled kernel on the CPU (three quarters of an hour)
 	@$(WITH_TRITON) OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/ptx/run_full.py
+	@$(if $(TRITON),,OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/ptx/kernel_profile.py)
 	@$(if $(TRITON),,OMP_NUM_THREADS=1 $(VENV_PYTHON) tests/ptx/mutations.py)
 
 native: $(NATIVE) ## compile the kernels again where their sources have changed
 
-fuzz: $(NATIVE) ## hand the native entry nonsense for a minute
+# hypothesis marks its tests.
+fuzz: $(NATIVE) ## hand the native entry nonsense for a minute, and draw three times as many random networks
 	@PCFAST_FUZZ_SECONDS=60 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q tests/native/test_fuzzed.py
+	@PCFAST_FUZZ_EXAMPLES=3 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -n 2 -m hypothesis
+	@PCFAST_FUZZ_EXAMPLES=3 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -n 2 -m hypothesis tests/kernels
 
-compile-all: $(STAMP) $(if $(TRITON),$(TRITON_FOLDER)/.installed) ## compile every Triton kernel for every chip
+rehearse: $(NATIVE) ## go through bench/on_gpu.sh without a GPU
+	@PYTHON=$(abspath $(VENV_PYTHON)) OMP_NUM_THREADS=1 bench/on_gpu.sh .benchmarks/rehearsal --rehearse
+
+# Limits are recorded of the tests' release of triton.
+compile-all: $(STAMP) $(if $(TRITON),$(TRITON_FOLDER)/.installed) ## compile every kernel for every chip
+	@$(if $(TRITON),,$(VENV_PYTHON) tests/kernels/compilation.py)
 	@$(WITH_TRITON) $(VENV_PYTHON) tests/kernels/compilation.py --full
+	@$(if $(TRITON),,$(VENV_PYTHON) tests/native/native_compilation.py)
 
 # Warnings of old releases about each other are no errors.
 lowest: ## test with the least releases that pyproject.toml declares, once a release

@@ -32,13 +32,13 @@ problems = dict(
 )
 
 
-@examples(220)
+@examples(90)
 @given(architecture=architectures(), **problems)
 def test_eager_equals_reference(architecture, **problem):
     assert_agreement(*architecture, **problem)
 
 
-@examples(220)
+@examples(90)
 @given(architecture=residual_networks(), **problems)
 def test_eager_equals_reference_with_residual_blocks(architecture, **problem):
     model, shape = architecture

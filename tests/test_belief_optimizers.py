@@ -288,7 +288,7 @@ def test_fixed_prediction_without_a_closed_form_runs_literally(optimizer):
 # reference == eager ---------------------------------------------------------------------------------------------
 
 
-@examples(120)
+@examples(60)
 @given(
     architecture=architectures(),
     loss_name=st.sampled_from(LOSSES),

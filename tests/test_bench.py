@@ -28,6 +28,10 @@ from pcfast.bench.microbenchmarks import rounding
 from pcfast.bench.workloads import WORKLOADS, Workload
 from pcfast.cli import main
 
+sys.path.append(str(Path(__file__).parent / "native"))
+
+import native_build
+
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {
@@ -764,12 +768,14 @@ def test_the_command_fails_where_the_gate_closed(wrong_backend, small_workloads,
     assert "1 of pcfast's refused" in capsys.readouterr().out
 
 
-def test_the_gpu_script_can_be_rehearsed(tmp_path):
-    """Every step without a GPU, as on the machine that has one."""
+def test_the_gpu_script_can_be_rehearsed(tmp_path, tmp_path_factory):
+    """Every step without a GPU, as on the machine that has one; ``make rehearse`` also builds the CPU's module."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    if native_build.builds_here():
+        environment["PCFAST_CUDA_ON_HOST"] = str(native_build.host_module(tmp_path_factory))
     done = subprocess.run(
         ["bash", ROOT / "bench" / "on_gpu.sh", tmp_path / "out", "--rehearse", "--minutes", "3"],
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True,
-        text=True, timeout=200,
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     files = sorted(path.name for path in (tmp_path / "out").iterdir())

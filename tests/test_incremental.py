@@ -354,7 +354,7 @@ def test_none_is_plain_gradient_descent(backend):
 # Any network ----------------------------------------------------------------------------------------------------
 
 
-@examples(120)
+@examples(60)
 @given(
     architecture=architectures(),
     loss_name=st.sampled_from(LOSSES),

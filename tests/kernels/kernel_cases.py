@@ -1,4 +1,6 @@
-"""Which kernels are compiled: CASES in every test run, against recorded limits; FULL by `compilation.py --full`.
+"""Which kernels are compiled: QUICK in every test run, CASES and FULL by `make compile-all`.
+
+QUICK and CASES have recorded limits; FULL is held to the chips' own.
 
 Configurations come from the functions that choose them at run time, so what is compiled here is what runs.
 """
@@ -402,6 +404,20 @@ CASES = [
         [*linear_cases((90,), ("wide",), ()), *conv_cases((90,), ("vgg",)), *pointwise_cases((90,))]
     ),
 ]
+
+#: Of each chip; on sm_90 the one that takes most registers.
+_QUICK_PRECISIONS = {80: "tf32x3", 90: "bf16", 100: "tf32"}
+
+
+def _is_quick(case: Case) -> bool:
+    precision = next((word for word in case.name.split(", ") if word in PRECISIONS), None)
+    if precision is None:
+        return case.capability == 90
+    return precision == _QUICK_PRECISIONS[case.capability] and "middle" not in case.name
+
+
+#: Each kernel on sm_90, those with products on every chip.
+QUICK = [case for case in CASES if _is_quick(case)]
 
 _ALL_ACTIVATIONS = (
     _RELU, activations.LeakyRelu(), _TANH, activations.Sigmoid(), activations.Silu(), _GELU, activations.GeluTanh(),

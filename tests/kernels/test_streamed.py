@@ -165,7 +165,7 @@ def test_divergence_in_gram_form_is_layer_1s():
         for parameter in model.parameters():
             parameter.mul_(40)
     with pytest.raises(pcfast.RelaxationDiverged) as caught:
-        pcfast.relax(model, x, y, backend="triton", check="sync", step_size=1e4, num_steps=60)
+        pcfast.relax(model, x, y, backend="triton", check="sync", step_size=1e4, num_steps=20)
     assert caught.value.iteration is not None and caught.value.layer == 1
 
 
@@ -564,7 +564,7 @@ def test_divergence_names_the_iteration_and_the_layer(name):
     model = nn.Sequential(
         *[m if i == len(model) - 1 else nn.Sequential(m[0], *m[2:]) for i, m in enumerate(model)]
     )
-    arguments = dict(step_size=1e4, num_steps=60)
+    arguments = dict(step_size=1e4, num_steps=20)
     result = {}
     for tried in ("eager", "triton"):
         with pytest.raises(pcfast.RelaxationDiverged) as caught:
@@ -599,7 +599,7 @@ def test_divergence_is_reported_later_where_checks_are_deferred():
         for parameter in model.parameters():
             parameter.mul_(40)
     linear = nn.Sequential(*(m[0] if isinstance(m, nn.Sequential) else m for m in model))
-    pcfast.pc_loss(linear, x, y, step_size=1e4, num_steps=60, backend="triton", check="deferred").backward()
+    pcfast.pc_loss(linear, x, y, step_size=1e4, num_steps=20, backend="triton", check="deferred").backward()
     assert all(not p.grad.any() for p in linear.parameters())
     with pytest.raises(pcfast.RelaxationDiverged, match="iteration"):
         pcfast.synchronize()
@@ -764,7 +764,7 @@ def test_divergence_is_located_after_a_fall_back(automatic, monkeypatch):
     result = []
     for tried in ("eager", "auto"):
         with pytest.raises(pcfast.RelaxationDiverged) as caught:
-            pcfast.relax(linear, x, y, backend=tried, check="sync", step_size=1e4, num_steps=60)
+            pcfast.relax(linear, x, y, backend=tried, check="sync", step_size=1e4, num_steps=20)
         result.append((caught.value.iteration, caught.value.layer))
     assert result[0] == result[1]
     assert len(failures._reasons) == 1
@@ -929,8 +929,9 @@ def test_training_runs_on_it(tmp_path):
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.3)
         history = training.train(
-            model, data, epochs=2, batch_size=16, backend=tried, out=tmp_path / tried, progress=False
-        )
+            model, data, epochs=2, batch_size=16, num_steps=4, backend=tried, out=tmp_path / tried,
+            progress=False,
+        )  # fmt: skip
         assert pcfast.last_run().plan.backend == tried
         ran[tried] = history.train_loss
     torch.testing.assert_close(torch.tensor(ran["triton"]), torch.tensor(ran["eager"]), rtol=1e-5, atol=0)
@@ -972,7 +973,7 @@ def test_the_command_line_checks_it(capsys):
 
 
 def test_the_command_line_trains_on_it(tmp_path, capsys):
-    options = ["--net", "mlp", "--widths", "6", "--epochs", "1", "--num-steps", "2", "--batch-size", "512"]
+    options = ["--net", "mlp", "--widths", "6", "--epochs", "1", "--num-steps", "1", "--batch-size", "512"]
     assert main(["train", *options, "--backend", "triton", "--out", str(tmp_path / "run"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)
     assert pcfast.last_run().plan.backend == "triton"
@@ -1091,8 +1092,10 @@ def claimed_bytes(made: launch_plan.Design, model: nn.Sequential, batch: int, pr
     return batch * numbers + weights
 
 
-@pytest.mark.parametrize(("precision", "momentum"), [("ieee", 0.5), ("tf32", 0.0), ("bf16", 0.5)])
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(("name", "precision", "momentum"), [
+    *((name, "bf16", 0.5) for name in LARGE), ("mlp", "tf32", 0.0), ("pooled conv", "tf32", 0.0),
+    ("Gram form", "ieee", 0.0), ("conv", "ieee", 0.5),
+])  # fmt: skip
 def test_memory_above_the_parameters(name, precision, momentum, staged, monkeypatch):
     batch = 64
     make, sample = LARGE[name]
@@ -1119,8 +1122,9 @@ def test_memory_above_the_parameters(name, precision, momentum, staged, monkeypa
     autocast = use_precision("bf16" if precision == "bf16" else "ieee", x.device)
     with autocast, switched(matmul, "fp32_precision", products):
         pcfast.pc_loss(
-            model, x, y, backend="triton", num_steps=6, belief_optimizer=pcfast.GradientDescent(momentum)
-        )
+            model, x, y, backend="triton", num_steps=6 if "Gram" in name else 4,  # where it pays; where all are live
+            belief_optimizer=pcfast.GradientDescent(momentum),
+        )  # fmt: skip
     ((made, kept),) = result
     assert made.gram == ("Gram" in name) and made.momentum == (momentum > 0)
     operand = 2 if precision == "bf16" else 4

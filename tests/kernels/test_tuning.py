@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -49,7 +48,7 @@ LAUNCHES = ("launch_linear_predict", "launch_linear_feedback", "launch_mlp_relax
 def folder(tmp_path, monkeypatch):
     """A folder of its own for the file of choices, and none loaded before or after."""
     monkeypatch.setenv("PCFAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tuning, "ROUNDS", 3)
+    monkeypatch.setattr(tuning, "ROUNDS", 1)  # the clocks here always say the same
     config_cache.invalidate()
     logs._said.clear()
     yield tmp_path / "cache"
@@ -89,7 +88,7 @@ def priced(launched):
 
 def network(*widths: int):
     torch.manual_seed(0)
-    return mlp(*(widths or (12, 40, 30, 10)))
+    return mlp(*(widths or (12, 20, 14, 10)))
 
 
 def batch(classes: int = 10, shape=(12,), count: int = 9):
@@ -119,6 +118,7 @@ STAGED_TILES = {("linear_predict", 16, 32): 1.0, ("linear_feedback", 32, 16): 2.
 
 
 def test_the_cheapest_tiles_win_and_run_from_then_on(launched, priced, folder):
+    """Here and in other processes, which read what was written."""
     model = network()
     assert ran(model, launched) == {("mlp_relaxation", 16, 16)}
     report = tune(model, priced({FUSED_32: 1.0}))
@@ -127,6 +127,12 @@ def test_the_cheapest_tiles_win_and_run_from_then_on(launched, priced, folder):
     assert ran(model, launched) == {FUSED_32}
     key = next(key for key in report.choices if isinstance(key, LaunchKey))
     assert key.kernel == "mlp_relaxation" and key.batch is None
+    code = "import test_tuning as t; print(t.loop_design(t.network()).feedback.tiles.block_m)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=os.path.dirname(__file__), env=environment(), capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.split() == ["32"], done.stderr
 
 
 def test_one_launch_or_stages(launched, priced):
@@ -139,7 +145,7 @@ def test_one_launch_or_stages(launched, priced):
 
 def test_tiles_of_stages(launched, priced):
     """A wide output has its loss in a launch of its own, so only stages are possible."""
-    model, data = network(12, 40, 40), batch(40)
+    model, data = network(12, 20, 40), batch(40)
     report = tune(model, priced(STAGED_TILES), data)
     assert not any(isinstance(key, LoopKey) for key in report.choices)
     assert ran(model, launched, data) == set(STAGED_TILES)
@@ -194,30 +200,23 @@ def test_what_runs_now_stays_where_nothing_is_faster(priced, folder):
     assert not list(folder.glob("*.json"))
 
 
-def test_a_dry_run_writes_nothing(launched, priced, folder):
-    report = tune(network(), priced({FUSED_32: 1.0}), save=False)
-    assert len(report.choices) and report.path is None
-    assert not folder.exists()
-    assert ran(network(), launched) == {("mlp_relaxation", 16, 16)}
-
-
-def test_the_model_and_the_random_state_stay(priced):
-    model = network()
+def test_a_dry_run_leaves_no_trace(launched, priced, folder):
+    """No file, the model and torch's random state as they were; its progress ends where it said."""
+    model, told = network(), []
     x, y = batch()
     pcfast.pc_loss(model, x, y, num_steps=STEPS).backward()
     parameters = [p.clone() for p in model.parameters()]
     gradients = [p.grad.clone() for p in model.parameters()]
     before = torch.get_rng_state()
-    tune(model, priced({FUSED_32: 1.0}))
+    report = tune(model, priced({FUSED_32: 1.0}), save=False, progress=lambda *what: told.append(what))
     assert torch.equal(before, torch.get_rng_state())
     for p, value, gradient in zip(model.parameters(), parameters, gradients, strict=True):
         assert torch.equal(p, value) and torch.equal(p.grad, gradient)
-
-
-def test_progress_ends_where_it_said(priced):
-    seen = []
-    tune(network(), priced({FUSED_32: 1.0}), progress=lambda *told: seen.append(told))
-    assert seen[-1][0] == seen[-1][1] and [done for done, *_ in seen] == sorted(done for done, *_ in seen)
+    assert len(report.choices) and report.path is None
+    assert not folder.exists()
+    assert ran(network(), launched) == {("mlp_relaxation", 16, 16)}
+    done = [done for done, *_ in told]
+    assert told[-1][0] == told[-1][1] and done == sorted(done)
 
 
 # what is out ---------------------------------------------------------------------------------------------------
@@ -326,7 +325,7 @@ def test_choices_are_part_of_the_design(launched):
 
 
 def test_what_decides_on_bits_does_not_depend_on_the_batch():
-    model = network()
+    model = network(12, 40, 30, 10)
     few, many = loop_design(model, 3), loop_design(model, 40)
     assert few.loop == many.loop and few.feedback.key == many.feedback.key
     with config_cache.using(Choices({few.loop: STAGED})):
@@ -411,16 +410,6 @@ def environment() -> dict:
     paths = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__)),
                                           os.environ.get("PYTHONPATH")]))  # fmt: skip
     return {**os.environ, "PYTHONPATH": paths}
-
-
-def test_another_process_reads_what_was_written(priced):
-    tune(network(), priced({FUSED_32: 1.0}))
-    code = "import test_tuning as t; print(t.loop_design(t.network()).feedback.tiles.block_m)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=os.path.dirname(__file__), env=environment(), capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
-    assert done.stdout.split() == ["32"], done.stderr
 
 
 def test_a_stale_digest_is_ignored_and_said_once(caplog, monkeypatch):
@@ -519,7 +508,7 @@ SMALL = [
     "--net",
     "mlp",
     "--widths",
-    "40,30",
+    "20,14",
     "--batch-size",
     "9",
     "--num-steps",
@@ -529,33 +518,39 @@ SMALL = [
 ]
 
 
-@pytest.fixture
-def timed(priced, monkeypatch):
-    """The command with a clock by which tiles of 32 rows are the fastest."""
+def test_the_command(priced, capsys, folder, monkeypatch):
+    """With a clock by which tiles of 32 rows are the fastest."""
+    command, reports = sys.modules["pcfast.cli.tune"], []
     clock = priced({FUSED_32: 1.0})
     monkeypatch.setattr(
-        sys.modules["pcfast.cli.tune"], "tune_model", functools.partial(pcfast.tune, clock=clock)
+        command,
+        "tune_model",
+        lambda *a, **k: reports.append(pcfast.tune(*a, clock=clock, **k)) or reports[-1],
     )
-
-
-def test_the_command_shows_what_was_chosen(timed, capsys, folder):
-    assert main([*SMALL, "--dry-run"]) == 0
-    text = capsys.readouterr().out
-    assert "100000.000 ms before, 1000.000 ms after" in text and "nothing was written" in text
-    row = next(line for line in text.splitlines() if "tiles of mlp_relaxation" in line)
-    assert "16 x 16 x 16" in row and "32 x 16 x 16" in row and "within their bounds" in text
-    assert not folder.exists()
     assert main(SMALL) == 0
-    assert f"written to {config_cache.path_of(CPU)}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "100000.000 ms before, 1000.000 ms after" in text
+    assert f"within their bounds; written to {config_cache.path_of(CPU)}" in " ".join(text.split())
+    row = next(line for line in text.splitlines() if "tiles of mlp_relaxation" in line)
+    assert "16 x 16 x 16" in row and "32 x 16 x 16" in row
     assert main(SMALL) == 0  # from here on it is what runs
     assert "nothing is faster" in capsys.readouterr().out
 
+    saved = []
 
-def test_the_command_as_json(timed, capsys):
+    def tuned_before(*_, save, **__):
+        saved.append(save)
+        return replace(reports[0], path=reports[0].path if save else None)
+
+    monkeypatch.setattr(command, "tune_model", tuned_before)
     assert main([*SMALL, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["changed"] and (result["before_s"], result["after_s"]) == (100.0, 1.0)
     assert result["path"] == str(config_cache.path_of(CPU))
+    assert main([*SMALL, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "nothing was written" in text and "written to" not in text
+    assert saved == [True, False]
 
 
 def test_the_command_without_a_gpu(capsys):

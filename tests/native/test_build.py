@@ -258,7 +258,8 @@ def test_chips(tmp_path, monkeypatch):
     assert re.search(r"PCFAST_CUDA_ARCHITECTURES: nvcc \S+ does\s+not\s+know\s+'999'", done.stderr)
 
 
-# Kernels that compile in seconds, with the whole interface.
+# Compiled in seconds, for what is packaged alone: kernels with the whole interface, and nothing optimised.
+QUICKLY = {"CMAKE_ARGS": "-DCMAKE_CXX_FLAGS_RELEASE=-O0"}
 PLANTED_CPU = """
 #include "program.h"
 namespace pcfast::cpu::PCFAST_ISA {
@@ -276,7 +277,7 @@ const char* pcfast_resident_constants() { return ""; }
 
 
 @needs_nvcc
-def test_wheel_editable_and_a_failure(tmp_path):
+def test_wheels_editable_and_a_failure(tmp_path, monkeypatch):
     """One test, in one folder, so that what does not change is compiled once."""
     source = copy_sources(tmp_path / "source")
     shutil.rmtree(source / "csrc" / "resident")
@@ -285,7 +286,8 @@ def test_wheel_editable_and_a_failure(tmp_path):
     planted.parent.mkdir()
     planted.write_text(PLANTED)
     scripts = sysconfig.get_path("scripts")
-    environment = {"PCFAST_CUDA_ARCHITECTURES": "80", "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
+    environment = {**QUICKLY, "PCFAST_CUDA_ARCHITECTURES": "80", "PATH": path}
     where = "from pcfast.backends.cuda import native; print(native.load().__file__, *native.probe().architectures)"
 
     wheel = build_wheel(source, tmp_path / "wheel", environment)
@@ -298,14 +300,27 @@ def test_wheel_editable_and_a_failure(tmp_path):
     assert not list(source.glob("pcfast/*.so"))
     installed = install(tmp_path / "wheel-venv", source, str(wheel))
     (line,) = installed.output(where, tmp_path)
-    path, *architectures = line.split()
-    assert Path(path).is_relative_to(tmp_path / "wheel-venv")
+    file, *architectures = line.split()
+    assert Path(file).is_relative_to(tmp_path / "wheel-venv")
     assert architectures == ["sm_80"]
 
     installed = install(
         tmp_path / "editable-venv", source, "--editable", str(source), environment=environment
     )
     assert installed.output(where, tmp_path) == [f"{source / 'pcfast' / f'_native{SUFFIX}'} sm_80"]
+
+    for name in NVCC_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for folder in source.glob("build/lib*"):  # from which setuptools would take the module of the wheel above
+        shutil.rmtree(folder)
+    without_nvcc = [folder for folder in path.split(os.pathsep) if not (Path(folder) / "nvcc").exists()]
+    name, modules = wheel_without(
+        {"CUDA kernels: no nvcc on PATH"},
+        source,
+        tmp_path / "cpu",
+        {**QUICKLY, "PATH": os.pathsep.join(without_nvcc)},
+    )
+    assert modules == [f"pcfast/_cpu{SUFFIX}"] and "-py3-none-" not in name
 
     planted.write_text(PLANTED.replace("*at = 1", "*at = undeclared"))
     failed = run_pip("wheel", "--wheel-dir", tmp_path / "none", source, environment=environment)
@@ -315,37 +330,35 @@ def test_wheel_editable_and_a_failure(tmp_path):
     assert "PCFAST_NATIVE=0 installs pcfast without them" in said
 
 
+def wheel_without(
+    said: set[str], source: Path, target: Path, environment: dict[str, str]
+) -> tuple[str, list[str]]:
+    """The name of a wheel and the native modules in it; building it said why it is without the others."""
+    done = run_pip("wheel", "--verbose", "--wheel-dir", target, source, environment=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "is installed without its" in line]
+    assert len(lines) == len(said) and all(any(why in line for line in lines) for why in said)
+    (wheel,) = target.glob("*.whl")
+    with ZipFile(wheel) as archive:
+        return wheel.name, [name for name in archive.namelist() if name.endswith(".so")]
+
+
 @pytest.mark.parametrize(
     ("without", "said"),
     [
-        ("nvcc", {"CUDA kernels: no nvcc on PATH"}),
         ("compilers", {"CUDA kernels: no nvcc on PATH", "CPU kernels: no C++ compiler on PATH"}),
         ("PCFAST_NATIVE", {"CUDA kernels: PCFAST_NATIVE=0", "CPU kernels: PCFAST_NATIVE=0"}),
     ],
 )
 def test_a_wheel_without_kernels(without, said, tmp_path, monkeypatch):
-    """Each module is there where its compiler is."""
     for name in ("PCFAST_NATIVE", "CXX", *NVCC_VARIABLES):
         monkeypatch.delenv(name, raising=False)
     if without == "PCFAST_NATIVE":
-        monkeypatch.setenv("PCFAST_NATIVE", "0")
-    elif without == "nvcc":
-        folders = os.environ["PATH"].split(os.pathsep)
-        kept = [folder for folder in folders if not (Path(folder) / "nvcc").exists()]
-        monkeypatch.setenv("PATH", os.pathsep.join(kept))
+        environment = {"PCFAST_NATIVE": "0"}
     else:
-        monkeypatch.setenv("PATH", sysconfig.get_path("scripts"))
-    source = copy_sources(tmp_path / "source")
-    (source / "csrc" / "cpu" / "kernels.cpp").write_text(PLANTED_CPU)
-    done = run_pip("wheel", "--verbose", "--wheel-dir", tmp_path, source)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if "is installed without its" in line]
-    assert len(lines) == len(said) and all(any(why in line for line in lines) for why in said)
-    (wheel,) = tmp_path.glob("*.whl")
-    with ZipFile(wheel) as archive:
-        modules = [name for name in archive.namelist() if name.endswith(".so")]
-    assert modules == ([f"pcfast/_cpu{SUFFIX}"] if without == "nvcc" else [])
-    assert ("-py3-none-linux_" in wheel.name) == (not modules)
+        environment = {"PATH": sysconfig.get_path("scripts")}
+    name, modules = wheel_without(said, copy_sources(tmp_path / "source"), tmp_path, environment)
+    assert modules == [] and "-py3-none-linux_" in name
 
 
 def test_what_is_missing_to_compile_is_named(tmp_path):

@@ -287,7 +287,7 @@ def test_inputs_in_any_layout(name, moved):
     assert_close_to_float64(model, moved(x), probabilities, vinit=vinit, num_steps=4)
 
 
-@examples(120)
+@examples(60)
 @given(
     architecture=architectures(IN_KERNELS),
     loss_name=st.sampled_from(LOSSES),

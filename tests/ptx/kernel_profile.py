@@ -1,6 +1,6 @@
 """What compiled kernels execute for sm_90a, counted by the executor: held to profile.json, shown in docs/kernels.md.
 
-python tests/ptx/kernel_profile.py            # print the table
+python tests/ptx/kernel_profile.py            # print the table and compare with profile.json
 python tests/ptx/kernel_profile.py --record   # and write profile.json and the table of docs/kernels.md
 
 A row is an iteration of one thread block, as the difference of two relaxations, where one launch runs all iterations;
@@ -65,27 +65,39 @@ _LABELS_2000 = _drawn(lambda: networks.mlp([784, 128, 2000]), (784,), 16)
 
 @dataclass(frozen=True)
 class Workload:
-    """Kernels to count in a scenario, in some precisions; ``block``: the thread block that is counted."""
+    """Kernels to count in a scenario, in some precisions.
+
+    Attributes:
+        block: the thread block that is counted. quick: of the precisions those that ``make test`` counts it in.
+    """
 
     scenario: Scenario
     block: int
     precisions: tuple[str, ...]
+    quick: tuple[str, ...]
+
+    def counted_in(self, quick: bool) -> tuple[str, ...]:
+        return self.quick if quick else self.precisions
+
+    def names(self, precision: str) -> list[str]:
+        """Of the rows, a kernel each."""
+        return [f"{kernel}, {self.scenario.name}, {precision}" for kernel in self.scenario.kernels]
 
 
 def _workload(
     name: str, make: Callable, *kernels: str, num_steps: int = 4, close: bool = False, block: int = 0,
-    precisions: tuple[str, ...] = cases.PRECISIONS, **settings,
+    precisions: tuple[str, ...] = cases.PRECISIONS, quick: tuple[str, ...] = ("bf16",), **settings,
 ) -> Workload:  # fmt: skip
     scenario = Scenario(name, make, kernels, num_steps, close, sm_count=_SM_COUNT, **settings)
-    return Workload(scenario, block, precisions)
+    return Workload(scenario, block, precisions, quick)
 
 
 _WITHOUT_PRODUCTS = ("ieee", "bf16")
 WORKLOADS = (
     _workload("mnist_cnn, batch 300", _MNIST_CNN, "resident"),
-    _workload("784-128-128-10, batch 128", _MLP_128, "resident"),
+    _workload("784-128-128-10, batch 128", _MLP_128, "resident", quick=()),
     _workload("784-128-128-10, batch 128", _MLP_128, "mlp_relaxation", close=True),
-    _workload("mlp_600, batch 300", _MLP_600, "linear_predict"),
+    _workload("mlp_600, batch 300", _MLP_600, "linear_predict", quick=("tf32",)),
     # behind the 50 tiles of the output layer's feedback lie those of 600 x 600
     _workload("mlp_600, batch 300", _MLP_600, "linear_feedback", block=60),
     _workload("mnist_cnn, batch 300", _MNIST_CNN, *cases.IMPLICIT_KERNELS, num_steps=6, implicit=True),
@@ -163,21 +175,32 @@ def _profiles(
     return result
 
 
-def rows(resident_ptx: Callable) -> Iterator[Row]:
-    """All rows. resident_ptx: of an architecture the path of the resident kernel's PTX."""
+def row_names(quick: bool = False) -> set[str]:
+    """Names of the rows that `rows` counts."""
+    return {
+        name
+        for workload in WORKLOADS
+        for precision in workload.counted_in(quick)
+        for name in workload.names(precision)
+    }
+
+
+def rows(resident_ptx: Callable, quick: bool = False) -> Iterator[Row]:
+    """All rows, or what ``make test`` counts of them. resident_ptx: of an architecture the resident kernel's PTX."""
     for workload in WORKLOADS:
-        kernels, name = workload.scenario.kernels, workload.scenario.name
-        for precision in workload.precisions:
+        kernels = workload.scenario.kernels
+        for precision in workload.counted_in(quick):
+            names = workload.names(precision)
             if kernels[0] in ("resident", "mlp_relaxation"):
                 few, many = (
                     _profiles(workload, precision, n, resident_ptx)[kernels[0]] for n in (_FEW, _MANY)
                 )
                 counted = sum(many, Profile()), sum(few, Profile()), _MANY - _FEW
-                yield _counted(f"{kernels[0]}, {name}, {precision}", "an iteration of a block", *counted)
+                yield _counted(names[0], "an iteration of a block", *counted)
             else:
                 result = _profiles(workload, precision, workload.scenario.num_steps, resident_ptx)
-                for kernel in kernels:
-                    yield _counted(f"{kernel}, {name}, {precision}", "a program", result[kernel][-1])
+                for kernel, name in zip(kernels, names, strict=True):
+                    yield _counted(name, "a program", result[kernel][-1])
 
 
 def compilers() -> dict[str, str]:
@@ -251,6 +274,8 @@ def main() -> None:
     if arguments.record:
         RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")
         PAGE.write_text(renewed(PAGE.read_text(), Path(__file__).name, table(recorded)))
+    elif problems := check(result, json.loads(RECORDED.read_text()), recorded["compilers"]):
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":
