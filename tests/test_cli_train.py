@@ -400,6 +400,11 @@ def test_output_without_a_reader_costs_no_epoch(tmp_path):
     assert [checkpoint_of(tmp_path / name)["epoch"] for name in ("pipe", "full", "closed")] == [2] * 3
 
 
+def _answers_interrupts():
+    """A shell's background job ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_signals_of_the_command(tmp_path):
     """The first one is answered while a long batch lasts, the second one ends it; before it no traceback.
 
@@ -410,7 +415,7 @@ def test_signals_of_the_command(tmp_path):
         command = [sys.executable, "-m", "pcfast", "train", "--backend", "eager", "--num-steps", "1000000"]
         child = subprocess.Popen(
             [*command, "--out", f"run{first}"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.STDOUT, preexec_fn=_answers_interrupts,
         )  # fmt: skip
         try:
             while not (tmp_path / f"run{first}").exists():

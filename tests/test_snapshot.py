@@ -167,7 +167,7 @@ def test_values_and_memory_may_change():
 EXAMPLES = {
     **dict.fromkeys(SETTINGS, ()),
     nn.Linear: (4, 4), nn.Conv2d: (4, 4, 3), nn.MaxPool2d: ([2, 2],), nn.AvgPool2d: (2,), nn.AdaptiveAvgPool2d: (2,),
-    nn.Unflatten: (1, (2, 2)), nn.BatchNorm1d: (4,), nn.BatchNorm2d: (4,),
+    nn.Unflatten: (1, (2, 2)), nn.BatchNorm1d: (4,), nn.BatchNorm2d: (4,), pcfast.Scale: (2.0,),
 }  # fmt: skip
 
 OTHERS = {"padding": (1, 1), "padding_mode": "reflect", "approximate": "tanh", "unflattened_size": (1, 4)}
