@@ -13,13 +13,18 @@ from .backends import BACKENDS, chips, choose_backend
 from .backends.chips import Chip
 from .backends.choice import requested
 from .errors import ArgumentError, ArgumentTypeError, ShapeError
+from .graph import GraphPlan, choose
+from .graph.run import BACKENDS as GRAPH_BACKENDS
+from .graph.run import ONLY_CHAINS
 from .losses import LossLike
 from .model.describe import describe
+from .model.graph import Graph
+from .model.graph_spec import GraphSpec, describe_graph
 from .model.placement import common_placement
 from .model.spec import Network
 from .precision import choose_precision
 from .problem import validation
-from .problem.belief_optimizers import BeliefOptimizer
+from .problem.belief_optimizers import PLAIN, BeliefOptimizer
 from .problem.nudging import Nudging
 from .problem.plan import ALIASES, Plan, plan
 from .problem.settings import Settings
@@ -110,8 +115,47 @@ def _chip_in_words(chip: Chip) -> list[str]:
     return [f"for {chip.name}{stand_in}, planned without one: {bound}", f"figures from {chip.source}"]
 
 
+@dataclass(frozen=True, repr=False)
+class GraphExplanation:
+    """What runs a graph that is no chain; ``print`` it.
+
+    Attributes:
+        spec: the graph as pcfast reads it.
+        method: that is asked for.
+        backend: that runs.
+        refused: backend -> why it does not run.
+    """
+
+    spec: GraphSpec
+    method: str
+    backend: str
+    refused: dict[str, str]
+
+    def __repr__(self) -> str:
+        lines = [f"{self.method} on a graph of {len(self.spec.nodes)} nodes, on backend {self.backend}"]
+        lines += [f"  {name} refused: {reason}" for name, reason in self.refused.items()]
+        for node in self.spec.nodes:
+            inputs = ", ".join(self.spec.names[i] for i in node.inputs)
+            lines.append(node.label + (f" <- {inputs}" if inputs else ""))
+        lines += [f"  {op.name} runs through torch autograd: {op.why}" for op in self.spec.opaque]
+        return "\n".join(lines)
+
+
+def _of_graph(graph: Graph, method: str, backend: str) -> GraphExplanation | None:
+    """None for a graph that is a chain."""
+    spec = describe_graph(graph)
+    if spec.is_chain():
+        return None
+    method = validation.checked_method(method, moves=True)
+    where, dtype = common_placement(graph) or (torch.device("cpu"), torch.get_default_dtype())
+    planned = GraphPlan(spec, (), (), method, 0, PLAIN, where, dtype, choose_precision(where.type, dtype))
+    chosen = choose(requested(backend), planned)
+    refused = {name: ONLY_CHAINS for name in BACKENDS if name not in GRAPH_BACKENDS} | dict(chosen.refusals)
+    return GraphExplanation(spec, method, chosen.backend, refused)
+
+
 def explain(
-    model: nn.Sequential,
+    model: nn.Sequential | Graph,
     x_shape: tuple[int, ...],
     device: str | torch.device | None = None,
     *,
@@ -126,11 +170,12 @@ def explain(
     reduction: str = "sum",
     update_scale: float = 1.0,
     tolerance: float | None = None,
-) -> Explanation:
+) -> Explanation | GraphExplanation:
     """Say which backend would run, why the others were passed over, and the exact work.
 
     Args:
-        model: ``nn.Sequential`` of PC layers.
+        model: ``nn.Sequential`` of PC layers; of a :class:`pcfast.Graph` that is no chain ``method`` and ``backend``
+            alone are looked at.
         x_shape: shape of the input, batch included.
         device: where it would run; None means where the model is. A chip's name, "h200", "a100", "b200", "rtx4090"
             and others, or an architecture, "sm_90a", asks for a GPU that need not be here, by its published figures.
@@ -143,6 +188,11 @@ def explain(
     Raises:
         ArgumentError and its kinds, BackendError.
     """
+    if isinstance(model, Graph):
+        graph = _of_graph(model, method, backend)
+        if graph is not None:
+            return graph
+        model = nn.Sequential(*(model._modules[name] for name in model.names[1:]))
     network = describe(model)
     settings = Settings(
         loss, method, step_size, num_steps, belief_optimizer, nudging, backend, vinit, reduction, update_scale,

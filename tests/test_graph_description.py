@@ -131,6 +131,24 @@ def test_what_does_not_fit_is_refused(which):
         pcfast.pc_loss(graph(), **given)
 
 
+def test_explain():
+    text = repr(pcfast.explain(graph(), (4, 6)))
+    assert (
+        text.startswith("strict on a graph of 5 nodes, on backend eager")
+        and "cpu refused: its kernels run" in text
+    )
+    assert "node y (Sum(Linear, identity) - Sigmoid) <- h2, p" in text
+    text = repr(pcfast.explain(graph(y=(Mixed(), "h2", "p")), (4, 6), method="epc"))
+    assert text.startswith("error_based") and "eager refused: node 'y' has 2 inputs" in text
+    chain = pcfast.Graph({"x": Root(), "a": (nn.Linear(6, 5), "x"), "y": (nn.Linear(5, 3), "a")})
+    assert (
+        pcfast.explain(chain, (4, 6), "cpu").plan
+        == pcfast.explain(nn.Sequential(chain.a, chain.y), (4, 6), "cpu").plan
+    )
+    with pytest.raises(BackendError):
+        pcfast.explain(graph(), (4, 6), backend="cpu")
+
+
 def test_shapes_that_do_not_add_name_the_node():
     net = graph(p=(nn.Linear(6, 4), "x"))
     with pytest.raises(ShapeError, match=r"\(4, 3\), \(4, 4\) at node y .*equal shapes"):

@@ -246,6 +246,7 @@ CASES = {
     "conv-valid": (IMAGE, lambda: cnn(nn.Conv2d(2, 3, 3, padding="valid"), features=75)),
     "conv-gram": (IMAGE, lambda: seq(nn.Conv2d(2, 32, 2), seq(nn.Conv2d(32, 1, 2), nn.Tanh()),
                                      nn.Flatten(), nn.Linear(49, CLASSES))),
+    "scale": (VECTOR, lambda: mlp(seq(pcfast.Scale(0.5), nn.Tanh(), pcfast.Scale(2.0)))),
     "linear-gram": (VECTOR, lambda: seq(nn.Linear(6, 64), seq(nn.Linear(64, 5), nn.Tanh()), nn.Linear(5, CLASSES))),
 }  # fmt: skip
 
