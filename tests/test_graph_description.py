@@ -209,6 +209,31 @@ def test_predictive_coding_and_no_grad():
     assert "model.h1.0.weight" in pc.state_dict()
 
 
+@pytest.mark.parametrize("backend", ["eager", "reference"])
+def test_inference_mode_and_modules_that_pcfast_does_not_know(backend):
+    net = graph(h2=(nn.Sequential(nn.Linear(5, 5), nn.Softplus()), "h1"))
+    truth = pcfast.relax(net, X, Y, backend=backend).beliefs
+    with torch.inference_mode():
+        start = {"h1": truth["h1"].clone()}
+        result = pcfast.relax(net, X.clone(), Y.clone(), backend=backend, vinit=start, num_steps=0).beliefs
+        same = pcfast.relax(net, X.clone(), Y.clone(), backend=backend).beliefs
+    assert torch.equal(result["h1"], truth["h1"])
+    assert all(torch.equal(same[name], value) for name, value in truth.items())
+
+
+def test_torch_compile_leaves_graphs_outside():
+    net = graph()
+
+    def updates(call):
+        net.zero_grad()
+        call(X, Y).backward()
+        return [p.grad.clone() for p in net.parameters()]
+
+    for call in (lambda x, y: pcfast.pc_loss(net, x, y), pcfast.PredictiveCoding(net, precision={"h1": 2.0})):
+        compiled = torch.compile(call, backend="eager")
+        assert all(torch.equal(a, b) for a, b in zip(updates(call), updates(compiled), strict=True))
+
+
 def test_statistics_move_once_a_step_and_not_where_it_fails():
     net = graph(h2=(nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 5)), "h1"))
     for backend in ("eager", "reference"):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..arguments import checked_number
 from ..backends import BACKENDS
@@ -24,7 +26,7 @@ from ..problem import per_layer, reductions, status, validation
 from ..problem.plan import LOOPS
 from ..problem.settings import Settings
 from ..problem.types import NOTHING_BUT_UPDATES, Wanted
-from .solve import Move, Run, recorded
+from .solve import Move, Run, ordinary, recorded
 
 _TOKENS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -147,7 +149,15 @@ def solve(
     wanted: Wanted = NOTHING_BUT_UPDATES,
     move=None,
 ) -> tuple[GraphOutcome, Run]:
-    """Prepare and run; arguments as for :func:`prepare`."""
+    """Prepare and run; arguments as for :func:`prepare`. The same inside ``torch.inference_mode()``."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            x, y, vinit, clamp = tree_map_only(Tensor, ordinary, (x, y, settings.vinit, clamp))
+            return _solve(model, x, y, replace(settings, vinit=vinit), clamp, wanted, move)
+    return _solve(model, x, y, settings, clamp, wanted, move)
+
+
+def _solve(model, x, y, settings: Settings, clamp, wanted: Wanted, move) -> tuple[GraphOutcome, Run]:
     with sharding.gathered(model, for_backward=wanted.gradients):
         problem, plan = prepare(model, x, y, settings, clamp, wanted, move)
         outcome = run(problem, plan)

@@ -116,14 +116,14 @@ def solve(
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False), torch.no_grad():
             x, y, vinit, activations, output_gradient = tree_map_only(
-                Tensor, _ordinary, (x, y, settings.vinit, activations, output_gradient)
+                Tensor, ordinary, (x, y, settings.vinit, activations, output_gradient)
             )
             settings = replace(settings, vinit=vinit)
             return _solve(model, x, y, settings, wanted, activations, output_gradient, move)
     return _solve(model, x, y, settings, wanted, activations, output_gradient, move)
 
 
-def _ordinary(tensor: Tensor) -> Tensor:
+def ordinary(tensor: Tensor) -> Tensor:
     """``tensor``, copied where it was made in inference mode: autograd cannot keep such a one."""
     return tensor.clone() if tensor.is_inference() else tensor
 
