@@ -32,7 +32,7 @@ from pcfast import networks, training
 from pcfast.bench.runner import new_record
 from pcfast.cli import main
 from pcfast.cli.options import record_option
-from pcfast.cli.output import console, table
+from pcfast.cli.output import print_cells
 from pcfast.problem.nudging import Nudging
 from pcfast.problem.plan import METHODS, TRAINING_METHODS
 from pcfast.support.files import write_json
@@ -245,13 +245,8 @@ def collective_cells(record: dict) -> list[list[str]]:
 @record_option
 def distributed(path: Path | None) -> None:
     record = run()
-    for title, (heading, *rows) in (
-        ("Updates against one process's", difference_cells(record)), ("Wrappers", collective_cells(record)),
-    ):  # fmt: skip
-        shown = table(title, *heading)
-        for row in rows:
-            shown.add_row(*row)
-        console().print(shown)
+    print_cells("Updates against one process's", difference_cells(record))
+    print_cells("Wrappers", collective_cells(record))
     if path is not None:
         write_json(path, record)
 

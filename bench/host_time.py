@@ -26,7 +26,7 @@ from pcfast.bench.runner import new_record
 from pcfast.bench.workloads import WORKLOADS
 from pcfast.cli import main
 from pcfast.cli.options import record_option
-from pcfast.cli.output import console, table
+from pcfast.cli.output import print_cells
 from pcfast.problem.settings import Settings
 from pcfast.relaxation import cuda_graphs
 from pcfast.relaxation.solve import prepare
@@ -127,11 +127,7 @@ def host_time(before: Path | None, path: Path | None) -> None:
     if before is not None:
         earlier = json.loads(before.read_text())
         record["before"] = {name: earlier[name] for name in ("commit", "host")}
-    heading, *rows = cells(record)
-    shown = table("Host time", *heading)
-    for row in rows:
-        shown.add_row(*row)
-    console().print(shown)
+    print_cells("Host time", cells(record))
     if path is not None:
         write_json(path, record)
 

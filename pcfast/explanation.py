@@ -28,7 +28,7 @@ from .problem.belief_optimizers import PLAIN, BeliefOptimizer
 from .problem.nudging import Nudging
 from .problem.plan import ALIASES, Plan, plan
 from .problem.settings import Settings
-from .relaxation import cuda_graphs
+from .relaxation import cuda_graphs, on_graphs
 
 
 @dataclass(frozen=True, repr=False)
@@ -192,7 +192,7 @@ def explain(
         graph = _of_graph(model, method, backend)
         if graph is not None:
             return graph
-        model = nn.Sequential(*(model._modules[name] for name in model.names[1:]))
+        model = on_graphs.sequential_of(model)
     network = describe(model)
     settings = Settings(
         loss, method, step_size, num_steps, belief_optimizer, nudging, backend, vinit, reduction, update_scale,

@@ -196,7 +196,13 @@ def chip_of(device: torch.device) -> Chip:
         return chip
     if device.type != "cuda":
         return DEFAULT
-    return _here(torch.cuda.current_device() if device.index is None else device.index)
+    return _here(device_key(device)[1])
+
+
+def device_key(device: torch.device) -> tuple[str, int | None]:
+    """``device`` as a key, with its index: without one it is the current CUDA device."""
+    unnamed = device.type == "cuda" and device.index is None
+    return device.type, torch.cuda.current_device() if unnamed else device.index
 
 
 @functools.lru_cache(maxsize=64)  # asked in every relaxation

@@ -12,6 +12,7 @@ import torch
 
 from .._version import __version__
 from ..support.files import json_text
+from .chips import device_key
 from .cuda import native
 from .triton import config_cache
 
@@ -44,12 +45,6 @@ class DeviceIdentity:
         place = re.sub(r"[^A-Za-z0-9.]+", "-", f"{self.device} {self.capability}").strip("-").lower()
         digest = hashlib.sha256(json_text(asdict(self)).encode()).hexdigest()
         return f"{what}_{place}_{digest[:16]}.json"
-
-
-def device_key(device: torch.device) -> tuple[str, int | None]:
-    """``device`` as a key, with its index."""
-    unnamed = device.type == "cuda" and device.index is None
-    return device.type, torch.cuda.current_device() if unnamed else device.index
 
 
 def identity_of(device: torch.device) -> DeviceIdentity:

@@ -17,7 +17,8 @@ from ..problem.plan import Plan, undecided
 from ..support.files import exclusive, json_text, write_json
 from ..support.log import warn_once
 from . import generation
-from .device_identity import device_key, identity_of
+from .chips import device_key
+from .device_identity import identity_of
 from .triton import config_cache
 from .triton import configs as tuned
 

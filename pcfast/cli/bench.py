@@ -22,7 +22,7 @@ from ..support.files import write_json
 from .building import check_record, device_of, kept_so_far
 from .launch import Launch, joined
 from .options import Finite, device_option, record_option
-from .output import console, progress_bar, table
+from .output import console, print_cells, progress_bar, table
 
 #: What the kernels compute in: ieee by three TF32 products in the place of one.
 KERNEL_PRECISIONS = ("ieee", "tf32", "bf16")
@@ -129,11 +129,7 @@ def _together(launch: Launch, workloads, precisions, device: str, quick: bool, p
 
         record = bench_workers.run(names, precisions, device, processes, quick=quick, progress=progress)
     if processes.leads:
-        heading, *rows = bench_workers.cells(record)
-        shown = table("Training steps of all processes, medians of the slowest", *heading)
-        for row in rows:
-            shown.add_row(*row)
-        console().print(shown)
+        print_cells("Training steps of all processes, medians of the slowest", bench_workers.cells(record))
         if path is not None:
             write_json(path, record)
     return 1 if any(row["reason"] for row in record["workers"]) else 0

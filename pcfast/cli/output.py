@@ -47,6 +47,15 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
+def print_cells(title: str, cells: list[list[str]]) -> None:
+    """Print a table: the heading, then its rows."""
+    heading, *rows = cells
+    shown = table(title, *heading)
+    for row in rows:
+        shown.add_row(*row)
+    console().print(shown)
+
+
 #: Another process of this command says how it ended (launch.py).
 silenced = False
 #: Which process an error is of.

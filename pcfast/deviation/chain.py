@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from ..model import spec as specs
@@ -63,10 +65,56 @@ def _step(op: specs.Op, model: nn.Module, precision: Precision) -> Step:
     return _STEPS[type(op)](op, module, precision)
 
 
-class Chain:
+class Composite:
+    """What is made of parts, steps or other composites, that keep their state for themselves.
+
+    Attributes:
+        parts: in their order.
+    """
+
+    def __init__(self, parts: Sequence[Step | Composite]) -> None:
+        self.parts = parts
+
+    def snapshot_params(self) -> None:
+        """As :meth:`Step.snapshot_params`, for every part."""
+        for part in self.parts:
+            part.snapshot_params()
+
+    def refresh(self) -> None:
+        """As :meth:`Step.refresh`, for every part."""
+        for part in self.parts:
+            part.refresh()
+
+    def release(self) -> None:
+        """As :meth:`Step.release`, for every part."""
+        for part in self.parts:
+            part.release()
+
+    def update_statistics(self, failed: Tensor | None) -> None:
+        """As :meth:`Step.update_statistics`, for every part."""
+        for part in self.parts:
+            part.update_statistics(failed)
+
+    def undo(self) -> None:
+        """As :meth:`Step.undo`, for every part."""
+        for part in self.parts:
+            part.undo()
+
+    @property
+    def has_gradients(self) -> bool:
+        """As :attr:`Step.has_gradients`."""
+        return any(part.has_gradients for part in self.parts)
+
+    def zero_gradients(self) -> Gradients:
+        """What ``gradients`` gives for a zero error."""
+        return [entry for part in self.parts for entry in part.zero_gradients()]
+
+
+class Chain(Composite):
     """Steps in order, at work, with the same verbs as a step: a PC layer, or a part of one."""
 
     def __init__(self, steps: list[Step]) -> None:
+        super().__init__(steps)
         self.steps = steps
 
     @property
@@ -89,16 +137,6 @@ class Chain:
             d = step.deviate(d)
         return d
 
-    def snapshot_params(self) -> None:
-        """As :meth:`Step.snapshot_params`, for every step."""
-        for step in self.steps:
-            step.snapshot_params()
-
-    def refresh(self) -> None:
-        """As :meth:`Step.refresh`, for every step."""
-        for step in self.steps:
-            step.refresh()
-
     def param_shift(self) -> Tensor | None:
         """f(a; theta') - f(a; theta), after :meth:`refresh`, of a chain whose input never moves; None where zero."""
         d = None
@@ -117,29 +155,6 @@ class Chain:
             d = step.deviate(d)
         for step in self.steps[-1:]:
             step.at(d)
-
-    def release(self) -> None:
-        """As :meth:`Step.release`."""
-        for step in self.steps:
-            step.release()
-
-    def update_statistics(self, failed: Tensor | None) -> None:
-        """As :meth:`Step.update_statistics`, for every step."""
-        for step in self.steps:
-            step.update_statistics(failed)
-
-    def undo(self) -> None:
-        """As :meth:`Step.undo`, for every step."""
-        for step in self.steps:
-            step.undo()
-
-    @property
-    def has_gradients(self) -> bool:
-        return any(step.has_gradients for step in self.steps)
-
-    def zero_gradients(self) -> Gradients:
-        """What :meth:`gradients` gives for a zero error."""
-        return [entry for step in self.steps for entry in step.zero_gradients()]
 
     def descend(self, d: Tensor, e: Tensor, rate: float) -> None:
         """d -= rate * J^T e in place."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..model.graph_spec import NodeSpec
 from ..model.merging import Concatenate, Merge, Sum, shapes_apart
 from ..precision import Precision
-from .chain import Chain, chain_of
+from .chain import Chain, Composite, chain_of
 from .step import Gradients
 
 #: What a node's error is for each input: the input's branch, and the error at that branch's output.
@@ -26,7 +26,7 @@ def node_at_work(spec: NodeSpec, model: nn.Module, precision: Precision) -> Node
     return Node(spec, model, precision)
 
 
-class Node:
+class Node(Composite):
     """f_k of one or several inputs, with the verbs of a chain.
 
     Attributes:
@@ -38,14 +38,11 @@ class Node:
         self._spec = spec
         self.branches = [chain_of(ops, model, precision) for ops in spec.branches]
         self._tail = chain_of(spec.tail, model, precision)
+        super().__init__((*self.branches, self._tail))
         self._merge: Merge | None = None
         if spec.kind == "merge":
             self._merge = Sum() if spec.merge == "Sum" else Concatenate(dim=spec.dim)
         self.owned = False
-
-    @property
-    def _chains(self) -> tuple[Chain, ...]:
-        return (*self.branches, self._tail)
 
     def forward(self, inputs: Sequence[Tensor], rows: int) -> Tensor:
         """The prediction at the base point."""
@@ -157,29 +154,6 @@ class Node:
 
     def gradients(self, e: Tensor) -> Gradients:
         return self.differentiate(e, [False] * len(self.branches))[0]
-
-    def zero_gradients(self) -> Gradients:
-        return [entry for chain in self._chains for entry in chain.zero_gradients()]
-
-    @property
-    def has_gradients(self) -> bool:
-        return any(chain.has_gradients for chain in self._chains)
-
-    def snapshot_params(self) -> None:
-        for chain in self._chains:
-            chain.snapshot_params()
-
-    def refresh(self) -> None:
-        for chain in self._chains:
-            chain.refresh()
-
-    def update_statistics(self, failed: Tensor | None) -> None:
-        for chain in self._chains:
-            chain.update_statistics(failed)
-
-    def undo(self) -> None:
-        for chain in self._chains:
-            chain.undo()
 
 
 class PriorNode:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backends.divergence import Checks, Observe
 from .forward import GraphForward, forward_pass
-from .problem import GraphOutcome, GraphPlan, GraphProblem, node_energy, weighted
+from .problem import GraphOutcome, GraphPlan, GraphProblem, weighted
 
 
 def error_based(problem: GraphProblem, plan: GraphPlan, nodes) -> GraphOutcome:
@@ -32,8 +32,7 @@ def error_based(problem: GraphProblem, plan: GraphPlan, nodes) -> GraphOutcome:
         out.beliefs = [v.clone() if d is None else v + d for v, d in zip(forward.values, free.d, strict=True)]
         out.errors = forward.filled(free.all_errors())
     if problem.wanted.energies:
-        empty = forward.loss.new_zeros((0, len(nodes)))
-        out.energies = torch.stack(free.energies) if free.energies else empty
+        out.energies = forward.stacked(free.energies)
     results = [
         (k + 1, t) for state in (free.d, free.all_errors()) for k, t in enumerate(state) if t is not None
     ]
@@ -109,7 +108,9 @@ class _FreeErrors:
         for t in range(1, problem.num_steps + 1):
             self.evaluate()
             if problem.wanted.energies:
-                self.energies.append(self._energy_row())
+                self.energies.append(
+                    self._forward.energy_row(self.all_errors(), self.outputs, problem.weights)
+                )
             self._descend(t)
             if observe is not None:
                 observe(
@@ -138,18 +139,6 @@ class _FreeErrors:
             if step is not None:
                 step = step * problem.step_size_at(k, iteration)
                 self._changes[k] = self._changes[k] + step if k in self._changes else step
-
-    def _energy_row(self) -> Tensor:
-        forward, zero = self._forward, self._forward.loss.new_zeros(())
-        row = []
-        for k, error in enumerate(self.all_errors()):
-            if k in forward.targets:
-                value = forward.targets[k].value_at(self.outputs[k]) * self._problem.weights[k]
-            else:
-                absent = error is None or self._nodes[k] is None
-                value = zero if absent else node_energy(error, self._problem.weights[k])
-            row.append(value.to(zero.dtype))
-        return torch.stack(row)
 
     def locate(self, raise_where_bad: Observe) -> None:
         """Relax once more, and raise where values first were not finite."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..deviation import Node, PriorNode, node_at_work
 from ..problem import status
-from .problem import GraphOutcome, GraphPlan, GraphProblem, node_energy, weighted
+from .problem import GraphOutcome, GraphPlan, GraphProblem, Weight, node_energy, weighted
 
 Nodes = list[Node | PriorNode | None]
 
@@ -77,6 +77,23 @@ class GraphForward:
             None if node is None else torch.zeros_like(v) if e is None else e
             for e, v, node in zip(errors, self.values, self.nodes, strict=True)
         ]
+
+    def energy_row(
+        self, errors: list[Tensor | None], outputs: dict[int, Tensor], weights: list[Weight]
+    ) -> Tensor:
+        """Of every node pi |eps|^2 / 2, or pi times the loss at its prediction in ``outputs``."""
+        zero, row = self.loss.new_zeros(()), []
+        for k, (error, node) in enumerate(zip(errors, self.nodes, strict=True)):
+            if k in self.targets:
+                value = self.targets[k].value_at(outputs[k]) * weights[k]
+            else:  # a root without a prior has no energy
+                value = zero if error is None or node is None else node_energy(error, weights[k])
+            row.append(value.to(zero.dtype))
+        return torch.stack(row)
+
+    def stacked(self, rows: list[Tensor]) -> Tensor:
+        """The iterations' :meth:`energy_row`, (n, nodes)."""
+        return torch.stack(rows) if rows else self.loss.new_zeros((0, len(self.nodes)))
 
     def add_updates(self, out: GraphOutcome, errors: list[Tensor | None]) -> None:
         """Add (df_k/dtheta_k)^T of weighted ``errors`` at the current points; None is zero."""

@@ -28,7 +28,6 @@ class GraphPlan:
         method, num_steps, belief_optimizer, device, dtype, precision: as in :class:`pcfast.problem.plan.Plan`.
         backend: "reference" or "eager".
         refusals: (backend, reason) for those that were passed over.
-        form: of fixed prediction: "closed form", or "loop" with the reason; else "".
     """
 
     spec: GraphSpec

@@ -5,6 +5,8 @@ Any modules, any losses, any floating dtype; slow on purpose: it says what is ri
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -128,6 +130,26 @@ class _Relaxation:
                     result[i] = result[i] + pull
         return result
 
+    def pull_down(self, signals: list[Tensor | None], v: list[Tensor], moving: Collection[int]) -> None:
+        """Add to the signals of ``moving`` nodes, in place, what they get from all nodes above them."""
+        for c in range(len(v) - 1, -1, -1):
+            if signals[c] is not None and self.nodes[c].inputs:
+                below = self.layers[c].pull(signals[c], *self.inputs(c, v))
+                for i, pull in zip(self.nodes[c].inputs, below, strict=True):
+                    if i in moving:
+                        signals[i] = signals[i] + pull
+
+    def descend(
+        self, v: list[Tensor], pulled: list[Tensor | None], below: list[Tensor], descents, t: int
+    ) -> None:
+        """Move the free nodes' beliefs, in place, in iteration ``t``; ``below`` as of :meth:`feedback`."""
+        optimizer = self.problem.optimizer
+        for k in self.problem.free:
+            gradient = below[k] if pulled[k] is None else below[k] - pulled[k]
+            if optimizer.weight_decay:
+                gradient = gradient + optimizer.weight_decay * v[k]
+            v[k] = v[k] + descents[k].move(gradient, self.problem.step_size_at(k, t), t)
+
     def run(self) -> GraphOutcome:
         problem = self.problem
         vhat = self.values()
@@ -189,12 +211,9 @@ class _Relaxation:
             if problem.wanted.energies:
                 self.energies.append(self.energy(mu, errors))
             below = self.feedback(pulled, vhat if fixed else v)
-            for k in problem.free:
-                gradient = below[k] if pulled[k] is None else below[k] - pulled[k]
-                if problem.optimizer.weight_decay:
-                    gradient = gradient + problem.optimizer.weight_decay * v[k]
-                v[k] = v[k] + descents[k].move(gradient, problem.step_size_at(k, t + 1), t + 1)
-                if problem.temperature:
+            self.descend(v, pulled, below, descents, t + 1)
+            if problem.temperature:
+                for k in problem.free:
                     v[k] = v[k] + problem.noise(v[k], k, t + 1)
             if problem.check:
                 _check(t + 1, v)
@@ -210,12 +229,7 @@ class _Relaxation:
             *(k for k in self.problem.start if self.nodes[k].kind == "prior"),
         }
         gradients = [s if k in held else torch.zeros_like(vhat[k]) for k, s in enumerate(sources)]
-        for c in range(len(vhat) - 1, -1, -1):
-            if gradients[c] is not None and self.nodes[c].inputs:
-                below = self.layers[c].pull(gradients[c], *self.inputs(c, vhat))
-                for i, pull in zip(self.nodes[c].inputs, below, strict=True):
-                    if i not in held:
-                        gradients[i] = gradients[i] + pull
+        self.pull_down(gradients, vhat, set(range(len(vhat))) - held)
         stay = held - set(self.problem.losses)  # exact has beliefs of the output, too
         beliefs = [v if k in stay else v - gradients[k] for k, v in enumerate(vhat)]
         reported = [
@@ -291,12 +305,7 @@ class _Relaxation:
                 self.energies.append(self.energy(mu, shown))
             pulled = self.weighted(shown)
             signals = [torch.zeros_like(value) if k in free else pulled[k] for k, value in enumerate(v)]
-            for c in range(len(v) - 1, -1, -1):
-                if signals[c] is not None and self.nodes[c].inputs:
-                    below = self.layers[c].pull(signals[c], *self.inputs(c, v))
-                    for i, pull in zip(self.nodes[c].inputs, below, strict=True):
-                        if i in free:
-                            signals[i] = signals[i] + pull
+            self.pull_down(signals, v, free)
             for k in free:
                 own = 0.0 if pulled[k] is None else pulled[k]
                 errors[k] = errors[k] + problem.step_size_at(k, t + 1) * (signals[k] - own)
@@ -319,12 +328,7 @@ class _Relaxation:
             pulled = self.weighted(errors)
             out.gradients, out.owners = {}, []
             self.add_updates(out, v, pulled)
-            below = self.feedback(pulled, v)
-            for k in problem.free:
-                gradient = below[k] if pulled[k] is None else below[k] - pulled[k]
-                if problem.optimizer.weight_decay:
-                    gradient = gradient + problem.optimizer.weight_decay * v[k]
-                v[k] = v[k] + descents[k].move(gradient, problem.step_size_at(k, t + 1), t + 1)
+            self.descend(v, pulled, self.feedback(pulled, v), descents, t + 1)
             if problem.check:
                 _check(t + 1, v)
             for layer in self.layers:

@@ -17,7 +17,7 @@ from ..backends.divergence import Checks, Observe
 from ..deviation.node import Pulls
 from .beliefs import Belief
 from .forward import GraphForward, forward_pass
-from .problem import GraphOutcome, GraphPlan, GraphProblem, node_energy, weighted
+from .problem import GraphOutcome, GraphPlan, GraphProblem, weighted
 
 
 def strict(problem: GraphProblem, plan: GraphPlan, nodes) -> GraphOutcome:
@@ -34,7 +34,7 @@ def strict(problem: GraphProblem, plan: GraphPlan, nodes) -> GraphOutcome:
     if problem.wanted.states:
         out.beliefs, out.errors = loop.beliefs(), forward.filled(errors)
     if problem.wanted.energies:
-        out.energies = loop.stacked_energies()
+        out.energies = forward.stacked(loop.energies)
     results = [(k + 1, b.d) for k, b in loop.links.items() if b.d is not None]
     results += [(k + 1, e) for k, e in enumerate(errors) if e is not None]
     out.settled = loop.outputs
@@ -106,7 +106,7 @@ class Loop:
             if t > 1:
                 errors = self.errors()
             if problem.wanted.energies:
-                self.energies.append(self._energy_row(errors))
+                self.energies.append(self._forward.energy_row(errors, self.outputs, problem.weights))
             self.descend(errors, t)
             if observe is not None:
                 states = {k + 1: b.d for k, b in self.links.items() if b.d is not None}
@@ -133,22 +133,6 @@ class Loop:
                 belief.descend(pulled[k], incoming[k] or None, eta, iteration)
             if problem.temperature:
                 belief.add_noise(problem.noise(belief.vhat, k, iteration))
-
-    def _energy_row(self, errors: list[Tensor | None]) -> Tensor:
-        forward, zero = self._forward, self._forward.loss.new_zeros(())
-        row = []
-        for k, error in enumerate(errors):
-            if k in forward.targets:
-                value = forward.targets[k].value_at(self.outputs[k]) * self._problem.weights[k]
-            else:
-                value = zero if error is None else node_energy(error, self.weights[k])
-            row.append(value.to(zero.dtype))
-        return torch.stack(row)
-
-    def stacked_energies(self) -> Tensor:
-        if self.energies:
-            return torch.stack(self.energies)
-        return self._forward.loss.new_zeros((0, len(self._forward.values)))
 
     def linearize_at_final(self) -> None:
         """Make the last beliefs every node's current point, for the weights' updates."""

@@ -85,12 +85,16 @@ class Settings:
             self.update_scale, self.tolerance, moves,
         )  # fmt: skip
         # others may be mutable, or hold a bool, which equals the number that a cache would take it for
-        plain = all(type(value) in _PLAIN for value in given)
+        plain = all(type(value) in PLAIN for value in given)
         return _checked(*given) if plain else _checked.__wrapped__(*given)
 
     def checked_on_graphs(self, *, moves: bool = False) -> Relaxing:
         """As :meth:`checked`, without the step sizes, which a graph's nodes have their own of."""
         return replace(self, step_size=0.0).checked(moves=moves)
+
+    def defers_checks(self, given: Tensor) -> bool:
+        """Whether bad values of a call with the tensor ``given`` are reported by a later one."""
+        return self.check == "deferred" or (self.check == "auto" and given.is_cuda)
 
     def described_loss(self, *, known: bool = True) -> Loss | None:
         """The loss, described; None where there is none.
@@ -111,7 +115,8 @@ class Settings:
         return loss
 
 
-_PLAIN = frozenset((str, int, float, bool, type(None), *get_args(BeliefOptimizer)))
+#: Of settings: values that are equal where calls are, if their types are, too. Others may change inside.
+PLAIN = frozenset((str, int, float, bool, type(None), Nudging, *get_args(BeliefOptimizer)))
 
 
 @functools.lru_cache(maxsize=256, typed=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Hashable
 from dataclasses import dataclass, field, fields, replace
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -21,10 +20,9 @@ from ..losses import Loss
 from ..model.snapshot import Snapshot
 from ..precision import choose_precision
 from ..problem import reductions, validation
-from ..problem.belief_optimizers import BeliefOptimizer, StepSize
-from ..problem.nudging import Nudging
+from ..problem.belief_optimizers import StepSize
 from ..problem.plan import LOOPS, Plan, plan
-from ..problem.settings import BEYOND_CHAINS, Settings
+from ..problem.settings import BEYOND_CHAINS, PLAIN, Settings
 from ..problem.types import Wanted
 from . import cuda_graphs
 
@@ -35,8 +33,6 @@ _CAPACITY = 64
 _NAMES = tuple(field.name for field in fields(Settings) if field.name not in ("loss", *BEYOND_CHAINS))
 _read = operator.attrgetter(*_NAMES)
 _STEP_SIZE = _NAMES.index("step_size")
-#: Values that are equal where calls are, if their types are, too. Others may change inside.
-_PLAIN = frozenset((str, int, float, bool, type(None), Nudging, *get_args(BeliefOptimizer)))
 _NUMBERS = frozenset((int, float))
 # torch 2.13 has no named dimensions any more
 _has_names = getattr(Tensor, "has_names", lambda tensor: False)
@@ -85,7 +81,7 @@ def key_of(
         return None
     given = _read(settings)
     kinds = list(map(type, given))  # True equals 1
-    if not _PLAIN.issuperset(kinds):
+    if not PLAIN.issuperset(kinds):
         given = _with_schedule(given)
         if given is None:
             return None
@@ -104,7 +100,7 @@ def _with_schedule(given: tuple) -> tuple | None:
     others = (*given[:_STEP_SIZE], *given[_STEP_SIZE + 1 :])
     if type(sizes) not in (list, tuple) or not _NUMBERS.issuperset(map(type, sizes)):
         return None
-    return (*others, tuple(sizes)) if _PLAIN.issuperset(map(type, others)) else None
+    return (*others, tuple(sizes)) if PLAIN.issuperset(map(type, others)) else None
 
 
 def _facts(value) -> tuple | None:
@@ -156,7 +152,7 @@ def understood(
                 "E.g. loss=lambda output, y: (output - y).abs().square().sum().",
             )  # fmt: skip
         validation.check_target_placement(x, y, by_rows=loss.known)
-    deferred = settings.check == "deferred" or (settings.check == "auto" and x.is_cuda)
+    deferred = settings.defers_checks(x)
     precision = choose_precision(x.device.type, dtype)
     fresh = settings.vinit is None and (optimizer.rests or num_steps == 0)
     planned = plan(

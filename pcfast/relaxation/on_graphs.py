@@ -48,15 +48,16 @@ def chain_of(model, settings: Settings, x, y, clamp) -> tuple[nn.Sequential, Ten
         return None
     if isinstance(settings.vinit, Mapping):
         return None
-    kept = model.__dict__.get("_pcfast_chain")
-    modules = [model._modules[name] for name in spec.names[1:]]
-    if (
-        kept is None
-        or len(kept) != len(modules)
-        or any(a is not b for a, b in zip(kept, modules, strict=True))
-    ):
-        kept = model.__dict__["_pcfast_chain"] = nn.Sequential(*modules)
-    return kept, x[root], y
+    return sequential_of(model), x[root], y
+
+
+def sequential_of(chain: Graph) -> nn.Sequential:
+    """The Sequential of the modules of a graph that is a chain: the same one as long as they are the same."""
+    kept = chain.__dict__.get("_pcfast_chain")
+    modules = [chain._modules[name] for name in chain.names[1:]]
+    if kept is None or list(map(id, kept)) != list(map(id, modules)):
+        kept = chain.__dict__["_pcfast_chain"] = nn.Sequential(*modules)
+    return kept
 
 
 def prepare(
@@ -116,7 +117,7 @@ def prepare(
         validation.check_moving_precision(first.device.type, dtype)
     spec.check_shapes(rows, {k: tuple(v.shape) for k, v in clamped.items()})
     weights = [w.to(first.device, precision.state) if isinstance(w, Tensor) else w for w in weights]
-    deferred = settings.check == "deferred" or (settings.check == "auto" and first.is_cuda)
+    deferred = settings.defers_checks(first)
     raise_now = (not first.is_cuda and not deferred) or method == "incremental"
     if settings.check != "off" and raise_now:
         for k, value in (*clamped.items(), *start.items()):

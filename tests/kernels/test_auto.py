@@ -18,7 +18,7 @@ from kernel_networks import mlp
 from torch import nn
 
 import pcfast
-from pcfast.backends import BACKENDS, choice, device_identity, kernel_backend, timings
+from pcfast.backends import BACKENDS, chips, choice, device_identity, kernel_backend, timings
 from pcfast.backends.qualification import automatic, record, run
 from pcfast.backends.qualification.record import FAILED, QUALIFIED, Qualification, Verdict
 from pcfast.backends.triton import config_cache
@@ -199,7 +199,7 @@ def test_the_first_process_to_measure_decides(priced):
     path = timings.path_of(CPU)
     (key,) = json.loads(path.read_bytes())["plans"]
     choice.forget()
-    timings._known[device_identity.device_key(CPU)] = {}  # read before the other process wrote
+    timings._known[chips.device_key(CPU)] = {}  # read before the other process wrote
     clock._prices = {"eager": 0.1, "triton": 0.5}
     counted = clock.timed
     assert backend_of(case) == "triton" and clock.timed > counted

@@ -12,7 +12,7 @@ import torch
 from ...errors import ArgumentError
 from ...support.log import info_once, warn_once
 from .. import generation
-from ..device_identity import device_key
+from ..chips import device_key
 from ..kernel_kinds import KernelKind
 from ..triton import config_cache
 from . import record, run

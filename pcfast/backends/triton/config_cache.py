@@ -108,10 +108,7 @@ def active(device: torch.device) -> Choices:
         return override
     if chips.named():
         return NONE
-    index = device.index
-    if device.type == "cuda" and index is None:
-        index = torch.cuda.current_device()
-    key = device.type, index
+    key = chips.device_key(device)
     if key not in _loaded:
         _loaded[key] = load(device)
     return _loaded[key]

@@ -6,12 +6,11 @@ import contextlib
 import traceback
 from collections.abc import Callable
 
-import torch
-
 from ...errors import BackendError
 from ...model.spec import Network
 from ...problem.plan import Plan
 from .. import generation
+from ..chips import device_key
 
 # Why kernels did not compile for a network on a device.
 _reasons: dict[tuple[Network, str, int | None], str] = {}
@@ -39,9 +38,7 @@ def forget() -> None:
 
 
 def _place(plan: Plan) -> tuple[Network, str, int | None]:
-    device = plan.device
-    unnamed = device.type == "cuda" and device.index is None
-    return plan.network, device.type, torch.cuda.current_device() if unnamed else device.index
+    return plan.network, *device_key(plan.device)
 
 
 @contextlib.contextmanager
