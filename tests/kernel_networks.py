@@ -8,9 +8,12 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+import pcfast
+
 __all__ = [
     "GRAM_TAILS",
     "IMPLICIT",
+    "ON_CPUS",
     "RESIDENT",
     "STREAMED",
     "clamped",
@@ -262,6 +265,97 @@ RESIDENT = {
             nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh()), nn.Sequential(nn.Conv2d(3, 6, 4), nn.Flatten())
         ),
         (1, 6, 6),
+    ),
+}  # fmt: skip
+
+
+def _same_size(channels: int, *before: nn.Module) -> list[nn.Module]:
+    return [*before, nn.Conv2d(channels, channels, 3, padding=1)]
+
+
+#: What the CPU kernels run besides RESIDENT.
+ON_CPUS = {
+    "activations first": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.SiLU(), nn.Linear(7, 20)),
+            nn.Sequential(nn.Tanh(), nn.Linear(20, 33)),
+            nn.Sequential(nn.ReLU(), nn.Linear(33, 9), nn.Sigmoid()),
+            nn.Sequential(nn.GELU(), nn.Linear(9, 5)),
+        ),
+        (7,),
+    ),
+    "activations before convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 3, 3),
+            nn.Sequential(*_same_size(3, nn.Tanh()), nn.MaxPool2d(2)),
+            nn.Sequential(nn.GELU(approximate="tanh"), nn.Flatten(), nn.Linear(27, 6)),
+        ),
+        (2, 8, 8),
+    ),
+    "windows that overlap": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+            nn.Sequential(*_same_size(3), nn.MaxPool2d((5, 2), 1, (2, 0)), nn.Tanh()),
+            nn.Sequential(nn.Conv2d(3, 4, 2), nn.Tanh(), nn.AvgPool2d(2, 1)),
+            *resident_head(4),
+        ),
+        (2, 8, 9),
+    ),
+    "windows that are cut": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Conv2d(2, 3, 1), nn.Tanh(), nn.MaxPool2d(3, ceil_mode=True)),
+            nn.Sequential(
+                *_same_size(3), nn.SiLU(), nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False)
+            ),
+            nn.Sequential(*_same_size(3), nn.AvgPool2d(2, 1, 1, ceil_mode=True), nn.Tanh()),
+            nn.Sequential(*_same_size(3), nn.Tanh(), nn.AvgPool2d(2, 1, divisor_override=3)),
+            nn.Sequential(nn.AdaptiveAvgPool2d((1, 3)), nn.Flatten()),
+            nn.Linear(9, 4),
+        ),
+        (2, 10, 11),
+    ),
+    "residual": (
+        lambda: nn.Sequential(
+            pcfast.Residual(nn.Linear(6, 6), nn.Tanh()),
+            pcfast.Residual(nn.ReLU(), nn.Linear(6, 6, bias=False)),
+            pcfast.Residual(nn.SiLU(), nn.Linear(6, 6), nn.Sigmoid()),
+        ),
+        (6,),
+    ),
+    "residual with factors": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Linear(6, 14), pcfast.Scale(0.4)),
+            *(pcfast.Residual(nn.Tanh(), nn.Linear(14, 14), pcfast.Scale(scale)) for scale in (0.3, -0.7)),
+            nn.Sequential(nn.ReLU(), nn.Linear(14, 5), pcfast.Scale(1.5)),
+        ),
+        (6,),
+    ),
+    "residual convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            pcfast.Residual(*_same_size(4, nn.Tanh()), pcfast.Scale(0.5)),
+            pcfast.Residual(*_same_size(4), nn.GELU()),
+            nn.Sequential(nn.AvgPool2d(3), nn.Tanh()),
+            *resident_head(4 * 4),
+        ),
+        (2, 8, 9),
+    ),
+    "factors in Gram form": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Conv2d(2, 12, 3), nn.Tanh()),
+            nn.Sequential(nn.Conv2d(12, 2, 2), pcfast.Scale(0.4), nn.Tanh()),
+            pcfast.Residual(*_same_size(2)),
+            *resident_head(2 * 5 * 6),
+        ),
+        (2, 8, 9),
+    ),
+    "factors in linear Gram form": (
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Linear(6, 64), nn.Tanh()),
+            nn.Sequential(nn.Linear(64, 5), pcfast.Scale(0.4), nn.Tanh()),
+            nn.Linear(5, 3),
+        ),
+        (6,),
     ),
 }  # fmt: skip
 

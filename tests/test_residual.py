@@ -250,7 +250,7 @@ def test_kernels_refuse_blocks(method, monkeypatch):
         with pytest.raises(pcfast.BackendError, match="no kernel adds a skip"):
             pcfast.pc_loss(nested, torch.randn(5, 8), torch.randint(0, 3, (5,)), backend=name, method=method)
     explanation = pcfast.explain(nested, (5, 8), method=method)
-    assert explanation.plan.backend == "eager"
+    assert method != "strict" or explanation.plan.backend == "eager"
     assert "layer 2 (Tanh - Residual(Linear)): (5, 9) -> (5, 9)" in repr(explanation)
 
 
@@ -301,5 +301,5 @@ def test_digits_are_learned(method):
         model, datasets.digits(), epochs=10, batch_size=32, method=method, step_size=0.1, progress=False,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.001, weight_decay=0.1),
     )  # fmt: skip
-    assert pcfast.last_run().plan.backend == "eager"
+    assert pcfast.last_run().plan.backend in ("eager", "cpu")
     assert history.test_accuracy[-1] >= 0.95

@@ -49,10 +49,10 @@ struct Shared {
   const Call& call;
   const Packed<T>* packed;   // by layer
   const T* gram;             // packed; null without Gram form
-  // By layer; null where not wanted. Local errors are packed as weights are, samples being the terms; belief[l] is what
-  // layer l + 1's update reads.
+  // By layer; null where not wanted. Local errors are packed as weights are, samples being the terms; `below` is what the
+  // products read, for the updates, where no other array has it.
   T* const* local_error;
-  const Rows<T>* belief;
+  const Rows<T>* below;
   T* const* convolution_gradient;      // by layer: of every vector of lanes, one after another; null where not wanted
   double* loss_rows;
   double label_scale;  // cross-entropy of labels, a mean: its share over the weights of all rows
@@ -100,20 +100,26 @@ class Group {
   Group(const Shared<T>& shared, Arena& arena) : shared_(shared), call_(shared.call) {
     const int depth = call_.depth;
     state_ = arena.take<State>(depth + 1);
-    size_t inner = 0, out = call_.layers[0].below.size();
+    size_t inner = 0, out = call_.layers[0].below.size(), entry = 0;
     for (int l = 1; l <= depth; ++l) {
       const Layer& layer = at(l);
       State state{};
       const size_t inner_size = size_t(layer.inner.size()) * kWidth, out_size = size_t(layer.out.size()) * kWidth;
       state.base = arena.take<T>(inner_size * (1 + saved_planes(layer.before.activation)));
-      if (layer.pool != kNoPool) {
-        if (layer.pool == kMaxPool) {
-          state.relative = arena.take<T>(inner_size);
+      if (has_entry(l) && l > 1) {
+        const size_t below = elements(layer.below);
+        state.entry = arena.take<T>(below * (1 + saved_planes(layer.entry.activation)));
+        entry = below > entry ? below : entry;
+      }
+      if (layer.pool.kind != kNoPool) {
+        if (layer.pool.kind == kMaxPool) {
+          state.relative = arena.take<T>(out_size * layer.pool.window());
           state.winners = arena.take<Integers<T>>(out_size / kLanes<T>);
         }
         state.pooled = arena.take<T>(out_size * (1 + saved_planes(layer.after.activation)));
         state.after_derivative = arena.take<T>(out_size);
       }
+      if (layer.skip) state.vhat = arena.take<T>(out_size);
       state.error = arena.take<T>(out_size);
       if (call_.relaxes && l < depth) {
         const bool outside = call_.gram && l == 1;  // its beliefs leave the loop
@@ -138,6 +144,7 @@ class Group {
     product_ = arena.take<T>(largest);
     delta_[0] = arena.take<T>(largest);
     delta_[1] = arena.take<T>(largest);
+    for (T*& derivative : entry_derivative_) derivative = arena.take<T>(entry);
     const size_t classes = size_t(at(depth).out.size()) * kWidth;
     output_ = arena.take<T>(classes);
     target_ = arena.take<T>(classes);
@@ -179,12 +186,15 @@ class Group {
 
   struct State {
     T *base, *relative, *pooled, *after_derivative, *error, *d, *velocity;
+    T* entry;  // where the layer has one: vhat_{l-1}, and what act saved of it
+    T* vhat;   // of a layer with a skip
     Integers<T>* winners;
   };
 
   const Layer& at(int l) const { return call_.layers[l - 1]; }
   const LayerTensors& tensors(int l) const { return call_.tensors[l - 1]; }
   bool momentum() const { return call_.momentum != 0; }
+  bool has_entry(int l) const { return at(l).entry.activation != kIdentity; }
   static size_t elements(const Map& map) { return size_t(map.size()) * kWidth; }
   static void clear(T* memory, size_t count) { __builtin_memset(memory, 0, count * sizeof(T)); }
 
@@ -222,12 +232,20 @@ class Group {
     }
   }
 
-  // The transposed product with `delta`; finish(r, first, count) as parts of it are complete at r.
+  // The transposed product with `delta`, back to v_{l-1}, with what a skip carries back, the layer's error; finish(r, first,
+  // count) as parts of it are complete at r. An entry's derivative is that of the last deviate_entry.
   template <class Finish>
   PCFAST_INLINE void feed_back(int l, const T* delta, Finish finish) {
     const Layer& layer = at(l);
     T* r = product_;
-    const auto complete = [&](size_t first, size_t count) { finish(r, first, count); };
+    const T *derivative = has_entry(l) ? entry_derivative_[l % 2] : nullptr, *skip = layer.skip ? state_[l].error : nullptr;
+    const auto complete = [&](size_t first, size_t count) {
+      if (derivative != nullptr)
+        for (size_t i = first; i < first + count; i += kLanes<T>) store(r + i, load(r + i) * load(derivative + i));
+      if (skip != nullptr)
+        for (size_t i = first; i < first + count; i += kLanes<T>) store(r + i, load(r + i) + load(skip + i));
+      finish(r, first, count);
+    };
     if (layer.kind == kNothing) {
       finish(delta, size_t(0), elements(layer.below));
     } else if (layer.kind == kLinear) {
@@ -238,21 +256,39 @@ class Group {
     }
   }
 
-  // vhat_l from uhat, into `out`; with `save` what differences need.
-  void activate_layer(int l, T* out, bool save) {
+  // vhat_l from uhat, into `out`; with `save` what differences need, and a skip of `below`.
+  void activate_layer(int l, T* out, bool save, const T* below = nullptr) {
     const Layer& layer = at(l);
     const State& state = state_[l];
     const size_t inner = elements(layer.inner), size = elements(layer.out);
-    if (layer.pool == kNoPool) {
+    if (layer.skip) {
+      if (save) {
+        activate<T>(layer.before, state.base, inner, out, state.base + inner, inner);
+        for (size_t i = 0; i < size; i += kLanes<T>) store(state.vhat + i, load(out + i) + load(below + i));
+      }
+      __builtin_memcpy(out, state.vhat, size * sizeof(T));
+      return;
+    }
+    if (layer.pool.kind == kNoPool) {
       activate<T>(layer.before, state.base, inner, out, save ? state.base + inner : nullptr, inner);
       return;
     }
     if (save) {
       activate<T>(layer.before, state.base, inner, scratch_, state.base + inner, inner);
-      pool<T, kVectors>(layer, scratch_, state.pooled, state.winners);
-      if (layer.pool == kMaxPool) relative_to_winner<T, kVectors>(layer, scratch_, state.pooled, state.relative);
+      pool<T, kVectors>(layer, scratch_, nullptr, state.pooled, state.winners);
+      if (layer.pool.kind == kMaxPool) relative_to_winner<T, kVectors>(layer, scratch_, state.pooled, state.relative);
     }
     activate<T>(layer.after, state.pooled, size, out, save ? state.pooled + size : nullptr, size);
+  }
+
+  // The deviation of what layer l's product reads, from that of v_{l-1}, null where nothing has moved; and the derivative of
+  // its entry there, which stays until that of layer l - 2 or l + 2 is asked for. It may lie in product_.
+  const T* deviate_entry(int l, const T* d) {
+    if (!has_entry(l)) return d;
+    const size_t count = elements(at(l).below);
+    if (d == nullptr) clear(product_, count);
+    act_diffs<T>(at(l).entry, state_[l].entry, count, d == nullptr ? product_ : d, count, product_, entry_derivative_[l % 2]);
+    return product_;
   }
 
   // f_l's deviation, in `moved`, from that of its pre-activation, and its derivative there. moved may be s.
@@ -260,11 +296,9 @@ class Group {
     const Layer& layer = at(l);
     const State& state = state_[l];
     const size_t inner = elements(layer.inner), size = elements(layer.out);
-    act_diffs<T>(layer.before, state.base, inner, s, inner, layer.pool == kNoPool ? moved : s, derivative_);
-    if (layer.pool == kNoPool) return;
-    if (layer.pool == kMaxPool)
-      for (size_t i = 0; i < inner; i += kLanes<T>) store(s + i, load(state.relative + i) + load(s + i));
-    pool<T, kVectors>(layer, s, product_, state.winners);
+    act_diffs<T>(layer.before, state.base, inner, s, inner, layer.pool.kind == kNoPool ? moved : s, derivative_);
+    if (layer.pool.kind == kNoPool) return;
+    pool<T, kVectors>(layer, s, state.relative, product_, state.winners);
     act_diffs<T>(layer.after, state.pooled, size, product_, size, moved, state.after_derivative);
   }
 
@@ -273,7 +307,7 @@ class Group {
     const Layer& layer = at(l);
     const State& state = state_[l];
     const size_t inner = elements(layer.inner), size = elements(layer.out);
-    if (layer.pool == kNoPool) {
+    if (layer.pool.kind == kNoPool) {
       for (size_t i = 0; i < inner; i += kLanes<T>) store(delta + i, load(error + i) * load(derivative_ + i));
       return;
     }
@@ -297,20 +331,26 @@ class Group {
     for (int l = 1; l <= call_.depth; ++l) {
       const Layer& layer = at(l);
       State& state = state_[l];
-      const T* bias = static_cast<const T*>(tensors(l).bias);
+      const T *bias = static_cast<const T*>(tensors(l).bias), scale = T(layer.scale);
       const size_t channel = size_t(layer.inner.positions()) * kWidth;
-      predict(l, value, state.base, [&](size_t first, size_t count) {
+      const T* entering = value;
+      if (has_entry(l)) {
+        const size_t below = elements(layer.below);
+        if (l > 1) __builtin_memcpy(state.entry, value, below * sizeof(T));
+        activate<T>(layer.entry, value, below, scratch_, l > 1 ? state.entry + below : nullptr, below);
+        entering = scratch_;
+      }
+      if (!call_.relaxes || l == 1) leave_below(l, entering);
+      predict(l, entering, state.base, [&](size_t first, size_t count) {
         if (bias == nullptr) return;
         for (size_t c = first / channel; c < (first + count) / channel; ++c)
           for (size_t i = c * channel; i < (c + 1) * channel; i += kLanes<T>)
-            store(state.base + i, load(state.base + i) + bias[c]);
+            store(state.base + i, load(state.base + i) + bias[c] * scale);
       });
       T* out = l == call_.depth ? output_ : next;
-      activate_layer(l, out, /*save=*/true);
+      activate_layer(l, out, /*save=*/true, value);
       check(out, elements(layer.out), kForwardStage, l);
       if (tensors(l).vhat != nullptr) put(out, layer.out.size(), given_rows(tensors(l).vhat, l));
-      if (!call_.relaxes && shared_.belief[l - 1].at != nullptr)
-        put(out, layer.out.size(), shared_.belief[l - 1].from(first_));
       next = value;
       value = out;
     }
@@ -463,7 +503,8 @@ class Group {
     const size_t inner = elements(at(l).inner);
     if (moved && call_.gram && l == 2) return finish(s_, size_t(0), inner);
     const auto complete = [&](size_t first, size_t count) { finish(scratch_, first, count); };
-    if (moved) return predict(l, state_[l - 1].d, scratch_, complete);
+    const T* entering = l > 1 ? deviate_entry(l, moved ? state_[l - 1].d : nullptr) : nullptr;
+    if (moved) return predict(l, entering, scratch_, complete);
     clear(scratch_, inner);
     complete(size_t(0), inner);
   }
@@ -478,6 +519,9 @@ class Group {
     const int l = call_.depth;
     predict_to_scratch(l, moved);
     deviate_tail(l, scratch_, scratch_);
+    if (at(l).skip && moved)
+      for (size_t i = 0; i < elements(at(l).out); i += kLanes<T>)
+        store(scratch_ + i, load(scratch_ + i) + load(state_[l - 1].d + i));
     output_error(scratch_, stage_);
     pull_back_tail(l, state_[l].error, delta_now_);
   }
@@ -492,11 +536,14 @@ class Group {
     }
     const State& state = state_[l];
     const size_t inner = elements(layer.inner);
-    if (layer.pool == kNoPool) {
+    if (layer.pool.kind == kNoPool) {
+      const T* skip = layer.skip && moved ? state_[l - 1].d : nullptr;
       predict_deviation(l, moved, [&](const T* s, size_t first, size_t count) {
         for_each_act_diff<T>(layer.before, state.base + first, inner, s + first, count,
                              [&](size_t i, const ActDiff<T>& at) {
-                               store(delta_now_ + first + i, take_error(state, at.act_diff, first + i) * at.derivative);
+                               const size_t k = first + i;
+                               const auto moved = skip == nullptr ? at.act_diff : at.act_diff + load(skip + k);
+                               store(delta_now_ + k, take_error(state, moved, k) * at.derivative);
                              });
       });
       return;
@@ -514,7 +561,7 @@ class Group {
       store(state.velocity + i, load(state.velocity + i) * T(call_.momentum) - error);
     else
       store(state.d + i, d + error * eta_);
-    if (last_) store(state.error + i, error);
+    if (last_ || state.vhat != nullptr) store(state.error + i, error);
     return error;
   }
   void take_errors(int l, T* moved) {
@@ -622,9 +669,22 @@ class Group {
     for (size_t i = 0; i < elements(at(l).out); i += kLanes<T>) store(out + i, load(out + i) + load(state_[l].d + i));
   }
 
+  // What layer l's product reads there.
+  void entering(int l, T* out) {
+    beliefs(l - 1, out);
+    if (has_entry(l)) activate<T>(at(l).entry, out, elements(at(l).below), out, nullptr, 0);
+  }
+
+  void leave_below(int l, const T* entering) {
+    if (shared_.below[l - 1].at != nullptr) put(entering, at(l).below.size(), shared_.below[l - 1].from(first_));
+  }
+
   // A linear layer's update sums over the whole batch, later; a convolution's begins here, with the maps in cache.
-  void leave_for_update(int l, const T* delta) {
+  void leave_for_update(int l, T* delta, T factor) {
     const Layer& layer = at(l);
+    factor *= T(layer.scale);
+    if (factor != 1)
+      for (size_t i = 0; i < elements(layer.inner); i += kLanes<T>) store(delta + i, load(delta + i) * factor);
     if (layer.kind == kLinear) {
       const Blocks blocks(layer.inner.channels);
       for (int block = 0; block < blocks.count; ++block) {
@@ -635,7 +695,7 @@ class Group {
       return;
     }
     T* below = delta_[1];
-    beliefs(l - 1, below);
+    entering(l, below);
     const size_t count = gradient_count(layer);
     for (int j = 0; j < kVectors && j * kLanes<T> < samples_; ++j)
       convolution_gradient<T, kWidth>(layer, delta + j * kLanes<T>, below + j * kLanes<T>,
@@ -656,14 +716,19 @@ class Group {
         predict_to_scratch(l, l > 1);
         deviate_tail(l, scratch_, scratch_);
         pull_back_tail(l, state.error, delta_[0]);
-        leave_for_update(l, delta_[0]);
+        leave_for_update(l, delta_[0], T(1));
       }
       if (l == depth) continue;
       const size_t size = elements(layer.out);
       check(state.d, size, stage, l);
-      if (shared_.belief[l - 1].at == nullptr) continue;
-      beliefs(l, scratch_);
-      put(scratch_, layer.out.size(), shared_.belief[l - 1].from(first_));
+      if (tensors(l).belief != nullptr) {
+        beliefs(l, scratch_);
+        put(scratch_, layer.out.size(), given_rows(tensors(l).belief, l));
+      }
+      if (shared_.below[l].at != nullptr) {
+        entering(l + 1, scratch_);
+        leave_below(l + 1, scratch_);
+      }
     }
   }
 
@@ -677,21 +742,20 @@ class Group {
       clear(scratch_, elements(layer.inner));
       deviate_tail(l, scratch_, scratch_);
       pull_back_tail(l, error, delta);
-      if (l > 1)
+      if (l > 1) {
+        deviate_entry(l, nullptr);
         feed_back(l, delta, [&](const T* r, size_t first, size_t count) {
           __builtin_memcpy(state_[l - 1].error + first, r + first, count * sizeof(T));
         });
-      if (!wants_update(l)) continue;
-      const T factor = T(call_.factors[l - 1]);
-      for (size_t i = 0; i < elements(layer.inner); i += kLanes<T>) store(delta + i, load(delta + i) * factor);
-      leave_for_update(l, delta);
+      }
+      if (wants_update(l)) leave_for_update(l, delta, T(call_.factors[l - 1]));
     }
   }
 
   const Shared<T>& shared_;
   const Call& call_;
   State* state_;
-  T *scratch_, *derivative_, *product_, *delta_[2], *output_, *target_, *target_sum_;
+  T *scratch_, *derivative_, *product_, *delta_[2], *entry_derivative_[2], *output_, *target_, *target_sum_;
   T *s_ = nullptr, *sum_ = nullptr, *sum_before_ = nullptr, *sum_velocity_ = nullptr;  // Gram form
   T* delta_now_;
   int64_t first_, stage_;

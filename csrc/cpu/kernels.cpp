@@ -105,7 +105,7 @@ class Run {
   void operator()() {
     const double label_scale = label_scale_of<T>(call_);
     if (call_.gram) make_gram();
-    const Shared<T> shared{call_, packed_, gram_packed_, local_error_, belief_, convolution_gradient_, loss_rows_, label_scale};
+    const Shared<T> shared{call_, packed_, gram_packed_, local_error_, below_, convolution_gradient_, loss_rows_, label_scale};
 
     for_each<T>(threads_, groups_, [&](int64_t index, int thread) {
       const int64_t first = index * wide_;
@@ -129,7 +129,8 @@ class Run {
     const int depth = call_.depth;
     packed_ = arena.take<Packed<T>>(depth);
     local_error_ = arena.take<T*>(depth);
-    belief_ = arena.take<Rows<T>>(depth);
+    below_ = arena.take<Rows<T>>(depth);
+    read_ = arena.take<Rows<const T>>(depth);
     convolution_gradient_ = arena.take<T*>(depth);
     tasks_ = arena.take<int64_t>(depth + 1);
     loss_rows_ = arena.take<double>(call_.batch);
@@ -140,13 +141,17 @@ class Run {
       const bool convolution = at(l).kind == kConvolution, update = call_.updates && own_gradient(l);
       T* error = update && !convolution ? arena.take<T>(call_.batch * at(l).inner.size()) : nullptr;
       T* partial = update && convolution ? arena.take<T>(vectors() * gradient_count(at(l))) : nullptr;
-      const bool read_above = call_.updates && l < depth && at(l + 1).kind == kLinear && own_gradient(l + 1);
-      const Rows<T> belief = rows(arena, tensors(l).belief, at(l).out.size(), read_above);
+      // what its update reads: beliefs that the caller gets, or x, or an array of our own
+      const void* given = l > 1 ? tensors(l - 1).belief : call_.x;
+      const bool there = given != nullptr && at(l).entry.activation == kIdentity;
+      const size_t features = at(l).below.size(), step = odd_step<T>(features);
+      const Rows<T> below{update && !convolution && !there ? arena.take<T>(call_.batch * step) : nullptr, step};
       if (arena.at == nullptr) continue;
       packed_[l - 1] = packed;
       if (!feeds_back) packed_[l - 1].feedback = nullptr;
       local_error_[l - 1] = error;
-      belief_[l - 1] = belief;
+      below_[l - 1] = below;
+      read_[l - 1] = there ? Rows<const T>{static_cast<const T*>(given), features} : Rows<const T>{below.at, step};
       convolution_gradient_[l - 1] = partial;
     }
     if (call_.gram) {
@@ -168,14 +173,6 @@ class Run {
   static constexpr size_t kPanel = size_t(kTermsAtOnce) * kMaxVectors * kLanes<T>;
   T* panel_of(int thread) const { return panels_ + thread * kPanel; }
 
-  // Of the caller, or where the updates read it, here; or none.
-  Rows<T> rows(Arena& arena, void* given, int features, bool needed) {
-    if (given != nullptr) return {static_cast<T*>(given), size_t(features)};
-    if (!needed) return {nullptr, 0};
-    const size_t step = odd_step<T>(features);
-    return {arena.take<T>(call_.batch * step), step};
-  }
-
   void pack_layer(int l) {
     const Layer& layer = at(l);
     if (layer.kind == kNothing) return;
@@ -183,17 +180,18 @@ class Run {
     const bool linear = layer.kind == kLinear;
     const int taps = linear ? 1 : layer.taps(), channels = linear ? layer.below.size() : layer.below.channels;
     const size_t row = size_t(channels) * taps;
+    const T scale = T(layer.scale);
     T *predict = const_cast<T*>(packed_[l - 1].predict), *feedback = const_cast<T*>(packed_[l - 1].feedback);
     if (linear) {
-      pack_linear<T>(weights, layer.inner.channels, row, channels, 1, predict);
-      if (feedback != nullptr) pack_linear<T>(weights, channels, 1, layer.inner.channels, row, feedback);
+      pack_linear<T>(weights, scale, layer.inner.channels, row, channels, 1, predict);
+      if (feedback != nullptr) pack_linear<T>(weights, scale, channels, 1, layer.inner.channels, row, feedback);
       return;
     }
-    pack<T>(weights, layer.inner.channels, row, channels, taps, taps, predict);
-    if (feedback != nullptr) pack<T>(weights, channels, taps, layer.inner.channels, row, taps, feedback);
+    pack<T>(weights, scale, layer.inner.channels, row, channels, taps, taps, predict);
+    if (feedback != nullptr) pack<T>(weights, scale, channels, taps, layer.inner.channels, row, taps, feedback);
   }
 
-  // G = W_2 W_2^T, or the kernel of layer 2 correlated with itself.
+  // G = W_2 W_2^T, or the kernel of layer 2 correlated with itself, of scaled weights.
   void make_gram() {
     const Layer& layer = at(2);
     const T* weights = static_cast<const T*>(tensors(2).weight);
@@ -211,7 +209,7 @@ class Run {
         };
         outer_panel<T>(left_at, size, transpose, columns, terms, gram_ + first, size, panel_of(thread));
       });
-      pack_linear<T>(gram_, size, size, size, 1, gram_packed_);
+      pack_linear<T>(gram_, T(layer.scale), size, size, size, 1, gram_packed_);  // the other scale is in packed weights
       return;
     }
     const int ky = layer.kernel_y, kx = layer.kernel_x, channels = layer.below.channels, wide = 2 * kx - 1;
@@ -228,7 +226,7 @@ class Run {
                        weights[((size_t(j) * channels + c) * ky + y) * kx + x];
           gram_[(size_t(i) * size + j) * taps + tap] = sum;
         }
-    pack<T>(gram_, size, size_t(size) * taps, size, taps, taps, gram_packed_);
+    pack<T>(gram_, T(layer.scale * layer.scale), size, size_t(size) * taps, size, taps, taps, gram_packed_);
   }
 
   size_t vectors() const { return (call_.batch + kLanes<T> - 1) / kLanes<T>; }
@@ -252,8 +250,7 @@ class Run {
       const int first = static_cast<int>(task - tasks_[l - 1]) * kWidth;
       const int size = at(l).below.size(), columns = size - first < kWidth ? size - first : kWidth;
       const T* error = local_error_[l - 1];
-      const Rows<const T> below = l > 1 ? Rows<const T>{belief_[l - 2].at, belief_[l - 2].step}
-                                        : Rows<const T>{static_cast<const T*>(call_.x), size_t(size)};
+      const Rows<const T> below = read_[l - 1];
       bool fine = true;
       const auto copy = [&](int64_t k, int count, T* panel) {
         if (columns < kWidth) __builtin_memset(panel, 0, sizeof(T) * count * kWidth);
@@ -310,7 +307,8 @@ class Run {
   char *memory_, *thread_memory_;
   Packed<T>* packed_;
   T** local_error_;
-  Rows<T>* belief_;
+  Rows<T>* below_;
+  Rows<const T>* read_;
   T** convolution_gradient_;
   int64_t* tasks_;
   double* loss_rows_;

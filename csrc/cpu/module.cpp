@@ -33,7 +33,7 @@ namespace {
 using namespace pcfast::cpu;
 
 // Goes up with every change of what Python hands over; pcfast/support/cpu_module.py expects the same.
-constexpr int kAbiVersion = 5;
+constexpr int kAbiVersion = 6;
 
 #ifdef PCFAST_TORCHS_OPENMP
 constexpr bool kTorchsOpenMP = true;
@@ -82,17 +82,24 @@ void use(const std::string& name) {
 using MapSizes = std::tuple<int, int, int>;
 using Pair = std::tuple<int, int>;
 using TailOf = std::tuple<int, double>;
+using PoolOf = std::tuple<int, Pair, Pair, Pair, int, bool>;  // kind, window, stride, padding, divisor, counts_padding
 
 Map map_of(const MapSizes& sizes) { return {std::get<0>(sizes), std::get<1>(sizes), std::get<2>(sizes)}; }
+Tail tail_of(const TailOf& tail) { return {std::get<0>(tail), std::get<1>(tail)}; }
+Pool pool_of(const PoolOf& pool) {
+  const auto& [kind, window, stride, padding, divisor, counts_padding] = pool;
+  return {kind,    std::get<0>(window), std::get<1>(window), std::get<0>(stride), std::get<1>(stride), std::get<0>(padding),
+          std::get<1>(padding), divisor, counts_padding};
+}
 
 class Program {
  public:
   void add(int kind, const MapSizes& below, const MapSizes& inner, const MapSizes& out, const Pair& kernel, const Pair& stride,
-           const Pair& padding, int pool, const Pair& window, const TailOf& before, const TailOf& after) {
+           const Pair& padding, const TailOf& entry, const PoolOf& pool, const TailOf& before, const TailOf& after, bool skip,
+           double scale) {
     layers_.push_back({kind, map_of(below), map_of(inner), map_of(out), std::get<0>(kernel), std::get<1>(kernel),
-                       std::get<0>(stride), std::get<1>(stride), std::get<0>(padding), std::get<1>(padding), pool,
-                       std::get<0>(window), std::get<1>(window), {std::get<0>(before), std::get<1>(before)},
-                       {std::get<0>(after), std::get<1>(after)}});
+                       std::get<0>(stride), std::get<1>(stride), std::get<0>(padding), std::get<1>(padding), tail_of(entry),
+                       pool_of(pool), tail_of(before), tail_of(after), skip, scale});
   }
 
   // gemm: of torch's BLAS in this dtype, for one backward pass by rows; else 0. Pointers: by layer as LayerTensors has them, then x, labels, target, class_weight, loss_value, output_gradient.

@@ -177,29 +177,29 @@ struct Parts {
   int64_t begin(int64_t part) const { return terms * part / count; }
 };
 
-// Weights of a linear layer as its products read them, from beginning to end: part after part, in each block after block,
+// Weights of a linear layer, times `scale`, as its products read them, from beginning to end: part after part, in each block after block,
 // in each [term][row].
 template <class T>
-void pack_linear(const T* weights, int rows, size_t row_step, int terms, size_t term_step, T* packed) {
+void pack_linear(const T* weights, T scale, int rows, size_t row_step, int terms, size_t term_step, T* packed) {
   const Blocks blocks(rows);
   const Parts parts(terms);
   for (int64_t part = 0; part < parts.count; ++part)
     for (int block = 0; block < blocks.count; ++block) {
       const int first = blocks.begin(block), last = blocks.begin(block + 1);
       for (int64_t k = parts.begin(part); k < parts.begin(part + 1); ++k)
-        for (int i = first; i < last; ++i) *packed++ = weights[i * row_step + k * term_step];
+        for (int i = first; i < last; ++i) *packed++ = weights[i * row_step + k * term_step] * scale;
     }
 }
 
-// Weights of a convolution: block after block, each [term][row], where term = channel * taps + tap.
+// The same of a convolution: block after block, each [term][row], where term = channel * taps + tap.
 template <class T>
-void pack(const T* weights, int rows, size_t row_step, int channels, size_t channel_step, int taps, T* packed) {
+void pack(const T* weights, T scale, int rows, size_t row_step, int channels, size_t channel_step, int taps, T* packed) {
   const Blocks blocks(rows);
   for (int block = 0; block < blocks.count; ++block) {
     const int first = blocks.begin(block), last = blocks.begin(block + 1);
     for (int c = 0; c < channels; ++c)
       for (int tap = 0; tap < taps; ++tap)
-        for (int i = first; i < last; ++i) *packed++ = weights[i * row_step + c * channel_step + tap];
+        for (int i = first; i < last; ++i) *packed++ = weights[i * row_step + c * channel_step + tap] * scale;
   }
 }
 

@@ -22,13 +22,25 @@ struct Tail {
   double negative_slope;
 };
 
-// A PC layer: a product or nothing, then `before`, a pool or nothing, and `after`. Features are a map of one position.
+struct Pool {
+  int kind, window_y, window_x, stride_y, stride_x, padding_y, padding_x;
+  int divisor;          // of an average; 0: its elements
+  bool counts_padding;  // those in the padding as well
+
+  int window() const { return window_y * window_x; }
+};
+
+// A PC layer: `entry`, the activation of what it reads, and a product, or nothing; then `before`, a pool or nothing, and
+// `after`. With a skip, which no pool has, it adds what it reads. Features are a map of one position.
 struct Layer {
   int kind;
   Map below, inner, out;  // what it reads, what the product gives, what the layer gives
   int kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x;
-  int pool, window_y, window_x;
+  Tail entry;
+  Pool pool;
   Tail before, after;
+  bool skip;
+  double scale;  // of the product and its bias
 
   int taps() const { return kernel_y * kernel_x; }
 };

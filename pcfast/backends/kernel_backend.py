@@ -10,7 +10,7 @@ from torch import Tensor
 from ..deviation import Chain
 from ..deviation.affine import Conv2dStep, LinearStep
 from ..errors import RelaxationDiverged
-from ..model.spec import Elementwise, Network, Opaque, Residual
+from ..model.spec import Elementwise, Network, Opaque, Residual, leaves
 from ..precision import numerics
 from ..problem.belief_optimizers import StepSize
 from ..problem.plan import LOOPS, Plan
@@ -44,13 +44,13 @@ def without_kernels(plan: Plan) -> str:
     return ""
 
 
-def unknown_to_kernels(network: Network) -> str:
-    """The first layer that no kernel runs, and why; "" where there is none."""
+def unknown_to_kernels(network: Network, *, skips: bool = False) -> str:
+    """The first layer that no kernel runs, and why; "" where there is none. skips: they run residual layers."""
     for layer in network.layers:
-        for op in layer.ops:
+        for op in leaves(layer.ops) if skips else layer.ops:
             if isinstance(op, Opaque):
                 return f"{layer.label}: {op.why}"
-            if isinstance(op, Residual):
+            if isinstance(op, Residual):  # of which leaves() has the inside
                 return f"{layer.label}: no kernel adds a skip: use eager"
             if isinstance(op, Elementwise) and not op.activation.in_kernels:
                 return f"{layer.label}: no kernel has {op.name}: use eager"

@@ -31,7 +31,7 @@ class PointwiseForm:
     Attributes:
         convolution: index of the layer's Conv2d among its steps; None where the tail stands alone.
         inner: (height, width, channels) of what the tail reads; (1, 1, features) for features.
-        before: activation, or None. pool: that tiles the map, or None. after: activation, or None.
+        before: activation, or None. pool: or None. after: activation, or None.
     """
 
     convolution: int | None
@@ -84,10 +84,30 @@ def _fused_pool(pool: specs.Pool2d, shape: tuple[int, ...]) -> bool:
     return (whole or not pool.ceil_mode) and not own_divisor
 
 
-def _tail(ops: list[specs.Op], shapes: list[tuple[int, ...]]):
+def _adaptive(pool: specs.AdaptiveAvgPool2d, shape: tuple[int, ...]) -> specs.Op:
+    """The AvgPool2d that ``pool`` is where its windows tile the map; else itself."""
+    sizes = tuple(zip(shape[2:], pool.size, strict=True))
+    if any(size % count for size, count in sizes):
+        return pool
+    window = tuple(size // count for size, count in sizes)
+    return specs.AvgPool2d(
+        pool.path,
+        pool.name,
+        window,
+        window,
+        (0, 0),
+        ceil_mode=False,
+        count_include_pad=True,
+        divisor_override=None,
+    )
+
+
+def _tail(ops: list[specs.Op], shapes: list[tuple[int, ...]], every_pool: bool):
     """``(before, pool, after)`` or, as a str, why the tail has no kernel. shapes: of each operation's input."""
     before = pool = after = None
     for op, shape in zip(ops, shapes, strict=True):
+        if every_pool and isinstance(op, specs.AdaptiveAvgPool2d):
+            op = _adaptive(op, shape)
         if isinstance(op, specs.Elementwise):
             if pool is None and before is None:
                 before = op.activation
@@ -100,9 +120,9 @@ def _tail(ops: list[specs.Op], shapes: list[tuple[int, ...]]):
         elif isinstance(op, specs.MaxPool2d | specs.AvgPool2d):
             if pool is not None:
                 return "it pools twice"
-            if not _fused_pool(op, shape):
+            if not every_pool and not _fused_pool(op, shape):
                 return f"the windows of its {op.name} overlap or are padded or cut"
-            if math.prod(op.kernel) > LARGEST_WINDOW:
+            if not every_pool and math.prod(op.kernel) > LARGEST_WINDOW:
                 return f"the windows of its {op.name} have more than {LARGEST_WINDOW} elements"
             pool = op
         else:
@@ -110,8 +130,15 @@ def _tail(ops: list[specs.Op], shapes: list[tuple[int, ...]]):
     return before, pool, after
 
 
-def layer_form(layer: specs.LayerSpec, inner: tuple, map: tuple[int, int, int] | None) -> Form:
-    """The form of one layer. inner: shapes at its operations' boundaries; map: what it reads, as :func:`maps`."""
+def layer_form(
+    layer: specs.LayerSpec, inner: tuple, map: tuple[int, int, int] | None, *, every_pool: bool = False
+) -> Form:
+    """The form of one layer.
+
+    Args:
+        inner: shapes at its operations' boundaries. map: what it reads, as :func:`maps`.
+        every_pool: the kernels know windows of any size that overlap, or are padded or cut, too.
+    """
     ops = pool_first(layer.ops)
     shapes: list[tuple[int, ...]] = [inner[0]]
     for op in ops:
@@ -136,7 +163,7 @@ def layer_form(layer: specs.LayerSpec, inner: tuple, map: tuple[int, int, int] |
         kept = kept[1:]
     if convolution is None and map is None and len(shape) != 2:
         return TorchForm("its input is neither a map nor one row of features a sample")
-    tail = _tail([op for _, op, _ in kept], [shape for _, _, shape in kept])
+    tail = _tail([op for _, op, _ in kept], [shape for _, _, shape in kept], every_pool)
     if isinstance(tail, str):
         return TorchForm(tail)
     channels, height, width = shape[1:] if len(shape) == 4 else (shape[1], 1, 1)

@@ -19,7 +19,7 @@ import torch
 from ..errors import BackendError
 
 #: kAbiVersion of csrc/cpu/module.cpp.
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 _MODULE = "pcfast._cpu"
 _REINSTALL = "install pcfast again, from the same sources (in a checkout: make native)"

@@ -55,7 +55,7 @@ class Cpu(Backend):
 @functools.lru_cache(maxsize=256)
 def _refusal(plan: Plan) -> str:
     """Why the kernels cannot run a plan, or should not; "" where they run it."""
-    reason = without_kernels(plan) or unknown_to_kernels(plan.network)
+    reason = without_kernels(plan) or unknown_to_kernels(plan.network, skips=True)
     if reason:
         return reason
     if plan.dtype not in _DTYPES:

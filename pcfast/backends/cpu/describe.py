@@ -10,7 +10,7 @@ from ...kernels.codes import ACTIVATIONS
 from ...model.activations import Gelu, GeluTanh, Sigmoid, Silu, Tanh
 from ...problem.plan import Plan
 from ...support import cpu_module
-from .program import Layer, layers_of
+from .program import NO_ACTIVATION, Layer, layers_of
 from .speed import ROWS, natively
 
 _VECTOR_BYTES = {"avx2": 32, "avx512": 64}  # of the others 16
@@ -46,6 +46,12 @@ def describe(plan: Plan) -> list[str]:
 
 
 def _state(layer: Layer, *, momentum: bool) -> int:
-    """Elements a sample that an iteration reads and writes: uhat and what is saved with it, d, the velocity."""
+    """Elements a sample that an iteration reads and writes: uhat and what is saved with it, d, the velocity; where an
+    activation stands before the product vhat of the layer below and what is saved with that, and a skip's error."""
     inner, out = math.prod(layer.inner), math.prod(layer.out)
-    return inner * (1 + _SAVED.get(layer.before[0], 0)) + out * (1 + momentum)
+    entry = math.prod(layer.below) * (1 + _saved(layer.entry)) if layer.entry != NO_ACTIVATION else 0
+    return inner * (1 + _saved(layer.before)) + out * (1 + momentum + layer.skip) + entry
+
+
+def _saved(activation: tuple[int, float]) -> int:
+    return _SAVED.get(activation[0], 0)

@@ -4,19 +4,48 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ...deviation.chain import pool_first
 from ...kernels.codes import AVG_POOL, MAX_POOL, NO_POOL, activation_code
 from ...model import spec as specs
 from ...problem.plan import Plan
 from ...support import cpu_module
-from ..kernel_forms import LinearForm, TorchForm, layer_form, maps
+from ..kernel_forms import LinearForm, TorchForm, flattens, layer_form, maps
 
 #: Kind of csrc/cpu/program.h.
 NOTHING, LINEAR, CONVOLUTION = range(3)
 
 Map = tuple[int, int, int]
+Ops = tuple[specs.Op, ...]
+NO_ACTIVATION = activation_code(None)
+
+
+class Pool(NamedTuple):
+    """Windows of rows and columns.
+
+    Attributes:
+        divisor: of an average; 0: its elements. counts_padding: those in the padding, too.
+    """
+
+    kind: int = NO_POOL
+    window: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    divisor: int = 0
+    counts_padding: bool = True
+
+    @classmethod
+    def of(cls, op: specs.MaxPool2d | specs.AvgPool2d | None) -> Pool:
+        if op is None:
+            return NOT_POOLED
+        if isinstance(op, specs.MaxPool2d):
+            return cls(MAX_POOL, op.kernel, op.stride, op.padding)
+        return cls(AVG_POOL, op.kernel, op.stride, op.padding, op.divisor_override or 0, op.count_include_pad)
+
+
+NOT_POOLED = Pool()
 
 
 @dataclass(frozen=True)
@@ -28,7 +57,9 @@ class Layer:
         kind: of the product.
         below, inner, out: what the layer reads, what the product gives, what the layer gives.
         kernel, stride, padding: of a convolution.
-        pool, window: between the activations ``before`` and ``after``, each a code and a negative slope.
+        entry: activation of what the product reads. Activations are a code and a negative slope.
+        pool: between the activations ``before`` and ``after``.
+        skip: the layer adds what it reads. scale: of the product with its bias.
     """
 
     head: str
@@ -39,10 +70,12 @@ class Layer:
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
-    pool: int = NO_POOL
-    window: tuple[int, int] = (1, 1)
-    before: tuple[int, float] = (0, 0.0)
-    after: tuple[int, float] = (0, 0.0)
+    entry: tuple[int, float] = NO_ACTIVATION
+    pool: Pool = NOT_POOLED
+    before: tuple[int, float] = NO_ACTIVATION
+    after: tuple[int, float] = NO_ACTIVATION
+    skip: bool = False
+    scale: float = 1.0
 
     @property
     def weights(self) -> int:
@@ -56,8 +89,8 @@ class Layer:
     @property
     def arguments(self) -> tuple:
         return (
-            self.kind, self.below, self.inner, self.out, self.kernel, self.stride, self.padding, self.pool,
-            self.window, self.before, self.after,
+            self.kind, self.below, self.inner, self.out, self.kernel, self.stride, self.padding, self.entry,
+            tuple(self.pool), self.before, self.after, self.skip, self.scale,
         )  # fmt: skip
 
 
@@ -75,38 +108,65 @@ def layers_of(network: specs.Network, shapes: tuple) -> tuple[Layer, ...] | str:
         described = _layer(layer, inner, around[layer.index - 1], below, out)
         if isinstance(described, str):
             return f"{layer.label}: {described}"
-        if layer.index == network.depth and (len(inner[-1]) != 2 or described.pool != NO_POOL):
+        if layer.index == network.depth and (len(inner[-1]) != 2 or described.pool.kind != NO_POOL):
             return f"{layer.label}: the output layer pools, or gives more than one row of classes a sample"
         result.append(described)
     return tuple(result)
 
 
 def _layer(layer: specs.LayerSpec, inner: tuple, map: Map | None, below: Map, out: Map) -> Layer | str:
-    form = layer_form(layer, inner, map)
+    ops, skip = _branch(layer.ops)
+    ops, entry, scale = _around_product(ops)
+    form = layer_form(replace(layer, ops=ops), inner, map, every_pool=True)
     if isinstance(form, TorchForm):
         return form.reason
+    around = {"entry": entry, "skip": skip, "scale": scale}
     if isinstance(form, LinearForm):
-        head = next(op for op in layer.ops if isinstance(op, specs.Linear))
+        head = next(op for op in ops if isinstance(op, specs.Linear))
         below, out = (form.in_features, 1, 1), (form.out_features, 1, 1)
-        return Layer(head.path, LINEAR, below, out, out, before=activation_code(form.activation))
+        return Layer(head.path, LINEAR, below, out, out, before=activation_code(form.activation), **around)
+    if skip and (form.convolution is None or form.pool is not None):
+        return "its skip leads around no linear layer or convolution, or around a pool"
     height, width, channels = form.inner
     before, after = activation_code(form.before), activation_code(form.after)
-    pool, window = NO_POOL, (1, 1)
-    if form.pool is not None:
-        pool = MAX_POOL if isinstance(form.pool, specs.MaxPool2d) else AVG_POOL
-        window = form.pool.kernel
+    pool = Pool.of(form.pool)
     within = (channels, height, width)
     if form.pool is None:
         out = within
     if form.convolution is None:
-        return Layer("", NOTHING, within, within, out, pool=pool, window=window, before=before, after=after)
-    head = pool_first(layer.ops)[form.convolution]
+        return Layer("", NOTHING, within, within, out, pool=pool, before=before, after=after)
+    head = pool_first(ops)[form.convolution]
     if head.groups != 1 or head.dilation != (1, 1):
         return "its convolution is grouped or dilated"
     return Layer(
-        head.path, CONVOLUTION, below, within, out, head.kernel, head.stride, head.padding, pool, window, before,
-        after,
+        head.path, CONVOLUTION, below, within, out, head.kernel, head.stride, head.padding, pool=pool, before=before,
+        after=after, **around,
     )  # fmt: skip
+
+
+def _branch(ops: Ops) -> tuple[Ops, bool]:
+    """The operations under the skip of a layer that is one residual block, and whether it is one."""
+    blocks = [op for op in ops if not flattens(op)]
+    if len(blocks) != 1 or not isinstance(blocks[0], specs.Residual):
+        return ops, False
+    at = ops.index(blocks[0])
+    return (*ops[:at], *blocks[0].ops, *ops[at + 1 :]), True
+
+
+def _around_product(ops: Ops) -> tuple[Ops, tuple[int, float], float]:
+    """The operations without the activation before and the factor behind a product, if it has them; and these."""
+    heads = [i for i, op in enumerate(ops) if isinstance(op, specs.Linear | specs.Conv2d)]
+    if not heads:
+        return ops, NO_ACTIVATION, 1.0
+    before, behind = ops[: heads[0]], ops[heads[0] + 1 :]
+    entry, scale = NO_ACTIVATION, 1.0
+    activations = [op for op in before if not flattens(op)]
+    if len(activations) == 1 and isinstance(activations[0], specs.Elementwise):
+        entry = activation_code(activations[0].activation)
+        before = tuple(op for op in before if flattens(op))
+    if behind and isinstance(behind[0], specs.Scale):
+        scale, behind = behind[0].factor, behind[1:]
+    return (*before, ops[heads[0]], *behind), entry, scale
 
 
 @functools.lru_cache(maxsize=256)

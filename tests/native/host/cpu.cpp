@@ -28,20 +28,40 @@ std::unique_ptr<T[]> drawn(size_t count, T scale) {
   return result;
 }
 
-Layer linear(int in, int out, int activation) {
-  return {kLinear, {in, 1, 1}, {out, 1, 1}, {out, 1, 1}, 1, 1, 1, 1, 0, 0, kNoPool, 1, 1, {activation, 0.1}, {kIdentity, 0}};
+constexpr Tail kNone{kIdentity, 0};
+constexpr Pool kNotPooled{kNoPool, 1, 1, 1, 1, 0, 0, 0, true};
+
+Layer linear(int in, int out, int activation, int entry = kIdentity) {
+  return {kLinear,    {in, 1, 1}, {out, 1, 1}, {out, 1, 1},       1,     1,     1, 1, 0, 0,
+          {entry, 0.1}, kNotPooled, {activation, 0.1}, kNone, false, 1};
+}
+
+Layer residual(int size, int entry) {
+  Layer layer = linear(size, size, kIdentity, entry);
+  layer.skip = true, layer.scale = 0.5;
+  return layer;
 }
 
 Layer nothing(int size, int activation) {
-  return {kNothing, {size, 1, 1}, {size, 1, 1}, {size, 1, 1}, 1, 1, 1, 1, 0, 0, kNoPool, 1, 1, {activation, 0.1}, {kIdentity, 0}};
+  Layer layer = linear(size, size, activation);
+  layer.kind = kNothing;
+  return layer;
 }
 
-Layer convolution(Map below, int out, int kernel, int stride, int padding, int pool, int before, int after) {
+// Pools by windows of 2x2, or of 3x3 that overlap and are padded.
+Layer convolution(Map below, int out, int kernel, int stride, int padding, int pool, int before, int after,
+                  bool overlaps = false) {
   const auto size = [&](int n) { return (n + 2 * padding - kernel) / stride + 1; };
   const Map inner{out, size(below.height), size(below.width)};
-  const int window = pool == kNoPool ? 1 : 2;
-  return {kConvolution, below, inner, {out, inner.height / window, inner.width / window}, kernel, kernel, stride, stride,
-          padding, padding, pool, window, window, {before, 0.1}, {after, 0.1}};
+  Map pooled = inner;
+  Pool windows = kNotPooled;
+  if (pool != kNoPool) {
+    windows = overlaps ? Pool{pool, 3, 3, 2, 2, 1, 1, 0, false} : Pool{pool, 2, 2, 2, 2, 0, 0, 0, true};
+    const auto count = [&](int n) { return (n + 2 * windows.padding_y - windows.window_y) / windows.stride_y + 1; };
+    pooled.height = count(inner.height), pooled.width = count(inner.width);
+  }
+  return {kConvolution, below, inner, pooled, kernel, kernel, stride, stride, padding, padding,
+          kNone, windows, {before, 0.1}, {after, 0.1}, false, 1};
 }
 
 // Fortran's xGEMM, plainly.
@@ -146,6 +166,8 @@ bool same_on_all_threads(const Case& one, void (*run)(const Call&)) {
 int main() {
   const Layer first = convolution({2, 7, 8}, 7, 3, 1, 0, kNoPool, kTanh, kIdentity);
   const Layer second = convolution(first.out, 3, 2, 1, 0, kMaxPool, kGelu, kRelu);
+  const Layer overlapping = convolution(first.out, 3, 2, 1, 0, kMaxPool, kGelu, kRelu, true);
+  const Layer averaged = convolution(overlapping.out, 3, 1, 1, 1, kAvgPool, kTanh, kIdentity, true);
   const Layer strided = convolution(first.out, 5, 3, 2, 1, kAvgPool, kSilu, kSigmoid);
   const auto head = [](const Layer& below) { return linear(below.out.size(), 5, kLeakyRelu); };
   const Case cases[] = {
@@ -156,6 +178,12 @@ int main() {
       {"bare", {linear(9, 12, kIdentity), nothing(12, kGelu), linear(12, 4, kIdentity)}, true, false, true, kCrossEntropy, 0},
       {"gram convolution", {first, second, head(second), linear(5, 4, kIdentity)}, true, true, false, kCrossEntropy, 0},
       {"strided convolution", {first, strided, head(strided), linear(5, 4, kIdentity)}, true, false, true, kMse, 0.5},
+      {"activations first, residual", {linear(9, 13, kIdentity, kTanh), residual(13, kSilu), linear(13, 5, kRelu, kGelu),
+       linear(5, 4, kIdentity, kSigmoid)}, true, false, false, kCrossEntropy, 0.5},
+      {"windows that overlap", {first, overlapping, averaged, head(averaged), linear(5, 4, kIdentity)},
+       true, false, false, kMse, 0},
+      {"one backward pass, activations first", {linear(9, 13, kIdentity, kTanh), residual(13, kSilu),
+       linear(13, 4, kIdentity, kSigmoid)}, false, false, false, kCrossEntropy, 0},
       {"one backward pass in rows", {linear(9, 37, kTanh), linear(37, 13, kRelu), linear(13, 7, kSilu), linear(7, 4, kIdentity)},
        false, false, false, kCrossEntropy, 0, true},
       {"one backward pass", {first, strided, head(strided), linear(5, 4, kIdentity)}, false, false, false, kCrossEntropy, 0},
