@@ -34,6 +34,7 @@ PICTURE, DEPTH_PICTURE = HERE.parent / "docs" / "speed.png", HERE.parent / "docs
 BEGIN, END = "<!-- bench/report.py: begin -->", "<!-- bench/report.py: end -->"
 #: Backends whose kernels are interpreted on a CPU, or compiled for it, for tests alone.
 GPU_BACKENDS = {"cuda", "triton"}
+ONE_THREAD = "cpu-one-thread"
 NOT_MEASURED = "Not yet measured on a GPU."
 NOT_RECORDED = "Not yet recorded."
 
@@ -71,9 +72,9 @@ def record(path: Path) -> Path:
 
 
 def folder_of(result: dict) -> str:
-    """cpu, or the GPU's name in lower case: nvidia-h200."""
+    """cpu, cpu-one-thread for training steps in one thread, or the GPU's name in lower case: nvidia-h200."""
     if result["device"] == "cpu":
-        return "cpu"
+        return ONE_THREAD if result["rows"] and result["machine"]["threads"] == 1 else "cpu"
     return re.sub(r"[^a-z0-9]+", "-", result["machine"]["processor"].lower()).strip("-")
 
 
@@ -90,7 +91,7 @@ def newest(of: str = "rows") -> list[dict]:
             known = by_device.get(path.parent.name)
             if known is None or result["recorded"] > known["recorded"]:
                 by_device[path.parent.name] = result
-    return [by_device[name] for name in sorted(by_device, key=lambda name: (name == "cpu", name))]
+    return [by_device[name] for name in sorted(by_device, key=lambda name: (name.startswith("cpu"), name))]
 
 
 def cases(result: dict) -> dict[tuple[str, str], list[dict]]:
@@ -138,8 +139,8 @@ def _table(result: dict) -> str:
 def _where_and_when(result: dict, current: bool = True) -> str:
     machine = result["machine"]
     return (
-        f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, torch "
-        f"{machine['torch']}, {_when(result, current)}"
+        f"{machine['processor']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}, Python "
+        f"{machine['python']}, torch {machine['torch']}, {_when(result, current)}"
     )
 
 
@@ -442,8 +443,9 @@ def main(path: Path | None) -> None:
     write_atomically(HOST, lambda file: file.write(host_page.encode()))
     scaling_page = with_scaling(SCALING.read_text(), newest("distributed"))
     write_atomically(SCALING, lambda file: file.write(scaling_page.encode()))
-    picture(records)
-    depth_picture(records)
+    pictured = [result for result in records if folder_of(result) != ONE_THREAD]
+    picture(pictured)
+    depth_picture(pictured)
 
 
 if __name__ == "__main__":

@@ -575,6 +575,11 @@ def test_only_full_runs_of_committed_sources_are_recorded(change, message, tmp_p
     with pytest.raises(Exception, match="never replaced"):
         report.record(path)
     assert [result["commit"] for result in report.newest()] == ["abc1234"]
+    alone = fake_record()
+    alone["machine"]["threads"] = 1
+    path.write_text(json.dumps(alone))
+    assert report.record(path).parent.name == "cpu-one-thread"
+    assert [result["machine"]["threads"] for result in report.newest()] == [fake_record()["machine"]["threads"], 1]
 
 
 # ---------------------------------------------------------------------------------------------- kernels
