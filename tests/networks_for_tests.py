@@ -76,7 +76,21 @@ def convs(draw, activations):
         pool = draw(st.sampled_from(("none", "max", "max", "avg", "overlapping")))
         if h >= 4 and pool != "none":
             if pool == "overlapping":
-                group.append(nn.MaxPool2d(3, 2, padding=draw(st.sampled_from((0, 1)))))
+                kernel, stride, ceil_mode = (
+                    draw(st.integers(2, 3)),
+                    draw(st.integers(1, 2)),
+                    draw(st.booleans()),
+                )
+                padding, counts, divisor = (
+                    draw(st.integers(0, 1)),
+                    draw(st.booleans()),
+                    draw(st.sampled_from((None, 3))),
+                )
+                group.append(
+                    nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil_mode)
+                    if draw(st.booleans())
+                    else nn.AvgPool2d(kernel, stride, padding, ceil_mode, counts, divisor)
+                )
             else:
                 kind = nn.MaxPool2d if pool == "max" else nn.AvgPool2d
                 group.append(kind(2, ceil_mode=draw(st.booleans())))

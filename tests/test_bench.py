@@ -579,7 +579,10 @@ def test_only_full_runs_of_committed_sources_are_recorded(change, message, tmp_p
     alone["machine"]["threads"] = 1
     path.write_text(json.dumps(alone))
     assert report.record(path).parent.name == "cpu-one-thread"
-    assert [result["machine"]["threads"] for result in report.newest()] == [fake_record()["machine"]["threads"], 1]
+    assert [result["machine"]["threads"] for result in report.newest()] == [
+        fake_record()["machine"]["threads"],
+        1,
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- kernels
