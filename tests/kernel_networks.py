@@ -292,6 +292,16 @@ ON_CPUS = {
         ),
         (2, 8, 8),
     ),
+    "pools before products": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), *_same_size(4)),
+            nn.Sequential(*_same_size(4, nn.GELU(), nn.MaxPool2d(3, 1, 1)), nn.Tanh()),
+            nn.Sequential(nn.Tanh(), nn.AvgPool2d(2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(16, 6)),
+            nn.Sequential(nn.ReLU(), nn.Linear(6, 4)),
+        ),
+        (2, 8, 9),
+    ),
     "windows that overlap": (
         lambda: nn.Sequential(
             nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),

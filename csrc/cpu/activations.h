@@ -39,11 +39,11 @@ PCFAST_INLINE Vector<T> normal_distribution(Vector<T> u) {
 
 // act(u), element by element; with `saved` what differences at u need, a plane each.
 template <class T>
-void activate(const Tail& tail, const T* u, size_t count, T* out, T* saved, size_t plane) {
-  const T slope = T(tail.negative_slope);
+void activate(const Activation& act, const T* u, size_t count, T* out, T* saved, size_t plane) {
+  const T slope = T(act.negative_slope);
   for (size_t i = 0; i < count; i += kLanes<T>) {
     Vector<T> at = load(u + i), value = at, first = {}, second = {};
-    switch (tail.activation) {
+    switch (act.kind) {
       case kRelu:
         value = at <= 0 ? Vector<T>{} : at;
         break;
@@ -79,7 +79,7 @@ void activate(const Tail& tail, const T* u, size_t count, T* out, T* saved, size
     }
     store(out + i, value);
     if (saved == nullptr) continue;
-    const int planes = saved_planes(tail.activation);
+    const int planes = saved_planes(act.kind);
     if (planes > 0) store(saved + i, first);
     if (planes > 1) store(saved + plane + i, second);
   }
@@ -216,9 +216,9 @@ void act_diff_by_size(T reach, T slope, const T* u, size_t plane, const T* s, si
 // use(i, ActDiff) for every vector of `count` elements, of which i is the first. u: uhat, then the saved planes, each
 // `plane` elements after the one before.
 template <class T, class Use>
-void for_each_act_diff(const Tail& tail, const T* u, size_t plane, const T* s, size_t count, Use use) {
-  const T slope = T(tail.negative_slope);
-  switch (tail.activation) {
+void for_each_act_diff(const Activation& act, const T* u, size_t plane, const T* s, size_t count, Use use) {
+  const T slope = T(act.negative_slope);
+  switch (act.kind) {
     case kRelu:
       return act_diff_loop<T, kRelu, false>(slope, u, plane, s, count, use);
     case kLeakyRelu:
@@ -240,8 +240,8 @@ void for_each_act_diff(const Tail& tail, const T* u, size_t plane, const T* s, s
 
 // Differences, which may take the place of s, and derivatives.
 template <class T>
-void act_diffs(const Tail& tail, const T* u, size_t plane, const T* s, size_t count, T* act_diff, T* derivative) {
-  for_each_act_diff<T>(tail, u, plane, s, count, [&](size_t i, const ActDiff<T>& at) {
+void act_diffs(const Activation& act, const T* u, size_t plane, const T* s, size_t count, T* act_diff, T* derivative) {
+  for_each_act_diff<T>(act, u, plane, s, count, [&](size_t i, const ActDiff<T>& at) {
     store(act_diff + i, at.act_diff);
     store(derivative + i, at.derivative);
   });

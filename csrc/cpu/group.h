@@ -5,38 +5,11 @@
 // once, and errors and local errors live in scratch for two layers.
 #pragma once
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
-
-#include "activations.h"
-#include "pooling.h"
+#include "pointwise.h"
 #include "product.h"
 #include "rows.h"
 
 PCFAST_BEGIN
-
-// A thread's memory, handed out in lines of 64 bytes; with null for `at` it only counts.
-struct Arena {
-  char* at;
-  size_t used = 0;
-
-  template <class T>
-  T* take(size_t count) {
-    char* result = at == nullptr ? nullptr : at + used;
-    const size_t bytes = count * sizeof(T);
-    size_t room = (bytes + 63) / 64 * 64;
-#if defined(__SANITIZE_ADDRESS__)
-    room += 64;  // nobody's
-    if (result != nullptr) {
-      ASAN_UNPOISON_MEMORY_REGION(result, bytes);
-      ASAN_POISON_MEMORY_REGION(result + bytes, room - bytes);
-    }
-#endif
-    used += room;
-    return reinterpret_cast<T*>(result);
-  }
-};
 
 template <class T>
 struct Packed {
@@ -49,10 +22,10 @@ struct Shared {
   const Call& call;
   const Packed<T>* packed;   // by layer
   const T* gram;             // packed; null without Gram form
-  // By layer; null where not wanted. Local errors are packed as weights are, samples being the terms; `below` is what the
+  // By layer; null where not wanted. Local errors are packed as weights are, samples being the terms; `read` is what the
   // products read, for the updates, where no other array has it.
   T* const* local_error;
-  const Rows<T>* below;
+  const Rows<T>* read;
   T* const* convolution_gradient;      // by layer: of every vector of lanes, one after another; null where not wanted
   double* loss_rows;
   double label_scale;  // cross-entropy of labels, a mean: its share over the weights of all rows
@@ -60,7 +33,7 @@ struct Shared {
 
 // Weights and biases of a convolution.
 inline size_t gradient_count(const Layer& layer) {
-  return size_t(layer.inner.channels) * (layer.below.channels * layer.taps() + 1);
+  return size_t(layer.inner().channels) * (layer.below().channels * layer.taps() + 1);
 }
 
 inline void note_first_bad(const Call& call, int64_t stage, int layer) {
@@ -80,7 +53,7 @@ struct Label {
 
 template <class T>
 Label<T> label_at(const Call& call, int64_t sample) {
-  const int classes = call.layers[call.depth - 1].out.size();
+  const int classes = call.layers[call.depth - 1].out().size();
   const int64_t label = call.labels[sample];
   const bool ignored = label == call.ignored_label;
   const bool outside = label < 0 || label >= classes;
@@ -100,30 +73,19 @@ class Group {
   Group(const Shared<T>& shared, Arena& arena) : shared_(shared), call_(shared.call) {
     const int depth = call_.depth;
     state_ = arena.take<State>(depth + 1);
-    size_t inner = 0, out = call_.layers[0].below.size(), entry = 0;
+    int largest = at(1).entry.from.size();
+    bool enters = false;
     for (int l = 1; l <= depth; ++l) {
       const Layer& layer = at(l);
       State state{};
-      const size_t inner_size = size_t(layer.inner.size()) * kWidth, out_size = size_t(layer.out.size()) * kWidth;
-      state.base = arena.take<T>(inner_size * (1 + saved_planes(layer.before.activation)));
-      if (has_entry(l) && l > 1) {
-        const size_t below = elements(layer.below);
-        state.entry = arena.take<T>(below * (1 + saved_planes(layer.entry.activation)));
-        entry = below > entry ? below : entry;
-      }
-      if (layer.pool.kind != kNoPool) {
-        if (layer.pool.kind == kMaxPool) {
-          state.relative = arena.take<T>(out_size * layer.pool.window());
-          state.winners = arena.take<Integers<T>>(out_size / kLanes<T>);
-        }
-        state.pooled = arena.take<T>(out_size * (1 + saved_planes(layer.after.activation)));
-        state.after_derivative = arena.take<T>(out_size);
-      }
+      const size_t out_size = elements(layer.out());
+      state.tail.take(layer.tail, arena);
+      if (layer.entry.acts()) state.entry.take(layer.entry, arena), enters = true;
       if (layer.skip) state.vhat = arena.take<T>(out_size);
       state.error = arena.take<T>(out_size);
       if (call_.relaxes && l < depth) {
         const bool outside = call_.gram && l == 1;  // its beliefs leave the loop
-        const size_t size = outside ? size_t(at(2).inner.size()) * kWidth : out_size;
+        const size_t size = outside ? elements(at(2).inner()) : out_size;
         state.d = arena.take<T>(out_size);
         if (outside) {
           s_ = arena.take<T>(size);
@@ -134,18 +96,16 @@ class Group {
         if (momentum()) state.velocity = arena.take<T>(size);
       }
       if (arena.at != nullptr) state_[l] = state;
-      inner = inner_size > inner ? inner_size : inner;
-      out = layer.out.size() > int(out) ? layer.out.size() : out;
+      const int sizes[] = {layer.below().size(), layer.inner().size(), layer.out().size()};
+      for (const int size : sizes) largest = size > largest ? size : largest;
     }
-    out *= kWidth;
-    const size_t largest = inner > out ? inner : out;
-    scratch_ = arena.take<T>(largest);
-    derivative_ = arena.take<T>(largest);
-    product_ = arena.take<T>(largest);
-    delta_[0] = arena.take<T>(largest);
-    delta_[1] = arena.take<T>(largest);
-    for (T*& derivative : entry_derivative_) derivative = arena.take<T>(entry);
-    const size_t classes = size_t(at(depth).out.size()) * kWidth;
+    T** const buffers[] = {&scratch_, &derivative_, &product_, &delta_[0], &delta_[1]};
+    for (T** buffer : buffers) *buffer = arena.take<T>(size_t(largest) * kWidth);
+    T* of_entries[2];
+    for (T*& derivative : of_entries) derivative = arena.take<T>(enters ? size_t(largest) * kWidth : 0);
+    if (arena.at != nullptr)  // those of two layers next to each other are in use at a time, of tails one's
+      for (int l = 1; l <= depth; ++l) state_[l].tail.derivative = derivative_, state_[l].entry.derivative = of_entries[l % 2];
+    const size_t classes = size_t(at(depth).out().size()) * kWidth;
     output_ = arena.take<T>(classes);
     target_ = arena.take<T>(classes);
     target_sum_ = arena.take<T>(kWidth);
@@ -154,7 +114,7 @@ class Group {
   // Of a network of one layer, whose outputs are given: the loss's gradient there, and the samples' losses.
   void output_error_of(int64_t first_sample, Rows<const T> outputs, Rows<T> error) {
     begin(first_sample);
-    const int classes = at(1).out.size();
+    const int classes = at(1).out().size();
     gather<T, kWidth>(outputs.from(first_sample), samples_, classes, output_);
     load_target();
     output_error(/*moved=*/nullptr, kLossStage);
@@ -167,7 +127,7 @@ class Group {
     load_target();
     output_error(/*moved=*/nullptr, kLossStage);
     if (call_.output_gradient != nullptr)
-      put(state_[call_.depth].error, at(call_.depth).out.size(), given_rows(call_.output_gradient, call_.depth));
+      put(state_[call_.depth].error, at(call_.depth).out().size(), given_rows(call_.output_gradient, call_.depth));
     if (call_.relaxes) {
       start();
       relax();
@@ -185,21 +145,19 @@ class Group {
   }
 
   struct State {
-    T *base, *relative, *pooled, *after_derivative, *error, *d, *velocity;
-    T* entry;  // where the layer has one: vhat_{l-1}, and what act saved of it
-    T* vhat;   // of a layer with a skip
-    Integers<T>* winners;
+    PointwiseState<T, kVectors> entry, tail;
+    T *error, *d, *velocity;
+    T* vhat;  // of a layer with a skip
   };
 
   const Layer& at(int l) const { return call_.layers[l - 1]; }
   const LayerTensors& tensors(int l) const { return call_.tensors[l - 1]; }
   bool momentum() const { return call_.momentum != 0; }
-  bool has_entry(int l) const { return at(l).entry.activation != kIdentity; }
   static size_t elements(const Map& map) { return size_t(map.size()) * kWidth; }
   static void clear(T* memory, size_t count) { __builtin_memset(memory, 0, count * sizeof(T)); }
 
   Rows<T> given_rows(void* memory, int l) const {
-    return Rows<T>{static_cast<T*>(memory), size_t(at(l).out.size())}.from(first_);
+    return Rows<T>{static_cast<T*>(memory), size_t(at(l).out().size())}.from(first_);
   }
   void put(const T* group, int features, Rows<T> rows) const { scatter<T, kWidth>(group, samples_, features, rows); }
 
@@ -222,107 +180,93 @@ class Group {
   PCFAST_INLINE void predict(int l, const T* from, T* to, Finish finish) {
     const Layer& layer = at(l);
     if (layer.kind == kNothing) {
-      __builtin_memcpy(to, from, elements(layer.inner) * sizeof(T));
-      finish(size_t(0), elements(layer.inner));
+      __builtin_memcpy(to, from, elements(layer.inner()) * sizeof(T));
+      finish(size_t(0), elements(layer.inner()));
     } else if (layer.kind == kLinear) {
-      multiply_linear<T, kVectors>(shared_.packed[l - 1].predict, layer.inner.channels, layer.below.size(), from, to, finish);
+      multiply_linear<T, kVectors>(shared_.packed[l - 1].predict, layer.inner().channels, layer.below().size(), from, to, finish);
     } else {
-      multiply_taps<T, kVectors>(shared_.packed[l - 1].predict, layer.below.channels * layer.taps(), layer.inner, from, to,
-                                 [&](int y, int x) { return predict_taps(layer, layer.below, y, x); }, finish);
+      multiply_taps<T, kVectors>(shared_.packed[l - 1].predict, layer.below().channels * layer.taps(), layer.inner(), from, to,
+                                 [&](int y, int x) { return predict_taps(layer, layer.below(), y, x); }, finish);
     }
   }
 
-  // The transposed product with `delta`, back to v_{l-1}, with what a skip carries back, the layer's error; finish(r, first,
-  // count) as parts of it are complete at r. An entry's derivative is that of the last deviate_entry.
+  // The transposed product with `delta`, in product_; finish(first, count) as parts of it are complete.
+  template <class Finish>
+  PCFAST_INLINE void multiply_back(int l, const T* delta, Finish finish) {
+    const Layer& layer = at(l);
+    const T* weights = shared_.packed[l - 1].feedback;
+    if (layer.kind == kLinear)
+      multiply_linear<T, kVectors>(weights, layer.below().size(), layer.inner().channels, delta, product_, finish);
+    else
+      multiply_taps<T, kVectors>(weights, layer.inner().channels * layer.taps(), layer.below(), delta, product_,
+                                 [&](int y, int x) { return feedback_taps(layer, layer.inner(), y, x); }, finish);
+  }
+
+  // J_l^T eps_l, from `delta`, which is eps_l pulled back to the product; finish(r, first, count) as parts of it are complete
+  // at r. The entry is at the point of the last deviate_entry; a skip adds the layer's error.
   template <class Finish>
   PCFAST_INLINE void feed_back(int l, const T* delta, Finish finish) {
     const Layer& layer = at(l);
-    T* r = product_;
-    const T *derivative = has_entry(l) ? entry_derivative_[l % 2] : nullptr, *skip = layer.skip ? state_[l].error : nullptr;
-    const auto complete = [&](size_t first, size_t count) {
+    if (layer.kind == kNothing) return finish(delta, size_t(0), elements(layer.below()));
+    if (layer.entry.pools()) {
+      multiply_back(l, delta, [](size_t, size_t) {});
+      state_[l].entry.pull_back(layer.entry, product_, scratch_, product_);
+      return finish(scratch_, size_t(0), elements(layer.entry.from));
+    }
+    const T* derivative = layer.entry.acts() ? state_[l].entry.derivative : nullptr;
+    const T* skip = layer.skip ? state_[l].error : nullptr;
+    multiply_back(l, delta, [&](size_t first, size_t count) {
+      T* r = product_;
       if (derivative != nullptr)
         for (size_t i = first; i < first + count; i += kLanes<T>) store(r + i, load(r + i) * load(derivative + i));
       if (skip != nullptr)
         for (size_t i = first; i < first + count; i += kLanes<T>) store(r + i, load(r + i) + load(skip + i));
       finish(r, first, count);
-    };
-    if (layer.kind == kNothing) {
-      finish(delta, size_t(0), elements(layer.below));
-    } else if (layer.kind == kLinear) {
-      multiply_linear<T, kVectors>(shared_.packed[l - 1].feedback, layer.below.size(), layer.inner.channels, delta, r, complete);
-    } else {
-      multiply_taps<T, kVectors>(shared_.packed[l - 1].feedback, layer.inner.channels * layer.taps(), layer.below, delta, r,
-                                 [&](int y, int x) { return feedback_taps(layer, layer.inner, y, x); }, complete);
-    }
+    });
   }
 
-  // vhat_l from uhat, into `out`; with `save` what differences need, and a skip of `below`.
-  void activate_layer(int l, T* out, bool save, const T* below = nullptr) {
+  // vhat_l at the start, into `out`; below: vhat_{l-1}.
+  void activate_layer(int l, T* out, const T* below) {
     const Layer& layer = at(l);
-    const State& state = state_[l];
-    const size_t inner = elements(layer.inner), size = elements(layer.out);
-    if (layer.skip) {
-      if (save) {
-        activate<T>(layer.before, state.base, inner, out, state.base + inner, inner);
-        for (size_t i = 0; i < size; i += kLanes<T>) store(state.vhat + i, load(out + i) + load(below + i));
-      }
-      __builtin_memcpy(out, state.vhat, size * sizeof(T));
-      return;
-    }
-    if (layer.pool.kind == kNoPool) {
-      activate<T>(layer.before, state.base, inner, out, save ? state.base + inner : nullptr, inner);
-      return;
-    }
-    if (save) {
-      activate<T>(layer.before, state.base, inner, scratch_, state.base + inner, inner);
-      pool<T, kVectors>(layer, scratch_, nullptr, state.pooled, state.winners);
-      if (layer.pool.kind == kMaxPool) relative_to_winner<T, kVectors>(layer, scratch_, state.pooled, state.relative);
-    }
-    activate<T>(layer.after, state.pooled, size, out, save ? state.pooled + size : nullptr, size);
+    State& state = state_[l];
+    state.tail.begin(layer.tail, out, scratch_);
+    if (!layer.skip) return;
+    for (size_t i = 0; i < elements(layer.out()); i += kLanes<T>) store(out + i, load(out + i) + load(below + i));
+    __builtin_memcpy(state.vhat, out, elements(layer.out()) * sizeof(T));
+  }
+  // The same once more.
+  void vhat(int l, T* out) const {
+    if (at(l).skip)
+      __builtin_memcpy(out, state_[l].vhat, elements(at(l).out()) * sizeof(T));
+    else
+      state_[l].tail.again(at(l).tail, out);
   }
 
-  // The deviation of what layer l's product reads, from that of v_{l-1}, null where nothing has moved; and the derivative of
-  // its entry there, which stays until that of layer l - 2 or l + 2 is asked for. It may lie in product_.
+  // The deviation of what layer l's product reads, from that of v_{l-1}, null where nothing has moved; and the entry's
+  // derivatives there, which stay until those of layer l - 2 or l + 2 are asked for. It may lie in product_.
   const T* deviate_entry(int l, const T* d) {
-    if (!has_entry(l)) return d;
-    const size_t count = elements(at(l).below);
-    if (d == nullptr) clear(product_, count);
-    act_diffs<T>(at(l).entry, state_[l].entry, count, d == nullptr ? product_ : d, count, product_, entry_derivative_[l % 2]);
+    const Pointwise& entry = at(l).entry;
+    if (!entry.acts()) return d;
+    const size_t from = elements(entry.from);
+    if (d == nullptr)
+      clear(product_, from);
+    else
+      __builtin_memcpy(product_, d, from * sizeof(T));
+    state_[l].entry.deviate(entry, product_, product_, scratch_);
     return product_;
   }
 
-  // f_l's deviation, in `moved`, from that of its pre-activation, and its derivative there. moved may be s.
-  void deviate_tail(int l, T* s, T* moved) {
-    const Layer& layer = at(l);
-    const State& state = state_[l];
-    const size_t inner = elements(layer.inner), size = elements(layer.out);
-    act_diffs<T>(layer.before, state.base, inner, s, inner, layer.pool.kind == kNoPool ? moved : s, derivative_);
-    if (layer.pool.kind == kNoPool) return;
-    pool<T, kVectors>(layer, s, state.relative, product_, state.winners);
-    act_diffs<T>(layer.after, state.pooled, size, product_, size, moved, state.after_derivative);
-  }
+  // f_l's deviation, in `moved`, from that of its pre-activation, and its derivatives there. moved may be s.
+  void deviate_tail(int l, T* s, T* moved) { state_[l].tail.deviate(at(l).tail, s, moved, product_); }
 
   // delta = the error pulled back to the layer's product, at the point of the last deviate_tail.
-  void pull_back_tail(int l, const T* error, T* delta) {
-    const Layer& layer = at(l);
-    const State& state = state_[l];
-    const size_t inner = elements(layer.inner), size = elements(layer.out);
-    if (layer.pool.kind == kNoPool) {
-      for (size_t i = 0; i < inner; i += kLanes<T>) store(delta + i, load(error + i) * load(derivative_ + i));
-      return;
-    }
-    for (size_t i = 0; i < size; i += kLanes<T>)
-      store(product_ + i, load(error + i) * load(state.after_derivative + i));
-    pull_back_pool<T, kVectors>(layer, product_, state.winners, delta);
-    if (layer.before.activation != kIdentity)
-      for (size_t i = 0; i < inner; i += kLanes<T>) store(delta + i, load(delta + i) * load(derivative_ + i));
-  }
+  void pull_back_tail(int l, const T* error, T* delta) { state_[l].tail.pull_back(at(l).tail, error, delta, product_); }
 
   // ---- the forward pass and the loss
 
   void input(T* out) const {
-    gather<T, kWidth>(Rows<const T>{static_cast<const T*>(call_.x), size_t(at(1).below.size())}.from(first_), samples_,
-                      at(1).below.size(), out);
+    gather<T, kWidth>(Rows<const T>{static_cast<const T*>(call_.x), size_t(at(1).entry.from.size())}.from(first_), samples_,
+                      at(1).entry.from.size(), out);
   }
 
   void forward() {
@@ -332,25 +276,25 @@ class Group {
       const Layer& layer = at(l);
       State& state = state_[l];
       const T *bias = static_cast<const T*>(tensors(l).bias), scale = T(layer.scale);
-      const size_t channel = size_t(layer.inner.positions()) * kWidth;
+      const size_t channel = size_t(layer.inner().positions()) * kWidth;
       const T* entering = value;
-      if (has_entry(l)) {
-        const size_t below = elements(layer.below);
-        if (l > 1) __builtin_memcpy(state.entry, value, below * sizeof(T));
-        activate<T>(layer.entry, value, below, scratch_, l > 1 ? state.entry + below : nullptr, below);
+      if (layer.entry.acts()) {
+        __builtin_memcpy(state.entry.base, value, elements(layer.entry.from) * sizeof(T));
+        state.entry.begin(layer.entry, scratch_, product_);
         entering = scratch_;
       }
-      if (!call_.relaxes || l == 1) leave_below(l, entering);
-      predict(l, entering, state.base, [&](size_t first, size_t count) {
+      if (!call_.relaxes || l == 1) leave_read(l, entering);
+      T* base = state.tail.base;
+      predict(l, entering, base, [&](size_t first, size_t count) {
         if (bias == nullptr) return;
         for (size_t c = first / channel; c < (first + count) / channel; ++c)
           for (size_t i = c * channel; i < (c + 1) * channel; i += kLanes<T>)
-            store(state.base + i, load(state.base + i) + bias[c] * scale);
+            store(base + i, load(base + i) + bias[c] * scale);
       });
       T* out = l == call_.depth ? output_ : next;
-      activate_layer(l, out, /*save=*/true, value);
-      check(out, elements(layer.out), kForwardStage, l);
-      if (tensors(l).vhat != nullptr) put(out, layer.out.size(), given_rows(tensors(l).vhat, l));
+      activate_layer(l, out, value);
+      check(out, elements(layer.out()), kForwardStage, l);
+      if (tensors(l).vhat != nullptr) put(out, layer.out().size(), given_rows(tensors(l).vhat, l));
       next = value;
       value = out;
     }
@@ -359,7 +303,7 @@ class Group {
   // Cross-entropy is -sum_c target[c] log_softmax(mu)[c] (pcfast/losses.py), target_sum the sum of target; mse compares
   // with target. Lanes without a sample have target 0 and target_sum 0, and mse's target is the output: no error.
   void load_target() {
-    const int classes = at(call_.depth).out.size();
+    const int classes = at(call_.depth).out().size();
     const T* given = static_cast<const T*>(call_.target);
     const T* weights = static_cast<const T*>(call_.class_weight);
     const T own = T(1 - call_.smoothing), spread = T(call_.smoothing / classes);
@@ -388,7 +332,7 @@ class Group {
 
   // The loss's gradient at mu = vhat_L + moved, in error[L]; without `moved`, at vhat_L, with the samples' losses.
   void output_error(const T* moved, int64_t stage) {
-    const int depth = call_.depth, classes = at(depth).out.size();
+    const int depth = call_.depth, classes = at(depth).out().size();
     T* error = state_[depth].error;
     Vector<T> bad[kVectors] = {};
     for (int j = 0; j < kVectors; ++j) {
@@ -441,12 +385,12 @@ class Group {
   void start() {
     for (int l = 1; l <= call_.depth; ++l) {
       State& state = state_[l];
-      const size_t size = elements(at(l).out);
+      const size_t size = elements(at(l).out());
       if (l == call_.depth) continue;
       clear(state.error, size);
       clear(state.d, size);
       if (call_.gram && l == 1) {
-        const size_t inner = elements(at(2).inner);
+        const size_t inner = elements(at(2).inner());
         clear(s_, inner);
         clear(sum_, inner);
         clear(sum_before_, inner);
@@ -459,9 +403,9 @@ class Group {
       if (momentum()) clear(state.velocity, size);
       if (tensors(l).start == nullptr) continue;
       gather<T, kWidth>(
-          Rows<const T>{static_cast<const T*>(tensors(l).start), size_t(at(l).out.size())}.from(first_), samples_,
-          at(l).out.size(), state.d);
-      activate_layer(l, product_, /*save=*/false);
+          Rows<const T>{static_cast<const T*>(tensors(l).start), size_t(at(l).out().size())}.from(first_), samples_,
+          at(l).out().size(), state.d);
+      vhat(l, product_);
       for (size_t i = 0; i < size; i += kLanes<T>) store(state.d + i, load(state.d + i) - load(product_ + i));
       for (int n = samples_; n < kWidth; ++n)
         for (size_t i = n; i < size; i += kWidth) state.d[i] = 0;
@@ -500,7 +444,7 @@ class Group {
   // s_l = W_l d_{l-1}, or zero where nothing has moved; finish(s, first, count) as parts of it are complete at s.
   template <class Finish>
   PCFAST_INLINE void predict_deviation(int l, bool moved, Finish finish) {
-    const size_t inner = elements(at(l).inner);
+    const size_t inner = elements(at(l).inner());
     if (moved && call_.gram && l == 2) return finish(s_, size_t(0), inner);
     const auto complete = [&](size_t first, size_t count) { finish(scratch_, first, count); };
     const T* entering = l > 1 ? deviate_entry(l, moved ? state_[l - 1].d : nullptr) : nullptr;
@@ -520,7 +464,7 @@ class Group {
     predict_to_scratch(l, moved);
     deviate_tail(l, scratch_, scratch_);
     if (at(l).skip && moved)
-      for (size_t i = 0; i < elements(at(l).out); i += kLanes<T>)
+      for (size_t i = 0; i < elements(at(l).out()); i += kLanes<T>)
         store(scratch_ + i, load(scratch_ + i) + load(state_[l - 1].d + i));
     output_error(scratch_, stage_);
     pull_back_tail(l, state_[l].error, delta_now_);
@@ -530,16 +474,16 @@ class Group {
   void hidden(int l, bool moved) {
     const Layer& layer = at(l);
     if (l == 1) {
-      clear(scratch_, elements(layer.out));
+      clear(scratch_, elements(layer.out()));
       take_errors(1, scratch_);  // nothing below it moves: no delta
       return;
     }
     const State& state = state_[l];
-    const size_t inner = elements(layer.inner);
-    if (layer.pool.kind == kNoPool) {
+    const size_t inner = elements(layer.inner());
+    if (!layer.tail.pools()) {
       const T* skip = layer.skip && moved ? state_[l - 1].d : nullptr;
       predict_deviation(l, moved, [&](const T* s, size_t first, size_t count) {
-        for_each_act_diff<T>(layer.before, state.base + first, inner, s + first, count,
+        for_each_act_diff<T>(layer.tail.before, state.tail.base + first, inner, s + first, count,
                              [&](size_t i, const ActDiff<T>& at) {
                                const size_t k = first + i;
                                const auto moved = skip == nullptr ? at.act_diff : at.act_diff + load(skip + k);
@@ -566,7 +510,7 @@ class Group {
   }
   void take_errors(int l, T* moved) {
     const State& state = state_[l];
-    for (size_t i = 0; i < elements(at(l).out); i += kLanes<T>) store(moved + i, take_error(state, load(moved + i), i));
+    for (size_t i = 0; i < elements(at(l).out()); i += kLanes<T>) store(moved + i, take_error(state, load(moved + i), i));
   }
 
   // d_l -= eta J^T eps_{l+1}
@@ -598,7 +542,7 @@ class Group {
   void descend_gram() {
     const Layer& layer = at(2);
     const T* delta = delta_[0];
-    const size_t inner = elements(layer.inner);
+    const size_t inner = elements(layer.inner());
     const T eta = eta_, kept = T(1) - eta_, decay = T(call_.momentum);
     T* velocity = state_[1].velocity;
     if (last_) __builtin_memcpy(sum_before_, sum_, inner * sizeof(T));
@@ -632,14 +576,14 @@ class Group {
         }
     };
     if (layer.kind == kLinear) {
-      multiply_linear<T, kVectors>(shared_.gram, layer.inner.channels, layer.inner.channels, delta, product_, finish);
+      multiply_linear<T, kVectors>(shared_.gram, layer.inner().channels, layer.inner().channels, delta, product_, finish);
     } else {
       // the kernel correlated with itself, over the map with a border of k - 1
       Layer own = layer;
       own.kernel_y = 2 * layer.kernel_y - 1, own.kernel_x = 2 * layer.kernel_x - 1;
       own.padding_y = layer.kernel_y - 1, own.padding_x = layer.kernel_x - 1;
-      multiply_taps<T, kVectors>(shared_.gram, layer.inner.channels * own.taps(), layer.inner, delta, product_,
-                                 [&](int y, int x) { return predict_taps(own, layer.inner, y, x); }, finish);
+      multiply_taps<T, kVectors>(shared_.gram, layer.inner().channels * own.taps(), layer.inner(), delta, product_,
+                                 [&](int y, int x) { return predict_taps(own, layer.inner(), y, x); }, finish);
     }
     check(bad, stage_, 1);
   }
@@ -664,19 +608,19 @@ class Group {
   // v_l at the end: v_0 is x.
   void beliefs(int l, T* out) {
     if (l == 0) return input(out);
-    activate_layer(l, out, /*save=*/false);
+    vhat(l, out);
     if (!call_.relaxes) return;
-    for (size_t i = 0; i < elements(at(l).out); i += kLanes<T>) store(out + i, load(out + i) + load(state_[l].d + i));
+    for (size_t i = 0; i < elements(at(l).out()); i += kLanes<T>) store(out + i, load(out + i) + load(state_[l].d + i));
   }
 
   // What layer l's product reads there.
   void entering(int l, T* out) {
     beliefs(l - 1, out);
-    if (has_entry(l)) activate<T>(at(l).entry, out, elements(at(l).below), out, nullptr, 0);
+    if (at(l).entry.acts()) state_[l].entry.apply(at(l).entry, out, product_);
   }
 
-  void leave_below(int l, const T* entering) {
-    if (shared_.below[l - 1].at != nullptr) put(entering, at(l).below.size(), shared_.below[l - 1].from(first_));
+  void leave_read(int l, const T* entering) {
+    if (shared_.read[l - 1].at != nullptr) put(entering, at(l).below().size(), shared_.read[l - 1].from(first_));
   }
 
   // A linear layer's update sums over the whole batch, later; a convolution's begins here, with the maps in cache.
@@ -684,9 +628,9 @@ class Group {
     const Layer& layer = at(l);
     factor *= T(layer.scale);
     if (factor != 1)
-      for (size_t i = 0; i < elements(layer.inner); i += kLanes<T>) store(delta + i, load(delta + i) * factor);
+      for (size_t i = 0; i < elements(layer.inner()); i += kLanes<T>) store(delta + i, load(delta + i) * factor);
     if (layer.kind == kLinear) {
-      const Blocks blocks(layer.inner.channels);
+      const Blocks blocks(layer.inner().channels);
       for (int block = 0; block < blocks.count; ++block) {
         const int first = blocks.begin(block), count = blocks.begin(block + 1) - first;
         T* packed = shared_.local_error[l - 1] + first * call_.batch;
@@ -710,8 +654,8 @@ class Group {
     for (int l = 1; l <= depth; ++l) {
       const Layer& layer = at(l);
       const State& state = state_[l];
-      check(state.error, elements(layer.out), stage, l);
-      if (tensors(l).error != nullptr) put(state.error, layer.out.size(), given_rows(tensors(l).error, l));
+      check(state.error, elements(layer.out()), stage, l);
+      if (tensors(l).error != nullptr) put(state.error, layer.out().size(), given_rows(tensors(l).error, l));
       if (wants_update(l)) {
         predict_to_scratch(l, l > 1);
         deviate_tail(l, scratch_, scratch_);
@@ -719,15 +663,15 @@ class Group {
         leave_for_update(l, delta_[0], T(1));
       }
       if (l == depth) continue;
-      const size_t size = elements(layer.out);
+      const size_t size = elements(layer.out());
       check(state.d, size, stage, l);
       if (tensors(l).belief != nullptr) {
         beliefs(l, scratch_);
-        put(scratch_, layer.out.size(), given_rows(tensors(l).belief, l));
+        put(scratch_, layer.out().size(), given_rows(tensors(l).belief, l));
       }
-      if (shared_.below[l].at != nullptr) {
+      if (shared_.read[l].at != nullptr) {
         entering(l + 1, scratch_);
-        leave_below(l + 1, scratch_);
+        leave_read(l + 1, scratch_);
       }
     }
   }
@@ -738,8 +682,8 @@ class Group {
     for (int l = depth; l >= 1; --l) {
       const Layer& layer = at(l);
       T *error = state_[l].error, *delta = delta_[0];
-      if (l < depth) check(error, elements(layer.out), kFirstIterationStage, l);
-      clear(scratch_, elements(layer.inner));
+      if (l < depth) check(error, elements(layer.out()), kFirstIterationStage, l);
+      clear(scratch_, elements(layer.inner()));
       deviate_tail(l, scratch_, scratch_);
       pull_back_tail(l, error, delta);
       if (l > 1) {
@@ -755,7 +699,7 @@ class Group {
   const Shared<T>& shared_;
   const Call& call_;
   State* state_;
-  T *scratch_, *derivative_, *product_, *delta_[2], *entry_derivative_[2], *output_, *target_, *target_sum_;
+  T *scratch_, *derivative_, *product_, *delta_[2], *output_, *target_, *target_sum_;
   T *s_ = nullptr, *sum_ = nullptr, *sum_before_ = nullptr, *sum_velocity_ = nullptr;  // Gram form
   T* delta_now_;
   int64_t first_, stage_;

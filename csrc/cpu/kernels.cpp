@@ -47,8 +47,8 @@ inline int useful_threads(const Call& call) {
   double macs = 0;
   for (int l = 0; l < call.depth; ++l) {
     const Layer& layer = call.layers[l];
-    const double terms = layer.kind == kLinear ? layer.below.size() : double(layer.below.channels) * layer.taps();
-    macs += layer.kind == kNothing ? layer.below.size() : terms * layer.inner.size();
+    const double terms = layer.kind == kLinear ? layer.below().size() : double(layer.below().channels) * layer.taps();
+    macs += layer.kind == kNothing ? layer.below().size() : terms * layer.inner().size();
   }
   const double work = macs * call.batch * (3 + (call.relaxes ? 2.0 * call.iterations : 0.0));
   const double most = 1 + work / kWorkOfAThread;
@@ -58,7 +58,7 @@ inline int useful_threads(const Call& call) {
 template <class T>
 size_t weight_count(const Layer& layer) {
   if (layer.kind == kNothing) return 0;
-  return size_t(layer.inner.channels) * (layer.kind == kLinear ? layer.below.size() : layer.below.channels * layer.taps());
+  return size_t(layer.inner().channels) * (layer.kind == kLinear ? layer.below().size() : layer.below().channels * layer.taps());
 }
 
 // What a target of labels counts: of a mean its share over the weights of all rows.
@@ -105,7 +105,7 @@ class Run {
   void operator()() {
     const double label_scale = label_scale_of<T>(call_);
     if (call_.gram) make_gram();
-    const Shared<T> shared{call_, packed_, gram_packed_, local_error_, below_, convolution_gradient_, loss_rows_, label_scale};
+    const Shared<T> shared{call_, packed_, gram_packed_, local_error_, own_, convolution_gradient_, loss_rows_, label_scale};
 
     for_each<T>(threads_, groups_, [&](int64_t index, int thread) {
       const int64_t first = index * wide_;
@@ -129,7 +129,7 @@ class Run {
     const int depth = call_.depth;
     packed_ = arena.take<Packed<T>>(depth);
     local_error_ = arena.take<T*>(depth);
-    below_ = arena.take<Rows<T>>(depth);
+    own_ = arena.take<Rows<T>>(depth);
     read_ = arena.take<Rows<const T>>(depth);
     convolution_gradient_ = arena.take<T*>(depth);
     tasks_ = arena.take<int64_t>(depth + 1);
@@ -139,25 +139,25 @@ class Run {
       const bool feeds_back = count > 0 && l > 1;
       const Packed<T> packed{arena.take<T>(count), arena.take<T>(feeds_back ? count : 0)};
       const bool convolution = at(l).kind == kConvolution, update = call_.updates && own_gradient(l);
-      T* error = update && !convolution ? arena.take<T>(call_.batch * at(l).inner.size()) : nullptr;
+      T* error = update && !convolution ? arena.take<T>(call_.batch * at(l).inner().size()) : nullptr;
       T* partial = update && convolution ? arena.take<T>(vectors() * gradient_count(at(l))) : nullptr;
       // what its update reads: beliefs that the caller gets, or x, or an array of our own
       const void* given = l > 1 ? tensors(l - 1).belief : call_.x;
-      const bool there = given != nullptr && at(l).entry.activation == kIdentity;
-      const size_t features = at(l).below.size(), step = odd_step<T>(features);
-      const Rows<T> below{update && !convolution && !there ? arena.take<T>(call_.batch * step) : nullptr, step};
+      const bool there = given != nullptr && !at(l).entry.acts();
+      const size_t features = at(l).below().size(), step = odd_step<T>(features);
+      const Rows<T> own{update && !convolution && !there ? arena.take<T>(call_.batch * step) : nullptr, step};
       if (arena.at == nullptr) continue;
       packed_[l - 1] = packed;
       if (!feeds_back) packed_[l - 1].feedback = nullptr;
       local_error_[l - 1] = error;
-      below_[l - 1] = below;
-      read_[l - 1] = there ? Rows<const T>{static_cast<const T*>(given), features} : Rows<const T>{below.at, step};
+      own_[l - 1] = own;
+      read_[l - 1] = there ? Rows<const T>{static_cast<const T*>(given), features} : Rows<const T>{own.at, step};
       convolution_gradient_[l - 1] = partial;
     }
     if (call_.gram) {
       const Layer& layer = at(2);
       const int taps = layer.kind == kLinear ? 1 : (2 * layer.kernel_y - 1) * (2 * layer.kernel_x - 1);
-      const size_t count = size_t(layer.inner.channels) * layer.inner.channels * taps;
+      const size_t count = size_t(layer.inner().channels) * layer.inner().channels * taps;
       gram_ = arena.take<T>(count);
       gram_packed_ = arena.take<T>(count);
     }
@@ -178,26 +178,26 @@ class Run {
     if (layer.kind == kNothing) return;
     const T* weights = static_cast<const T*>(tensors(l).weight);
     const bool linear = layer.kind == kLinear;
-    const int taps = linear ? 1 : layer.taps(), channels = linear ? layer.below.size() : layer.below.channels;
+    const int taps = linear ? 1 : layer.taps(), channels = linear ? layer.below().size() : layer.below().channels;
     const size_t row = size_t(channels) * taps;
     const T scale = T(layer.scale);
     T *predict = const_cast<T*>(packed_[l - 1].predict), *feedback = const_cast<T*>(packed_[l - 1].feedback);
     if (linear) {
-      pack_linear<T>(weights, scale, layer.inner.channels, row, channels, 1, predict);
-      if (feedback != nullptr) pack_linear<T>(weights, scale, channels, 1, layer.inner.channels, row, feedback);
+      pack_linear<T>(weights, scale, layer.inner().channels, row, channels, 1, predict);
+      if (feedback != nullptr) pack_linear<T>(weights, scale, channels, 1, layer.inner().channels, row, feedback);
       return;
     }
-    pack<T>(weights, scale, layer.inner.channels, row, channels, taps, taps, predict);
-    if (feedback != nullptr) pack<T>(weights, scale, channels, taps, layer.inner.channels, row, taps, feedback);
+    pack<T>(weights, scale, layer.inner().channels, row, channels, taps, taps, predict);
+    if (feedback != nullptr) pack<T>(weights, scale, channels, taps, layer.inner().channels, row, taps, feedback);
   }
 
   // G = W_2 W_2^T, or the kernel of layer 2 correlated with itself, of scaled weights.
   void make_gram() {
     const Layer& layer = at(2);
     const T* weights = static_cast<const T*>(tensors(2).weight);
-    const int size = layer.inner.channels;
+    const int size = layer.inner().channels;
     if (layer.kind == kLinear) {
-      const int terms = layer.below.size();
+      const int terms = layer.below().size();
       constexpr int kWidth = kMaxVectors * kLanes<T>;
       for_each<T>(threads_, (size + kWidth - 1) / kWidth, [&](int64_t index, int thread) {
         const int first = static_cast<int>(index) * kWidth, columns = size - first < kWidth ? size - first : kWidth;
@@ -212,7 +212,7 @@ class Run {
       pack_linear<T>(gram_, T(layer.scale), size, size, size, 1, gram_packed_);  // the other scale is in packed weights
       return;
     }
-    const int ky = layer.kernel_y, kx = layer.kernel_x, channels = layer.below.channels, wide = 2 * kx - 1;
+    const int ky = layer.kernel_y, kx = layer.kernel_x, channels = layer.below().channels, wide = 2 * kx - 1;
     const int taps = (2 * ky - 1) * wide;
     for (int i = 0; i < size; ++i)
       for (int j = 0; j < size; ++j)
@@ -238,7 +238,7 @@ class Run {
     for (int l = 1; l <= call_.depth; ++l)
       tasks_[l] = tasks_[l - 1] + (!own_gradient(l)                ? 0
                                    : at(l).kind == kConvolution ? 1
-                                                                : (at(l).below.size() + kWidth - 1) / kWidth);
+                                                                : (at(l).below().size() + kWidth - 1) / kWidth);
     const int64_t stage = kFirstIterationStage + (call_.relaxes ? call_.iterations : 0);
     for_each<T>(threads_, tasks_[call_.depth], [&](int64_t task, int thread) {
       int l = 1;
@@ -248,7 +248,7 @@ class Run {
         return;
       }
       const int first = static_cast<int>(task - tasks_[l - 1]) * kWidth;
-      const int size = at(l).below.size(), columns = size - first < kWidth ? size - first : kWidth;
+      const int size = at(l).below().size(), columns = size - first < kWidth ? size - first : kWidth;
       const T* error = local_error_[l - 1];
       const Rows<const T> below = read_[l - 1];
       bool fine = true;
@@ -260,9 +260,9 @@ class Run {
       if (T* to = static_cast<T*>(tensors(l).weight_gradient); to != nullptr)
         fine = outer_panel<T>(
             [&](int row, int count, int64_t k, int) { return error + row * call_.batch + k * count; },
-            at(l).inner.channels, copy, columns, call_.batch, to + first, size, panel_of(thread));
+            at(l).inner().channels, copy, columns, call_.batch, to + first, size, panel_of(thread));
       if (first == 0 && tensors(l).bias_gradient != nullptr)
-        fine = sum_rows(error, at(l).inner.channels, static_cast<T*>(tensors(l).bias_gradient)) && fine;
+        fine = sum_rows(error, at(l).inner().channels, static_cast<T*>(tensors(l).bias_gradient)) && fine;
       if (!fine) note_first_bad(call_, stage, l);
     });
   }
@@ -307,7 +307,7 @@ class Run {
   char *memory_, *thread_memory_;
   Packed<T>* packed_;
   T** local_error_;
-  Rows<T>* below_;
+  Rows<T>* own_;
   Rows<const T>* read_;
   T** convolution_gradient_;
   int64_t* tasks_;
@@ -336,7 +336,7 @@ void run_in_rows(const Call& call) {
   const Shared<T> whole = shared(call, loss_rows, label_scale), last = shared(output, loss_rows, label_scale);
   RowPass<T> pass(whole, threads, arena);
   Group<T, 1> group(last, arena);
-  const size_t classes = output.layers->out.size();
+  const size_t classes = output.layers->out().size();
   pass([&](int64_t count, auto body) { for_each<T>(threads, count, body); },
        [&](const T* outputs, T* error) {
          for (int64_t first = 0; first < call.batch; first += kLanes<T>)

@@ -81,25 +81,29 @@ void use(const std::string& name) {
 
 using MapSizes = std::tuple<int, int, int>;
 using Pair = std::tuple<int, int>;
-using TailOf = std::tuple<int, double>;
+using ActivationOf = std::tuple<int, double>;
 using PoolOf = std::tuple<int, Pair, Pair, Pair, int, bool>;  // kind, window, stride, padding, divisor, counts_padding
+using PointwiseOf = std::tuple<MapSizes, MapSizes, ActivationOf, PoolOf, ActivationOf>;  // from, to, before, pool, after
 
 Map map_of(const MapSizes& sizes) { return {std::get<0>(sizes), std::get<1>(sizes), std::get<2>(sizes)}; }
-Tail tail_of(const TailOf& tail) { return {std::get<0>(tail), std::get<1>(tail)}; }
+Activation activation_of(const ActivationOf& act) { return {std::get<0>(act), std::get<1>(act)}; }
 Pool pool_of(const PoolOf& pool) {
   const auto& [kind, window, stride, padding, divisor, counts_padding] = pool;
   return {kind,    std::get<0>(window), std::get<1>(window), std::get<0>(stride), std::get<1>(stride), std::get<0>(padding),
           std::get<1>(padding), divisor, counts_padding};
 }
 
+Pointwise pointwise_of(const PointwiseOf& op) {
+  const auto& [from, to, before, pool, after] = op;
+  return {map_of(from), map_of(to), activation_of(before), pool_of(pool), activation_of(after)};
+}
+
 class Program {
  public:
-  void add(int kind, const MapSizes& below, const MapSizes& inner, const MapSizes& out, const Pair& kernel, const Pair& stride,
-           const Pair& padding, const TailOf& entry, const PoolOf& pool, const TailOf& before, const TailOf& after, bool skip,
-           double scale) {
-    layers_.push_back({kind, map_of(below), map_of(inner), map_of(out), std::get<0>(kernel), std::get<1>(kernel),
-                       std::get<0>(stride), std::get<1>(stride), std::get<0>(padding), std::get<1>(padding), tail_of(entry),
-                       pool_of(pool), tail_of(before), tail_of(after), skip, scale});
+  void add(int kind, const PointwiseOf& entry, const Pair& kernel, const Pair& stride, const Pair& padding,
+           const PointwiseOf& tail, bool skip, double scale) {
+    layers_.push_back({kind, pointwise_of(entry), std::get<0>(kernel), std::get<1>(kernel), std::get<0>(stride),
+                       std::get<1>(stride), std::get<0>(padding), std::get<1>(padding), pointwise_of(tail), skip, scale});
   }
 
   // gemm: of torch's BLAS in this dtype, for one backward pass by rows; else 0. Pointers: by layer as LayerTensors has them, then x, labels, target, class_weight, loss_value, output_gradient.

@@ -23,16 +23,16 @@ struct Window {
 };
 
 template <class Visit>
-PCFAST_INLINE void over_windows(const Layer& layer, Visit visit) {
-  const Pool& pool = layer.pool;
-  const int height = layer.inner.height, width = layer.inner.width;
+PCFAST_INLINE void over_windows(const Pointwise& op, Visit visit) {
+  const Pool& pool = op.pool;
+  const int height = op.from.height, width = op.from.width;
   // of a window that begins at `begin`, what lies before `size`
   const auto before = [](int begin, int window, int size) { return size - begin < window ? size - begin : window; };
   Window window{};
   window.row = width;
-  for (int c = 0; c < layer.out.channels; ++c)
-    for (int y = 0; y < layer.out.height; ++y)
-      for (int x = 0; x < layer.out.width; ++x, ++window.pooled) {
+  for (int c = 0; c < op.to.channels; ++c)
+    for (int y = 0; y < op.to.height; ++y)
+      for (int x = 0; x < op.to.width; ++x, ++window.pooled) {
         const int top = y * pool.stride_y - pool.padding_y, left = x * pool.stride_x - pool.padding_x;
         window.corner = (ptrdiff_t(c) * height + top) * width + left;
         window.y0 = top < 0 ? -top : 0, window.y1 = before(top, pool.window_y, height);
@@ -49,14 +49,14 @@ PCFAST_INLINE void over_windows(const Layer& layer, Visit visit) {
 // The pool of `map`, or of map + relative, which is as relative_to_winner gives it. winners: the number of the largest
 // element of each window, the first of equals; NaN wins.
 template <class T, int kVectors>
-void pool(const Layer& layer, const T* map, const T* relative, T* pooled, Integers<T>* winners) {
-  const int columns = layer.pool.window_x, size = layer.pool.window();
-  over_windows(layer, [&](const Window& window) {
+void pool(const Pointwise& op, const T* map, const T* relative, T* pooled, Integers<T>* winners) {
+  const int columns = op.pool.window_x, size = op.pool.window();
+  over_windows(op, [&](const Window& window) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
       const size_t at = size_t(window.pooled) * kVectors + j;
       const auto value_at = [&](ptrdiff_t from) { return load(map + (from * kVectors + j) * kLanes<T>); };
-      if (layer.pool.kind == kAvgPool) {
+      if (op.pool.kind == kAvgPool) {
         const T share = T(1) / T(window.divisor);
         Vector<T> sum = {};
         window.over_elements(columns, [&](ptrdiff_t from, int) { sum += value_at(from) * share; });
@@ -83,17 +83,17 @@ void pool(const Layer& layer, const T* map, const T* relative, T* pooled, Intege
 
 // The pool's transpose: elements of no window get zero.
 template <class T, int kVectors>
-void pull_back_pool(const Layer& layer, const T* pooled, const Integers<T>* winners, T* map) {
-  __builtin_memset(map, 0, size_t(layer.inner.size()) * kVectors * kLanes<T> * sizeof(T));
-  over_windows(layer, [&](const Window& window) {
+void pull_back_pool(const Pointwise& op, const T* pooled, const Integers<T>* winners, T* map) {
+  __builtin_memset(map, 0, size_t(op.from.size()) * kVectors * kLanes<T> * sizeof(T));
+  over_windows(op, [&](const Window& window) {
     const T share = T(1) / T(window.divisor);
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
       const size_t at = size_t(window.pooled) * kVectors + j;
       const Vector<T> value = load(pooled + at * kLanes<T>);
-      window.over_elements(layer.pool.window_x, [&](ptrdiff_t to, int k) {
+      window.over_elements(op.pool.window_x, [&](ptrdiff_t to, int k) {
         T* out = map + (to * kVectors + j) * kLanes<T>;
-        if (layer.pool.kind == kAvgPool)
+        if (op.pool.kind == kAvgPool)
           store(out, load(out) + value * share);
         else
           store(out, load(out) + (winners[at] == k ? value : Vector<T>{}));
@@ -104,13 +104,13 @@ void pull_back_pool(const Layer& layer, const T* pooled, const Integers<T>* winn
 
 // map[k] - map[winner] of every element k of every window: what max-pooling in deviation form adds to.
 template <class T, int kVectors>
-void relative_to_winner(const Layer& layer, const T* map, const T* pooled, T* relative) {
-  const int size = layer.pool.window();
-  over_windows(layer, [&](const Window& window) {
+void relative_to_winner(const Pointwise& op, const T* map, const T* pooled, T* relative) {
+  const int size = op.pool.window();
+  over_windows(op, [&](const Window& window) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
       const Vector<T> best = load(pooled + (size_t(window.pooled) * kVectors + j) * kLanes<T>);
-      window.over_elements(layer.pool.window_x, [&](ptrdiff_t from, int k) {
+      window.over_elements(op.pool.window_x, [&](ptrdiff_t from, int k) {
         store(relative + ((size_t(window.pooled) * size + k) * kVectors + j) * kLanes<T>,
               load(map + (from * kVectors + j) * kLanes<T>) - best);
       });

@@ -236,12 +236,12 @@ inline Taps feedback_taps(const Layer& layer, const Map& above, int y, int x) {
 // delta[out] * below[in], `delta` and `below` being maps of kGroup lanes; then bias[out], the sum of delta.
 template <class T, int kGroup>
 void convolution_gradient(const Layer& layer, const T* delta, const T* below, T* weights) {
-  const int ins = layer.below.channels, taps = layer.taps();
-  const size_t left_channel = size_t(layer.inner.positions()) * kGroup;
-  const size_t right_channel = size_t(layer.below.positions()) * kGroup;
+  const int ins = layer.below().channels, taps = layer.taps();
+  const size_t left_channel = size_t(layer.inner().positions()) * kGroup;
+  const size_t right_channel = size_t(layer.below().positions()) * kGroup;
   const auto& pairs = Tiles<T, 2>::all();
   const auto& singles = Tiles<T, 1>::all();
-  const Blocks blocks(layer.inner.channels);
+  const Blocks blocks(layer.inner().channels);
   T sums[kMaxRows * 2];
   // the positions of the output whose tap lies inside the map
   const auto first = [](int padding, int tap, int stride) { return padding > tap ? (padding - tap + stride - 1) / stride : 0; };
@@ -252,16 +252,16 @@ void convolution_gradient(const Layer& layer, const T* delta, const T* below, T*
   for (int tap = 0; tap < taps; ++tap) {
     const int ty = tap / layer.kernel_x, tx = tap % layer.kernel_x;
     const int y0 = first(layer.padding_y, ty, layer.stride_y), x0 = first(layer.padding_x, tx, layer.stride_x);
-    const int y1 = end(layer.below.height, layer.padding_y, ty, layer.stride_y, layer.inner.height);
-    const int x1 = end(layer.below.width, layer.padding_x, tx, layer.stride_x, layer.inner.width);
+    const int y1 = end(layer.below().height, layer.padding_y, ty, layer.stride_y, layer.inner().height);
+    const int x1 = end(layer.below().width, layer.padding_x, tx, layer.stride_x, layer.inner().width);
     const Range range{y1 > y0 && x1 > x0 ? y1 - y0 : 0,
                       x1 - x0,
-                      size_t(layer.inner.width) * kGroup,
+                      size_t(layer.inner().width) * kGroup,
                       kGroup,
-                      size_t(layer.stride_y) * layer.below.width * kGroup,
+                      size_t(layer.stride_y) * layer.below().width * kGroup,
                       size_t(layer.stride_x) * kGroup};
-    const T* left = delta + (size_t(y0) * layer.inner.width + x0) * kGroup;
-    const T* right = below + (ptrdiff_t(y0 * layer.stride_y - layer.padding_y + ty) * layer.below.width +
+    const T* left = delta + (size_t(y0) * layer.inner().width + x0) * kGroup;
+    const T* right = below + (ptrdiff_t(y0 * layer.stride_y - layer.padding_y + ty) * layer.below().width +
                               x0 * layer.stride_x - layer.padding_x + tx) * kGroup;
     for (int block = 0; block < blocks.count; ++block) {
       const int begin = blocks.begin(block), count = blocks.begin(block + 1) - begin;
@@ -284,13 +284,13 @@ void convolution_gradient(const Layer& layer, const T* delta, const T* below, T*
       }
     }
   }
-  T* bias = weights + size_t(layer.inner.channels) * ins * taps;
-  for (int out = 0; out < layer.inner.channels; ++out) {
+  T* bias = weights + size_t(layer.inner().channels) * ins * taps;
+  for (int out = 0; out < layer.inner().channels; ++out) {
     Vector<T> sum = {};
-    for (int y = 0; y < layer.inner.height; ++y) {
+    for (int y = 0; y < layer.inner().height; ++y) {
       Vector<T> row = {};
-      for (int x = 0; x < layer.inner.width; ++x)
-        row += load(delta + out * left_channel + (size_t(y) * layer.inner.width + x) * kGroup);
+      for (int x = 0; x < layer.inner().width; ++x)
+        row += load(delta + out * left_channel + (size_t(y) * layer.inner().width + x) * kGroup);
       sum += row;
     }
     bias[out] = sum_of_lanes<T>(sum);

@@ -17,8 +17,8 @@ struct Map {
   int size() const { return channels * positions(); }
 };
 
-struct Tail {
-  int activation;
+struct Activation {
+  int kind;
   double negative_slope;
 };
 
@@ -30,18 +30,31 @@ struct Pool {
   int window() const { return window_y * window_x; }
 };
 
-// A PC layer: `entry`, the activation of what it reads, and a product, or nothing; then `before`, a pool or nothing, and
-// `after`. With a skip, which no pool has, it adds what it reads. Features are a map of one position.
+// What needs no product: an activation, a pool or nothing, an activation.
+struct Pointwise {
+  Map from, to;
+  Activation before;
+  Pool pool;
+  Activation after;
+
+  bool pools() const { return pool.kind != kNoPool; }
+  bool acts() const { return before.kind != kIdentity || pools() || after.kind != kIdentity; }
+};
+
+// A PC layer: entry(v_{l-1}), a product or nothing, and the tail. With a skip, which no pool has, it adds what it reads.
+// Features are a map of one position.
 struct Layer {
   int kind;
-  Map below, inner, out;  // what it reads, what the product gives, what the layer gives
+  Pointwise entry;
   int kernel_y, kernel_x, stride_y, stride_x, padding_y, padding_x;
-  Tail entry;
-  Pool pool;
-  Tail before, after;
+  Pointwise tail;
   bool skip;
   double scale;  // of the product and its bias
 
+  // What the product reads, what it gives, what the layer gives.
+  const Map& below() const { return entry.to; }
+  const Map& inner() const { return tail.from; }
+  const Map& out() const { return tail.to; }
   int taps() const { return kernel_y * kernel_x; }
 };
 

@@ -27,10 +27,10 @@ class RowPass {
     int widest = 0;
     for (int l = 1; l <= call_.depth; ++l) {
       const Layer& layer = at(l);
-      const size_t size = padded(batch * layer.inner.channels);
-      widest = layer.inner.channels > widest ? layer.inner.channels : widest;
+      const size_t size = padded(batch * layer.inner().channels);
+      widest = layer.inner().channels > widest ? layer.inner().channels : widest;
       State state{};
-      state.base = arena.take<T>(size * (1 + saved_planes(layer.before.activation)));
+      state.base = arena.take<T>(size * (1 + saved_planes(layer.tail.before.kind)));
       state.value = in_place(layer) ? state.base : arena.take<T>(size);
       if (arena.at != nullptr) layers_[l] = state;
     }
@@ -71,7 +71,7 @@ class RowPass {
   static size_t padded(size_t count) { return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
   // Their derivative follows from their value.
   static bool in_place(const Layer& layer) {
-    return layer.before.activation == kIdentity || layer.before.activation == kRelu;
+    return layer.tail.before.kind == kIdentity || layer.tail.before.kind == kRelu;
   }
 
   void multiply(char transpose_a, char transpose_b, int64_t m, int64_t n, int64_t k, T alpha, const T* a, int64_t lda,
@@ -115,7 +115,7 @@ class RowPass {
   void forward(int l, ForEach& for_each) {
     const Layer& layer = at(l);
     State& state = layers_[l];
-    const int64_t in = layer.below.size(), out = layer.inner.channels;
+    const int64_t in = layer.below().size(), out = layer.inner().channels;
     const size_t plane = padded(call_.batch * out);
     const T *below = l > 1 ? layers_[l - 1].value : static_cast<const T*>(call_.x), *bias = static_cast<const T*>(tensors(l).bias);
     multiply('T', 'N', out, call_.batch, in, T(1), static_cast<const T*>(tensors(l).weight), in, below, in, state.base);
@@ -124,8 +124,8 @@ class RowPass {
       if (bias != nullptr)
         for (size_t row = 0; row < count; row += out)
           for (int64_t i = 0; i < out; ++i) u[row + i] += bias[i];
-      if (layer.before.activation != kIdentity)
-        activate<T>(layer.before, u, count, state.value + first, in_place(layer) ? nullptr : u + plane, plane);
+      if (layer.tail.before.kind != kIdentity)
+        activate<T>(layer.tail.before, u, count, state.value + first, in_place(layer) ? nullptr : u + plane, plane);
       squares_[block] = square(state.value + first, count);
     });
     state.square = square_of(state.value, call_.batch * out, kForwardStage, l);
@@ -137,13 +137,13 @@ class RowPass {
   void pull_back_tail(int l, ForEach& for_each) {
     const Layer& layer = at(l);
     const State& state = layers_[l];
-    const int64_t out = layer.inner.channels;
+    const int64_t out = layer.inner().channels;
     const size_t plane = padded(call_.batch * out);
     for_each_block(out, for_each, [&](size_t first, size_t count, int64_t block, int thread) {
       T *still = scratch_[0] + thread * scratch_step_, *derivative = scratch_[1] + thread * scratch_step_;
       if (l < call_.depth && !all_finite(error_ + first, count)) note_first_bad(call_, kFirstIterationStage, l);
       __builtin_memset(still, 0, padded(count) * sizeof(T));
-      act_diffs<T>(layer.before, state.base + first, plane, still, count, still, derivative);
+      act_diffs<T>(layer.tail.before, state.base + first, plane, still, count, still, derivative);
       for (size_t i = 0; i < count; ++i) delta_[first + i] = error_[first + i] * derivative[i];
       T* sums = bias_sums_ + block * out;
       __builtin_memcpy(sums, delta_ + first, out * sizeof(T));
@@ -155,7 +155,7 @@ class RowPass {
   }
 
   void update(int l) {
-    const int64_t in = at(l).below.size(), out = at(l).inner.channels;
+    const int64_t in = at(l).below().size(), out = at(l).inner().channels;
     const T factor = T(call_.factors[l - 1]);
     if (T* bias = static_cast<T*>(tensors(l).bias_gradient); bias != nullptr) {
       for (int64_t i = 0; i < out; ++i) {
@@ -175,7 +175,7 @@ class RowPass {
   }
 
   void feed_back(int l) {
-    const int64_t in = at(l).below.size(), out = at(l).inner.channels;
+    const int64_t in = at(l).below().size(), out = at(l).inner().channels;
     multiply('N', 'N', in, call_.batch, out, T(1), static_cast<const T*>(tensors(l).weight), in, delta_, out, error_);
   }
 

@@ -130,6 +130,15 @@ def _tail(ops: list[specs.Op], shapes: list[tuple[int, ...]], every_pool: bool):
     return before, pool, after
 
 
+def elementwise_form(ops: tuple[specs.Op, ...], shape: tuple[int, ...]):
+    """``(before, pool, after)`` of operations without a product, whatever the pool; or why no kernel has them."""
+    kept = []
+    for op in pool_first(ops):
+        kept += [] if flattens(op) else [(op, shape)]
+        shape = op.output_shape(shape)
+    return _tail([op for op, _ in kept], [shape for _, shape in kept], every_pool=True)
+
+
 def layer_form(
     layer: specs.LayerSpec, inner: tuple, map: tuple[int, int, int] | None, *, every_pool: bool = False
 ) -> Form:

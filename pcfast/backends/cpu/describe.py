@@ -10,7 +10,7 @@ from ...kernels.codes import ACTIVATIONS
 from ...model.activations import Gelu, GeluTanh, Sigmoid, Silu, Tanh
 from ...problem.plan import Plan
 from ...support import cpu_module
-from .program import NO_ACTIVATION, Layer, layers_of
+from .program import Layer, Pointwise, layers_of
 from .speed import ROWS, natively
 
 _VECTOR_BYTES = {"avx2": 32, "avx512": 64}  # of the others 16
@@ -46,12 +46,14 @@ def describe(plan: Plan) -> list[str]:
 
 
 def _state(layer: Layer, *, momentum: bool) -> int:
-    """Elements a sample that an iteration reads and writes: uhat and what is saved with it, d, the velocity; where an
-    activation stands before the product vhat of the layer below and what is saved with that, and a skip's error."""
-    inner, out = math.prod(layer.inner), math.prod(layer.out)
-    entry = math.prod(layer.below) * (1 + _saved(layer.entry)) if layer.entry != NO_ACTIVATION else 0
-    return inner * (1 + _saved(layer.before)) + out * (1 + momentum + layer.skip) + entry
+    """Elements a sample that an iteration reads and writes.
+
+    What stands before and behind the product, d, the velocity, a skip's error.
+    """
+    entry = _kept(layer.entry) if layer.entry.acts else 0
+    return entry + _kept(layer.tail) + math.prod(layer.tail.to) * (1 + momentum + layer.skip)
 
 
-def _saved(activation: tuple[int, float]) -> int:
-    return _SAVED.get(activation[0], 0)
+def _kept(op: Pointwise) -> int:
+    """What an operation reads at the start, and what is saved with it."""
+    return math.prod(op.from_) * (1 + _SAVED.get(op.before[0], 0))

@@ -12,14 +12,13 @@ from ...kernels.codes import AVG_POOL, MAX_POOL, NO_POOL, activation_code
 from ...model import spec as specs
 from ...problem.plan import Plan
 from ...support import cpu_module
-from ..kernel_forms import LinearForm, TorchForm, flattens, layer_form, maps
+from ..kernel_forms import LinearForm, TorchForm, elementwise_form, flattens, layer_form, maps
 
 #: Kind of csrc/cpu/program.h.
 NOTHING, LINEAR, CONVOLUTION = range(3)
 
 Map = tuple[int, int, int]
 Ops = tuple[specs.Op, ...]
-NO_ACTIVATION = activation_code(None)
 
 
 class Pool(NamedTuple):
@@ -39,13 +38,29 @@ class Pool(NamedTuple):
     @classmethod
     def of(cls, op: specs.MaxPool2d | specs.AvgPool2d | None) -> Pool:
         if op is None:
-            return NOT_POOLED
+            return cls()
         if isinstance(op, specs.MaxPool2d):
             return cls(MAX_POOL, op.kernel, op.stride, op.padding)
         return cls(AVG_POOL, op.kernel, op.stride, op.padding, op.divisor_override or 0, op.count_include_pad)
 
 
-NOT_POOLED = Pool()
+class Pointwise(NamedTuple):
+    """What needs no product: an activation (a code and a negative slope), a pool or nothing, an activation."""
+
+    from_: Map
+    to: Map
+    before: tuple[int, float]
+    pool: Pool
+    after: tuple[int, float]
+
+    @classmethod
+    def of(cls, from_: Map, to: Map, before=None, pool=None, after=None) -> Pointwise:
+        """Of activations and a pool as pcfast/model describes them."""
+        return cls(from_, to, activation_code(before), Pool.of(pool), activation_code(after))
+
+    @property
+    def acts(self) -> bool:
+        return self != Pointwise.of(self.from_, self.to)
 
 
 @dataclass(frozen=True)
@@ -55,25 +70,18 @@ class Layer:
     Attributes:
         head: path of the module whose product it begins with; "" where there is none.
         kind: of the product.
-        below, inner, out: what the layer reads, what the product gives, what the layer gives.
+        entry, tail: what stands before the product and behind it.
         kernel, stride, padding: of a convolution.
-        entry: activation of what the product reads. Activations are a code and a negative slope.
-        pool: between the activations ``before`` and ``after``.
         skip: the layer adds what it reads. scale: of the product with its bias.
     """
 
     head: str
     kind: int
-    below: Map
-    inner: Map
-    out: Map
+    entry: Pointwise
+    tail: Pointwise
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
-    entry: tuple[int, float] = NO_ACTIVATION
-    pool: Pool = NOT_POOLED
-    before: tuple[int, float] = NO_ACTIVATION
-    after: tuple[int, float] = NO_ACTIVATION
     skip: bool = False
     scale: float = 1.0
 
@@ -82,15 +90,20 @@ class Layer:
         """How many its product has."""
         if self.kind == NOTHING:
             return 0
-        return self.inner[0] * (
-            math.prod(self.below) if self.kind == LINEAR else self.below[0] * math.prod(self.kernel)
-        )
+        below = self.entry.to
+        terms = math.prod(below) if self.kind == LINEAR else below[0] * math.prod(self.kernel)
+        return self.tail.from_[0] * terms
+
+    @property
+    def product_alone(self) -> bool:
+        """Nothing stands before the product or around it."""
+        return not self.entry.acts and not self.skip and self.scale == 1
 
     @property
     def arguments(self) -> tuple:
         return (
-            self.kind, self.below, self.inner, self.out, self.kernel, self.stride, self.padding, self.entry,
-            tuple(self.pool), self.before, self.after, self.skip, self.scale,
+            self.kind, tuple(self.entry), self.kernel, self.stride, self.padding, tuple(self.tail), self.skip,
+            self.scale,
         )  # fmt: skip
 
 
@@ -108,7 +121,7 @@ def layers_of(network: specs.Network, shapes: tuple) -> tuple[Layer, ...] | str:
         described = _layer(layer, inner, around[layer.index - 1], below, out)
         if isinstance(described, str):
             return f"{layer.label}: {described}"
-        if layer.index == network.depth and (len(inner[-1]) != 2 or described.pool.kind != NO_POOL):
+        if layer.index == network.depth and (len(inner[-1]) != 2 or described.tail.pool.kind != NO_POOL):
             return f"{layer.label}: the output layer pools, or gives more than one row of classes a sample"
         result.append(described)
     return tuple(result)
@@ -116,32 +129,34 @@ def layers_of(network: specs.Network, shapes: tuple) -> tuple[Layer, ...] | str:
 
 def _layer(layer: specs.LayerSpec, inner: tuple, map: Map | None, below: Map, out: Map) -> Layer | str:
     ops, skip = _branch(layer.ops)
-    ops, entry, scale = _around_product(ops)
-    form = layer_form(replace(layer, ops=ops), inner, map, every_pool=True)
+    before, ops, scale = _around_product(ops)
+    entry = elementwise_form(before, inner[0])
+    if isinstance(entry, str):
+        return f"before its product, {entry}"
+    shape, entered = inner[0], below
+    for op in before:
+        shape = op.output_shape(shape)
+        entered = tuple(shape[1:]) if len(shape) == 4 else entered
+    entry = Pointwise.of(below, entered, *entry)
+    form = layer_form(replace(layer, ops=ops), (shape,), map, every_pool=True)
     if isinstance(form, TorchForm):
         return form.reason
-    around = {"entry": entry, "skip": skip, "scale": scale}
+    around = {"skip": skip, "scale": scale}
     if isinstance(form, LinearForm):
         head = next(op for op in ops if isinstance(op, specs.Linear))
-        below, out = (form.in_features, 1, 1), (form.out_features, 1, 1)
-        return Layer(head.path, LINEAR, below, out, out, before=activation_code(form.activation), **around)
-    if skip and (form.convolution is None or form.pool is not None):
+        out = (form.out_features, 1, 1)
+        return Layer(head.path, LINEAR, entry, Pointwise.of(out, out, form.activation), **around)
+    if skip and (form.convolution is None or form.pool is not None or entry.from_ != entry.to):
         return "its skip leads around no linear layer or convolution, or around a pool"
     height, width, channels = form.inner
-    before, after = activation_code(form.before), activation_code(form.after)
-    pool = Pool.of(form.pool)
     within = (channels, height, width)
-    if form.pool is None:
-        out = within
+    tail = Pointwise.of(within, within if form.pool is None else out, form.before, form.pool, form.after)
     if form.convolution is None:
-        return Layer("", NOTHING, within, within, out, pool=pool, before=before, after=after)
+        return Layer("", NOTHING, entry, tail)
     head = pool_first(ops)[form.convolution]
     if head.groups != 1 or head.dilation != (1, 1):
         return "its convolution is grouped or dilated"
-    return Layer(
-        head.path, CONVOLUTION, below, within, out, head.kernel, head.stride, head.padding, pool=pool, before=before,
-        after=after, **around,
-    )  # fmt: skip
+    return Layer(head.path, CONVOLUTION, entry, tail, head.kernel, head.stride, head.padding, **around)
 
 
 def _branch(ops: Ops) -> tuple[Ops, bool]:
@@ -153,20 +168,15 @@ def _branch(ops: Ops) -> tuple[Ops, bool]:
     return (*ops[:at], *blocks[0].ops, *ops[at + 1 :]), True
 
 
-def _around_product(ops: Ops) -> tuple[Ops, tuple[int, float], float]:
-    """The operations without the activation before and the factor behind a product, if it has them; and these."""
-    heads = [i for i, op in enumerate(ops) if isinstance(op, specs.Linear | specs.Conv2d)]
-    if not heads:
-        return ops, NO_ACTIVATION, 1.0
-    before, behind = ops[: heads[0]], ops[heads[0] + 1 :]
-    entry, scale = NO_ACTIVATION, 1.0
-    activations = [op for op in before if not flattens(op)]
-    if len(activations) == 1 and isinstance(activations[0], specs.Elementwise):
-        entry = activation_code(activations[0].activation)
-        before = tuple(op for op in before if flattens(op))
+def _around_product(ops: Ops) -> tuple[Ops, Ops, float]:
+    """What stands before a product; the operations from there on without a factor directly behind it; the factor."""
+    head = next((i for i, op in enumerate(ops) if isinstance(op, specs.Linear | specs.Conv2d)), None)
+    if head is None:
+        return (), ops, 1.0
+    behind, scale = ops[head + 1 :], 1.0
     if behind and isinstance(behind[0], specs.Scale):
         scale, behind = behind[0].factor, behind[1:]
-    return (*before, ops[heads[0]], *behind), entry, scale
+    return ops[:head], (ops[head], *behind), scale
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,7 +7,7 @@ import functools
 from ...kernels.codes import LOSSES
 from ...problem.plan import Plan
 from ...support import cpu_module
-from .program import CONVOLUTION, LINEAR, NO_ACTIVATION, Layer, layers_of
+from .program import CONVOLUTION, LINEAR, Layer, layers_of
 
 LANE_GROUPS, ROWS = "lane groups", "rows"
 
@@ -62,8 +62,5 @@ def natively(plan: Plan) -> str:
         for layer in layers
     ):
         return LANE_GROUPS
-    in_rows = all(
-        layer.kind == LINEAR and layer.entry == NO_ACTIVATION and not layer.skip and layer.scale == 1
-        for layer in layers
-    )
+    in_rows = all(layer.kind == LINEAR and layer.product_alone for layer in layers)
     return ROWS if in_rows and cpu_module.gemm(plan.dtype) else ""

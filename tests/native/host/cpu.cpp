@@ -28,12 +28,22 @@ std::unique_ptr<T[]> drawn(size_t count, T scale) {
   return result;
 }
 
-constexpr Tail kNone{kIdentity, 0};
+constexpr cpu::Activation kNone{kIdentity, 0};
 constexpr Pool kNotPooled{kNoPool, 1, 1, 1, 1, 0, 0, 0, true};
 
+Pointwise only(Map map, int activation) { return {map, map, {activation, 0.1}, kNotPooled, kNone}; }
+
+// By windows of 2x2, or of 3x3 that overlap and are padded.
+Pointwise pooled(Map from, int before, int pool, int after, bool overlaps) {
+  if (pool == kNoPool) return only(from, before);
+  const Pool windows = overlaps ? Pool{pool, 3, 3, 2, 2, 1, 1, 0, false} : Pool{pool, 2, 2, 2, 2, 0, 0, 0, true};
+  const auto count = [&](int n) { return (n + 2 * windows.padding_y - windows.window_y) / windows.stride_y + 1; };
+  const Map to{from.channels, count(from.height), count(from.width)};
+  return {from, to, {before, 0.1}, windows, {after, 0.1}};
+}
+
 Layer linear(int in, int out, int activation, int entry = kIdentity) {
-  return {kLinear,    {in, 1, 1}, {out, 1, 1}, {out, 1, 1},       1,     1,     1, 1, 0, 0,
-          {entry, 0.1}, kNotPooled, {activation, 0.1}, kNone, false, 1};
+  return {kLinear, only({in, 1, 1}, entry), 1, 1, 1, 1, 0, 0, only({out, 1, 1}, activation), false, 1};
 }
 
 Layer residual(int size, int entry) {
@@ -48,20 +58,17 @@ Layer nothing(int size, int activation) {
   return layer;
 }
 
-// Pools by windows of 2x2, or of 3x3 that overlap and are padded.
+Layer behind(const Pointwise& entry, int out, int kernel, int stride, int padding) {
+  const auto size = [&](int n) { return (n + 2 * padding - kernel) / stride + 1; };
+  const Map inner{out, size(entry.to.height), size(entry.to.width)};
+  return {kConvolution, entry, kernel, kernel, stride, stride, padding, padding, only(inner, kIdentity), false, 1};
+}
+
 Layer convolution(Map below, int out, int kernel, int stride, int padding, int pool, int before, int after,
                   bool overlaps = false) {
-  const auto size = [&](int n) { return (n + 2 * padding - kernel) / stride + 1; };
-  const Map inner{out, size(below.height), size(below.width)};
-  Map pooled = inner;
-  Pool windows = kNotPooled;
-  if (pool != kNoPool) {
-    windows = overlaps ? Pool{pool, 3, 3, 2, 2, 1, 1, 0, false} : Pool{pool, 2, 2, 2, 2, 0, 0, 0, true};
-    const auto count = [&](int n) { return (n + 2 * windows.padding_y - windows.window_y) / windows.stride_y + 1; };
-    pooled.height = count(inner.height), pooled.width = count(inner.width);
-  }
-  return {kConvolution, below, inner, pooled, kernel, kernel, stride, stride, padding, padding,
-          kNone, windows, {before, 0.1}, {after, 0.1}, false, 1};
+  Layer layer = behind(only(below, kIdentity), out, kernel, stride, padding);
+  layer.tail = pooled(layer.inner(), before, pool, after, overlaps);
+  return layer;
 }
 
 // Fortran's xGEMM, plainly.
@@ -91,8 +98,8 @@ struct Case {
 template <class T>
 bool same_on_all_threads(const Case& one, void (*run)(const Call&)) {
   const int64_t batch = 41, iterations = 5;
-  const size_t depth = one.layers.size(), classes = one.layers.back().out.size();
-  auto x = drawn<T>(batch * one.layers[0].below.size(), 1);
+  const size_t depth = one.layers.size(), classes = one.layers.back().out().size();
+  auto x = drawn<T>(batch * one.layers[0].entry.from.size(), 1);
   auto target = drawn<T>(batch * classes, 1);
   auto class_weight = std::unique_ptr<T[]>(new T[classes]);
   for (size_t c = 0; c < classes; ++c) class_weight[c] = T(c + 1);
@@ -105,15 +112,15 @@ bool same_on_all_threads(const Case& one, void (*run)(const Call&)) {
   std::vector<LayerTensors> given(depth);
   for (size_t l = 0; l < depth; ++l) {
     const Layer& layer = one.layers[l];
-    const size_t terms = layer.kind == kLinear ? layer.below.size() : layer.below.channels * layer.taps();
+    const size_t terms = layer.kind == kLinear ? layer.below().size() : layer.below().channels * layer.taps();
     if (layer.kind != kNothing) {
-      held.push_back(drawn<T>(terms * layer.inner.channels, T(0.5)));
+      held.push_back(drawn<T>(terms * layer.inner().channels, T(0.5)));
       given[l].weight = held.back().get();
-      held.push_back(drawn<T>(layer.inner.channels, 1));
+      held.push_back(drawn<T>(layer.inner().channels, 1));
       given[l].bias = held.back().get();
     }
     if (one.starts && l + 1 < depth) {
-      held.push_back(drawn<T>(batch * layer.out.size(), 1));
+      held.push_back(drawn<T>(batch * layer.out().size(), 1));
       given[l].start = held.back().get();
     }
   }
@@ -128,13 +135,13 @@ bool same_on_all_threads(const Case& one, void (*run)(const Call&)) {
     std::vector<LayerTensors> tensors = given;
     for (size_t l = 0; l < depth; ++l) {
       const Layer& layer = one.layers[l];
-      tensors[l].vhat = array(batch * layer.out.size());
-      if (one.relaxes) tensors[l].error = array(batch * layer.out.size());
-      if (one.relaxes && l + 1 < depth) tensors[l].belief = array(batch * layer.out.size());
+      tensors[l].vhat = array(batch * layer.out().size());
+      if (one.relaxes) tensors[l].error = array(batch * layer.out().size());
+      if (one.relaxes && l + 1 < depth) tensors[l].belief = array(batch * layer.out().size());
       if (layer.kind == kNothing) continue;
-      const size_t terms = layer.kind == kLinear ? layer.below.size() : layer.below.channels * layer.taps();
-      tensors[l].weight_gradient = array(terms * layer.inner.channels);
-      tensors[l].bias_gradient = array(layer.inner.channels);
+      const size_t terms = layer.kind == kLinear ? layer.below().size() : layer.below().channels * layer.taps();
+      tensors[l].weight_gradient = array(terms * layer.inner().channels);
+      tensors[l].bias_gradient = array(layer.inner().channels);
     }
     int64_t first_bad = kAllFinite;
     bool invalid_label = false;
@@ -165,11 +172,12 @@ bool same_on_all_threads(const Case& one, void (*run)(const Call&)) {
 
 int main() {
   const Layer first = convolution({2, 7, 8}, 7, 3, 1, 0, kNoPool, kTanh, kIdentity);
-  const Layer second = convolution(first.out, 3, 2, 1, 0, kMaxPool, kGelu, kRelu);
-  const Layer overlapping = convolution(first.out, 3, 2, 1, 0, kMaxPool, kGelu, kRelu, true);
-  const Layer averaged = convolution(overlapping.out, 3, 1, 1, 1, kAvgPool, kTanh, kIdentity, true);
-  const Layer strided = convolution(first.out, 5, 3, 2, 1, kAvgPool, kSilu, kSigmoid);
-  const auto head = [](const Layer& below) { return linear(below.out.size(), 5, kLeakyRelu); };
+  const Layer second = convolution(first.out(), 3, 2, 1, 0, kMaxPool, kGelu, kRelu);
+  const Layer overlapping = convolution(first.out(), 3, 2, 1, 0, kMaxPool, kGelu, kRelu, true);
+  const Layer averaged = convolution(overlapping.out(), 3, 1, 1, 1, kAvgPool, kTanh, kIdentity, true);
+  const Layer entered = behind(pooled(first.out(), kTanh, kMaxPool, kSilu, true), 3, 2, 1, 0);
+  const Layer strided = convolution(first.out(), 5, 3, 2, 1, kAvgPool, kSilu, kSigmoid);
+  const auto head = [](const Layer& below) { return linear(below.out().size(), 5, kLeakyRelu); };
   const Case cases[] = {
       {"mlp", {linear(9, 37, kTanh), linear(37, 13, kRelu), linear(13, 7, kGeluTanh), linear(7, 4, kIdentity)},
        true, false, false, kCrossEntropy, 0.5},
@@ -182,6 +190,7 @@ int main() {
        linear(5, 4, kIdentity, kSigmoid)}, true, false, false, kCrossEntropy, 0.5},
       {"windows that overlap", {first, overlapping, averaged, head(averaged), linear(5, 4, kIdentity)},
        true, false, false, kMse, 0},
+      {"pools before products", {first, entered, head(entered), linear(5, 4, kIdentity)}, true, false, true, kMse, 0.5},
       {"one backward pass, activations first", {linear(9, 13, kIdentity, kTanh), residual(13, kSilu),
        linear(13, 4, kIdentity, kSigmoid)}, false, false, false, kCrossEntropy, 0},
       {"one backward pass in rows", {linear(9, 37, kTanh), linear(37, 13, kRelu), linear(13, 7, kSilu), linear(7, 4, kIdentity)},
