@@ -44,7 +44,7 @@ class _Updates(torch.autograd.Function):
     def forward(ctx, loss, scale, gradients, *parameters):
         ctx.save_for_backward(*gradients)
         ctx.scale, ctx.hooked = scale, _saved_tensors_hooks(True) is not None
-        return loss.view_as(loss)
+        return loss.detach()  # another tensor, and no view: FSDP2 warns of those
 
     @staticmethod
     def backward(ctx, grad_output):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -64,19 +62,17 @@ def unnormalised() -> float:
 
 def mixed(by_layer: bool) -> float:
     """The distance of FSDP2's updates in bfloat16 from those of one process in float32."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-        truth, _ = distributed.updates("strict", None)
-        pc = pcfast.PredictiveCoding(distributed.network().float(), **distributed.RELAXATION)
-        pc.normalizer = distributed.ROWS
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for layer in pc.model if by_layer else ():
-            fully_shard(layer, mp_policy=policy)
-        fully_shard(pc, mp_policy=policy)
-        x, y = (part[dist.get_rank() :: dist.get_world_size()] for part in distributed.batch())
-        (dist.get_world_size() * pc(x.float(), y)).backward()
-        result = [parameter.grad.full_tensor().double() for parameter in pc.parameters()]
-        assert all(parameter.dtype == torch.float32 for parameter in pc.parameters())
+    truth, _ = distributed.updates("strict", None)
+    pc = pcfast.PredictiveCoding(distributed.network().float(), **distributed.RELAXATION)
+    pc.normalizer = distributed.ROWS
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in pc.model if by_layer else ():
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(pc, mp_policy=policy)
+    x, y = (part[dist.get_rank() :: dist.get_world_size()] for part in distributed.batch())
+    (dist.get_world_size() * pc(x.float(), y)).backward()
+    result = [parameter.grad.full_tensor().double() for parameter in pc.parameters()]
+    assert all(parameter.dtype == torch.float32 for parameter in pc.parameters())
     return distributed.difference([result], truth[:1])
 
 
@@ -122,8 +118,7 @@ def measured(name: str) -> list[tuple[dict, int]]:
         optimizer = torch.optim.Adam(pc.parameters())
         for _ in range(3):
             optimizer.zero_grad()
-            with distributed.Collectives() as collectives, warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+            with distributed.Collectives() as collectives:
                 (size * module(x, y)).backward()
             optimizer.step()
         kept = [t for p in pc.parameters() for t in (p, p.grad, *optimizer.state[p].values()) if t.dim()]
