@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import LossLike
+from .model import sharding
 from .model.describe import describe
 from .model.graph import Graph
 from .model.graph_spec import describe_graph
@@ -291,6 +292,7 @@ class PredictiveCoding(nn.Module):
         """``model(x)`` without ``y`` and ``clamp``; with one of them what :func:`pc_loss` gives."""
         if y is None and clamp is None:
             return self.model(**x) if isinstance(x, Mapping) else self.model(x)
+        sharding.check_whole(self, self.tolerance)
         return loss_with(self.settings, self.model, x, y, return_output, clamp)
 
     def extra_repr(self) -> str:
