@@ -198,13 +198,15 @@ def _graph_loss_with(
 
 
 def reconstruction_loss(
-    settings: Settings, graph: Graph, x: Tensor | None, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(loss, output) of a graph with latent roots, as relaxation leaves its only output.
+    settings: Settings, graph: Graph, x: Tensor, y: Tensor, return_output: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As :func:`loss_with`, of a graph with latent roots as relaxation leaves its only output.
 
-    ``backward`` gives the updates, as that of :func:`pc_loss`.
+    ``x`` is for the graph's inputs; one without any infers its roots from ``y`` alone.
     """
-    return _graph_loss_with(settings, graph, x, y, True, None, settled=True)
+    return _graph_loss_with(
+        settings, graph, x if graph.inputs else None, y, return_output, None, settled=True
+    )
 
 
 class PredictiveCoding(nn.Module):

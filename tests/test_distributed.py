@@ -13,7 +13,7 @@ from processes import command, in_group, on_processes
 from torch import nn
 
 import pcfast
-from pcfast import presets
+from pcfast import networks, presets
 from pcfast.cli import main
 from pcfast.datasets import Data
 from pcfast.errors import ArgumentError
@@ -25,7 +25,11 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 
 ROWS = 17  # batches of 8, 8 and 1: the last has fewer rows than processes
 STEPS = {"step_size": 0.2, "num_steps": 5}
-#: name -> settings of train
+RECONSTRUCTS = {
+    "task": "reconstruct", "loss": half_squared_error, "reduction": "sum_beliefs_mean_weights",
+    "node_precision": {"z": 0.5, "x": 2.0},
+}  # fmt: skip
+#: name -> settings of train, and the network where it is not ``network()``
 CASES = {method: {"method": method} for method in TRAINING_METHODS}
 CASES |= {
     "a sum loss": {"loss": nn.CrossEntropyLoss(reduction="sum")},
@@ -39,6 +43,11 @@ CASES |= {
     "parts that do not learn": {"partly": True},
     "parts that do not learn, iPC": {"partly": True, "method": "incremental"},
     "errors that do not reach layer 1": {"num_steps": 1},
+    "a precision a layer": {"node_precision": [1.0, 2.0, 0.5]},
+    "a graph": {"network": "residual"},
+    "a graph, iPC": {"network": "residual", "method": "incremental", "update_scale": 0.1},
+    "latent variables": {"network": "decoder", **RECONSTRUCTS},
+    "latent variables and classes": {"network": "conditional decoder", "method": "error_based", **RECONSTRUCTS},
 }  # fmt: skip
 
 
@@ -49,6 +58,13 @@ def network(*, dropout: float = 0.0) -> nn.Sequential:
         nn.Sequential(nn.Linear(8, 7), nn.ReLU()),
         nn.Linear(7, 4),
     ).double()
+
+
+def graph(name: str) -> pcfast.Graph:
+    torch.manual_seed(3)
+    if name == "residual":
+        return networks.residual_mlp([5, 8, 8, 4]).double()
+    return networks.decoder(3, [8, 4], nn.Tanh, classes=5 if name == "conditional decoder" else 0).double()
 
 
 class Spare(nn.Module):
@@ -87,6 +103,8 @@ def rows(settings: dict) -> Data:
 def trained(settings: dict, group=None) -> tuple[list[torch.Tensor], dict]:
     settings = {"epochs": 2, "batch_size": 8, "progress": False, **STEPS, **settings}
     model = partly_trained() if settings.pop("partly", False) else network()
+    if "network" in settings:
+        model = graph(settings.pop("network"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5, weight_decay=0.1)
     history = train(model, rows(settings), optimizer=optimizer, process_group=group, **settings)
     measured = {name: values for name, values in vars(history).items() if name != "seconds"}
@@ -185,6 +203,7 @@ MODELS = {
     "shapes": "width += int(os.environ['RANK'])",
     "backend": "os.environ['RANK'] == '1' and pcfast.backends.BACKENDS.pop('eager')",
     "batchnorm": "layers = [nn.BatchNorm1d(8)]",
+    "syncbatchnorm": "layers = [nn.SyncBatchNorm(8)]",
     "raises": "layers = [Dies(lambda: 1 / 0)]",
     "killed": "layers = [Dies(lambda: os.kill(os.getpid(), 9))]",
     "diverges": "layers = [Dies(lambda: float('inf'))]",
@@ -227,7 +246,8 @@ def ended(tmp_path, name: str, *options: object) -> tuple[list[tuple[int, str, s
         ("weights", (), ["model 0.0.weight", "rank 1", "rank 0"]),
         ("shapes", (), ["network.0", "on rank 1"]),
         ("backend", ("--backend", "eager"), ["rank 1", "eager"]),
-        ("batchnorm", (), ["BatchNorm1d at 0.1", "LayerNorm"]),
+        ("batchnorm", (), ["BatchNorm1d at 0.1", "2 processes", "LayerNorm or GroupNorm", "eval mode"]),
+        ("syncbatchnorm", (), ["SyncBatchNorm at 0.1", "LayerNorm or GroupNorm"]),
         ("weights", ("--batch-size", 1), ["--batch-size", "1 rows on 2 processes"]),
         ("weights", ("--device", "cuda:7"), ["--device", "cuda:7"]),
         ("weights", ("--resume",), ["--out", "no run at"]),
@@ -267,6 +287,15 @@ def test_compare_shares_out_the_methods(tmp_path):
         assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
     (status, _, said), (other, *_, silent) = on_processes(command, 2, "compare", "--step-size", -1)
     assert (status, other) == (2, 2) and "--step-size" in said and silent == ""
+
+
+def test_a_decoder_is_trained_and_drawn_from_once(tmp_path):
+    given = ("--widths", 12, "--latent", 3, "--num-steps", 4, "--batch-size", 100, "--epochs", 1, "--out")
+    answers = on_processes(command, 2, "train", "--task", "generate", *given, tmp_path / "two")
+    (one,) = on_processes(command, 1, "train", "--task", "generate", *given, tmp_path / "one")
+    assert [status for status, *_ in answers] == [0, 0] and answers[1][1] == "", answers
+    assert answers[0][1].splitlines()[-1] == one[1].splitlines()[-1]  # R^2
+    assert (tmp_path / "two" / "samples.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def wrong_sums(*arguments: object) -> tuple[int, str, str]:
