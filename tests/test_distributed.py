@@ -317,3 +317,6 @@ def test_bench_times_steps_of_all_processes(tmp_path, capsys):
     closed = on_processes(wrong_sums, 2, "bench", "tiny_exact", "--workers", "--quick")
     assert [status for status, *_ in closed] == [1, 1] and "gate closed" in closed[0][1]
     assert main(["bench", "--workers"]) == 2 and "torchrun" in capsys.readouterr().err
+    for alone in (("bench", "--quick"), ("diagnose",)):
+        (status, _, said), (other, _, silent) = on_processes(command, 2, *alone)
+        assert (status, other) == (2, 2) and f"2 processes of pcfast {alone[0]}" in said and silent == ""

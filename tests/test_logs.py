@@ -106,6 +106,19 @@ def test_tensorboard(tmp_path):
 
 
 @needs("wandb")
+def test_a_missing_login_is_known_before_training(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    def refuses():
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")  # read once a process
+    monkeypatch.setattr(wandb, "login", refuses)
+    assert run("--out", tmp_path / "run", "--log", "wandb") == 2
+    assert "No API key" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@needs("wandb")
 def test_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert run("--out", tmp_path, "--epochs", 2, "--log", "wandb") == 0

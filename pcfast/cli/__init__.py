@@ -91,7 +91,12 @@ def pcfast(context: click.Context) -> None:
     """Predictive-coding training in PyTorch: train, compare with backpropagation, check the backends."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+    elif pcfast.commands[context.invoked_subcommand] not in _ON_PROCESSES:
+        launch.check_alone(context.invoked_subcommand)
 
+
+#: Which processes of a launcher run together, bench with --workers.
+_ON_PROCESSES = (train, compare, bench)
 
 for command in (train, compare, diagnose, check, explain, which, qualify, tune, bench, info, completion):
     pcfast.add_command(command)
