@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,6 +259,19 @@ def test_bad_input_is_one_line_of_rank_0(name, options, words, tmp_path):
     assert [answer[0] for answer in answers] == [2, 2], answers
     assert len(lines) == 1 and answers[0][2] and all(word in lines[0] for word in words), lines
     assert not (tmp_path / "run").exists()
+
+
+def left_running(*arguments: object) -> tuple[int, list[str]]:
+    """The exit status of a command, and its process groups' threads that are there still."""
+    status, *_ = command(*arguments)
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return status, [name for name in names if "gloo" in name]
+
+
+def test_no_thread_outlives_a_command(tmp_path):
+    """One that does may abort the interpreter as it ends, which has another exit status then."""
+    given = ("train", "--batch-size", 1, "--out", tmp_path / "run")
+    assert on_processes(left_running, 2, *given) == [(2, []), (2, [])]
 
 
 @pytest.mark.parametrize(
