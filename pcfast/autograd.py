@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .losses import LossLike
+from .model import sharding
 from .model.describe import describe
 from .model.graph import Graph
 from .model.graph_spec import describe_graph
@@ -44,7 +45,7 @@ class _Updates(torch.autograd.Function):
     def forward(ctx, loss, scale, gradients, *parameters):
         ctx.save_for_backward(*gradients)
         ctx.scale, ctx.hooked = scale, _saved_tensors_hooks(True) is not None
-        return loss.view_as(loss)
+        return loss.detach()  # another tensor, and no view: FSDP2 warns of those
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -197,13 +198,15 @@ def _graph_loss_with(
 
 
 def reconstruction_loss(
-    settings: Settings, graph: Graph, x: Tensor | None, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(loss, output) of a graph with latent roots, as relaxation leaves its only output.
+    settings: Settings, graph: Graph, x: Tensor, y: Tensor, return_output: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As :func:`loss_with`, of a graph with latent roots as relaxation leaves its only output.
 
-    ``backward`` gives the updates, as that of :func:`pc_loss`.
+    ``x`` is for the graph's inputs; one without any infers its roots from ``y`` alone.
     """
-    return _graph_loss_with(settings, graph, x, y, True, None, settled=True)
+    return _graph_loss_with(
+        settings, graph, x if graph.inputs else None, y, return_output, None, settled=True
+    )
 
 
 class PredictiveCoding(nn.Module):
@@ -291,6 +294,7 @@ class PredictiveCoding(nn.Module):
         """``model(x)`` without ``y`` and ``clamp``; with one of them what :func:`pc_loss` gives."""
         if y is None and clamp is None:
             return self.model(**x) if isinstance(x, Mapping) else self.model(x)
+        sharding.check_whole(self, self.tolerance)
         return loss_with(self.settings, self.model, x, y, return_output, clamp)
 
     def extra_repr(self) -> str:

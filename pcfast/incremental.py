@@ -7,6 +7,7 @@ docs/methods.md.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from .problem import reductions, validation
 from .problem.belief_optimizers import BeliefOptimizer
 from .problem.plan import canonical
 from .problem.settings import Precisions, Settings, StepSizes
+from .problem.types import Wanted
 from .relaxation import on_graphs
 from .relaxation.solve import loss_without_updates, prepare, solve
 
@@ -126,9 +128,16 @@ def step_with(
     return (value, outcome.output) if return_output else value
 
 
-def rehearse(settings: Settings, model: nn.Sequential, x: Tensor, y: Tensor, optimizer: Optimizer) -> None:
+def rehearse(
+    settings: Settings, model: nn.Sequential | Graph, x: Tensor, y: Tensor, optimizer: Optimizer
+) -> None:
     """Raise what :func:`step_with` would raise before anything moves. Statistics move as in ``model(x)``."""
     validation.check_trainable(model)
     validation.check_optimizer(optimizer, model.parameters())
     with torch.no_grad():
+        if isinstance(model, Graph) or settings.beyond_chains:
+            on_graphs.prepare(model, x, y, settings, None, move=lambda updates: None)
+            still = replace(settings, method="strict", num_steps=0, step_size=0.1)
+            on_graphs.solve(model, x, y, still, None, Wanted(gradients=False))
+            return
         loss_without_updates(prepare(model, x, y, settings, move=lambda updates: None)[0])

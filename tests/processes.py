@@ -77,7 +77,7 @@ def _variables(rank: int, size: int, port: int, restarts: int) -> dict[str, str]
 
 def _run(pipe, variables: dict[str, str], function: Callable, arguments: tuple) -> None:
     os.environ.update(variables)
-    warnings.filterwarnings("error", module="pcfast")
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     try:
         answer = True, function(*arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from processes import command, in_group, on_processes
 from torch import nn
 
 import pcfast
-from pcfast import presets
+from pcfast import networks, presets
 from pcfast.cli import main
 from pcfast.datasets import Data
 from pcfast.errors import ArgumentError
@@ -25,7 +26,11 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 
 ROWS = 17  # batches of 8, 8 and 1: the last has fewer rows than processes
 STEPS = {"step_size": 0.2, "num_steps": 5}
-#: name -> settings of train
+RECONSTRUCTS = {
+    "task": "reconstruct", "loss": half_squared_error, "reduction": "sum_beliefs_mean_weights",
+    "node_precision": {"z": 0.5, "x": 2.0},
+}  # fmt: skip
+#: name -> settings of train, and the network where it is not ``network()``
 CASES = {method: {"method": method} for method in TRAINING_METHODS}
 CASES |= {
     "a sum loss": {"loss": nn.CrossEntropyLoss(reduction="sum")},
@@ -39,6 +44,11 @@ CASES |= {
     "parts that do not learn": {"partly": True},
     "parts that do not learn, iPC": {"partly": True, "method": "incremental"},
     "errors that do not reach layer 1": {"num_steps": 1},
+    "a precision a layer": {"node_precision": [1.0, 2.0, 0.5]},
+    "a graph": {"network": "residual"},
+    "a graph, iPC": {"network": "residual", "method": "incremental", "update_scale": 0.1},
+    "latent variables": {"network": "decoder", **RECONSTRUCTS},
+    "latent variables and classes": {"network": "conditional decoder", "method": "error_based", **RECONSTRUCTS},
 }  # fmt: skip
 
 
@@ -49,6 +59,13 @@ def network(*, dropout: float = 0.0) -> nn.Sequential:
         nn.Sequential(nn.Linear(8, 7), nn.ReLU()),
         nn.Linear(7, 4),
     ).double()
+
+
+def graph(name: str) -> pcfast.Graph:
+    torch.manual_seed(3)
+    if name == "residual":
+        return networks.residual_mlp([5, 8, 8, 4]).double()
+    return networks.decoder(3, [8, 4], nn.Tanh, classes=5 if name == "conditional decoder" else 0).double()
 
 
 class Spare(nn.Module):
@@ -87,6 +104,8 @@ def rows(settings: dict) -> Data:
 def trained(settings: dict, group=None) -> tuple[list[torch.Tensor], dict]:
     settings = {"epochs": 2, "batch_size": 8, "progress": False, **STEPS, **settings}
     model = partly_trained() if settings.pop("partly", False) else network()
+    if "network" in settings:
+        model = graph(settings.pop("network"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5, weight_decay=0.1)
     history = train(model, rows(settings), optimizer=optimizer, process_group=group, **settings)
     measured = {name: values for name, values in vars(history).items() if name != "seconds"}
@@ -185,6 +204,7 @@ MODELS = {
     "shapes": "width += int(os.environ['RANK'])",
     "backend": "os.environ['RANK'] == '1' and pcfast.backends.BACKENDS.pop('eager')",
     "batchnorm": "layers = [nn.BatchNorm1d(8)]",
+    "syncbatchnorm": "layers = [nn.SyncBatchNorm(8)]",
     "raises": "layers = [Dies(lambda: 1 / 0)]",
     "killed": "layers = [Dies(lambda: os.kill(os.getpid(), 9))]",
     "diverges": "layers = [Dies(lambda: float('inf'))]",
@@ -227,7 +247,8 @@ def ended(tmp_path, name: str, *options: object) -> tuple[list[tuple[int, str, s
         ("weights", (), ["model 0.0.weight", "rank 1", "rank 0"]),
         ("shapes", (), ["network.0", "on rank 1"]),
         ("backend", ("--backend", "eager"), ["rank 1", "eager"]),
-        ("batchnorm", (), ["BatchNorm1d at 0.1", "LayerNorm"]),
+        ("batchnorm", (), ["BatchNorm1d at 0.1", "2 processes", "LayerNorm or GroupNorm", "eval mode"]),
+        ("syncbatchnorm", (), ["SyncBatchNorm at 0.1", "LayerNorm or GroupNorm"]),
         ("weights", ("--batch-size", 1), ["--batch-size", "1 rows on 2 processes"]),
         ("weights", ("--device", "cuda:7"), ["--device", "cuda:7"]),
         ("weights", ("--resume",), ["--out", "no run at"]),
@@ -238,6 +259,19 @@ def test_bad_input_is_one_line_of_rank_0(name, options, words, tmp_path):
     assert [answer[0] for answer in answers] == [2, 2], answers
     assert len(lines) == 1 and answers[0][2] and all(word in lines[0] for word in words), lines
     assert not (tmp_path / "run").exists()
+
+
+def left_running(*arguments: object) -> tuple[int, list[str]]:
+    """The exit status of a command, and its process groups' threads that are there still."""
+    status, *_ = command(*arguments)
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return status, [name for name in names if "gloo" in name]
+
+
+def test_no_thread_outlives_a_command(tmp_path):
+    """One that does may abort the interpreter as it ends, which has another exit status then."""
+    given = ("train", "--batch-size", 1, "--out", tmp_path / "run")
+    assert on_processes(left_running, 2, *given) == [(2, []), (2, [])]
 
 
 @pytest.mark.parametrize(
@@ -269,6 +303,15 @@ def test_compare_shares_out_the_methods(tmp_path):
     assert (status, other) == (2, 2) and "--step-size" in said and silent == ""
 
 
+def test_a_decoder_is_trained_and_drawn_from_once(tmp_path):
+    given = ("--widths", 12, "--latent", 3, "--num-steps", 4, "--batch-size", 100, "--epochs", 1, "--out")
+    answers = on_processes(command, 2, "train", "--task", "generate", *given, tmp_path / "two")
+    (one,) = on_processes(command, 1, "train", "--task", "generate", *given, tmp_path / "one")
+    assert [status for status, *_ in answers] == [0, 0] and answers[1][1] == "", answers
+    assert answers[0][1].splitlines()[-1] == one[1].splitlines()[-1]  # R^2
+    assert (tmp_path / "two" / "samples.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def wrong_sums(*arguments: object) -> tuple[int, str, str]:
     from pcfast.bench import workers
 
@@ -288,3 +331,6 @@ def test_bench_times_steps_of_all_processes(tmp_path, capsys):
     closed = on_processes(wrong_sums, 2, "bench", "tiny_exact", "--workers", "--quick")
     assert [status for status, *_ in closed] == [1, 1] and "gate closed" in closed[0][1]
     assert main(["bench", "--workers"]) == 2 and "torchrun" in capsys.readouterr().err
+    for alone in (("bench", "--quick"), ("diagnose",)):
+        (status, _, said), (other, _, silent) = on_processes(command, 2, *alone)
+        assert (status, other) == (2, 2) and f"2 processes of pcfast {alone[0]}" in said and silent == ""

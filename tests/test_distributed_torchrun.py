@@ -92,12 +92,14 @@ def test_a_restart_goes_on_from_the_jobs_own_checkpoint(tmp_path):
     assert main(options(parts, dies)) == 0  # an earlier run of the same settings, which is not gone on with
     assert on_processes(command, 2, *options(whole))[0][0] == 0
     flags = ("--standalone", "--nproc-per-node", 2, "--max-restarts", 1)
-    with torchrun(*flags, "-m", "pcfast", *options(parts, dies)) as launcher:
+    logs = ("--log", "csv")  # behind --: torchrun knows several options that begin so
+    with torchrun(*flags, "-m", "pcfast", "--", *options(parts, dies), *logs) as launcher:
         said, _ = launcher.communicate(timeout=LIMIT_S)
         assert launcher.returncode == 0, said
     assert killed.exists() and "another process of the run is gone" in said
     assert [said.count(f"epoch {n}/{EPOCHS}") for n in (1, 2, 3)] == [1, 1, 1], said
     assert (parts / "run" / "earlier-1" / "checkpoint.pt").is_file()
+    assert len((parts / "run" / "scalars.csv").read_text().splitlines()) == 1 + EPOCHS
     assert all(map(torch.equal, weights(parts), weights(whole)))
 
 

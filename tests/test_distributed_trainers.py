@@ -23,6 +23,10 @@ def needs(library: str):
     return pytest.mark.skipif(missing, reason=f'{library} is not installed (pip install "pcfast[trainers]")')
 
 
+#: Which the libraries give of themselves.
+THEIR_WARNINGS = "Detected an existing checkpoint|.*LeafSpec.* is deprecated"
+
+
 def network() -> nn.Sequential:
     torch.manual_seed(3)
     layers = (
@@ -41,11 +45,10 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
 def trained(heading: str, **options) -> list[torch.Tensor]:
     """The weights after the page's ``train``."""
     model = network()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the libraries' own
-        names_of("trainers.md", heading)["train"](
-            model, TensorDataset(*rows()), batch_size=BATCH, epochs=2, **options
-        )
+    warnings.filterwarnings("ignore", THEIR_WARNINGS)
+    names_of("trainers.md", heading)["train"](
+        model, TensorDataset(*rows()), batch_size=BATCH, epochs=2, **options
+    )
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
@@ -84,12 +87,11 @@ def test_accelerate():
 
 
 def sharded(steps: int, folder: str | None, resume: bool) -> list[torch.Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        names = names_of("trainers.md", "FSDP2")
-        settings = {"batch_size": BATCH, "steps": steps, "folder": folder, "resume": resume}
-        pc = names["train"](network(), *rows(), **settings)
-        return [parameter.full_tensor().detach() for parameter in pc.parameters()]
+    warnings.filterwarnings("ignore", THEIR_WARNINGS)
+    names = names_of("trainers.md", "FSDP2")
+    settings = {"batch_size": BATCH, "steps": steps, "folder": folder, "resume": resume}
+    pc = names["train"](network(), *rows(), **settings)
+    return [parameter.full_tensor().detach() for parameter in pc.parameters()]
 
 
 def test_fsdp2_and_its_checkpoint_on_others(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +15,8 @@ import pcfast
 from pcfast.bench import distributed, report, scaling
 from pcfast.bench.workloads import WORKLOADS
 from pcfast.problem.plan import TRAINING_METHODS
+from pcfast.relaxation import cuda_graphs
+from pcfast.support import host
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
@@ -64,19 +64,17 @@ def unnormalised() -> float:
 
 def mixed(by_layer: bool) -> float:
     """The distance of FSDP2's updates in bfloat16 from those of one process in float32."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-        truth, _ = distributed.updates("strict", None)
-        pc = pcfast.PredictiveCoding(distributed.network().float(), **distributed.RELAXATION)
-        pc.normalizer = distributed.ROWS
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for layer in pc.model if by_layer else ():
-            fully_shard(layer, mp_policy=policy)
-        fully_shard(pc, mp_policy=policy)
-        x, y = (part[dist.get_rank() :: dist.get_world_size()] for part in distributed.batch())
-        (dist.get_world_size() * pc(x.float(), y)).backward()
-        result = [parameter.grad.full_tensor().double() for parameter in pc.parameters()]
-        assert all(parameter.dtype == torch.float32 for parameter in pc.parameters())
+    truth, _ = distributed.updates("strict", None)
+    pc = pcfast.PredictiveCoding(distributed.network().float(), **distributed.RELAXATION)
+    pc.normalizer = distributed.ROWS
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in pc.model if by_layer else ():
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(pc, mp_policy=policy)
+    x, y = (part[dist.get_rank() :: dist.get_world_size()] for part in distributed.batch())
+    (dist.get_world_size() * pc(x.float(), y)).backward()
+    result = [parameter.grad.full_tensor().double() for parameter in pc.parameters()]
+    assert all(parameter.dtype == torch.float32 for parameter in pc.parameters())
     return distributed.difference([result], truth[:1])
 
 
@@ -86,14 +84,46 @@ def test_fsdp_in_mixed_precision(by_layer):
         assert 1e-5 < distance < 0.05  # bfloat16 has 8 bits
 
 
+TOLERANCE = {"tolerance": 1e-4, "num_steps": 40, "normalizer": distributed.ROWS}
+
+
+def ended_early(wrapper: str | None, as_on_cuda: bool = False) -> tuple[list[torch.Tensor], int]:
+    """Updates with a tolerance, and how many iterations the rows of this process run by themselves."""
+    pc = pcfast.PredictiveCoding(distributed.network(), **TOLERANCE)
+    x, y = distributed.batch()
+    if wrapper:
+        x, y = (part[dist.get_rank() :: dist.get_world_size()] for part in (x, y))
+        if as_on_cuda:  # where the host cannot leave the loop
+            host.readable, cuda_graphs.ineligible_reason = lambda device: False, cuda_graphs._refusal
+        distributed.WRAPPERS[wrapper](pc)(x, y)
+        assert not as_on_cuda or "processes decide" in pcfast.last_run().not_replayed_because
+    else:
+        pc(x, y).backward()
+    alone = pcfast.relax(pc.model, x, y, backend="reference", **TOLERANCE).iterations
+    return [parameter.grad.clone() for parameter in pc.parameters()], int(alone)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "as_on_cuda"), [("DDP", False), ("DDP", True), ("DDP, torch.compile", False)]
+)
+def test_processes_end_a_relaxation_together(wrapper, as_on_cuda):
+    truth, whole = ended_early(None)
+    every = on_processes(in_group, 2, ended_early, wrapper, as_on_cuda)
+    assert len({whole, *(alone for _, alone in every)}) == 3 and whole < TOLERANCE["num_steps"]
+    for updates, _ in every:
+        assert distributed.difference([updates], [truth]) < 1e-12
+
+
 def refused() -> list[str]:
     said = []
     model = distributed.network()
     x, y = distributed.batch()
+    sharded = fully_shard(pcfast.PredictiveCoding(distributed.network(), tolerance=0.1))
     for call in (
         lambda: pcfast.pc_loss(DistributedDataParallel(model), x, y),
         lambda: pcfast.PredictiveCoding(nn.Sequential(DistributedDataParallel(model[0]), model[1])),
         lambda: pcfast.PredictiveCoding(model, method="incremental"),
+        lambda: sharded(x, y),
     ):
         with pytest.raises(pcfast.ArgumentError) as error:
             call()
@@ -102,10 +132,11 @@ def refused() -> list[str]:
 
 
 def test_what_cannot_be_wrapped_is_refused():
-    for whole, part, incremental in on_processes(in_group, 2, refused):
-        assert "DistributedDataParallel" in whole and "nn.Sequential" in whole
+    for whole, part, incremental, tolerance in on_processes(in_group, 2, refused):
+        assert "DistributedDataParallel(pcfast.PredictiveCoding(model, ...))" in whole
         assert "DistributedDataParallel" in part
         assert "incremental_step" in incremental
+        assert "fully_shard" in tolerance and "DistributedDataParallel" in tolerance
 
 
 def measured(name: str) -> list[tuple[dict, int]]:
@@ -122,8 +153,7 @@ def measured(name: str) -> list[tuple[dict, int]]:
         optimizer = torch.optim.Adam(pc.parameters())
         for _ in range(3):
             optimizer.zero_grad()
-            with distributed.Collectives() as collectives, warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+            with distributed.Collectives() as collectives:
                 (size * module(x, y)).backward()
             optimizer.step()
         kept = [t for p in pc.parameters() for t in (p, p.grad, *optimizer.state[p].values()) if t.dim()]

@@ -116,7 +116,7 @@ def test_reconstruction_loss_is_of_the_last_iteration(digits):
     torch.manual_seed(0)
     net, y = networks.decoder(4, [8, 64]), digits.x_train[:6]
     settings = Settings(half_squared_error, "strict", 0.1, 9)
-    loss, output = reconstruction_loss(settings, net, None, y)
+    loss, output = reconstruction_loss(settings, net, y, y, return_output=True)
     loss.backward()
     settled = pcfast.relax(net, y=y, loss=half_squared_error, num_steps=8)
     truth = net.x(settled.beliefs["h1"])

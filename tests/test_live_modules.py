@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils.checkpoint import checkpoint
 
 import pcfast
+from pcfast.support import cpu_module
 
 BACKENDS = ["eager", "reference"]
 METHODS = ["exact", "fixed_prediction", "strict", "error_based", "zero_divergence"]
@@ -295,3 +296,33 @@ def test_what_trains_also_evaluates(y):
     trained = pcfast.pc_loss(model, X, y)
     with torch.no_grad():
         torch.testing.assert_close(pcfast.pc_loss(model, X, y), trained.detach())
+
+
+def resized(parameter: nn.Parameter, size: int) -> None:
+    parameter.untyped_storage().resize_(size)
+
+
+@pytest.mark.parametrize("method", ["exact", "strict"])
+@pytest.mark.parametrize("backend", ["cpu", *BACKENDS])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_memory_that_is_freed_between_calls_is_noticed(name, backend, method):
+    """As FSDP2 frees that of gathered parameters; it may lie elsewhere when it is there again."""
+    if backend == "cpu" and cpu_module.load_error():
+        pytest.skip(cpu_module.load_error())
+    model = nn.Sequential(nn.Sequential(nn.Linear(5, 6), nn.Tanh()), nn.Linear(6, 3)).double()
+    parameter = getattr(model[0][0], name)
+    values, size = parameter.detach().clone(), parameter.untyped_storage().nbytes()
+
+    def updates() -> list[torch.Tensor]:
+        model.zero_grad()
+        pcfast.pc_loss(model, X, Y, method=method, backend=backend).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    truth = updates()
+    resized(parameter, 0)
+    with pytest.raises((pcfast.ArgumentError, RuntimeError), match=r"memory was freed|storage of size 0"):
+        updates()
+    held = [torch.empty(size, dtype=torch.uint8) for _ in range(8)]  # takes the place
+    resized(parameter, size)
+    parameter.data.copy_(values)
+    assert all(map(torch.equal, updates(), truth)) and held

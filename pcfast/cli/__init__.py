@@ -8,6 +8,7 @@ remedy; 130 after Ctrl-C, SIGTERM or SIGHUP; 141, without a word, where the read
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -91,7 +92,12 @@ def pcfast(context: click.Context) -> None:
     """Predictive-coding training in PyTorch: train, compare with backpropagation, check the backends."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+    elif pcfast.commands[context.invoked_subcommand] not in _ON_PROCESSES:
+        launch.check_alone(context.invoked_subcommand)
 
+
+#: Which processes of a launcher run together, bench with --workers.
+_ON_PROCESSES = (train, compare, bench)
 
 for command in (train, compare, diagnose, check, explain, which, qualify, tune, bench, info, completion):
     pcfast.add_command(command)
@@ -111,6 +117,9 @@ def main(
     output.silenced, output.prefix = launch.rank() != 0, ""
     with _stopped_by_signals():
         status = _status(lambda: command.main(arguments, prog_name=name, standalone_mode=False) or 0)
+        if launch.launched():
+            # process groups that a caught error's frames hold: their threads abort an interpreter that ends before
+            gc.collect()
         return _status(flush_output) or status
 
 

@@ -20,7 +20,7 @@ from ..errors import ArgumentError
 from ..precision import PRECISIONS, check_precision
 from ..support.files import write_json
 from .building import check_record, device_of, kept_so_far
-from .launch import Launch, joined
+from .launch import Launch, check_alone, joined
 from .options import Finite, device_option, record_option
 from .output import console, print_cells, progress_bar, table
 
@@ -70,6 +70,7 @@ def bench(workloads, contenders, precisions, kernels, workers, device, quick, mi
                 raise ArgumentError(name, f"--{name} with --workers", "one of the two", "Run them in turn.")
         with joined() as launch:
             return _together(launch, workloads, precisions, device, quick, path)
+    check_alone("bench without --workers")
     device = device_of(device)
     if kernels:
         _check_for_kernels(workloads, contenders, precisions)

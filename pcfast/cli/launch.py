@@ -43,6 +43,13 @@ def rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
+def check_alone(command: str) -> None:
+    """Raise ArgumentError where a launcher started several processes of a command that takes one."""
+    if launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        given, needed = f"{os.environ['WORLD_SIZE']} processes of pcfast {command}", "one process"
+        raise ArgumentError("torchrun", given, needed, "It starts train, compare and bench --workers.")
+
+
 class Launch:
     """The processes of a command, and the launcher's view of them.
 

@@ -146,7 +146,8 @@ def _train(launch: Launch, context: click.Context, options: dict) -> int:
                     made = _of_recipe(options) if options["recipe"] else _of_options(options, given)
     model, data, settings = made
     backend = {"backend": options["backend"]}
-    logs = logged(options["log"], out, options["resume"], data, {**settings, **backend}, device)
+    kinds = options["log"] if processes.leads else ()
+    logs = logged(kinds, out, options["resume"], data, {**settings, **backend}, device)
     try:
         with contextlib.ExitStack() as opened:
             with processes.agreed():

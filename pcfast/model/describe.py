@@ -257,7 +257,7 @@ def check_called_by_elements(model: nn.Sequential) -> None:
 
 
 #: Wrappers that deliver gradients, or gather parameters, by hooks of their own backward pass.
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
 
 
 def _opaque(path: str, module: nn.Module, why: str) -> Opaque:
@@ -271,15 +271,32 @@ def _opaque(path: str, module: nn.Module, why: str) -> Opaque:
     return Opaque(path, _name(module), why)
 
 
+def _wrapper(module: nn.Module) -> str:
+    """The name of the wrapper that ``module`` is; "" where it is none."""
+    names = (kind.__name__ for kind in type(module).__mro__)
+    return next((name for name in names if name in _WRAPPERS), "")
+
+
 def _check_not_wrapped(path: str, module: nn.Module) -> None:
-    for kind in type(module).__mro__:
-        if kind.__name__ in _WRAPPERS:
-            raise ModelError(
-                "model",
-                f"{kind.__name__} round {path} or a part of it, which waits for a backward pass of its own",
-                "layers as they are: predictive coding evaluates and differentiates each by itself",
-                "Wrap the whole PredictiveCoding module, and it alone.",
-            )
+    wrapper = _wrapper(module)
+    if wrapper:
+        raise ModelError(
+            "model",
+            f"{wrapper} round {path} or a part of it, which waits for a backward pass of its own",
+            "layers as they are: predictive coding evaluates and differentiates each by itself",
+            "Wrap the whole PredictiveCoding module, and it alone.",
+        )
+
+
+def _check_unwrapped_whole(model: nn.Module) -> None:
+    wrapper = _wrapper(model)
+    if wrapper:
+        raise ModelError(
+            "model",
+            f"{wrapper} round the model: pcfast would call its layers past the wrapper, which would sum no updates",
+            "the model itself, in a PredictiveCoding module that is wrapped",
+            f"parallel = {wrapper}(pcfast.PredictiveCoding(model, ...)), and then parallel(x, y).backward().",
+        )
 
 
 def _plain_residual(module: nn.Module) -> bool:
@@ -328,6 +345,7 @@ def describe(model: nn.Module, *, hooks: bool = True) -> Network:
         ModelError: not a Sequential, empty, or one whose call is more than that of its elements in order.
     """
     if not isinstance(model, nn.Sequential):
+        _check_unwrapped_whole(model)
         raise ModelError(
             "model",
             f"a {type(model).__name__}",

@@ -13,7 +13,7 @@ import sys
 
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import ArgumentError, ModelError
 
 _FSDP = "torch.distributed.fsdp._fully_shard._fully_shard"  # imported by whoever shards
 
@@ -59,6 +59,17 @@ def gathered(model: nn.Module, *, for_backward: bool):
         if not for_backward:
             for module in modules:
                 module.reshard()
+
+
+def check_whole(module: nn.Module, tolerance: float | None) -> None:
+    """Raise ArgumentError for a tolerance where ``module`` or a part of it is sharded."""
+    if tolerance is not None and _sharded(module):
+        raise ArgumentError(
+            "tolerance",
+            f"{tolerance} in a module that fully_shard has sharded",
+            "None: the energy is that of this process's rows, and processes would end at different iterations",
+            "Fix num_steps, or take DistributedDataParallel, whose processes decide together.",
+        )
 
 
 def _sharded(model: nn.Module) -> list[nn.Module]:

@@ -5,6 +5,8 @@
 
 It still moves beliefs, so the result is that of num_steps = t. Not before iteration L, when errors from a
 forward-pass start first reach layer 1: an early stop would leave lower layers without any update.
+
+In a DistributedDataParallel F(t) is the sum over its processes: their relaxations are parts of one, and end together.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import math
 import numbers
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ArgumentError, ArgumentTypeError
 
@@ -39,6 +43,14 @@ def checked(tolerance, method: str) -> float | None:
     return float(tolerance)
 
 
+def deciding() -> dist.ProcessGroup | None:
+    """The processes of the DistributedDataParallel that is being called; None where this one decides alone."""
+    parallel = DistributedDataParallel._get_active_ddp_module()
+    if parallel is None or parallel.process_group.size() == 1:
+        return None
+    return parallel.process_group
+
+
 class EarlyExit:
     """Decides where the energies are, without waiting for that device.
 
@@ -52,12 +64,16 @@ class EarlyExit:
         self.earliest = max(2, depth)
         self.going = torch.ones((), dtype=torch.bool, device=device)
         self.iterations = torch.zeros((), dtype=torch.int64, device=device)
-        self._tolerance = tolerance
+        self._tolerance, self._group = tolerance, deciding()
         self._before: Tensor | None = None
 
     def see(self, iteration: int, energies: Tensor) -> None:
         """Note what ``iteration`` = 1, 2, ... found: (L,). NaN is never at rest."""
         total = energies.sum(dtype=torch.float64)
+        if self._group is not None:  # gathered, and added up in one order: all decide by the same bits
+            parts = [torch.empty_like(total) for _ in range(self._group.size())]
+            dist.all_gather(parts, total, group=self._group)
+            total = torch.stack(parts).sum()
         self.iterations = self.iterations + self.going
         if iteration >= self.earliest:
             at_rest = (total - self._before).abs() <= self._tolerance * self._before.abs()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend
+from ..problem import early_exit
 from ..problem.plan import Plan
 from ..problem.types import Outcome, Problem
 from ..support.hashing import hashed_once
@@ -64,6 +65,8 @@ def _refusal(backend: Backend, problem: Problem, plan: Plan) -> str:
         return "an optimiser moves the parameters between iterations"
     if not isinstance(problem.y, Tensor):
         return "y is not a tensor"
+    if plan.tolerance is not None and early_exit.deciding() is not None:
+        return "processes decide together when the relaxation ends"
     return backend.replays(problem, plan)[1]
 
 

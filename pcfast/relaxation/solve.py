@@ -129,6 +129,7 @@ def ordinary(tensor: Tensor) -> Tensor:
 
 
 def _solve(model, x, y, settings, wanted, activations, output_gradient, move) -> tuple[Outcome, Run]:
+    sharding.check_whole(model, settings.tolerance)
     with sharding.gathered(model, for_backward=wanted.gradients):
         problem, planned = prepare(
             model, x, y, settings, wanted, activations=activations, output_gradient=output_gradient, move=move

@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -27,7 +27,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..autograd import PredictiveCoding
 from ..errors import ArgumentError, PcfastError
 from ..losses import describe_loss
 from ..problem.settings import Settings
@@ -267,10 +266,11 @@ class Processes(Alone):
 
     def loss(self, loss_with, model, settings):
         self._normalised(settings)  # raises
-        named = {field.name: getattr(settings, field.name) for field in fields(settings)}
-        module = PredictiveCoding(model, **named)
         parallel = DistributedDataParallel(
-            module, process_group=self.group, static_graph=True, gradient_as_bucket_view=True
+            _Loss(loss_with, model, settings.loss),
+            process_group=self.group,
+            static_graph=True,
+            gradient_as_bucket_view=True,
         )
         parallel.register_comm_hook(self.group, added_up)
 
@@ -278,8 +278,7 @@ class Processes(Alone):
             now = self._normalised(settings)
             if not torch.is_grad_enabled():
                 return loss_with(now, model, x, y, return_output)
-            module.nudging, module.normalizer = now.nudging, now.normalizer
-            value, output = parallel(x, y, return_output=True)
+            value, output = parallel(now, x, y)
             return (value if self._counts else 0 * value), output
 
         return loss_of
@@ -311,6 +310,17 @@ class Processes(Alone):
 
     def stop(self, requested):
         return _AgreedStop(requested, self.control)
+
+
+class _Loss(nn.Module):
+    """``loss_with`` as DistributedDataParallel takes it: a module that has the model's parameters, and the loss's."""
+
+    def __init__(self, loss_with: Callable, model: nn.Module, loss) -> None:
+        super().__init__()
+        self.loss_with, self.model, self.loss = loss_with, model, loss
+
+    def forward(self, settings: Settings, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loss_with(settings, self.model, x, y, return_output=True)
 
 
 def added_up(group: dist.ProcessGroup, bucket):  # without annotations that torch would compare as text

@@ -202,11 +202,6 @@ def _train(
             needed = "an nn.Sequential of PC layers, or a pcfast.Graph"
             raise ArgumentTypeError("model", f"a {type(model).__name__}", needed)
         _check_task(task, model, method)
-        if processes.size > 1 and (isinstance(model, Graph) or node_precision is not None):
-            raise ArgumentError(
-                "model", f"a Graph, or a precision a layer, on {processes.size} processes", "one process",
-                "Graphs are trained on one device.",
-            )  # fmt: skip
         parameters = list(model.parameters())
         if not parameters:
             raise ArgumentError("model", "no parameters", "at least one parameter to train")
@@ -290,20 +285,14 @@ def _train(
             update_scale=update_scale, precision=node_precision,
         )  # fmt: skip
         nudging_of = nudges.by_epoch(nudging, nudging_growth, epochs, method)
-    predict = None
     processes.check_same({**settings, "device": device.type}, model)
+    predict = functools.partial(reconstructions, model, relaxation) if task == "reconstruct" else None
     if method == "incremental":
         step = processes.step(incremental.step_with)
         update = functools.partial(step, relaxation, model, optimizer=optimizer)
         kind = IncrementalRun
-    elif task == "reconstruct":
-
-        def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            return reconstruction_loss(relaxation, model, x if model.inputs else None, y)
-
-        predict, kind = functools.partial(reconstructions, model, relaxation), TrainingRun
     else:
-        loss_of = processes.loss(loss_with, model, relaxation)
+        loss_of = processes.loss(loss_with if predict is None else reconstruction_loss, model, relaxation)
 
         def update(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             now = replace(relaxation, nudging=nudging_of(len(run.history)))

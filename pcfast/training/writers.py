@@ -10,6 +10,7 @@ import importlib.util
 import math
 from pathlib import Path
 
+from ..errors import PcfastError
 from ..support.files import write_csv, write_text
 
 SCALARS = "scalars.csv"
@@ -65,6 +66,13 @@ class Wandb:
 
     def __init__(self, folder: Path, resumed: bool) -> None:
         _require("wandb")
+        import wandb
+
+        wandb.setup(settings=wandb.Settings(silent=True))
+        try:
+            wandb.login()  # asks for a key in a terminal: now, and not after an epoch
+        except wandb.errors.Error as error:
+            raise PcfastError(f"--log wandb: {error} WANDB_MODE=offline needs no login.") from error
         self._folder, self._resumed, self._run = folder, resumed, None
 
     def write(self, epoch: int, values: dict[str, float]) -> None:

@@ -15,6 +15,7 @@ from ...problem import status
 from ...problem.plan import Plan
 from ...problem.types import Outcome, Problem, check_start
 from ...support import cpu_module
+from ...support.memory import address
 from ..eager.one_backward import factors_of
 from .program import layers_of, program_of
 from .speed import ROWS, natively
@@ -118,10 +119,11 @@ class Call:
     def _pointer(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
-        if not tensor.is_contiguous() or tensor.is_neg():
-            tensor = tensor.resolve_neg().contiguous()
-            self._kept.append(tensor)
-        return tensor.data_ptr()
+        here = address(tensor)
+        if tensor.is_contiguous() and not tensor.is_neg():
+            return here
+        self._kept.append(tensor.resolve_neg().contiguous())
+        return self._kept[-1].data_ptr()
 
     def outcome(self) -> Outcome:
         """Run it. Where :attr:`bad` says so, and nothing was raised, the outcome means nothing."""

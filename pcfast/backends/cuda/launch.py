@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import BackendError
 from ...losses import Loss
+from ...support.memory import address
 from . import native
 from .geometry import NO_POOL, differences
 from .kernel_params import Program, RunParams, Tensors, sizes
@@ -116,9 +117,12 @@ def prepare(
     def pointer(tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
-        tensor = tensor.contiguous()
+        here = address(tensor)
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+            here = tensor.data_ptr()
         kept.append(tensor)
-        return tensor.data_ptr()
+        return here
 
     def of_layers(layers: range, shapes: Sequence) -> list[Tensor | None]:
         return [torch.empty(shapes[l], **like) if l in layers else None for l in range(depth + 1)]
