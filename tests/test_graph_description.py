@@ -118,8 +118,6 @@ CALLS = {
     "sequence": ({"x": X, "y": Y, "precision": [1.0, 2.0]}, ArgumentError, "a number, or a mapping"),
     "noise": ({"x": X, "y": Y, "noise": 0.1, "method": "exact"}, ArgumentError, 'method="strict"'),
     "momentum": ({"x": X, "y": Y, "noise": 0.1, "belief_optimizer": pcfast.Adam()}, ArgumentError, "plain"),
-    "nudging": ({"x": X, "y": Y, "nudging": pcfast.Nudging("positive", 0.5)}, ArgumentError, "on a graph"),
-    "tolerance": ({"x": X, "y": Y, "tolerance": 0.1}, ArgumentError, "on a graph"),
     "kernels": ({"x": X, "y": Y, "backend": "cpu"}, BackendError, "its kernels run chains"),
 }  # fmt: skip
 

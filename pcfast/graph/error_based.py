@@ -111,7 +111,9 @@ class _FreeErrors:
             self.evaluate()
             if problem.wanted.energies:
                 self.energies.append(
-                    self._forward.energy_row(self.all_errors(), self.outputs, problem.weights)
+                    self._forward.energy_row(
+                        self.all_errors(), self._forward.losses_at(self.outputs), problem.weights
+                    )
                 )
             self._descend(t)
             if observe is not None:
