@@ -11,6 +11,7 @@ from torch import nn
 
 import pcfast
 from pcfast import ArgumentError, BackendError, Concatenate, ModelError, Prior, Root, ShapeError, Sum
+from pcfast.diagnostics import diagnose
 
 
 def graph(**changes) -> pcfast.Graph:
@@ -98,7 +99,7 @@ def test_other_refusals():
     with pytest.raises(ArgumentError, match="no value for the root 'x'"):
         graph()()
     with pytest.raises(ModelError, match=r"a Graph;.* pc_loss, relax"):
-        pcfast.diagnostics.diagnose(graph(), X, Y)
+        diagnose(graph(), X, Y)
     with pytest.raises(ShapeError, match="equal shapes"):
         Sum()(torch.zeros(2, 3), torch.zeros(2, 4))
 
