@@ -280,15 +280,17 @@ def resnet18(
     activation: Activation = nn.ReLU,
     projection: int = 3,
     mupc: bool = False,
+    pooled_beliefs: bool = False,
 ) -> Graph:
     """ResNet-18 for images of 32 x 32 and the like, with skips over beliefs: a :class:`pcfast.Graph`.
 
     A stem, and in each stage blocks of two PC layers, "b11a" and "b11b" for block 1 of stage 1: the first
     reads the block's input, the second the first, and adds the block's input to what it makes of that. Where a stage
-    halves the image, a strided convolution stands in the skip. The last layer averages over the image.
+    halves the image, a strided convolution stands in the skip. The last layer averages over the image, unless the
+    last block does (``pooled_beliefs``).
 
-    ``blocks=(1, 1, 1, 1)`` is "ResNet18" of the program of [G26], with one block a stage; two are those of He et al.
-    (2016), as FabricPC builds it, whose projections have a kernel of 1.
+    ``blocks=(1, 1, 1, 1)`` with ``pooled_beliefs`` is "ResNet18" of the program of [G26], with one block a stage; two
+    are those of He et al. (2016), as FabricPC builds it, whose projections have a kernel of 1.
 
     Args:
         num_classes: >= 1.
@@ -300,6 +302,7 @@ def resnet18(
         mupc: muPC (Innocenti et al., 2025) in place of BatchNorm: no biases, weights from N(0, 1), and behind them
             factors fan_in^-1/2, in the second layer of each block (fan_in * blocks)^-1/2, in the last one 1 / fan_in;
             the activation stands before the sum, as in FabricPC.
+        pooled_beliefs: the last beliefs are averages over the image.
 
     Input (B, channels, height, width), output (B, num_classes) logits.
 
@@ -344,11 +347,19 @@ def resnet18(
             nodes[f"{name}a"] = (nn.Sequential(*first), below)
             nodes[f"{name}b"] = (merged, f"{name}a", below)
             below, inputs = f"{name}b", outputs
-    last = [nn.Linear(inputs, num_classes, bias=not mupc)]
+    last, pool = [nn.Linear(inputs, num_classes, bias=not mupc)], nn.AdaptiveAvgPool2d(1)
     if mupc:
         nn.init.normal_(last[0].weight)
         last.append(Scale(1 / inputs))
-    nodes["y"] = (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *last), below)
+    if pooled_beliefs:
+        merged, *read = nodes[below]
+        nodes[below] = (
+            nn.Sequential(*(merged if isinstance(merged, nn.Sequential) else [merged]), pool),
+            *read,
+        )
+        nodes["y"] = (nn.Sequential(nn.Flatten(), *last), below)
+    else:
+        nodes["y"] = (nn.Sequential(pool, nn.Flatten(), *last), below)
     return Graph(nodes)
 
 

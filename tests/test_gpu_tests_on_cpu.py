@@ -54,7 +54,7 @@ def reasons(said: str) -> set[str]:
 def test_eagers():
     slow = "float64_plain or (float32_plain and fixed)"  # as others
     result, said = run(["eager"], f"not ({slow})")
-    assert result == {"passed": 22, "skipped": 3}
+    assert result == {"passed": 28, "skipped": 3}
     assert reasons(said) == {
         "a graph that the caller captures needs a device",
         "it is torch's capture that fails",

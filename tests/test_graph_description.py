@@ -11,6 +11,7 @@ from torch import nn
 
 import pcfast
 from pcfast import ArgumentError, BackendError, Concatenate, ModelError, Prior, Root, ShapeError, Sum
+from pcfast.diagnostics import diagnose
 
 
 def graph(**changes) -> pcfast.Graph:
@@ -66,6 +67,13 @@ REFUSED = {
     "dotted name": ({"h.1": Root()}, ModelError, "identifiers"),
     "too few branches": ({"y": (Sum(nn.Linear(5, 3)), "h2", "p")}, ArgumentError, "2 of them at node 'y'"),
     "sequential": ({"y": (nn.Sequential(nn.Linear(5, 3)), "h2", "p")}, ModelError, "begins with pcfast.Sum"),
+    "two for a Linear": (
+        {"y": (nn.Linear(5, 3), "h2", "p")},
+        ModelError,
+        "2 inputs for a Linear, whose forward",
+    ),
+    "one for two": ({"h1": (nn.Bilinear(6, 6, 5), "x")}, ModelError, "1 inputs for a Bilinear"),
+    "list of inputs": ({"y": (nn.Bilinear(5, 6, 3), ["h2", "p"])}, ArgumentError, "names of nodes"),
     "prior with inputs": ({"h2": (Prior(5), "h1")}, ModelError, "a Prior alone"),
 }
 
@@ -90,6 +98,8 @@ def test_other_refusals():
         Concatenate(dim=0)
     with pytest.raises(ArgumentError, match="no value for the root 'x'"):
         graph()()
+    with pytest.raises(ModelError, match=r"a Graph;.* pc_loss, relax"):
+        diagnose(graph(), X, Y)
     with pytest.raises(ShapeError, match="equal shapes"):
         Sum()(torch.zeros(2, 3), torch.zeros(2, 4))
 
@@ -118,8 +128,6 @@ CALLS = {
     "sequence": ({"x": X, "y": Y, "precision": [1.0, 2.0]}, ArgumentError, "a number, or a mapping"),
     "noise": ({"x": X, "y": Y, "noise": 0.1, "method": "exact"}, ArgumentError, 'method="strict"'),
     "momentum": ({"x": X, "y": Y, "noise": 0.1, "belief_optimizer": pcfast.Adam()}, ArgumentError, "plain"),
-    "nudging": ({"x": X, "y": Y, "nudging": pcfast.Nudging("positive", 0.5)}, ArgumentError, "on a graph"),
-    "tolerance": ({"x": X, "y": Y, "tolerance": 0.1}, ArgumentError, "on a graph"),
     "kernels": ({"x": X, "y": Y, "backend": "cpu"}, BackendError, "its kernels run chains"),
 }  # fmt: skip
 

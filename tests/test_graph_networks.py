@@ -87,8 +87,12 @@ def epc_program(net: pcfast.Graph, x, y, step_size: float, iters: int) -> dict[s
 
 
 @pytest.mark.parametrize("backend", ["eager", "reference"])
-def test_error_based_is_the_epc_programs_loop_on_its_resnet(backend):
-    net = small(blocks=(1, 1, 1)).double()  # BatchNorm in training mode, as there
+@pytest.mark.parametrize("pooled", [False, True])
+def test_error_based_is_the_epc_programs_loop_on_its_resnet(backend, pooled):
+    net = small(blocks=(1, 1, 1), pooled_beliefs=pooled).double()  # BatchNorm in training mode, as there
+    assert net.values({"x": torch.zeros(2, 3, 16, 16).double()})["b31b"].shape[2:] == (
+        (1, 1) if pooled else (4, 4)
+    )
     x, y = torch.randn(3, 3, 16, 16).double(), torch.rand(3, 10).double()
     truth = epc_program(net, x, y, 0.05, 5)
     net.zero_grad()

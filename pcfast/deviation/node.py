@@ -81,20 +81,18 @@ class Node(Composite):
         given = [i for i, part in enumerate(parts) if part is not None]
         if not given:
             return None
-        self.owned = True
         if isinstance(self._merge, Concatenate):
+            self.owned = True
             like = parts[given[0]]
             filled = [
                 like.new_zeros(shape) if part is None else part
                 for part, shape in zip(parts, self._shapes, strict=True)
             ]
             return self._merge.merge(filled)
-        if len(given) == 1:
-            self.owned = self.branches[given[0]].owned
-            return parts[given[0]]
-        total = parts[given[0]] + parts[given[1]]
-        for i in given[2:]:
-            total += parts[i]
+        total, self.owned = parts[given[0]], self.branches[given[0]].owned
+        for i in given[1:]:
+            total = total.add_(parts[i]) if self.owned else total + parts[i]
+            self.owned = True
         return total
 
     def at(self, moves: Sequence[Tensor | None]) -> None:

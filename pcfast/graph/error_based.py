@@ -81,7 +81,9 @@ class _FreeErrors:
                 self._signals[k] = weighted(gradient, problem.weights[k])
             else:
                 change = self._changes.get(k)
-                self.d[k] = moved if change is None else -change if moved is None else moved - change
+                if None not in (moved, change):
+                    moved = moved.sub_(change) if node.owned else moved - change
+                self.d[k] = -change if moved is None and change is not None else moved
 
     def all_errors(self) -> list[Tensor | None]:
         """eps of every node, None where zero; of a loss's node its gradient."""
@@ -109,7 +111,9 @@ class _FreeErrors:
             self.evaluate()
             if problem.wanted.energies:
                 self.energies.append(
-                    self._forward.energy_row(self.all_errors(), self.outputs, problem.weights)
+                    self._forward.energy_row(
+                        self.all_errors(), self._forward.losses_at(self.outputs), problem.weights
+                    )
                 )
             self._descend(t)
             if observe is not None:
@@ -122,7 +126,6 @@ class _FreeErrors:
     def _descend(self, iteration: int) -> None:
         problem = self._problem
         lambdas: list[Tensor | None] = [self._signals.get(k) for k in range(len(self._nodes))]
-        errors = self.all_errors()
         for k in range(len(self._nodes) - 1, -1, -1):
             node, inputs = self._nodes[k], problem.spec.nodes[k].inputs
             if lambdas[k] is not None and node is not None:
@@ -132,13 +135,25 @@ class _FreeErrors:
                     if e is not None:
                         lambdas[i] = e if lambdas[i] is None else lambdas[i] + e
         for k in self._free:
-            step = lambdas[k]
-            own = None if self._nodes[k] is None else weighted(errors[k], problem.weights[k])
-            if own is not None:
-                step = -own if step is None else step - own
-            if step is not None:
-                step = step * problem.step_size_at(k, iteration)
-                self._changes[k] = self._changes[k] + step if k in self._changes else step
+            self._move(k, lambdas[k], problem.step_size_at(k, iteration))
+
+    def _move(self, k: int, signal: Tensor | None, eta: float) -> None:
+        """eps_k += eta (signal - pi_k eps_k), a signal of None being zero."""
+        change, base, weight = self._changes.get(k), self._forward.base_errors[k], self._problem.weights[k]
+        if self._nodes[k] is None:
+            base, weight = None, 0.0
+        if None not in (change, signal) and isinstance(weight, float) and weight == 1.0:
+            change.lerp_(signal, eta)
+        else:
+            if change is not None:
+                change.mul_(1 - eta * weight)
+            if signal is not None:
+                change = signal * eta if change is None else change.add_(signal, alpha=eta)
+        if base is not None:
+            pull = weighted(base, weight) * -eta
+            change = pull if change is None else change.add_(pull)
+        if change is not None:
+            self._changes[k] = change
 
     def locate(self, raise_where_bad: Observe) -> None:
         """Relax once more, and raise where values first were not finite."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..deviation import Node, PriorNode, node_at_work
+from ..losses import PreparedTarget
 from ..problem import status
 from .problem import GraphOutcome, GraphPlan, GraphProblem, Weight, node_energy, weighted
 
@@ -22,6 +23,7 @@ class _Target:
 
     value_at: Callable[[Tensor], Tensor]
     gradient_at: Callable[[Tensor], Tensor]
+    prepared: PreparedTarget | None = None  # of a loss that pcfast knows
 
 
 @dataclass(eq=False)
@@ -78,14 +80,18 @@ class GraphForward:
             for e, v, node in zip(errors, self.values, self.nodes, strict=True)
         ]
 
+    def losses_at(self, outputs: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Every loss at its node's prediction in ``outputs``."""
+        return {k: target.value_at(outputs[k]) for k, target in self.targets.items()}
+
     def energy_row(
-        self, errors: list[Tensor | None], outputs: dict[int, Tensor], weights: list[Weight]
+        self, errors: list[Tensor | None], losses: dict[int, Tensor], weights: list[Weight]
     ) -> Tensor:
-        """Of every node pi |eps|^2 / 2, or pi times the loss at its prediction in ``outputs``."""
+        """Of every node pi |eps|^2 / 2, or pi times its loss."""
         zero, row = self.loss.new_zeros(()), []
         for k, (error, node) in enumerate(zip(errors, self.nodes, strict=True)):
-            if k in self.targets:
-                value = self.targets[k].value_at(outputs[k]) * weights[k]
+            if k in losses:
+                value = losses[k] * weights[k]
             else:  # a root without a prior has no energy
                 value = zero if error is None or node is None else node_energy(error, weights[k])
             row.append(value.to(zero.dtype))
@@ -95,12 +101,12 @@ class GraphForward:
         """The iterations' :meth:`energy_row`, (n, nodes)."""
         return torch.stack(rows) if rows else self.loss.new_zeros((0, len(self.nodes)))
 
-    def add_updates(self, out: GraphOutcome, errors: list[Tensor | None]) -> None:
-        """Add (df_k/dtheta_k)^T of weighted ``errors`` at the current points; None is zero."""
+    def add_updates(self, out: GraphOutcome, errors: list[Tensor | None], share: float = 1.0) -> None:
+        """Add ``share`` of (df_k/dtheta_k)^T of weighted ``errors`` at the current points; None is zero."""
         for k, node in enumerate(self.nodes):
             if node is not None:
                 found = node.zero_gradients() if errors[k] is None else node.gradients(errors[k])
-                out.add_gradients(found, k + 1)
+                out.add_gradients([(p, g if share == 1 else g * share) for p, g in found], k + 1)
 
     def update_statistics(self, out: GraphOutcome) -> None:
         failed = None if out.status is None else status.failed(out.status)
@@ -171,6 +177,7 @@ def with_losses(problem, plan, nodes, values, errors, sources) -> GraphForward:
             targets[k] = _Target(
                 lambda mu, loss=loss, prepared=prepared: loss.value_prepared(prepared, mu),
                 lambda mu, loss=loss, prepared=prepared: loss.gradient(prepared, mu),
+                prepared,
             )
             gradient = targets[k].gradient_at(output)
         else:

@@ -13,6 +13,7 @@ from ..losses import Loss
 from ..model.graph_spec import GraphSpec
 from ..precision import Precision
 from ..problem.belief_optimizers import BeliefOptimizer, StepSize, step_size_of
+from ..problem.nudging import Nudging
 from ..problem.types import Outcome, Wanted
 
 Weight = float | Tensor  # a node's precision: a number, or one a unit
@@ -58,6 +59,8 @@ class GraphProblem:
         temperature: of the Langevin noise; 0 for none.
         generator: what draws it; None for torch's own.
         check, raise_now, move: as in :class:`pcfast.problem.types.Problem`.
+        nudging: of the losses' targets, or None.
+        tolerance: of an early exit, or None.
         wanted: what the caller will read.
     """
 
@@ -79,6 +82,8 @@ class GraphProblem:
     deferred: bool = False
     check: bool = True
     move: object = None
+    nudging: Nudging | None = None
+    tolerance: float | None = None
 
     @property
     def x(self) -> Tensor:
@@ -97,6 +102,19 @@ class GraphProblem:
     def free(self) -> list[int]:
         """Nodes whose beliefs move."""
         return [k for k in range(len(self.spec.nodes)) if k not in self.clamped and k not in self.losses]
+
+    @property
+    def last_arrival(self) -> int:
+        """The iteration that finds an error at the last of the nodes that errors reach from predictions."""
+        nodes, free, t = self.spec.nodes, self.free, 1
+        reached = {k for k in (*self.clamped, *self.losses) if nodes[k].kind != "root"}
+        while True:
+            moved = {k for k in free if k in reached or reached.intersection(self.spec.children[k])}
+            changed = moved | {c for k in moved for c in self.spec.children[k]}
+            changed = {k for k in changed if nodes[k].kind != "root"}
+            if changed <= reached:
+                return t
+            reached, t = reached | changed, t + 1
 
     def start_of(self, node: int, like: Tensor) -> Tensor:
         """What a free node's beliefs start at; ``like``: its prediction, in the dtype to start in.

@@ -5,7 +5,7 @@ Any modules, any losses, any floating dtype; slow on purpose: it says what is ri
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from ..backends.reference import Layer, leaves_of
 from ..errors import RelaxationDiverged
 from ..model.graph import Prior, call
 from ..problem import status
+from ..problem.early_exit import EarlyExit, repeated
+from ..problem.nudging import target_of
 from ..problem.types import Outcome
 from ..support import differentiation
 from .forward import root_start
@@ -66,6 +68,7 @@ class _Relaxation:
         self.problem, self.plan, self.layers, self.nodes = problem, plan, layers, problem.spec.nodes
         self.energies: list[Tensor] = []
         self.settled: dict[int, Tensor] = {}  # predictions that losses are taken at, of the last errors
+        self.targets = {k: y for k, (_, y) in problem.losses.items()}
 
     def inputs(self, k: int, v: list[Tensor]) -> list[Tensor]:
         return [v[i] for i in self.nodes[k].inputs]
@@ -95,9 +98,10 @@ class _Relaxation:
         result: list[Tensor | None] = []
         for k, prediction in enumerate(mu):
             if k in self.problem.losses:
-                loss, y = self.problem.losses[k]
+                loss, _ = self.problem.losses[k]
                 self.settled[k] = prediction
-                result.append(loss.gradient_by_autograd(prediction, y) * self.problem.weights[k])
+                gradient = loss.gradient_by_autograd(prediction, self.targets[k])
+                result.append(gradient * self.problem.weights[k])
             else:
                 result.append(None if prediction is None else prediction - v[k])
         return result
@@ -114,8 +118,8 @@ class _Relaxation:
         row = []
         for k, error in enumerate(errors):
             if k in self.problem.losses:
-                loss, y = self.problem.losses[k]
-                row.append(loss.value(mu[k], y) * self.problem.weights[k])
+                loss, _ = self.problem.losses[k]
+                row.append(loss.value(mu[k], self.targets[k]) * self.problem.weights[k])
             else:
                 row.append(torch.zeros(()) if error is None else node_energy(error, self.problem.weights[k]))
         return torch.stack([value.to(self.problem.x.device, self.plan.dtype) for value in row])
@@ -172,13 +176,15 @@ class _Relaxation:
             "exact": self.exact, "zero_divergence": self.zero_divergence, "error_based": self.error_based,
             "incremental": self.incremental,
         }.get(problem.method, self.strict)  # fmt: skip
-        out.beliefs, out.errors, points, pulled = method(vhat, out)
+        for share in self.pushes(vhat):
+            out.beliefs, out.errors, points, pulled = method(vhat, out)
+            if problem.wanted.gradients and problem.method != "incremental":
+                self.add_updates(out, points, pulled, share)
         out.settled = self.settled
         if problem.wanted.energies:
             empty = torch.zeros((0, len(self.nodes)), dtype=self.plan.dtype)
             out.energies = torch.stack(self.energies) if self.energies else empty
         if problem.wanted.gradients and problem.method != "incremental":
-            self.add_updates(out, points, pulled)
             out.add_gradients(loss_updates, len(self.nodes))
         if problem.check:
             results = [*enumerate(out.beliefs), *enumerate(out.errors)]
@@ -188,11 +194,23 @@ class _Relaxation:
                 raise RelaxationDiverged(None, min(bad) + 1, problem.step_size)
         return out
 
-    def add_updates(self, out: Outcome, points: list[Tensor], pulled: list[Tensor | None]) -> None:
+    def pushes(self, vhat: list[Tensor]) -> Iterator[float]:
+        """Set the targets of one relaxation after the other; yields what each one's updates count."""
+        if self.problem.nudging is None:
+            yield 1.0
+            return
+        for push, share in self.problem.nudging.pushes:
+            self.targets = {k: target_of(push, vhat[k], y) for k, (_, y) in self.problem.losses.items()}
+            yield share
+
+    def add_updates(
+        self, out: Outcome, points: list[Tensor], pulled: list[Tensor | None], share: float = 1.0
+    ) -> None:
         for k, layer in enumerate(self.layers):
             if layer is not None:
                 error = torch.zeros_like(points[k]) if pulled[k] is None else pulled[k]
-                out.add_gradients(layer.parameter_gradients(error, *self.inputs(k, points)), k + 1)
+                found = layer.parameter_gradients(error * share, *self.inputs(k, points))
+                out.add_gradients(found, k + 1)
 
     # the methods: beliefs, errors, the values at which the updates are taken, the errors that they are taken with
 
@@ -202,13 +220,17 @@ class _Relaxation:
         fixed = problem.method == "fixed_prediction"
         v = [problem.start_of(k, value).clone() for k, value in enumerate(vhat)]
         descents = [problem.optimizer.descent() for _ in v]
+        early = None
+        if problem.tolerance is not None:
+            early = EarlyExit(problem.tolerance, problem.last_arrival, problem.x.device)
+            out.iterations = early.iterations
         for t in range(max(problem.num_steps, 1)):
             mu = self.predictions(vhat if fixed else v)
             errors = self.errors(v, mu)
             pulled = self.weighted(errors)
             if problem.num_steps == 0:
                 break
-            if problem.wanted.energies:
+            if problem.wanted.energies or early is not None:
                 self.energies.append(self.energy(mu, errors))
             below = self.feedback(pulled, vhat if fixed else v)
             self.descend(v, pulled, below, descents, t + 1)
@@ -217,6 +239,12 @@ class _Relaxation:
                     v[k] = v[k] + problem.noise(v[k], k, t + 1)
             if problem.check:
                 _check(t + 1, v)
+            if early is not None:
+                early.see(t + 1, self.energies[-1])
+                out.iterations = early.iterations
+                if not early.going:
+                    self.energies = repeated(self.energies, problem.num_steps)
+                    break
         return v, errors, vhat if fixed else v, pulled
 
     def exact(self, vhat, out):

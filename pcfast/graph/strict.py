@@ -10,34 +10,40 @@ the shortest paths by itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..backends.divergence import Checks, Observe
 from ..deviation.node import Pulls
+from ..problem.early_exit import EarlyExit, repeated
+from ..support import host
 from .beliefs import Belief
 from .forward import GraphForward, forward_pass
 from .problem import GraphOutcome, GraphPlan, GraphProblem, weighted
 
 
 def strict(problem: GraphProblem, plan: GraphPlan, nodes) -> GraphOutcome:
-    """One relaxation; "fixed_prediction" with predictions and Jacobians held at the start."""
+    """One relaxation, or the two of centred nudging; "fixed_prediction": predictions and Jacobians stay."""
     forward = forward_pass(problem, plan, nodes)
     checks, out = Checks(problem, forward), forward.outcome(problem)
     loop = Loop(problem, forward)
-    errors = loop.run(checks.observe)
-    if not loop.fixed:
-        loop.linearize_at_final()
-    pulled = [weighted(e, w) for e, w in zip(errors, loop.weights, strict=True)]
-    if problem.wanted.gradients:
-        forward.add_updates(out, pulled)
+    results: list[tuple[int, Tensor]] = []
+    for share in loop.pushes():
+        errors = loop.run(checks.observe)
+        if not loop.fixed:
+            loop.linearize_at_final()
+        if problem.wanted.gradients:
+            pulled = [weighted(e, w) for e, w in zip(errors, loop.weights, strict=True)]
+            forward.add_updates(out, pulled, share)
+        results += [(k + 1, b.d) for k, b in loop.links.items() if b.d is not None]
+        results += [(k + 1, e) for k, e in enumerate(errors) if e is not None]
     if problem.wanted.states:
         out.beliefs, out.errors = loop.beliefs(), forward.filled(errors)
     if problem.wanted.energies:
         out.energies = forward.stacked(loop.energies)
-    results = [(k + 1, b.d) for k, b in loop.links.items() if b.d is not None]
-    results += [(k + 1, e) for k, e in enumerate(errors) if e is not None]
-    out.settled = loop.outputs
+    out.settled, out.iterations = loop.outputs, loop.iterations
     checks.finish(out, results, lambda: loop.locate(checks.raise_where_bad))
     forward.update_statistics(out)
     return out
@@ -51,6 +57,7 @@ class Loop:
         weights: pi_k of every node; of a loss's node 1, for its gradient has it already.
         fixed: predictions and Jacobians stay at the start.
         outputs: predictions that losses are taken at, of the last errors, by node.
+        iterations: 0-dim, with a tolerance how many moved beliefs; else None.
     """
 
     def __init__(self, problem: GraphProblem, forward: GraphForward) -> None:
@@ -67,6 +74,24 @@ class Loop:
         self._wanted = [[i in self.links for i in node.inputs] for node in nodes]
         self.outputs: dict[int, Tensor] = {}
         self.energies: list[Tensor] = []
+        self.iterations: Tensor | None = None
+        self._away: dict[int, Tensor] = {}  # of nudged losses mu - target, at the start
+        self._distances: dict[int, Tensor] = {}  # and at the last errors
+
+    def pushes(self) -> Iterator[float]:
+        """Get ready for one relaxation after the other, from the start; yields what each one's updates count."""
+        problem, forward = self._problem, self._forward
+        if problem.nudging is None:
+            yield 1.0
+            return
+        for push, share in problem.nudging.pushes:
+            if self._away:
+                self.rewind()
+            self._away = {
+                k: (forward.values[k] - target.prepared.target) * push
+                for k, target in forward.targets.items()
+            }
+            yield share
 
     def moves(self, k: int) -> list[Tensor | None]:
         """Of every input of node ``k`` what its value differs by from the start."""
@@ -90,27 +115,66 @@ class Loop:
                 None if node is None else self.links[k].error(moved, owned=moved is not None and node.owned)
             )
         if k in forward.targets:
-            if moved is None:
-                self.outputs[k] = forward.values[k]
+            self.outputs[k] = forward.values[k] if moved is None else forward.values[k] + moved
+            if k in self._away:  # without the cancellation of mu - target
+                self._distances[k] = self._away[k] if moved is None else self._away[k] + moved
+                gradient = self._distances[k] * forward.targets[k].prepared.scale
+            elif moved is None:
                 return forward.sources[k]
-            self.outputs[k] = forward.values[k] + moved
-            return weighted(forward.targets[k].gradient_at(self.outputs[k]), self._problem.weights[k])
+            else:
+                gradient = forward.targets[k].gradient_at(self.outputs[k])
+            return weighted(gradient, self._problem.weights[k])
         base = forward.base_errors[k]
         return base if moved is None else base + moved  # clamped; a clamped root has neither
 
+    def _energy_row(self, errors: list[Tensor | None]) -> Tensor:
+        losses = {
+            k: self._distances[k].square().sum() * (target.prepared.scale / 2)
+            if k in self._away
+            else target.value_at(self.outputs[k])
+            for k, target in self._forward.targets.items()
+        }
+        return self._forward.energy_row(errors, losses, self._problem.weights)
+
     def run(self, observe: Observe | None) -> list[Tensor | None]:
-        """Run the iterations; returns the last iteration's errors, None where they are zero."""
+        """Run the iterations; returns the last iteration's errors, None where they are zero.
+
+        After an early exit nothing changes any more: the host leaves the loop, or, where it would have to wait to
+        know, continues, and what it computes is dropped.
+        """
         problem = self._problem
+        early, leaves = None, host.readable(problem.x.device)
+        if problem.tolerance is not None:
+            early = EarlyExit(problem.tolerance, problem.last_arrival, problem.x.device)
         errors = self.errors()
         for t in range(1, problem.num_steps + 1):
+            if early is not None and leaves and not early.going:
+                break
+            # before ``earliest`` all iterations run, and from then on every error that comes has come
+            masked = early is not None and not leaves and t > early.earliest
+            before, outputs = errors, dict(self.outputs)
             if t > 1:
                 errors = self.errors()
-            if problem.wanted.energies:
-                self.energies.append(self._forward.energy_row(errors, self.outputs, problem.weights))
+            if problem.wanted.energies or early is not None:
+                self.energies.append(self._energy_row(errors))
+            if masked:
+                going = early.going
+                errors = [_kept(going, e, b) for e, b in zip(errors, before, strict=True)]
+                self.energies[-1] = torch.where(going, *self.energies[:-3:-1])
+                self.outputs = {k: _kept(going, v, outputs[k]) for k, v in self.outputs.items()}
+                kept = {k: None if b.d is None else b.d.clone() for k, b in self.links.items()}
+            if early is not None:
+                early.see(t, self.energies[-1])
             self.descend(errors, t)
+            if masked:
+                for k, belief in self.links.items():
+                    belief.d = _kept(going, belief.d, kept[k])
             if observe is not None:
                 states = {k + 1: b.d for k, b in self.links.items() if b.d is not None}
                 observe(t, states | {k + 1: errors[k] for k in self._forward.targets})
+        if early is not None:
+            self.iterations = early.iterations
+            self.energies[:] = repeated(self.energies, problem.num_steps)
         return errors
 
     def descend(self, errors: list[Tensor | None], iteration: int) -> None:
@@ -142,6 +206,14 @@ class Loop:
 
     def locate(self, raise_where_bad: Observe) -> None:
         """Relax once more from the start, looking at every iteration."""
+        self.rewind()
+        self.energies.clear()
+        for _ in self.pushes():
+            self.run(raise_where_bad)
+
+    def rewind(self) -> None:
+        """Back to the start, every node's current point too."""
+        self._away = {}
         zeros = {k: torch.zeros_like(b.vhat) for k, b in self.links.items()}
         for belief in self.links.values():
             belief.rewind()
@@ -149,9 +221,12 @@ class Loop:
             for node, spec in zip(self._forward.nodes, self._problem.spec.nodes, strict=True):
                 if node is not None:
                     node.deviate([zeros.get(i) for i in spec.inputs])
-        self.energies.clear()
-        self.run(raise_where_bad)
 
     def beliefs(self) -> list[Tensor]:
         values = self._forward.values
         return [self.links[k].beliefs() if k in self.links else v.clone() for k, v in enumerate(values)]
+
+
+def _kept(going: Tensor, now: Tensor | None, before: Tensor | None) -> Tensor | None:
+    """``now`` as long as the relaxation goes on, else ``before``; None, a zero that stays one, is in both."""
+    return now if now is None or now is before else torch.where(going, now, before)

@@ -76,7 +76,8 @@ class Relu(Activation):
     def deviate(self, saved, s):
         # max(s, -uhat) where uhat > 0 and max(uhat + s, 0) elsewhere, in one form for both.
         negative_part, floor = saved
-        act_diff = torch.maximum(s + negative_part, floor)
+        act_diff = s + negative_part
+        torch.maximum(act_diff, floor, out=act_diff)
         return act_diff, act_diff - floor
 
 

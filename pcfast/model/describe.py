@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ModelError
 from . import activations, sharding
+from .graph import Graph
 from .residual import Residual as ResidualModule
 from .scaling import Scale as ScaleModule
 from .spec import (
@@ -350,7 +351,9 @@ def describe(model: nn.Module, *, hooks: bool = True) -> Network:
             "model",
             f"a {type(model).__name__}",
             "an nn.Sequential whose elements are the predictive-coding layers",
-            "Wrap the model: nn.Sequential(block1, block2, ...).",
+            "This runs chains alone; graphs go to pc_loss, relax, incremental_step and training.train."
+            if isinstance(model, Graph)
+            else "Wrap the model: nn.Sequential(block1, block2, ...).",
         )
     if not plain_sequential(model):
         raise ModelError(

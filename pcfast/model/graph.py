@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import graphlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -133,6 +134,12 @@ class Graph(nn.Module):
                 "nodes", f"{name!r}: {entry!r}"[:200], "pcfast.Root, pcfast.Prior, or (module, name of an input, ...)"
             )  # fmt: skip
         module, inputs = entry[0], tuple(entry[1:])
+        for source in inputs:
+            if not isinstance(source, str):
+                raise ArgumentTypeError(
+                    "nodes", f"{name!r}: the input {source!r}"[:200], "names of nodes",
+                    'Several follow one another: (module, "h1", "h2").',
+                )  # fmt: skip
         if isinstance(module, Prior):
             raise ModelError(
                 "nodes", f"{name!r}: a Prior with inputs", "a Prior alone", "It predicts from nothing."
@@ -145,6 +152,13 @@ class Graph(nn.Module):
                 "nodes", f"{name!r}: {len(inputs)} inputs for a Sequential, which takes one tensor",
                 "a Sequential that begins with pcfast.Sum or pcfast.Concatenate",
                 "E.g. nn.Sequential(pcfast.Sum(branch_1, branch_2), nn.ReLU()).",
+            )  # fmt: skip
+        elif not _takes(module, len(inputs)):
+            raise ModelError(
+                "nodes",
+                f"{name!r}: {len(inputs)} inputs for a {type(module).__name__}, whose forward does not take them",
+                "a module that takes the values of all inputs",
+                "E.g. pcfast.Sum(branch_1, branch_2), pcfast.Concatenate(), or a module of your own.",
             )  # fmt: skip
         return module, inputs
 
@@ -221,6 +235,19 @@ class Graph(nn.Module):
             output = "  (output)" if name in self.outputs else ""
             lines.append(f"  {name:<{width}}  {_one_line(module)}{arrow}{output}")
         return "\n".join(("Graph(", *lines, ")"))
+
+
+def _takes(module: nn.Module, count: int) -> bool:
+    """Whether ``module`` can be called with ``count`` tensors, as far as its signature says."""
+    try:
+        signature = inspect.signature(module.forward)
+    except (TypeError, ValueError):  # it has none
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 def _one_line(module) -> str:

@@ -22,6 +22,7 @@ from ..model.graph import Graph, unknown
 from ..model.graph_spec import GraphSpec, describe_graph
 from ..model.placement import common_placement
 from ..precision import choose_precision
+from ..problem import nudging as nudges
 from ..problem import per_layer, reductions, status, validation
 from ..problem.plan import LOOPS
 from ..problem.settings import Settings
@@ -85,7 +86,6 @@ def prepare(
     chain = not isinstance(model, Graph)
     relaxing = settings.checked_on_graphs(moves=move is not None)
     method, num_steps, optimizer = relaxing.method, relaxing.num_steps, relaxing.belief_optimizer
-    _refuse(settings)
     placement = common_placement(model)
     clamped = _clamped(spec, x, clamp)
     first = given_tensor(x, y, clamp)
@@ -104,6 +104,7 @@ def prepare(
         num_steps = _levels(spec)
     weights = _weights(spec, settings, method, free, losses, chain)
     temperature = _temperature(settings, method, optimizer)
+    _check_nudging(spec, settings, method, losses, clamped)
     if settings.reduction != "sum":
         count = reductions.rows_of(first, settings.normalizer)
         before = optimizer
@@ -136,7 +137,7 @@ def prepare(
     problem = GraphProblem(
         model, spec, rows, {k: v.detach() for k, v in clamped.items()}, losses, start, sizes, weights, wanted, method,
         num_steps, optimizer, temperature, settings.generator, raise_now or plan.backend == "reference", deferred,
-        settings.check != "off", move,
+        settings.check != "off", move, settings.nudging, relaxing.tolerance,
     )  # fmt: skip
     return problem, plan
 
@@ -184,22 +185,6 @@ def given_tensor(x, y, clamp) -> Tensor:
             "clamp", "no node", "the value of at least one, or a target", 'E.g. clamp={"y": y}.'
         )
     return found
-
-
-def _refuse(settings: Settings) -> None:
-    """Raise ArgumentError for settings that only chains have."""
-    if settings.nudging is not None:
-        raise ArgumentError(
-            "nudging",
-            f"{settings.nudging} on a graph",
-            "None",
-            "Nudging is for chains without precision= and noise=.",
-        )
-    if settings.tolerance is not None:
-        raise ArgumentError(
-            "tolerance", f"{settings.tolerance!r} on a graph", "None",
-            "Early exit is for chains without precision= and noise=.",
-        )  # fmt: skip
 
 
 def resolved(spec: GraphSpec, argument: str, name: str) -> int:
@@ -395,11 +380,41 @@ def _temperature(settings: Settings, method: str, optimizer) -> float:
             "noise", f"{noise} with {optimizer}", "plain gradient descent of the beliefs",
             "Langevin dynamics samples the energy's distribution with plain steps.",
         )  # fmt: skip
+    if noise and settings.tolerance is not None:
+        raise ArgumentError(
+            "tolerance", f"{settings.tolerance!r} with noise={noise!r}", "None",
+            "With noise the energy never comes to rest.",
+        )  # fmt: skip
     if settings.generator is not None and not isinstance(settings.generator, torch.Generator):
         raise ArgumentTypeError(
             "generator", f"a {type(settings.generator).__name__}", "a torch.Generator or None"
         )
     return noise
+
+
+def _check_nudging(spec: GraphSpec, settings: Settings, method: str, losses, clamped) -> None:
+    """Raise ArgumentError where not all errors begin at losses that nudging makes small."""
+    nudging = settings.nudging
+    for loss in (None, *(loss.kind for loss, _ in losses.values())):
+        nudges.check(nudging, method, loss)
+    if nudging is None:
+        return
+    if not losses:
+        raise ArgumentError(
+            "nudging", f"{nudging} without a target", "the target y of an output with loss=\"mse\"",
+            "What a node is clamped to is not nudged.",
+        )  # fmt: skip
+    divided = "Updates are divided by beta, which makes the errors of the targets alone small."
+    held = [spec.names[k] for k in clamped if spec.nodes[k].kind != "root"]
+    if held:
+        raise ArgumentError(
+            "nudging",
+            f"{nudging} with {held[0]!r} clamped",
+            "no clamped nodes but roots without a prior",
+            divided,
+        )
+    if settings.noise:
+        raise ArgumentError("nudging", f"{nudging} with noise={settings.noise!r}", "one of the two", divided)
 
 
 def _levels(spec: GraphSpec) -> int:

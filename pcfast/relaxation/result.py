@@ -61,6 +61,7 @@ class GraphRelaxation:
             in the energy; None for roots without a prior.
         energies: of every node (n,) on request, pi |eps|^2 / 2 or the loss, as each iteration found them; else None.
         run: which backend ran, and how.
+        iterations: as in :class:`Relaxation`.
     """
 
     activations: dict[str, Tensor]
@@ -69,6 +70,7 @@ class GraphRelaxation:
     errors: dict[str, Tensor | None]
     energies: dict[str, Tensor] | None
     run: Run
+    iterations: Tensor | None = None
 
 
 def relax(
@@ -189,6 +191,7 @@ def _on_graph(model, x, y, settings: Settings, clamp, energies: bool) -> GraphRe
         dict(zip(names, outcome.errors, strict=True)),
         rows,
         run,
+        outcome.iterations,
     )
 
 
@@ -206,6 +209,7 @@ def _by_name(graph: Graph, relaxation: Relaxation) -> GraphRelaxation:
         dict(zip(names, [None, *relaxation.errors[1:]], strict=True)),
         energies,
         relaxation.run,
+        relaxation.iterations,
     )
 
 

@@ -139,6 +139,35 @@ def test_channels_last_networks():
     assert last() == ("eager", False, FIRST)  # other strides, another graph
 
 
+GRAPH_CALLS = {
+    **{method: {"method": method} for method in (*METHODS, "error_based")},
+    "nudging": {"nudging": pcfast.Nudging("centred", 0.2)},
+    "tolerance": {"tolerance": 1e-2, "num_steps": 60},
+}
+
+
+@pytest.mark.parametrize("call", GRAPH_CALLS)
+def test_graphs_are_the_reference_on_a_cpu(call):
+    """With a tolerance iterations after the exit run here and change nothing; the CPU leaves the loop."""
+    torch.manual_seed(0)
+    model = pcfast.networks.resnet18(CLASSES, width=4, blocks=(1, 1), activation=nn.Tanh).double()
+    x, y = torch.randn(ROWS, 3, 8, 8).double(), torch.randn(ROWS, CLASSES).double()
+    settings = {"loss": nn.MSELoss(reduction="sum"), "num_steps": 7, "step_size": 0.05, **GRAPH_CALLS[call]}
+    truth = updates(copy.deepcopy(model), x, y, backend="reference", **settings)
+    model.to(DEVICE)
+    result = updates(model, x.to(DEVICE), y.to(DEVICE), backend="eager", **settings)
+    assert pcfast.last_run().plan.backend == "eager"
+    # as a whole: biases in front of BatchNorm have updates of rounding alone
+    whole, of_truth = (torch.cat([g.flatten().cpu() for g in found]) for found in (result, truth))
+    assert distance([whole], [of_truth]) < 1e-9
+    if call == "tolerance":
+        ends = [
+            int(pcfast.relax(m, a, b, **settings).iterations)
+            for m, a, b in ((model, x.to(DEVICE), y.to(DEVICE)), (copy.deepcopy(model).cpu(), x, y))
+        ]
+        assert ends[0] == ends[1] < 60
+
+
 def test_runs_are_bit_for_bit_equal():
     model, x, y = problem("cnn")
     model, x, y = model.to(DEVICE), x.to(DEVICE), y.to(DEVICE)
