@@ -2,7 +2,8 @@
 
 Recorded runs of seven programs: weights and one batch, the first update, weights after 1, 5 and 20 training steps,
 beliefs and errors where a program shows them. ``python tests/recorded_programs.py`` writes
-the table of docs/ports.md anew.
+the table of docs/ports.md anew. The folder's own folder, graphs, has networks that are no chains
+(tests/test_graph_programs.py).
 """
 
 from __future__ import annotations
@@ -94,11 +95,14 @@ class Recorded:
         """The arrays PREFIX.NAME by NAME."""
         return {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}
 
-    def model(self) -> nn.Sequential:
-        """The network with the weights before, float64."""
-        layers = (nn.Sequential(*(_module(*op) for op in layer)) for layer in self.meta["arch"])
+    def model(self, part: str | None = None) -> nn.Sequential:
+        """The network, or that part of it where ``arch`` has several, with the weights before, float64."""
+        arch, prefix = self.meta["arch"], "param."
+        if part is not None:
+            arch, prefix = arch[part], f"param.{part}."
+        layers = (nn.Sequential(*(_module(*op) for op in layer)) for layer in arch)
         model = nn.Sequential(*layers).double()
-        missing = model.load_state_dict(self.under("param."), strict=False).missing_keys
+        missing = model.load_state_dict(self.under(prefix), strict=False).missing_keys
         assert all(isinstance(model.get_submodule(name.rpartition(".")[0]), Bias) for name in missing)
         return model
 
