@@ -247,17 +247,13 @@ class Group {
   const T* deviate_entry(int l, const T* d) {
     const Pointwise& entry = at(l).entry;
     if (!entry.acts()) return d;
-    const size_t from = elements(entry.from);
-    if (d == nullptr)
-      clear(product_, from);
-    else
-      __builtin_memcpy(product_, d, from * sizeof(T));
-    state_[l].entry.deviate(entry, product_, product_, scratch_);
+    if (d == nullptr) clear(product_, elements(entry.from));
+    state_[l].entry.deviate(entry, d == nullptr ? product_ : d, product_, scratch_);
     return product_;
   }
 
-  // f_l's deviation, in `moved`, from that of its pre-activation, and its derivatives there. moved may be s.
-  void deviate_tail(int l, T* s, T* moved) { state_[l].tail.deviate(at(l).tail, s, moved, product_); }
+  // f_l's deviation, in the place of s, that of its pre-activation; and its derivatives there.
+  void deviate_tail(int l, T* s) { state_[l].tail.deviate(at(l).tail, s, s, product_); }
 
   // delta = the error pulled back to the layer's product, at the point of the last deviate_tail.
   void pull_back_tail(int l, const T* error, T* delta) { state_[l].tail.pull_back(at(l).tail, error, delta, product_); }
@@ -462,7 +458,7 @@ class Group {
   void top(bool moved) {
     const int l = call_.depth;
     predict_to_scratch(l, moved);
-    deviate_tail(l, scratch_, scratch_);
+    deviate_tail(l, scratch_);
     if (at(l).skip && moved)
       for (size_t i = 0; i < elements(at(l).out()); i += kLanes<T>)
         store(scratch_ + i, load(scratch_ + i) + load(state_[l - 1].d + i));
@@ -493,7 +489,7 @@ class Group {
       return;
     }
     predict_to_scratch(l, moved);
-    deviate_tail(l, scratch_, scratch_);
+    deviate_tail(l, scratch_);
     take_errors(l, scratch_);
     pull_back_tail(l, scratch_, delta_now_);
   }
@@ -658,7 +654,7 @@ class Group {
       if (tensors(l).error != nullptr) put(state.error, layer.out().size(), given_rows(tensors(l).error, l));
       if (wants_update(l)) {
         predict_to_scratch(l, l > 1);
-        deviate_tail(l, scratch_, scratch_);
+        deviate_tail(l, scratch_);
         pull_back_tail(l, state.error, delta_[0]);
         leave_for_update(l, delta_[0], T(1));
       }
@@ -684,7 +680,7 @@ class Group {
       T *error = state_[l].error, *delta = delta_[0];
       if (l < depth) check(error, elements(layer.out()), kFirstIterationStage, l);
       clear(scratch_, elements(layer.inner()));
-      deviate_tail(l, scratch_, scratch_);
+      deviate_tail(l, scratch_);
       pull_back_tail(l, error, delta);
       if (l > 1) {
         deviate_entry(l, nullptr);

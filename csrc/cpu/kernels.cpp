@@ -123,8 +123,6 @@ class Run {
   const Layer& at(int l) const { return call_.layers[l - 1]; }
   const LayerTensors& tensors(int l) const { return call_.tensors[l - 1]; }
 
-  bool own_gradient(int l) const { return tensors(l).weight_gradient != nullptr || tensors(l).bias_gradient != nullptr; }
-
   void lay_out(Arena& arena) {
     const int depth = call_.depth;
     packed_ = arena.take<Packed<T>>(depth);
@@ -138,7 +136,7 @@ class Run {
       const size_t count = weight_count<T>(at(l));
       const bool feeds_back = count > 0 && l > 1;
       const Packed<T> packed{arena.take<T>(count), arena.take<T>(feeds_back ? count : 0)};
-      const bool convolution = at(l).kind == kConvolution, update = call_.updates && own_gradient(l);
+      const bool convolution = at(l).kind == kConvolution, update = call_.updates && tensors(l).trained();
       T* error = update && !convolution ? arena.take<T>(call_.batch * at(l).inner().size()) : nullptr;
       T* partial = update && convolution ? arena.take<T>(vectors() * gradient_count(at(l))) : nullptr;
       // what its update reads: beliefs that the caller gets, or x, or an array of our own
@@ -236,7 +234,7 @@ class Run {
     constexpr int kWidth = kMaxVectors * kLanes<T>;
     tasks_[0] = 0;
     for (int l = 1; l <= call_.depth; ++l)
-      tasks_[l] = tasks_[l - 1] + (!own_gradient(l)                ? 0
+      tasks_[l] = tasks_[l - 1] + (!tensors(l).trained()                ? 0
                                    : at(l).kind == kConvolution ? 1
                                                                 : (at(l).below().size() + kWidth - 1) / kWidth);
     const int64_t stage = kFirstIterationStage + (call_.relaxes ? call_.iterations : 0);

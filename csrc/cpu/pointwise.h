@@ -47,13 +47,13 @@ struct PointwiseState {
       activate<T>(op.before, base, elements(op.from), out, nullptr, 0);
   }
 
-  // moved = f(base + s) - f(base), and the derivatives there. moved may be s, which is overwritten; `scratch` is as large
-  // as `to`.
-  void deviate(const Pointwise& op, T* s, T* moved, T* scratch) {
+  // moved = f(base + s) - f(base), and the derivatives there. moved, which may be s, is as large as both maps, `scratch` as
+  // `to`.
+  void deviate(const Pointwise& op, const T* s, T* moved, T* scratch) {
     const size_t from = elements(op.from), to = elements(op.to);
-    act_diffs<T>(op.before, base, from, s, from, op.pools() ? s : moved, derivative);
+    act_diffs<T>(op.before, base, from, s, from, moved, derivative);
     if (!op.pools()) return;
-    pool<T, kVectors>(op, s, relative, scratch, winners);
+    pool<T, kVectors>(op, moved, relative, scratch, winners);
     act_diffs<T>(op.after, pooled, to, scratch, to, moved, after_derivative);
   }
 

@@ -62,6 +62,8 @@ struct Layer {
 struct LayerTensors {
   const void *weight, *bias, *start;
   void *vhat, *belief, *error, *weight_gradient, *bias_gradient;
+
+  bool trained() const { return weight_gradient != nullptr || bias_gradient != nullptr; }
 };
 
 // Stages of Report::key, in the order in which what is not finite is reported.

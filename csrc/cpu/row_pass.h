@@ -49,10 +49,10 @@ class RowPass {
     for (int l = 1; l <= depth; ++l) forward(l, for_each);
     loss_of(layers_[depth].value, error_);
     int lowest = 1;
-    while (lowest < depth && !trained(lowest)) ++lowest;
+    while (lowest < depth && !tensors(lowest).trained()) ++lowest;
     for (int l = depth; l >= lowest; --l) {
       pull_back_tail(l, for_each);
-      if (trained(l)) update(l);
+      if (tensors(l).trained()) update(l);
       if (l > lowest) feed_back(l);
     }
   }
@@ -67,7 +67,6 @@ class RowPass {
 
   const Layer& at(int l) const { return call_.layers[l - 1]; }
   const LayerTensors& tensors(int l) const { return call_.tensors[l - 1]; }
-  bool trained(int l) const { return tensors(l).weight_gradient != nullptr || tensors(l).bias_gradient != nullptr; }
   static size_t padded(size_t count) { return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>; }
   // Their derivative follows from their value.
   static bool in_place(const Layer& layer) {

@@ -132,11 +132,17 @@ def _tail(ops: list[specs.Op], shapes: list[tuple[int, ...]], every_pool: bool):
 
 def elementwise_form(ops: tuple[specs.Op, ...], shape: tuple[int, ...]):
     """``(before, pool, after)`` of operations without a product, whatever the pool; or why no kernel has them."""
+    kept = _kept(ops, shape)
+    return _tail([op for _, op, _ in kept], [shape for _, _, shape in kept], every_pool=True)
+
+
+def _kept(ops: tuple[specs.Op, ...], shape: tuple[int, ...]) -> list[tuple[int, specs.Op, tuple[int, ...]]]:
+    """(index, operation, shape of its input) in the order in which they run, without those that only flatten."""
     kept = []
-    for op in pool_first(ops):
-        kept += [] if flattens(op) else [(op, shape)]
+    for i, op in enumerate(pool_first(ops)):
+        kept += [] if flattens(op) else [(i, op, shape)]
         shape = op.output_shape(shape)
-    return _tail([op for op, _ in kept], [shape for _, shape in kept], every_pool=True)
+    return kept
 
 
 def layer_form(
@@ -148,11 +154,7 @@ def layer_form(
         inner: shapes at its operations' boundaries. map: what it reads, as :func:`maps`.
         every_pool: the kernels know windows of any size that overlap, or are padded or cut, too.
     """
-    ops = pool_first(layer.ops)
-    shapes: list[tuple[int, ...]] = [inner[0]]
-    for op in ops:
-        shapes.append(op.output_shape(shapes[-1]))
-    kept = [(i, op, shapes[i]) for i, op in enumerate(ops) if not flattens(op)]
+    kept = _kept(layer.ops, inner[0])
     first = kept[0][1] if kept else None
     if isinstance(first, specs.Linear):
         rest = [op for _, op, _ in kept[1:]]
