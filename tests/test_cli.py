@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import pcfast
+from pcfast.__main__ import program as program_of_process
 from pcfast.backends import BACKENDS, Eager
 from pcfast.cli import main
 from pcfast.cli import pcfast as program
@@ -35,6 +37,17 @@ def test_without_a_command_it_explains_itself(capsys):
     text = capsys.readouterr().out
     for command in ("train", "compare", "check", "info", "completion"):
         assert command in text and command in program.commands
+
+
+def test_the_program_spares_the_garbage_collector_its_modules(monkeypatch, capsys):
+    """Before the command, so that no collection goes through them, and after it, so that the last one does not."""
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(capsys.readouterr().out))
+    monkeypatch.setattr(sys, "argv", ["pcfast", "--version"])
+    assert program_of_process() == 0 and len(frozen) == 2
+    assert frozen[0] == "" and pcfast.__version__ in frozen[1]
+    monkeypatch.setattr(sys, "argv", ["pcfast", "no-command"])
+    assert program_of_process() == 2
 
 
 def test_version(capsys):

@@ -24,6 +24,7 @@ from pcfast.errors import ArgumentError, RelaxationDiverged
 from pcfast.training import curves, scores
 from pcfast.training import trainer as training
 from pcfast.training.checkpoints import PARTS, checksum, flat
+from pcfast.training.optimizers import adam
 from pcfast.training.run import evaluate
 from pcfast.training.trainer import History, train
 
@@ -310,6 +311,37 @@ def as_format_1(path: Path) -> None:
     checkpoint = {name: checkpoint[name] for name in parts}
     checkpoint["history"] = {name: checkpoint["history"][name] for name in columns}
     torch.save({**checkpoint, "format": 1}, path)
+
+
+def test_a_run_of_an_unfused_optimiser_is_resumed_as_it_was(tmp_path):
+    """The default optimiser is fused now; what tells runs apart is what an optimiser computes, not how."""
+    unfused = partial(torch.optim.Adam, lr=training.LEARNING_RATE)
+    toy_run(out=tmp_path / "whole", optimizer=unfused)
+    toy_run(out=tmp_path / "run", optimizer=unfused, epochs=2)
+    toy_run(toy_model(seed=99), out=tmp_path / "run", optimizer=None, resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    toy_run(out=tmp_path / "new", optimizer=None)
+    assert checkpoint_of(tmp_path / "new")["optimizer"]["param_groups"][0]["fused"] is True
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_fused_steps_are_those_of_one_operation_after_the_other(kind):
+    """In float64 to rounding; complex parameters, for which torch has no fused form, bit for bit."""
+    for dtype, fused in ((torch.float64, True), (torch.complex128, None)):
+        torch.manual_seed(0)
+        start, gradients = torch.randn(7, 5, dtype=dtype), torch.randn(20, 7, 5, dtype=dtype)
+        moved = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+        made = (
+            adam(moved[:1], kind=kind, lr=0.01, weight_decay=0.1),
+            kind(moved[1:], lr=0.01, weight_decay=0.1),
+        )
+        assert made[0].defaults["fused"] is fused
+        for gradient in gradients:
+            for parameter, optimizer in zip(moved, made, strict=True):
+                parameter.grad = gradient.clone()
+                optimizer.step()
+        assert not torch.equal(moved[0], start)
+        torch.testing.assert_close(moved[0], moved[1], rtol=1e-13 if fused else 0, atol=1e-15 if fused else 0)
 
 
 def test_a_checkpoint_without_a_checksum_resumes_bit_identically(tmp_path, uninterrupted, after_step, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..presets.settings import PRESETS
 from ..problem.nudging import KINDS as NUDGES
 from ..problem.plan import TRAINING_METHODS, canonical, in_words
 from ..recipes import RECIPES
+from ..training.optimizers import adam
 from ..training.trainer import MAX_EPOCHS, MAX_SAMPLES, MAX_STEPS
 from .defaults import DEFAULTS, NUM_STEPS
 from .output import only_json
@@ -24,7 +26,7 @@ from .output import only_json
 NETS = ("mlp", "cnn", "cifar-cnn")
 LOSSES = ("cross_entropy", "mse")
 BELIEF_OPTIMIZERS = ("gd", "adam")
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+OPTIMIZERS = {"adam": adam, "adamw": functools.partial(adam, kind=torch.optim.AdamW), "sgd": torch.optim.SGD}
 
 
 class Numbers(click.ParamType):

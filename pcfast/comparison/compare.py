@@ -32,6 +32,7 @@ from ..problem import validation
 from ..relaxation.result import relax
 from ..support.replay import replaying
 from ..training import scores
+from ..training.optimizers import adam
 from ..training.run import TrainingRun, evaluate
 from ..training.scores import hits
 from ..training.trainer import LEARNING_RATE, MakeOptimizer, rehearse, seeded
@@ -234,7 +235,7 @@ def compare_training(
             validation.check_count(name, value)
     layers = parameters_of_layers(model)
     data = checked_data(data, next(iter(layers.values()))[0].dtype)
-    optimizer = functools.partial(torch.optim.Adam, lr=LEARNING_RATE) if optimizer is None else optimizer
+    optimizer = functools.partial(adam, lr=LEARNING_RATE) if optimizer is None else optimizer
     if isinstance(optimizer, Optimizer) or not callable(optimizer):
         given = f"a {type(optimizer).__name__}"
         needed = "a callable that makes an optimiser from parameters: every curve needs its own"

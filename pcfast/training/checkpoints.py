@@ -37,7 +37,7 @@ _MAX_COPIED = 1 << 30  # bytes of a tensor that repeats what its storage holds o
 def load_checkpoint(path: Path, settings: dict) -> dict:
     """The checkpoint at ``path``; ArgumentError where it is missing, damaged or of other settings."""
     checkpoint = read_run(path)
-    there, here = flat(checkpoint["config"]["settings"]), flat(settings)
+    there, here = _compared(checkpoint["config"]["settings"]), _compared(settings)
     differences = [
         f"{key} is {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
         for key in {**there, **here}
@@ -240,6 +240,17 @@ def _bytes_of(tensor: Tensor):
     tensor = tensor.detach()
     tensor = (tensor if tensor.layout == torch.strided else tensor.to_dense()).resolve_conj().resolve_neg()
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _compared(settings: dict) -> dict:
+    """``settings``, flat, without those of the optimiser that say how it computes and not what."""
+    how = ("fused", "foreach", "capturable")
+    of_optimizer = "optimizer."
+    return {
+        key: value
+        for key, value in flat(settings).items()
+        if not (key.startswith(of_optimizer) and key.rpartition(".")[2] in how)
+    }
 
 
 def flat(value, key: str = "") -> dict:

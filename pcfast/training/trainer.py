@@ -66,6 +66,7 @@ from .checkpoints import (
 from .distributed import processes_of
 from .generation import latent_roots, reconstructions
 from .history import History
+from .optimizers import adam
 from .progress import Display, Interrupt
 from .run import IncrementalRun, TrainingRun
 from .writers import SCALARS
@@ -149,7 +150,7 @@ def train(
             ``nudging`` may be a function of the epoch 0, 1, ..., called for all epochs before the first.
         nudging_growth: what beta gains every epoch, as far as 1.
         optimizer: makes the optimiser from the parameters, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``, or
-            an optimiser of the model's parameters. Default: Adam with learning rate 0.002.
+            an optimiser of the model's parameters. Default: Adam with learning rate 0.002, in its fused form.
         scheduler: makes a scheduler of torch.optim.lr_scheduler from the optimiser and the number of the optimiser's
             steps in all epochs; it is stepped after each of them. A resumed run then has as many epochs.
         augment: batch of training inputs -> what is learned instead, of the same shape, e.g.
@@ -502,7 +503,7 @@ def _repair(run: TrainingRun, folder: Path, config: dict) -> None:
 
 def _made_optimizer(optimizer, parameters: list[nn.Parameter]) -> Optimizer:
     if optimizer is None:
-        return torch.optim.Adam(parameters, lr=LEARNING_RATE)
+        return adam(parameters, lr=LEARNING_RATE)
     if not isinstance(optimizer, Optimizer):
         needed = "an optimiser, or a callable that makes one from the parameters"
         if not callable(optimizer):
