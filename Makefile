@@ -12,6 +12,8 @@ WITH_TRITON := $(if $(TRITON),PYTHONPATH=$(CURDIR)/$(TRITON_FOLDER))
 VENV_PYTHON := $(VENV)/bin/python
 # One stamp per TORCH: asking for another release installs it.
 STAMP := $(VENV)/.installed-$(subst =,-,$(subst /,-,$(TORCH)))
+# Touched when what the tests need is there, too: training does without.
+TESTS := $(VENV)/.installed-tests
 # Touched when the kernels were compiled, or left out where there is no compiler for them.
 NATIVE := $(VENV)/.native
 NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc csrc/* csrc/*/*)
@@ -54,7 +56,7 @@ rehearse: $(NATIVE) ## go through bench/on_gpu.sh without a GPU
 	@PYTHON=$(abspath $(VENV_PYTHON)) OMP_NUM_THREADS=1 bench/on_gpu.sh .benchmarks/rehearsal --rehearse
 
 # Limits are recorded of the tests' release of triton.
-compile-all: $(STAMP) $(if $(TRITON),$(TRITON_FOLDER)/.installed) ## compile every kernel for every chip
+compile-all: $(TESTS) $(if $(TRITON),$(TRITON_FOLDER)/.installed) ## compile every kernel for every chip
 	@$(if $(TRITON),,$(VENV_PYTHON) tests/kernels/compilation.py)
 	@$(WITH_TRITON) $(VENV_PYTHON) tests/kernels/compilation.py --full
 	@$(if $(TRITON),,$(VENV_PYTHON) tests/native/native_compilation.py)
@@ -66,7 +68,7 @@ lowest: ## test with the least releases that pyproject.toml declares, once a rel
 	@.venv-lowest/bin/python -m pip install -qq --disable-pip-version-check -c .venv-lowest/constraints.txt -e ".[train,test]"
 	@OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 -rs -W default --ignore tests/test_packaging.py
 
-lint: $(STAMP) ## check the style
+lint: $(TESTS) ## check the style
 	@$(VENV_PYTHON) -m ruff check .
 	@$(VENV_PYTHON) -m ruff format --check .
 
@@ -87,7 +89,12 @@ $(STAMP): pyproject.toml setup.py
 	@echo "creating $(VENV) with $(TORCH) (a minute or two, one more for the CPU kernels, and two for the CUDA kernels where there is nvcc)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) "$(TORCH)"
-	@$(PIP_INSTALL) -e ".[train,test]"
+	@$(PIP_INSTALL) -e ".[train]"
+	@touch $@
+
+# pcfast itself stays as it is installed: its kernels are not compiled a second time.
+$(TESTS): $(STAMP)
+	@$(PIP_INSTALL) "pcfast[test]"
 	@touch $@
 
 # In front of the release in $(VENV), which stays as it is.
@@ -96,7 +103,7 @@ $(STAMP): pyproject.toml setup.py
 	@$(PIP_INSTALL) --no-deps --target $(@D) "triton==$*"
 	@touch $@
 
-$(NATIVE): $(STAMP) $(NATIVE_SOURCES)
+$(NATIVE): $(TESTS) $(NATIVE_SOURCES)
 	@echo "compiling the kernels"
 	@$(VENV_PYTHON) setup.py --quiet build_ext --inplace
 	@touch $@
