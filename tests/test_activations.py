@@ -14,6 +14,7 @@ import pcfast
 from pcfast.backends import BACKENDS
 from pcfast.backends.cuda import backend as cuda
 from pcfast.backends.triton import backend as triton
+from pcfast.deviation import layer_chain
 from pcfast.deviation.pointwise import ElementwiseStep
 from pcfast.model import activations
 from pcfast.model.describe import describe
@@ -66,14 +67,14 @@ def evaluate(activation, u, s):
 @pytest.mark.parametrize("scale", [1e-9, 1e-3, 0.3, 3.0, 40.0])
 def test_bracket_and_slope_in_float64(activation, scale):
     u, s = points(scale)
-    act_diff, derivative = evaluate(activation, u, s)
+    act_diff, slope = evaluate(activation, u, s)
     w = (u + s).requires_grad_()
     value = literal(activation, w)
     (derivative,) = torch.autograd.grad(value.sum(), w)
     plain = value.detach() - literal(activation, u)
     rounding = 2.0**-52 * 16 * (1 + u.abs() + s.abs())  # of the plain difference
     assert ((act_diff - plain).abs() <= rounding + 1e-12 * s.abs()).all()
-    torch.testing.assert_close(derivative, derivative, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(slope, derivative, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("activation", ALL, ids=IDS)
@@ -137,8 +138,8 @@ def test_forward_is_torchs_and_base_slope_its_derivative(activation):
     torch.testing.assert_close(out, literal(activation, u))
     (derivative,) = torch.autograd.grad(out.sum(), u)
     u = u.detach()
-    derivative = activation.pullback(activation.derivative(u, activation.forward(u)), torch.ones_like(u))
-    torch.testing.assert_close(derivative, derivative, rtol=1e-10, atol=1e-13)
+    slope = activation.pullback(activation.derivative(u, activation.forward(u)), torch.ones_like(u))
+    torch.testing.assert_close(slope, derivative, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("activation", ALL, ids=IDS)
@@ -155,6 +156,44 @@ def test_a_point_that_a_kernel_has_found_needs_no_anchor(activation, monkeypatch
         fresh.at(d)
     e = torch.randn_like(u)
     torch.testing.assert_close(fresh.pullback(e), looped.pullback(e), rtol=1e-13, atol=1e-15)
+
+
+BRANCH = (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4).eval(), nn.ReLU(), nn.AvgPool2d(2), nn.ReLU()),
+        nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()),
+        nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.ReLU()),
+        nn.Sequential(pcfast.Residual(nn.Sequential(*BRANCH)), nn.ReLU(), nn.Tanh(), nn.ReLU()),
+        nn.Sequential(
+            pcfast.Residual(nn.Sequential(*BRANCH, nn.Identity(), nn.Dropout(0.5))), nn.BatchNorm2d(4)
+        ),
+    ],
+    ids=["pooled", "frozen", "activation first", "normalised first", "residual", "dropout"],
+)
+def test_what_takes_a_deviations_place_has_the_same_bits(layer):
+    """Whole chains, which hand memory on, against their steps one by one on copies; the argument stays as it is."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 8, 8)
+    model, state = nn.Sequential(layer), Precision(torch.float32, torch.float32)
+    chain, alone = (layer_chain(describe(model).layers[0], model, state) for _ in range(2))
+    with torch.no_grad():
+        for one in (chain, alone):
+            torch.manual_seed(1)  # one mask
+            out = one.forward(x)
+        assert torch.equal(chain.pullback(out), alone.pullback(out))
+        for _ in range(3):
+            d, e = torch.randn_like(x), torch.randn_like(out)
+            given, apart = d.clone(), d.clone()
+            moved = chain.deviate(given)
+            for step in alone.steps:
+                apart = step.deviate(apart.clone())
+            assert torch.equal(given, d) and torch.equal(moved, apart)
+            assert torch.equal(chain.pullback(e), alone.pullback(e))
 
 
 @pytest.mark.parametrize("activation", ALL, ids=IDS)

@@ -132,9 +132,11 @@ class Chain(Composite):
             v = step.forward(v)
         return v
 
-    def deviate(self, d: Tensor) -> Tensor:
+    def deviate(self, d: Tensor, *, owned: bool = False) -> Tensor:
+        """As :meth:`Step.deviate`; ``owned``: nobody else reads ``d``."""
         for step in self.steps:
-            d = step.deviate(d)
+            d = step.consume(d) if owned else step.deviate(d)
+            owned = step.owned
         return d
 
     def param_shift(self) -> Tensor | None:
@@ -190,6 +192,8 @@ class ResidualStep(Step):
     Both are sums of what is small already, so that nothing cancels.
     """
 
+    owned = True
+
     def __init__(self, spec, module, precision, branch: Chain):
         super().__init__(spec, module, precision)
         self.branch = branch
@@ -200,7 +204,8 @@ class ResidualStep(Step):
         return a + out
 
     def deviate(self, d):
-        return d + self.branch.deviate(d)
+        moved = self.branch.deviate(d)
+        return moved.add_(d) if self.branch.owned else d + moved
 
     def pullback(self, e):
         return e + self.branch.pullback(e)

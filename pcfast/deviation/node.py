@@ -74,8 +74,8 @@ class Node(Composite):
             merged = self._tail.param_shift() if shifts else None
             self.owned = False
             return merged
-        self.owned = self._tail.owned
-        return self._tail.deviate(merged)
+        merged_owned, self.owned = self.owned, self._tail.owned
+        return self._tail.deviate(merged, owned=merged_owned)
 
     def _merged(self, parts: list[Tensor | None]) -> Tensor | None:
         given = [i for i, part in enumerate(parts) if part is not None]

@@ -9,6 +9,8 @@ from ..errors import ShapeError
 from ..support.replay import LOCK
 from .step import Gradients, Step
 
+_aten = torch.ops.aten
+
 
 class BatchNormStep(Step):
     """y = gamma (a - m) / sigma + beta.
@@ -96,18 +98,26 @@ class BatchNormStep(Step):
                 running.add_(change if failed is None else change.masked_fill_(failed, 0))
 
     def deviate(self, d):
-        moved = self._deviate(d)
+        return self._with_drift(self._deviate(d, None))
+
+    def consume(self, d):
+        return self._with_drift(self._deviate(d, d))
+
+    def _with_drift(self, moved: Tensor) -> Tensor:
         return moved if self._drift is None else moved.add_(self._drift)
 
-    def _deviate(self, d):
-        """With the parameters of now: their change at the base point, the drift, is apart."""
+    def _deviate(self, d: Tensor, out: Tensor | None) -> Tensor:
+        """With the parameters of now, their change at the base point, the drift, being apart.
+
+        ``out``: where to put it, ``d`` itself or new memory.
+        """
         if not self.spec.batch_statistics:
             self._deviation = d
             return d * (self._gamma * self._inverse)
         # In place: new tensors of this size cost CPUs more, in page faults, than the arithmetic.
         shift = self._point = torch.sub(d, d.mean(self._axes, keepdim=True), out=self._point)
         # var(a + d) - var(a), and from it 1/sigma' - 1/sigma without cancellation
-        out = torch.add(shift, self._centred, alpha=2).mul_(shift)
+        out = torch.add(shift, self._centred, alpha=2, out=out).mul_(shift)
         spread = out.mean(self._axes, keepdim=True)
         inverse = self._current_inverse = torch.rsqrt(self._variance + spread + self.spec.eps)
         sharpening = -spread * inverse * self._inverse * (inverse * self._inverse) / (inverse + self._inverse)
@@ -122,22 +132,27 @@ class BatchNormStep(Step):
             return self._point
         return self._centred if self._deviation is None else self._centred + self._deviation
 
+    def _backward(
+        self, e: Tensor, *, need_input: bool, need_gradients: bool = False
+    ) -> tuple[Gradients, Tensor | None]:
+        """``(gradients, J^T e)``: torch's own backward pass at the current point, whose mean is 0."""
+        owners = (self.module.weight, self.module.bias) if self.spec.affine else (None, None)
+        trained = [need_gradients and p is not None and p.requires_grad for p in owners]
+        inverse = self._current_inverse.flatten()
+        zeros = torch.zeros_like(inverse)
+        below, *found = _aten.native_batch_norm_backward(
+            e, self._centred_now() if self.spec.batch_statistics or trained[0] else self._centred,
+            self._gamma.flatten() if self.spec.affine else None, zeros, self._variance.flatten(), zeros, inverse,
+            self.spec.batch_statistics, self.spec.eps, [need_input, *trained],
+        )  # fmt: skip
+        return [(p, g) for p, g, wanted in zip(owners, found, trained, strict=True) if wanted], below
+
     def pullback(self, e):
-        scale = self._gamma * self._current_inverse
-        if not self.spec.batch_statistics:
-            return e * scale
-        # scale (e - mean(e) - (x - m) mean(e (x - m)) / sigma^2)
-        centred = self._centred_now()
-        result = e * centred
-        along = result.mean(self._axes, keepdim=True) * self._current_inverse.square()
-        result = torch.addcmul(-scale * e.mean(self._axes, keepdim=True), e, scale, out=result)
-        return result.addcmul_(centred, scale * along, value=-1)
+        return self._backward(e, need_input=True)[1]
 
     def gradients(self, e):
-        result: Gradients = []
-        if self.spec.affine and self.module.weight.requires_grad:
-            along = (e * self._centred_now()).sum(self._axes)
-            result.append((self.module.weight, along * self._current_inverse.flatten()))
-        if self.spec.affine and self.module.bias.requires_grad:
-            result.append((self.module.bias, e.sum(self._axes)))
-        return result
+        return self._backward(e, need_input=False, need_gradients=True)[0]
+
+    def differentiate(self, e, *, need_input, need_gradients, factor):
+        found, below = self._backward(e, need_input=need_input, need_gradients=need_gradients)
+        return [(p, g if factor == 1.0 else g * factor) for p, g in found], below

@@ -19,13 +19,19 @@ class ElementwiseStep(Step):
         self._base, self._saved, self._derivative = (a, out), None, None
         return out
 
-    def deviate(self, d):
+    def deviate(self, d, out=None):
         activation = self.spec.activation
         if self._saved is None:
             self._saved = activation.saved(*self._base)
-            self._base = None  # the saved holds what is still needed
-        act_diff, self._derivative = activation.deviate(self._saved, d)
+            self._base = self._derivative = None  # the saved holds what is still needed
+        if activation.takes_memory:  # that of the last derivative, too, which nobody else has
+            act_diff, self._derivative = activation.deviate(self._saved, d, (out, self._derivative))
+        else:
+            act_diff, self._derivative = activation.deviate(self._saved, d)
         return act_diff
+
+    def consume(self, d):
+        return self.deviate(d, d)
 
     def at(self, d):
         if self._saved is not None:

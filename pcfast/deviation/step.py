@@ -28,6 +28,10 @@ class Step:
         """f(a + d) - f(a); makes a + d the current point."""
         raise NotImplementedError
 
+    def consume(self, d: Tensor) -> Tensor:
+        """As :meth:`deviate`, where nobody else reads ``d``: what it gives may take its place."""
+        return self.deviate(d)
+
     def pullback(self, e: Tensor) -> Tensor:
         """J^T e at the current point."""
         raise NotImplementedError

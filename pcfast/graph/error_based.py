@@ -124,18 +124,19 @@ class _FreeErrors:
                 )
 
     def _descend(self, iteration: int) -> None:
-        problem = self._problem
+        problem, free = self._problem, self._free
         lambdas: list[Tensor | None] = [self._signals.get(k) for k in range(len(self._nodes))]
         for k in range(len(self._nodes) - 1, -1, -1):
             node, inputs = self._nodes[k], problem.spec.nodes[k].inputs
-            if lambdas[k] is not None and node is not None:
+            signal, lambdas[k] = lambdas[k], None  # whole: all that read the node come behind it
+            if k in free:
+                self._move(k, signal, problem.step_size_at(k, iteration))
+            if signal is not None and node is not None:
                 wanted = [i not in problem.clamped for i in inputs]
-                _, below = node.differentiate(lambdas[k], wanted, need_gradients=False)
+                _, below = node.differentiate(signal, wanted, need_gradients=False)
                 for i, e in zip(inputs, below, strict=True):
                     if e is not None:
                         lambdas[i] = e if lambdas[i] is None else lambdas[i] + e
-        for k in self._free:
-            self._move(k, lambdas[k], problem.step_size_at(k, iteration))
 
     def _move(self, k: int, signal: Tensor | None, eta: float) -> None:
         """eps_k += eta (signal - pi_k eps_k), a signal of None being zero."""

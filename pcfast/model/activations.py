@@ -32,6 +32,8 @@ class Activation:
     monotone = False
     #: True where the kernels have device code for it (kernels/codes.py, csrc/resident/activations.cuh).
     in_kernels = False
+    #: True where :meth:`deviate` takes memory for its two results, of which ``s`` may be the first; None for new.
+    takes_memory = False
 
     def forward(self, u: Tensor) -> Tensor:
         """``act(u)``."""
@@ -58,6 +60,7 @@ class Activation:
 class Relu(Activation):
     in_kernels = True
     monotone = True
+    takes_memory = True
 
     def forward(self, u):
         return F.relu(u)
@@ -73,12 +76,12 @@ class Relu(Activation):
     def saved(self, u, a):
         return (u.clamp(max=0), a.neg())
 
-    def deviate(self, saved, s):
+    def deviate(self, saved, s, memory=(None, None)):
         # max(s, -uhat) where uhat > 0 and max(uhat + s, 0) elsewhere, in one form for both.
         negative_part, floor = saved
-        act_diff = s + negative_part
+        act_diff = torch.add(s, negative_part, out=memory[0])
         torch.maximum(act_diff, floor, out=act_diff)
-        return act_diff, act_diff - floor
+        return act_diff, torch.sub(act_diff, floor, out=memory[1])
 
 
 @dataclass(frozen=True)

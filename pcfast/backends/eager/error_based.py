@@ -80,7 +80,10 @@ class FreeErrors:
             error = self.errors[l]
             if error is None:  # so are all others: the forward pass
                 break
-            self.d[l] = error.neg() if moved is None else moved - error
+            if moved is None:
+                self.d[l] = error.neg()
+            else:
+                self.d[l] = moved.sub_(error) if self._chains[l].owned else moved - error
             moved = self._chains[l + 1].deviate(self.d[l])
         return self._vhat[-1] if moved is None else self._vhat[-1] + moved
 
