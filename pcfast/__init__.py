@@ -44,6 +44,7 @@ from .problem.status import synchronize
 from .relaxation.cuda_graphs import use_cuda_graphs
 from .relaxation.result import GraphRelaxation, Relaxation, relax
 from .relaxation.solve import Run, last_run
+from .support.allocator import keep_memory
 from .torch2pc import PCInfer
 from .tuning.tuner import TuningReport, tune
 
@@ -81,6 +82,7 @@ __all__ = [
     "group_layers",
     "identify",
     "incremental_step",
+    "keep_memory",
     "last_run",
     "pc_loss",
     "presets",

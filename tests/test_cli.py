@@ -50,6 +50,16 @@ def test_the_program_spares_the_garbage_collector_its_modules(monkeypatch, capsy
     assert program_of_process() == 2
 
 
+@pytest.mark.parametrize(("command", "times"), [("train", 1), ("compare", 1), ("bench", 0)])
+def test_the_programs_training_keeps_its_memory(monkeypatch, capsys, command, times):
+    """Not the benchmark, whose steps find what a user's find."""
+    called = []
+    monkeypatch.setattr("pcfast.__main__.keep_memory", lambda: called.append(True))
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["pcfast", command, "--help"])
+    assert program_of_process() == 0 and len(called) == times
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert pcfast.__version__ in capsys.readouterr().out
