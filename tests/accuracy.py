@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 
+import pcfast
 from pcfast import Adam
 from pcfast.checking.bounds import ULP, allowed_error, allowed_update_errors
 
-__all__ = ["ULP", "allowed_error", "amplification", "assert_gradients_agree", "assert_states_agree"]
+__all__ = [
+    "ULP",
+    "allowed_error",
+    "amplification",
+    "amplifies_rounding",
+    "assert_gradients_agree",
+    "assert_states_agree",
+]
 
 
 def amplification(optimizer, step_size) -> float:
@@ -21,6 +31,31 @@ def amplification(optimizer, step_size) -> float:
     if isinstance(optimizer, Adam):
         return 1 + 2 * np.max(step_size) / optimizer.eps
     return 1 / (1 - optimizer.momentum)
+
+
+def amplifies_rounding(model, x, y, truth, iterations: int, **arguments) -> bool:
+    """Whether noise in every module's output moves ``truth``, of reference, by an eighth of what bounds allow.
+
+    No two orders of the same sums agree on such a network: its relaxation runs away, or BatchNorm divides by a
+    variance of nearly zero. The bounds allow 64 roundings an iteration, the noise being a rounding of 1e-9 here.
+    """
+    size, noisy = 1e-9, copy.deepcopy(model)
+    for layer in noisy:
+        for module in layer.modules():  # residual sums, too
+            module.register_forward_hook(lambda module, inputs, out: out * (1 + size * torch.randn_like(out)))
+    try:
+        near = pcfast.relax(noisy, x, y, backend="reference", **arguments)
+    except pcfast.RelaxationDiverged:
+        return True
+
+    def apart(result, of) -> bool:
+        return any(
+            e is not None
+            and not float((e - e_true).norm()) <= 8 * size * max(iterations, 1) * float(v.norm())
+            for e, e_true, v in zip(result, of, truth.beliefs, strict=True)
+        )
+
+    return apart(near.beliefs, truth.beliefs) or apart(near.errors, truth.errors)
 
 
 def assert_states_agree(result, truth, num_steps: int) -> None:

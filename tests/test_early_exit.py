@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_states_agree
+from accuracy import amplifies_rounding, assert_states_agree
 from drawing import examples
 from energy import relax_by_optimizer
 from hypothesis import assume, given
@@ -133,7 +133,7 @@ def test_eager_equals_reference(architecture, loss_name, tolerance, step_size, l
         truth = pcfast.relax(model, x, y, backend="reference", **arguments)
     except pcfast.RelaxationDiverged:
         assume(False)
-    assume(all(e is None or float(e.norm()) < 1e3 for e in truth.errors))
+    assume(not amplifies_rounding(model, x, y, truth, int(truth.iterations), **arguments))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "readable", lambda device: leaves)
         result = pcfast.relax(model, x, y, backend="eager", **arguments)
