@@ -103,6 +103,7 @@ $(TESTS): $(STAMP)
 	@$(PIP_INSTALL) --no-deps --target $(@D) "triton==$*"
 	@touch $@
 
+# The tests' packages bring cmake, ninja and pybind11.
 $(NATIVE): $(TESTS) $(NATIVE_SOURCES)
 	@echo "compiling the kernels"
 	@$(VENV_PYTHON) setup.py --quiet build_ext --inplace

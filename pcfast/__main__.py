@@ -13,10 +13,11 @@ _KEEPING = ("train", "compare")
 def program() -> int:
     """Run this process's command line; returns the exit status.
 
-    What was imported lives as long as the process, and at the end everything does: frozen, it is not searched for
-    garbage, which takes half a second of the imports and the training, and as much again when the interpreter ends.
+    Garbage collections do not search what is frozen. What torch and pcfast have imported lives as long as the
+    process, and searching it takes half a second of a short run. At its end the interpreter would search everything
+    again.
     """
-    if sys.argv[1:] and sys.argv[1] in _KEEPING:
+    if sys.argv[1:] and sys.argv[1].lower() in _KEEPING:
         keep_memory()
     gc.freeze()
     try:

@@ -23,6 +23,7 @@ from .problem.settings import Precisions, Settings, StepSizes
 from .problem.types import Wanted
 from .relaxation import on_graphs
 from .relaxation.solve import loss_without_updates, prepare, solve
+from .support import differentiation
 
 
 def incremental_step(
@@ -116,7 +117,7 @@ def step_with(
         if scale != 1.0:
             updates = dict(zip(updates, torch._foreach_mul(list(updates.values()), scale), strict=True))
         for parameter in parameters:
-            parameter.grad = updates.get(parameter)
+            differentiation.assign_gradient(parameter, updates.get(parameter))
         optimizer.step()
         torch.clear_autocast_cache()  # it would keep casts of the weights of before
 

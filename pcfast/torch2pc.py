@@ -20,6 +20,7 @@ from .problem.settings import Settings
 from .problem.types import Wanted
 from .relaxation.result import relax
 from .relaxation.solve import solve, updates
+from .support import differentiation
 
 #: Torch2PC's ErrType -> method
 _METHODS = {"Exact": "exact", "FixedPred": "fixed_prediction", "Strict": "strict"}
@@ -195,9 +196,9 @@ def PCInfer(
 
 def _assign(model: nn.Sequential, gradients: dict) -> None:
     for parameter in model.parameters():
-        parameter.grad = gradients.get(parameter)
+        differentiation.assign_gradient(parameter, gradients.get(parameter))
     for parameter, gradient in gradients.items():  # those too that a layer or the loss uses without the model
-        parameter.grad = gradient
+        differentiation.assign_gradient(parameter, gradient)
 
 
 def _activations(name: str, values, model: nn.Sequential) -> list[Tensor]:

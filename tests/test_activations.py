@@ -1,5 +1,6 @@
 """Brackets and derivatives of activations against float64, where the plain difference would be noise."""
 
+import copy
 import math
 from dataclasses import astuple
 
@@ -47,6 +48,11 @@ LITERAL = {
 }
 
 
+def assert_close(result, truth):
+    """In float64, of numbers of order one."""
+    torch.testing.assert_close(result, truth, rtol=1e-10, atol=1e-10)
+
+
 def literal(activation, u):
     return LITERAL[type(activation).__name__](u, activation)
 
@@ -67,14 +73,14 @@ def evaluate(activation, u, s):
 @pytest.mark.parametrize("scale", [1e-9, 1e-3, 0.3, 3.0, 40.0])
 def test_bracket_and_slope_in_float64(activation, scale):
     u, s = points(scale)
-    act_diff, slope = evaluate(activation, u, s)
+    act_diff, derivative = evaluate(activation, u, s)
     w = (u + s).requires_grad_()
     value = literal(activation, w)
-    (derivative,) = torch.autograd.grad(value.sum(), w)
+    (by_autograd,) = torch.autograd.grad(value.sum(), w)
     plain = value.detach() - literal(activation, u)
     rounding = 2.0**-52 * 16 * (1 + u.abs() + s.abs())  # of the plain difference
     assert ((act_diff - plain).abs() <= rounding + 1e-12 * s.abs()).all()
-    torch.testing.assert_close(slope, derivative, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(derivative, by_autograd, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("activation", ALL, ids=IDS)
@@ -136,10 +142,10 @@ def test_forward_is_torchs_and_base_slope_its_derivative(activation):
     u = points(1.0)[0].requires_grad_()
     out = activation.forward(u)
     torch.testing.assert_close(out, literal(activation, u))
-    (derivative,) = torch.autograd.grad(out.sum(), u)
+    (by_autograd,) = torch.autograd.grad(out.sum(), u)
     u = u.detach()
-    slope = activation.pullback(activation.derivative(u, activation.forward(u)), torch.ones_like(u))
-    torch.testing.assert_close(slope, derivative, rtol=1e-10, atol=1e-13)
+    derivative = activation.pullback(activation.derivative(u, activation.forward(u)), torch.ones_like(u))
+    torch.testing.assert_close(derivative, by_autograd, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("activation", ALL, ids=IDS)
@@ -169,31 +175,53 @@ BRANCH = (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
         nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()),
         nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.ReLU()),
         nn.Sequential(pcfast.Residual(nn.Sequential(*BRANCH)), nn.ReLU(), nn.Tanh(), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(4, 4, 1), pcfast.Residual(nn.ReLU(), nn.Conv2d(4, 4, 1)), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(4, 4, 1), pcfast.Residual(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), nn.ReLU()),
         nn.Sequential(
             pcfast.Residual(nn.Sequential(*BRANCH, nn.Identity(), nn.Dropout(0.5))), nn.BatchNorm2d(4)
         ),
     ],
-    ids=["pooled", "frozen", "activation first", "normalised first", "residual", "dropout"],
+    ids=[
+        "pooled",
+        "frozen",
+        "activation first",
+        "normalised first",
+        "residual",
+        "activation in front",
+        "normalised in front",
+        "dropout",
+    ],
 )
-def test_what_takes_a_deviations_place_has_the_same_bits(layer):
-    """Whole chains, which hand memory on, against their steps one by one on copies; the argument stays as it is."""
+def test_what_takes_a_deviations_place_is_read_by_nobody_else(layer):
+    """Chains, which hand memory on, against autograd on the modules; the argument stays as it is."""
     torch.manual_seed(0)
-    x = torch.randn(6, 4, 8, 8)
-    model, state = nn.Sequential(layer), Precision(torch.float32, torch.float32)
-    chain, alone = (layer_chain(describe(model).layers[0], model, state) for _ in range(2))
+    layer, x = copy.deepcopy(layer).double(), torch.randn(6, 4, 8, 8, dtype=torch.float64)
+    model = nn.Sequential(layer)
+    chain = layer_chain(describe(model).layers[0], model, Precision(torch.float64, torch.float64))
+
+    def by_autograd(x, e):
+        torch.manual_seed(1)  # one mask
+        x = x.requires_grad_()
+        out = layer(x)
+        e = torch.ones_like(out) if e is None else e
+        return out.detach(), torch.autograd.grad(out, [x, *layer.parameters()], e)
+
+    base, _ = by_autograd(x.clone(), None)
     with torch.no_grad():
-        for one in (chain, alone):
-            torch.manual_seed(1)  # one mask
-            out = one.forward(x)
-        assert torch.equal(chain.pullback(out), alone.pullback(out))
+        torch.manual_seed(1)
+        assert_close(chain.forward(x), base)
         for _ in range(3):
-            d, e = torch.randn_like(x), torch.randn_like(out)
-            given, apart = d.clone(), d.clone()
+            d, e = torch.randn_like(x), torch.randn_like(base)
+            given = d.clone()
             moved = chain.deviate(given)
-            for step in alone.steps:
-                apart = step.deviate(apart.clone())
-            assert torch.equal(given, d) and torch.equal(moved, apart)
-            assert torch.equal(chain.pullback(e), alone.pullback(e))
+            with torch.enable_grad():
+                out, (below, *gradients) = by_autograd(x + d, e)
+            assert torch.equal(given, d)
+            assert_close(moved, out - base)
+            assert_close(chain.pullback(e), below)
+            result = dict(chain.gradients(e))
+            for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+                assert_close(result[parameter], gradient)
 
 
 @pytest.mark.parametrize("activation", ALL, ids=IDS)

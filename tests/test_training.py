@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import json
 import math
@@ -19,8 +20,10 @@ import pytest
 import torch
 from torch import nn
 
+import pcfast
 from pcfast import datasets, networks
 from pcfast.errors import ArgumentError, RelaxationDiverged
+from pcfast.torch2pc import PCInfer
 from pcfast.training import curves, scores
 from pcfast.training import trainer as training
 from pcfast.training.checkpoints import PARTS, checksum, flat
@@ -320,6 +323,13 @@ def test_a_run_of_an_unfused_optimiser_is_resumed_as_it_was(tmp_path):
     toy_run(out=tmp_path / "run", optimizer=unfused, epochs=2)
     toy_run(toy_model(seed=99), out=tmp_path / "run", optimizer=None, resume=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+    checkpoint = checkpoint_of(tmp_path / "run")
+    settings = checkpoint["config"]["settings"]["optimizer"]["groups"][0]
+    assert "fused" not in settings and checkpoint["optimizer"]["param_groups"][0]["fused"] is None
+    settings["fused"] = None  # as earlier releases kept it
+    checkpoint["checksum"] = checksum({k: v for k, v in checkpoint.items() if k != "checksum"})
+    torch.save(checkpoint, tmp_path / "run" / "checkpoint.pt")
+    toy_run(out=tmp_path / "run", optimizer=None, resume=True, epochs=5)
     toy_run(out=tmp_path / "new", optimizer=None)
     assert checkpoint_of(tmp_path / "new")["optimizer"]["param_groups"][0]["fused"] is True
 
@@ -342,6 +352,50 @@ def test_fused_steps_are_those_of_one_operation_after_the_other(kind):
                 optimizer.step()
         assert not torch.equal(moved[0], start)
         torch.testing.assert_close(moved[0], moved[1], rtol=1e-13 if fused else 0, atol=1e-15 if fused else 0)
+
+
+class Scaled(nn.Module):
+    """A module that pcfast does not know; its updates come in other layouts than its parameters have."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.ones(5))
+
+    def forward(self, a):
+        return a @ self.weight.t().contiguous().t() * self.scale.sum()
+
+
+@pytest.mark.parametrize("layout", ["as it is", "channels last", "permuted"])
+def test_fused_optimisers_get_gradients_laid_out_as_their_parameters(layout):
+    """incremental_step and PCInfer set .grad themselves; a fused optimiser walks memory and sees no strides."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.Sequential(nn.Flatten(2), nn.Linear(4, 1), nn.Flatten()), Scaled()
+    )
+    x, y = torch.randn(8, 3, 2, 2), torch.randint(0, 5, (8,))
+    if layout == "channels last":
+        x = x.to(memory_format=torch.channels_last)
+    if layout == "permuted":
+        x = torch.randn(8, 2, 2, 3).permute(0, 3, 1, 2)
+    other = copy.deepcopy(model)
+    for one, make in ((model, adam), (other, torch.optim.Adam)):
+        optimizer = make(list(one.parameters()), lr=0.01)
+        for _ in range(2):
+            pcfast.incremental_step(one, x, y, optimizer, num_steps=3)
+            PCInfer(one, nn.CrossEntropyLoss(), x, y, "Strict", eta=0.1, n=3)
+            optimizer.step()
+    assert all(p.grad.stride() == p.stride() for p in model.parameters())
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_part_of_another_tensor_is_moved_alone():
+    whole = torch.zeros(4, 8)
+    parameter = nn.Parameter(whole[:, :6])
+    assert parameter.data_ptr() == whole.data_ptr()
+    parameter.grad = torch.ones(4, 6)
+    adam([parameter], lr=0.1).step()
+    assert bool((whole[:, :6] < -0.09).all()) and not whole[:, 6:].any()
 
 
 def test_a_checkpoint_without_a_checksum_resumes_bit_identically(tmp_path, uninterrupted, after_step, caplog):

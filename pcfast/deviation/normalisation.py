@@ -67,7 +67,7 @@ class BatchNormStep(Step):
             self._drift = (self._gamma - held_gamma) * self._base + (self._beta - held_beta)
 
     def param_shift(self):
-        return self._drift
+        return None if self._drift is None else self._drift.clone()  # owned, as what deviate gives
 
     def _check_count(self) -> None:
         if self._count <= 1:
@@ -140,12 +140,12 @@ class BatchNormStep(Step):
         trained = [need_gradients and p is not None and p.requires_grad for p in owners]
         inverse = self._current_inverse.flatten()
         zeros = torch.zeros_like(inverse)
-        below, *found = _aten.native_batch_norm_backward(
+        below, *gradients = _aten.native_batch_norm_backward(
             e, self._centred_now() if self.spec.batch_statistics or trained[0] else self._centred,
             self._gamma.flatten() if self.spec.affine else None, zeros, self._variance.flatten(), zeros, inverse,
             self.spec.batch_statistics, self.spec.eps, [need_input, *trained],
         )  # fmt: skip
-        return [(p, g) for p, g, wanted in zip(owners, found, trained, strict=True) if wanted], below
+        return [(p, g) for p, g, wanted in zip(owners, gradients, trained, strict=True) if wanted], below
 
     def pullback(self, e):
         return self._backward(e, need_input=True)[1]
@@ -154,5 +154,5 @@ class BatchNormStep(Step):
         return self._backward(e, need_input=False, need_gradients=True)[0]
 
     def differentiate(self, e, *, need_input, need_gradients, factor):
-        found, below = self._backward(e, need_input=need_input, need_gradients=need_gradients)
-        return [(p, g if factor == 1.0 else g * factor) for p, g in found], below
+        gradients, below = self._backward(e, need_input=need_input, need_gradients=need_gradients)
+        return [(p, g if factor == 1.0 else g * factor) for p, g in gradients], below

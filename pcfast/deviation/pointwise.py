@@ -24,7 +24,7 @@ class ElementwiseStep(Step):
         if self._saved is None:
             self._saved = activation.saved(*self._base)
             self._base = self._derivative = None  # the saved holds what is still needed
-        if activation.takes_memory:  # that of the last derivative, too, which nobody else has
+        if activation.takes_memory:  # the last derivative was made here, too: nobody else reads it
             act_diff, self._derivative = activation.deviate(self._saved, d, (out, self._derivative))
         else:
             act_diff, self._derivative = activation.deviate(self._saved, d)

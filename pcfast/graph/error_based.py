@@ -128,7 +128,10 @@ class _FreeErrors:
         lambdas: list[Tensor | None] = [self._signals.get(k) for k in range(len(self._nodes))]
         for k in range(len(self._nodes) - 1, -1, -1):
             node, inputs = self._nodes[k], problem.spec.nodes[k].inputs
-            signal, lambdas[k] = lambdas[k], None  # whole: all that read the node come behind it
+            signal, lambdas[k] = (
+                lambdas[k],
+                None,
+            )  # all nodes that read k come behind it, so that this is the sum
             if k in free:
                 self._move(k, signal, problem.step_size_at(k, iteration))
             if signal is not None and node is not None:

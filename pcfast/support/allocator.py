@@ -12,14 +12,15 @@ def keep_memory() -> bool:
 
     Torch has no cache for tensors on CPUs: the C library gives their memory back to the system, and the next step
     gets it page by page, each filled with zeros first. That takes a few per cent of a step of a small network and up
-    to a fifth of a large one's (docs/behaviour.md). After this call the process stays as large as it has once been.
+    to a third of a large one's (docs/behaviour.md). After this call the process stays as large as it has once been.
     Numbers are the same. ``pcfast train`` and ``pcfast compare`` do it for themselves.
 
-    It is glibc's setting for the whole process: mallopt(3) with M_MMAP_MAX = 0 and without an M_TRIM_THRESHOLD. An
-    allocator that replaces glibc's, such as jemalloc, has its own settings.
+    It is glibc's setting for the whole process: mallopt(3) with M_MMAP_MAX = 0 and without an M_TRIM_THRESHOLD.
+    Threads that Python starts keep no tensor above 64 MiB. An allocator that replaces glibc's, such as jemalloc, has
+    settings of its own, and this changes nothing there.
 
     Returns:
-        Whether it was set; False where the C library is not glibc (musl, macOS).
+        Whether glibc took the setting; False where the C library is another one (musl, macOS).
     """
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):

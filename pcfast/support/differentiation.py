@@ -107,3 +107,13 @@ def registered(module: nn.Module) -> list[nn.Parameter]:
             "Build the model outside of it, or take copy.deepcopy(model) there.",
         )
     return result
+
+
+def assign_gradient(parameter: Tensor, gradient: Tensor | None) -> None:
+    """Make ``gradient`` what ``parameter.grad`` is, laid out in memory as autograd does it: as the parameter.
+
+    Fused optimisers of torch go through the memory of both and do not look at strides.
+    """
+    if gradient is not None and gradient.layout == torch.strided and gradient.stride() != parameter.stride():
+        gradient = torch.empty_like(parameter).copy_(gradient)
+    parameter.grad = gradient

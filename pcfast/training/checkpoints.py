@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -31,6 +32,9 @@ PARTS = (
     "seconds", "rng", "history", "checksum",
 )  # fmt: skip
 REMEDY = "Take it from a backup, or start anew in another folder."
+#: Of an optimiser's settings those that say how it computes, and not what: a run may go on otherwise.
+_FORMS = ("capturable", "foreach", "fused")
+_HOW = re.compile(rf"optimizer\.groups\.\d+\.({'|'.join(_FORMS)})")
 _MAX_COPIED = 1 << 30  # bytes of a tensor that repeats what its storage holds once
 
 
@@ -243,14 +247,8 @@ def _bytes_of(tensor: Tensor):
 
 
 def _compared(settings: dict) -> dict:
-    """``settings``, flat, without those of the optimiser that say how it computes and not what."""
-    how = ("fused", "foreach", "capturable")
-    of_optimizer = "optimizer."
-    return {
-        key: value
-        for key, value in flat(settings).items()
-        if not (key.startswith(of_optimizer) and key.rpartition(".")[2] in how)
-    }
+    """``settings``, flat, without those that earlier releases kept of how an optimiser computes."""
+    return {key: value for key, value in flat(settings).items() if not _HOW.fullmatch(key)}
 
 
 def flat(value, key: str = "") -> dict:
@@ -270,7 +268,8 @@ def run_settings(model: nn.Sequential, data: Data, optimizer: Optimizer, **value
     """
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [
-        {**group, "params": ", ".join(names[id(p)] for p in group["params"])}
+        {key: value for key, value in group.items() if key not in ("params", *_FORMS)}
+        | {"params": ", ".join(names[id(p)] for p in group["params"])}
         for group in optimizer.param_groups
     ]
     settings = {

@@ -150,7 +150,7 @@ def train(
             ``nudging`` may be a function of the epoch 0, 1, ..., called for all epochs before the first.
         nudging_growth: what beta gains every epoch, as far as 1.
         optimizer: makes the optimiser from the parameters, e.g. ``lambda p: torch.optim.SGD(p, lr=0.1)``, or
-            an optimiser of the model's parameters. Default: Adam with learning rate 0.002, in its fused form.
+            an optimiser of the model's parameters. Default: Adam with learning rate 0.002, fused where it can be.
         scheduler: makes a scheduler of torch.optim.lr_scheduler from the optimiser and the number of the optimiser's
             steps in all epochs; it is stepped after each of them. A resumed run then has as many epochs.
         augment: batch of training inputs -> what is learned instead, of the same shape, e.g.
