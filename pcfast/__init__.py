@@ -7,9 +7,9 @@ optimizer.step()
 
 from . import _checkout, _moved
 
-from .support import interrupts  # isort: skip (before anything that needs torch)
+from .support import startup  # isort: skip (before anything that needs torch)
 
-interrupts.begin()
+startup.begin()
 _checkout.find_folders(__path__)
 _moved.install()
 
@@ -93,3 +93,5 @@ __all__ = [
     "use_cuda_graphs",
     "use_precise_deviations",
 ]
+
+startup.imported()

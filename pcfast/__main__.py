@@ -13,9 +13,8 @@ _KEEPING = ("train", "compare")
 def program() -> int:
     """Run this process's command line; returns the exit status.
 
-    Garbage collections do not search what is frozen. What torch and pcfast have imported lives as long as the
-    process, and searching it takes half a second of a short run. At its end the interpreter would search everything
-    again.
+    Garbage collections do not search what is frozen. What the command line has imported lives as long as the process,
+    and searching it takes half a second of a short run. At its end the interpreter would search everything again.
     """
     if sys.argv[1:] and sys.argv[1].lower() in _KEEPING:
         keep_memory()

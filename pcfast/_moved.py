@@ -38,7 +38,7 @@ MOVED = {
     "history": "training.history",
     "host": "support.host",
     "identification": "presets.identification",
-    "interrupts": "support.interrupts",
+    "interrupts": "support.startup",
     "learning_rates": "recipes.learning_rates",
     "log": "support.log",
     "machine": "support.machine",

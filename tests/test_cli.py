@@ -60,6 +60,17 @@ def test_the_programs_training_keeps_its_memory(monkeypatch, capsys, command, ti
     assert program_of_process() == 0 and len(called) == times
 
 
+@pytest.mark.parametrize(("name", "searched"), [("pcfast", False), ("program.py", True)])
+def test_imports_of_the_program_alone_are_not_searched_for_garbage(name, searched):
+    code = (
+        f"import gc, sys; sys.argv = [{name!r}]; whole = [];"  # collections that go through everything
+        "gc.callbacks.append(lambda _, at: whole.append(gc.get_freeze_count()) if at['generation'] == 2 else None);"
+        "import pcfast; print(0 in whole, gc.get_freeze_count() > 0, gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.split() == [str(searched), str(not searched), "True"], done.stderr
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert pcfast.__version__ in capsys.readouterr().out

@@ -21,7 +21,7 @@ import click
 
 from .._version import __version__
 from ..errors import ArgumentError, PcfastError, RelaxationDiverged
-from ..support import interrupts
+from ..support import startup
 from ..training.progress import takes_over
 from . import launch, output
 from .bench import bench
@@ -128,7 +128,7 @@ def _stopped_by_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP stop as Ctrl-C does, which is itself again after the imports."""
     previous = {}
     if threading.current_thread() is threading.main_thread():
-        interrupts.end()
+        startup.end()
         for number in filter(takes_over, (signal.SIGTERM, signal.SIGHUP)):
             previous[number] = signal.signal(number, signal.default_int_handler)
     try:
