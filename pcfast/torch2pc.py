@@ -196,7 +196,7 @@ def PCInfer(
 
 def _assign(model: nn.Sequential, gradients: dict) -> None:
     for parameter in model.parameters():
-        differentiation.assign_gradient(parameter, gradients.get(parameter))
+        parameter.grad = None
     for parameter, gradient in gradients.items():  # those too that a layer or the loss uses without the model
         differentiation.assign_gradient(parameter, gradient)
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 import pcfast
-from pcfast import Adam
 from pcfast.checking.bounds import ULP, allowed_error, allowed_update_errors
 
 __all__ = [
@@ -28,7 +27,7 @@ def amplification(optimizer, step_size) -> float:
     r = sqrt(s), changes by |dm| / (r + eps) + |m| |dr| / (r + eps)^2: with |m| about r, by at most 2 / eps of a
     gradient's error.
     """
-    if isinstance(optimizer, Adam):
+    if isinstance(optimizer, pcfast.Adam):
         return 1 + 2 * np.max(step_size) / optimizer.eps
     return 1 / (1 - optimizer.momentum)
 

@@ -11,5 +11,6 @@ OpaqueStep for modules that pcfast does not know.
 
 from .chain import Chain, layer_chain
 from .node import Node, PriorNode, node_at_work
+from .step import difference
 
-__all__ = ["Chain", "Node", "PriorNode", "layer_chain", "node_at_work"]
+__all__ = ["Chain", "Node", "PriorNode", "difference", "layer_chain", "node_at_work"]

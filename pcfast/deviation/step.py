@@ -11,6 +11,15 @@ from ..precision import Precision
 Gradients = list[tuple[nn.Parameter, Tensor]]
 
 
+def difference(a: Tensor | None, b: Tensor | None, *, owned: bool) -> Tensor | None:
+    """a - b, None being zero; ``owned``: nobody else reads ``a``, and the difference takes its place."""
+    if b is None:
+        return a
+    if a is None:
+        return b.neg()
+    return a.sub_(b) if owned else a - b
+
+
 class Step:
     """One operation at work in one relaxation. ``spec`` says what, ``precision`` in which dtypes."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends.divergence import Checks, Observe
+from ..deviation import difference
 from .forward import GraphForward, forward_pass
 from .problem import GraphOutcome, GraphPlan, GraphProblem, weighted
 
@@ -80,10 +81,7 @@ class _FreeErrors:
                 gradient = forward.targets[k].gradient_at(self.outputs[k])
                 self._signals[k] = weighted(gradient, problem.weights[k])
             else:
-                change = self._changes.get(k)
-                if None not in (moved, change):
-                    moved = moved.sub_(change) if node.owned else moved - change
-                self.d[k] = -change if moved is None and change is not None else moved
+                self.d[k] = difference(moved, self._changes.get(k), owned=node is not None and node.owned)
 
     def all_errors(self) -> list[Tensor | None]:
         """eps of every node, None where zero; of a loss's node its gradient."""
@@ -124,15 +122,13 @@ class _FreeErrors:
                 )
 
     def _descend(self, iteration: int) -> None:
-        problem, free = self._problem, self._free
+        problem = self._problem
         lambdas: list[Tensor | None] = [self._signals.get(k) for k in range(len(self._nodes))]
         for k in range(len(self._nodes) - 1, -1, -1):
             node, inputs = self._nodes[k], problem.spec.nodes[k].inputs
-            signal, lambdas[k] = (
-                lambdas[k],
-                None,
-            )  # all nodes that read k come behind it, so that this is the sum
-            if k in free:
+            # All nodes that read k come behind it: its signal is complete, and nothing reads it after this turn.
+            signal, lambdas[k] = lambdas[k], None
+            if k in self._free:
                 self._move(k, signal, problem.step_size_at(k, iteration))
             if signal is not None and node is not None:
                 wanted = [i not in problem.clamped for i in inputs]

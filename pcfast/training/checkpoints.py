@@ -41,7 +41,7 @@ _MAX_COPIED = 1 << 30  # bytes of a tensor that repeats what its storage holds o
 def load_checkpoint(path: Path, settings: dict) -> dict:
     """The checkpoint at ``path``; ArgumentError where it is missing, damaged or of other settings."""
     checkpoint = read_run(path)
-    there, here = _compared(checkpoint["config"]["settings"]), _compared(settings)
+    there, here = _without_forms(checkpoint["config"]["settings"]), flat(settings)
     differences = [
         f"{key} is {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
         for key in {**there, **here}
@@ -246,8 +246,8 @@ def _bytes_of(tensor: Tensor):
     return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _compared(settings: dict) -> dict:
-    """``settings``, flat, without those that earlier releases kept of how an optimiser computes."""
+def _without_forms(settings: dict) -> dict:
+    """A checkpoint's settings, flat, without those that earlier releases kept of how an optimiser computes."""
     return {key: value for key, value in flat(settings).items() if not _HOW.fullmatch(key)}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...deviation import Chain
+from ...deviation import Chain, difference
 from ...problem.plan import Plan
 from ...problem.types import Outcome, Problem, energy_row
 from ..divergence import Checks, Observe
@@ -80,10 +80,7 @@ class FreeErrors:
             error = self.errors[l]
             if error is None:  # so are all others: the forward pass
                 break
-            if moved is None:
-                self.d[l] = error.neg()
-            else:
-                self.d[l] = moved.sub_(error) if self._chains[l].owned else moved - error
+            self.d[l] = difference(moved, error, owned=self._chains[l].owned)
             moved = self._chains[l + 1].deviate(self.d[l])
         return self._vhat[-1] if moved is None else self._vhat[-1] + moved
 

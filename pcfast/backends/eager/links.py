@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ...deviation import Chain
+from ...deviation import Chain, difference
 from ...problem.belief_optimizers import PLAIN, BeliefOptimizer
 
 
@@ -51,11 +51,7 @@ class Link:
 
         ``owned``: nobody else reads the deviation, and the error takes its place.
         """
-        if self.d is None:
-            return deviation
-        if deviation is None:
-            return self.d.neg()
-        return deviation.sub_(self.d) if owned else deviation - self.d
+        return difference(deviation, self.d, owned=owned)
 
     def descend(
         self,
